@@ -1,0 +1,191 @@
+//! Regions of a device, as drivers see them.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::{Bound, Range, RangeBounds};
+
+use super::layout::Layout;
+use super::register::{IoRegister, Width};
+use super::window::Window;
+use super::{Device, Region};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::{Access, BackingKind, Failed, Placement};
+use crate::transport::RegionInfo;
+
+/// A BAR, or another region of a device.
+#[derive(Clone)]
+pub struct Bar<'d> {
+    device: &'d Device,
+    index: u32,
+    region: &'d Region,
+    layout: Cow<'d, Layout>,
+}
+
+impl<'d> Bar<'d> {
+    pub(super) fn new(device: &'d Device, index: u32, region: &'d Region) -> Self {
+        Self { device, index, region, layout: Cow::Borrowed(&region.layout) }
+    }
+
+    /// The region's index.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        self.region.info.size
+    }
+
+    /// What the transport says of the region.
+    pub fn info(&self) -> &RegionInfo {
+        &self.region.info
+    }
+
+    /// What of it can be mapped, and what must be trapped and why.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// What stands behind its mappable parts; `None` where nothing can be mapped.
+    pub fn backing_kind(&self) -> Option<BackingKind> {
+        self.region.backing.as_ref().map(|backing| backing.kind())
+    }
+
+    /// The same region, with the MSI-X table among what can be mapped.
+    ///
+    /// VFIO programs the table itself; a program that writes it through a window only disturbs that,
+    /// unless it is a hypervisor whose guest shall see it.
+    ///
+    /// # Errors
+    /// `NotMappable` where the kernel does not allow it (it does from Linux 4.16 on, where interrupts
+    /// are remapped or isolated otherwise).
+    pub fn with_msix_table(&self) -> Result<Bar<'d>> {
+        let info = &self.region.info;
+        if !info.msix_mappable {
+            return Err(Error::new(ErrorKind::NotMappable, "map", self.name())
+                .because("the transport does not let the MSI-X table be mapped"));
+        }
+        let layout = Layout::new(info, &Default::default(), self.device.page_size())?;
+        Ok(Self { layout: Cow::Owned(layout), ..self.clone() })
+    }
+
+    /// Maps a range of the region, in bytes; `..` maps all of it. The pages that hold the range are
+    /// mapped, and the window shows the range. Read-only where the region cannot be written.
+    ///
+    /// ```
+    /// # use vfio_remap::{Device, space::Placement, transport::MemoryDevice};
+    /// # let device = Device::new(std::sync::Arc::new(MemoryDevice::new(0x4000)?));
+    /// let doorbells = device.bar(0)?.map(0x1000..0x2000, Placement::Anywhere)?;
+    /// # Ok::<(), vfio_remap::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `OutOfRange` where the range is empty or leaves the region; `NotMappable` where a part of it
+    /// cannot be mapped, naming the part; and those of the [`Placement`].
+    pub fn map(
+        &self,
+        range: impl RangeBounds<u64>,
+        placement: Placement,
+    ) -> std::result::Result<Window, Failed> {
+        match self.check(range) {
+            Ok((range, access)) => {
+                let Some(backing) = &self.region.backing else {
+                    return Err(refused(self.not_mappable(&range), placement));
+                };
+                Window::map(&self.device.inner, self.index, backing, range, access, placement)
+            }
+            Err(error) => Err(refused(error, placement)),
+        }
+    }
+
+    /// A register that is reached by reads and writes of the device's file: the way to what cannot be
+    /// mapped, and open to the rest, too.
+    ///
+    /// # Errors
+    /// `OutOfRange`, `Unaligned`.
+    pub fn trapped<T: Width>(&self, offset: u64) -> Result<IoRegister<T>> {
+        IoRegister::trapped(self.device.inner.clone(), self.index, offset, self.size())
+    }
+
+    fn check(&self, range: impl RangeBounds<u64>) -> Result<(Range<u64>, Access)> {
+        let size = self.size();
+        let start = match range.start_bound() {
+            Bound::Included(&start) => Some(start),
+            Bound::Excluded(&start) => start.checked_add(1),
+            Bound::Unbounded => Some(0),
+        };
+        let end = match range.end_bound() {
+            Bound::Included(&end) => end.checked_add(1),
+            Bound::Excluded(&end) => Some(end),
+            Bound::Unbounded => Some(size),
+        };
+        let (Some(start), Some(end)) = (start, end) else {
+            return Err(Error::new(ErrorKind::OutOfRange, "map", self.name())
+                .because("the range wraps around"));
+        };
+        let range = start..end;
+        if start >= end || end > size {
+            return Err(Error::new(ErrorKind::OutOfRange, "map", self.part(&range)).because(
+                if start >= end {
+                    "the range is empty".to_owned()
+                } else {
+                    format!("the region has {size:#x} bytes")
+                },
+            ));
+        }
+        if !self.region.info.readable || self.layout.obstacle(&range).is_some() {
+            return Err(self.not_mappable(&range));
+        }
+        let writable = self.region.info.writable;
+        Ok((range, if writable { Access::ReadWrite } else { Access::ReadOnly }))
+    }
+
+    fn not_mappable(&self, range: &Range<u64>) -> Error {
+        let error = Error::new(ErrorKind::NotMappable, "map", self.part(range));
+        let error = match self.layout.obstacle(range) {
+            Some(span) => {
+                let why = span.trap.map(|trap| trap.to_string()).unwrap_or_default();
+                error.because(format!(
+                    "{:#x}..{:#x} cannot be mapped ({why})",
+                    span.range.start, span.range.end
+                ))
+            }
+            None => error.because("it cannot be read, or its transport has no file to map"),
+        };
+        let parts: Vec<String> = self
+            .layout
+            .mappable()
+            .take(4)
+            .map(|part| format!("{:#x}..{:#x}", part.start, part.end))
+            .collect();
+        if parts.is_empty() {
+            error.remedy("reach it by Bar::trapped")
+        } else {
+            error.remedy(format!(
+                "map {} as windows of their own, and reach the rest by Bar::trapped",
+                parts.join(", ")
+            ))
+        }
+    }
+
+    fn name(&self) -> String {
+        self.device.inner.region_name(self.index)
+    }
+
+    fn part(&self, range: &Range<u64>) -> String {
+        self.device.inner.range_name(self.index, range)
+    }
+}
+
+fn refused(error: Error, placement: Placement) -> Failed {
+    match placement {
+        Placement::In(reservation) => Failed::new(error, Some(reservation)),
+        Placement::Anywhere | Placement::At(_) => error.into(),
+    }
+}
+
+impl fmt::Debug for Bar<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Bar({}, {:#x} bytes)", self.name(), self.size())
+    }
+}

@@ -1,0 +1,216 @@
+//! Configuration space of a PCI device.
+
+use std::ops::Range;
+
+use super::Device;
+use super::layout::Reserved;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The VFIO region that holds configuration space.
+const REGION: u32 = 7;
+
+const COMMAND: u64 = 0x04;
+const STATUS: u64 = 0x06;
+const STATUS_CAPABILITIES: u16 = 1 << 4;
+const BAR0: u64 = 0x10;
+const CAPABILITIES: u64 = 0x34;
+const MSIX: u8 = 0x11;
+const MSIX_ENTRY: u64 = 16;
+
+/// Bits of the command register (PCI 3.0 §6.2.2).
+const MEMORY_SPACE: u16 = 1 << 1;
+const BUS_MASTER: u16 = 1 << 2;
+
+/// Configuration space of a PCI device, through its transport. Offsets are in bytes; values are in
+/// the machine's byte order.
+#[derive(Debug)]
+pub struct Config<'d> {
+    device: &'d Device,
+}
+
+/// Where a device keeps its MSI-X table and pending bits (PCIe 5.0 §7.7.2).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Msix {
+    table: (u32, Range<u64>),
+    pending: (u32, Range<u64>),
+}
+
+impl Msix {
+    /// What of BAR `index` it takes.
+    pub(crate) fn within(&self, index: u32) -> Reserved {
+        let of = |(bar, range): &(u32, Range<u64>)| (*bar == index).then(|| range.clone());
+        Reserved { table: of(&self.table), pending: of(&self.pending) }
+    }
+}
+
+impl<'d> Config<'d> {
+    /// `Unsupported` where the device is not PCI.
+    pub(super) fn of(device: &'d Device) -> Result<Self> {
+        if device.info().pci {
+            return Ok(Self { device });
+        }
+        Err(Error::new(ErrorKind::Unsupported, "open", "configuration space")
+            .because(format!("{} is not a PCI device", device.name())))
+    }
+
+    /// Reads a byte.
+    ///
+    /// # Errors
+    /// `OutOfRange`, and what the transport answers; so for all that follow.
+    pub fn read_u8(&self, offset: u64) -> Result<u8> {
+        Ok(u8::from_le_bytes(self.read(offset)?))
+    }
+
+    /// Reads 16 bits.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn read_u16(&self, offset: u64) -> Result<u16> {
+        Ok(u16::from_le_bytes(self.read(offset)?))
+    }
+
+    /// Reads 32 bits.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn read_u32(&self, offset: u64) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.read(offset)?))
+    }
+
+    /// Writes a byte.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn write_u8(&self, offset: u64, value: u8) -> Result<()> {
+        self.device.transport().write_at(REGION, offset, &value.to_le_bytes())
+    }
+
+    /// Writes 16 bits.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn write_u16(&self, offset: u64, value: u16) -> Result<()> {
+        self.device.transport().write_at(REGION, offset, &value.to_le_bytes())
+    }
+
+    /// Writes 32 bits.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn write_u32(&self, offset: u64, value: u32) -> Result<()> {
+        self.device.transport().write_at(REGION, offset, &value.to_le_bytes())
+    }
+
+    /// The vendor ID. 0xffff is what a device reads that has gone; a kernel that virtualizes this
+    /// register goes on giving the ID.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn vendor(&self) -> Result<u16> {
+        self.read_u16(0)
+    }
+
+    /// The device ID.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn device(&self) -> Result<u16> {
+        self.read_u16(2)
+    }
+
+    /// Whether the device answers accesses to its memory BARs.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn memory_decoding(&self) -> Result<bool> {
+        Ok(self.read_u16(COMMAND)? & MEMORY_SPACE != 0)
+    }
+
+    /// Makes the device answer accesses to its memory BARs, or not. While it does not, an access
+    /// through a window of a vfio-pci device raises SIGBUS.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn set_memory_decoding(&self, on: bool) -> Result<()> {
+        self.set_command(MEMORY_SPACE, on)
+    }
+
+    /// Whether the device may start accesses of its own, DMA and MSI.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn bus_mastering(&self) -> Result<bool> {
+        Ok(self.read_u16(COMMAND)? & BUS_MASTER != 0)
+    }
+
+    /// Lets the device start accesses of its own, or not.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn set_bus_mastering(&self, on: bool) -> Result<()> {
+        self.set_command(BUS_MASTER, on)
+    }
+
+    /// The offset of the first capability with this ID (PCI 3.0 §6.7); `None` where there is none.
+    ///
+    /// # Errors
+    /// `Malformed` where the list loops or points into the header; what the transport answers.
+    pub fn capability(&self, id: u8) -> Result<Option<u64>> {
+        if self.read_u16(STATUS)? & STATUS_CAPABILITIES == 0 {
+            return Ok(None);
+        }
+        let mut at = u64::from(self.read_u8(CAPABILITIES)? & !3);
+        // The list lies in 192 bytes, at least 4 for each capability.
+        for _ in 0..48 {
+            if at == 0 {
+                return Ok(None);
+            }
+            if at < 0x40 {
+                return Err(self.malformed(format!("a capability at {at:#x} lies in the header")));
+            }
+            if self.read_u8(at)? == id {
+                return Ok(Some(at));
+            }
+            at = u64::from(self.read_u8(at + 1)? & !3);
+        }
+        Err(self.malformed("the capability list loops".to_owned()))
+    }
+
+    /// Whether BAR `index` holds I/O ports.
+    pub(super) fn is_io_port(&self, index: u32) -> Result<bool> {
+        let bar = self.read_u32(BAR0 + 4 * u64::from(index))?;
+        // A memory BAR of 64 bits takes two registers, the second of which is an address.
+        let upper_half = index > 0 && self.read_u32(BAR0 + 4 * u64::from(index - 1))? & 7 == 4;
+        Ok(bar & 1 != 0 && !upper_half)
+    }
+
+    pub(super) fn msix(&self) -> Result<Option<Msix>> {
+        let Some(at) = self.capability(MSIX)? else { return Ok(None) };
+        let vectors = u64::from(self.read_u16(at + 2)? & 0x7ff) + 1;
+        let place = |offset: u64, size: u64| -> Result<(u32, Range<u64>)> {
+            let value = self.read_u32(at + offset)?;
+            let start = u64::from(value & !7);
+            Ok((value & 7, start..start + size))
+        };
+        Ok(Some(Msix {
+            table: place(4, vectors * MSIX_ENTRY)?,
+            pending: place(8, vectors.div_ceil(64) * 8)?,
+        }))
+    }
+
+    fn set_command(&self, bit: u16, on: bool) -> Result<()> {
+        let command = self.read_u16(COMMAND)?;
+        self.write_u16(COMMAND, if on { command | bit } else { command & !bit })
+    }
+
+    fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.device.transport().read_at(REGION, offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn malformed(&self, reason: String) -> Error {
+        let object = format!("configuration space of {}", self.device.name());
+        Error::new(ErrorKind::Malformed, "read", object).because(reason)
+    }
+}

@@ -1,0 +1,302 @@
+//! What a driver holds: [`Device`], its [`Bar`]s, [`Window`]s over them, and [`Register`]s in those.
+
+mod bar;
+mod config;
+mod layout;
+mod register;
+mod register_access;
+mod window;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::Backing;
+use crate::sys;
+use crate::transport::{DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
+
+pub use bar::Bar;
+pub use config::Config;
+pub use layout::{Layout, Span, Trap};
+pub use register::{IoRegister, Mode, ReadOnly, ReadWrite, Register, Registers, Width};
+pub use window::Window;
+
+/// A device, opened.
+///
+/// Windows and registers keep it open; [`close`](Self::close) tells which do.
+pub struct Device {
+    inner: Arc<Inner>,
+}
+
+/// What a device shares with its windows. Files are closed after mappings: the regions' backings go
+/// before the transport.
+struct Inner {
+    regions: Box<[OnceLock<Region>]>,
+    msix: OnceLock<Option<config::Msix>>,
+    /// The windows alive, by address.
+    windows: Mutex<BTreeMap<usize, Note>>,
+    info: DeviceInfo,
+    transport: Arc<dyn Transport>,
+}
+
+/// What is known of a region once it was asked for.
+struct Region {
+    info: RegionInfo,
+    layout: Layout,
+    backing: Option<Arc<Backing>>,
+}
+
+/// What a window shows.
+#[derive(Clone, Debug)]
+struct Note {
+    region: u32,
+    range: Range<u64>,
+}
+
+/// Where a trapped register is.
+#[derive(Clone)]
+struct Trapped {
+    device: Arc<Inner>,
+    region: u32,
+    offset: u64,
+}
+
+impl Device {
+    /// Opens the PCI device at `address` through Linux VFIO.
+    ///
+    /// # Errors
+    /// As [`Vfio::open`].
+    pub fn open(address: PciAddress) -> Result<Self> {
+        Ok(Self::new(Arc::new(Vfio::open(address)?)))
+    }
+
+    /// A device that `transport` offers.
+    pub fn new(transport: Arc<dyn Transport>) -> Self {
+        let info = transport.info();
+        // A region index is a u32 in VFIO, and a few in every device.
+        let count = info.regions.min(1024) as usize;
+        Self {
+            inner: Arc::new(Inner {
+                regions: std::iter::repeat_with(OnceLock::new).take(count).collect(),
+                msix: OnceLock::new(),
+                windows: Mutex::default(),
+                info,
+                transport,
+            }),
+        }
+    }
+
+    /// What the device is.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.inner.info
+    }
+
+    /// How errors and logs name it.
+    pub fn name(&self) -> &str {
+        &self.inner.info.name
+    }
+
+    /// The way to it.
+    pub fn transport(&self) -> &dyn Transport {
+        &*self.inner.transport
+    }
+
+    /// The region `index`, which for a PCI device and an index of 0 to 5 is a BAR.
+    ///
+    /// # Errors
+    /// `NotFound` where the device has none there; `Malformed` where what its transport says of it
+    /// makes no sense.
+    pub fn bar(&self, index: u32) -> Result<Bar<'_>> {
+        let Some(cell) = self.inner.regions.get(index as usize) else {
+            return Err(Error::new(ErrorKind::NotFound, "find", self.inner.region_name(index))
+                .because(format!("the device has {} regions", self.inner.regions.len())));
+        };
+        let region = match cell.get() {
+            Some(region) => region,
+            None => {
+                let region = self.read_region(index)?;
+                cell.get_or_init(|| region)
+            }
+        };
+        Ok(Bar::new(self, index, region))
+    }
+
+    /// All regions that the device has, in order; those that answer with an error are left out.
+    pub fn bars(&self) -> impl Iterator<Item = Bar<'_>> + '_ {
+        (0..self.inner.regions.len() as u32).filter_map(|index| self.bar(index).ok())
+    }
+
+    /// Configuration space.
+    ///
+    /// # Errors
+    /// `Unsupported` where the device is not PCI.
+    pub fn config(&self) -> Result<Config<'_>> {
+        Config::of(self)
+    }
+
+    /// Resets the device. Windows stay, and reach it again afterwards.
+    ///
+    /// # Errors
+    /// `Unsupported` where it cannot be reset; what the kernel answers.
+    pub fn reset(&self) -> Result<()> {
+        self.inner.transport.reset()
+    }
+
+    /// Closes the device, so that it can be bound to another driver.
+    ///
+    /// # Errors
+    /// The device, with `InUse`, naming the windows that are alive.
+    pub fn close(self) -> std::result::Result<(), StillInUse> {
+        let inner = match Arc::try_unwrap(self.inner) {
+            Ok(inner) => inner,
+            Err(inner) => {
+                let error = inner.in_use(Arc::strong_count(&inner) - 1);
+                return Err(StillInUse { error, device: Self { inner } });
+            }
+        };
+        if Arc::strong_count(&inner.transport) > 1 {
+            let error = Error::new(ErrorKind::InUse, "close", &inner.info.name)
+                .because("its transport is held elsewhere, too");
+            return Err(StillInUse { error, device: Self { inner: Arc::new(inner) } });
+        }
+        Ok(())
+    }
+
+    fn page_size(&self) -> u64 {
+        sys::page_size() as u64
+    }
+
+    fn read_region(&self, index: u32) -> Result<Region> {
+        let transport = self.transport();
+        let info = transport.region(index)?;
+        let is_bar = self.info().pci && index < 6;
+        let layout = if is_bar && self.config()?.is_io_port(index)? {
+            Layout::io_ports(&info)
+        } else {
+            let reserved = match self.msix()? {
+                Some(msix) if is_bar => msix.within(index),
+                _ => Default::default(),
+            };
+            Layout::new(&info, &reserved, self.page_size())?
+        };
+        let backing = if layout.mappable().next().is_some() {
+            let file = transport.backing(index)?;
+            let name = self.inner.region_name(index);
+            Some(Arc::new(Backing::new(name, file.fd, file.start, info.size, file.kind)?))
+        } else {
+            None
+        };
+        Ok(Region { info, layout, backing })
+    }
+
+    fn msix(&self) -> Result<Option<&config::Msix>> {
+        if !self.info().pci {
+            return Ok(None);
+        }
+        let msix = match self.inner.msix.get() {
+            Some(msix) => msix,
+            None => {
+                let msix = self.config()?.msix()?;
+                self.inner.msix.get_or_init(|| msix)
+            }
+        };
+        Ok(msix.as_ref())
+    }
+}
+
+impl Inner {
+    fn windows(&self) -> MutexGuard<'_, BTreeMap<usize, Note>> {
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, address: usize, note: Note) {
+        self.windows().insert(address, note);
+    }
+
+    fn forget(&self, address: usize) {
+        self.windows().remove(&address);
+    }
+
+    /// "bar 0 of 0000:00:03.0"
+    fn region_name(&self, index: u32) -> String {
+        let kind = if self.info.pci && index >= 6 { "region" } else { "bar" };
+        format!("{kind} {index} of {}", self.info.name)
+    }
+
+    /// "bar 0 of 0000:00:03.0, 0x0..0x4000"
+    fn range_name(&self, index: u32, range: &Range<u64>) -> String {
+        format!("{}, {:#x}..{:#x}", self.region_name(index), range.start, range.end)
+    }
+
+    fn in_use(&self, holders: usize) -> Error {
+        const NAMED: usize = 8;
+        let windows = self.windows();
+        let mut held: Vec<String> = windows
+            .iter()
+            .take(NAMED)
+            .map(|(address, Note { region, range })| {
+                let name = self.region_name(*region);
+                format!(
+                    "a window over {name}, {:#x}..{:#x}, at {address:#x}",
+                    range.start, range.end
+                )
+            })
+            .collect();
+        if windows.len() > NAMED {
+            held.push(format!("{} more windows", windows.len() - NAMED));
+        }
+        if holders > windows.len() {
+            held.push(format!("{} trapped registers", holders - windows.len()));
+        }
+        Error::new(ErrorKind::InUse, "close", &self.info.name)
+            .because(format!("it is held by {}", held.join(", ")))
+            .remedy("drop them first")
+    }
+}
+
+/// A device that could not be closed, and why.
+#[derive(Debug)]
+pub struct StillInUse {
+    error: Error,
+    device: Device,
+}
+
+impl StillInUse {
+    /// What holds the device.
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+
+    /// The device, as it was.
+    pub fn into_device(self) -> Device {
+        self.device
+    }
+}
+
+impl From<StillInUse> for Error {
+    fn from(still: StillInUse) -> Self {
+        still.error
+    }
+}
+
+impl fmt::Display for StillInUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.error, f)
+    }
+}
+
+impl std::error::Error for StillInUse {}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.name())
+    }
+}
+
+impl fmt::Debug for Trapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x} of {}", self.offset, self.device.region_name(self.region))
+    }
+}

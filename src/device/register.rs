@@ -1,0 +1,283 @@
+//! Registers: places in a window that are read and written whole.
+//!
+//! `unsafe` is here because a register is a raw pointer with a proof made once: when it was made, its
+//! bytes lay within the window and were aligned, and the window, whose owner it shares, neither moves
+//! nor goes while the register lives.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+pub use super::register_access::Width;
+use super::window::{self, Window};
+use super::{Inner, Trapped};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::Access;
+
+/// Marks registers that can be read and written.
+#[derive(Clone, Copy, Debug)]
+pub enum ReadWrite {}
+
+/// Marks registers that can be read only, such as those of a read-only window.
+#[derive(Clone, Copy, Debug)]
+pub enum ReadOnly {}
+
+mod sealed {
+    pub trait Mode: Send + Sync + 'static {
+        const ACCESS: crate::space::Access;
+    }
+
+    impl Mode for super::ReadWrite {
+        const ACCESS: crate::space::Access = crate::space::Access::ReadWrite;
+    }
+
+    impl Mode for super::ReadOnly {
+        const ACCESS: crate::space::Access = crate::space::Access::ReadOnly;
+    }
+}
+
+/// [`ReadWrite`] or [`ReadOnly`].
+pub trait Mode: sealed::Mode {}
+impl Mode for ReadWrite {}
+impl Mode for ReadOnly {}
+
+/// A register of `T` in a window, little-endian as PCI has it.
+///
+/// Reading and writing cost one load or store, and cannot fail: width, alignment and bounds were
+/// checked when the register was made. It keeps its window where it is: as long as a register lives,
+/// [`Window::relocate`] answers `InUse`. Clones are the same register.
+pub struct Register<T: Width, M: Mode = ReadWrite> {
+    at: NonNull<T>,
+    /// Keeps the mapping alive and in place.
+    _window: Arc<window::Inner>,
+    _mode: PhantomData<M>,
+}
+
+// SAFETY: a register only loads and stores whole values by single instructions; the device at the
+// other end serializes them, and no reference to its memory is ever made.
+unsafe impl<T: Width, M: Mode> Send for Register<T, M> {}
+// SAFETY: as above.
+unsafe impl<T: Width, M: Mode> Sync for Register<T, M> {}
+
+impl<T: Width, M: Mode> Register<T, M> {
+    /// The register at `offset` bytes into the window.
+    pub(super) fn new(window: &Window, offset: usize) -> Result<Self> {
+        let at = window.place(offset, size_of::<T>(), align_of::<T>(), M::ACCESS)?;
+        Ok(Self { at: at.cast(), _window: window.inner.clone(), _mode: PhantomData })
+    }
+
+    /// Reads the register. Accesses to memory that follow are made after it.
+    #[inline(always)]
+    pub fn read(&self) -> T {
+        // SAFETY: in bounds and aligned, and readable, since `new`; mapped while `_window` lives.
+        unsafe { T::load(self.at.as_ptr()) }
+    }
+
+    /// Reads the register, in no order with accesses to memory; in order with other registers.
+    #[inline(always)]
+    pub fn read_relaxed(&self) -> T {
+        // SAFETY: as `read`.
+        unsafe { T::load_relaxed(self.at.as_ptr()) }
+    }
+}
+
+impl<T: Width> Register<T, ReadWrite> {
+    /// Writes the register, after all accesses to memory before it: a device that is told of work
+    /// finds in DMA memory what was written there.
+    #[inline(always)]
+    pub fn write(&self, value: T) {
+        // SAFETY: in bounds, aligned and writable since `new`; mapped while `_window` lives.
+        unsafe { T::store(self.at.as_ptr(), value) }
+    }
+
+    /// Writes the register, in no order with accesses to memory; in order with other registers.
+    #[inline(always)]
+    pub fn write_relaxed(&self, value: T) {
+        // SAFETY: as `write`.
+        unsafe { T::store_relaxed(self.at.as_ptr(), value) }
+    }
+}
+
+impl<T: Width, M: Mode> Clone for Register<T, M> {
+    fn clone(&self) -> Self {
+        Self { at: self.at, _window: self._window.clone(), _mode: PhantomData }
+    }
+}
+
+impl<T: Width, M: Mode> fmt::Debug for Register<T, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Register({} bits at {:p})", 8 * size_of::<T>(), self.at)
+    }
+}
+
+/// `count` registers of `T`, `stride` bytes apart, such as doorbells.
+pub struct Registers<T: Width, M: Mode = ReadWrite> {
+    first: Register<T, M>,
+    stride: usize,
+    count: usize,
+}
+
+impl<T: Width, M: Mode> Registers<T, M> {
+    pub(super) fn new(window: &Window, offset: usize, stride: usize, count: usize) -> Result<Self> {
+        let refuse = |kind, reason: &'static str| {
+            let object = format!("{count} registers at {offset:#x}, {stride:#x} bytes apart");
+            Err(Error::new(kind, "find", object).because(reason))
+        };
+        if count == 0 {
+            return refuse(ErrorKind::OutOfRange, "no register is asked for");
+        }
+        if stride < size_of::<T>() || !stride.is_multiple_of(align_of::<T>()) {
+            return refuse(ErrorKind::Unaligned, "they overlap, or are not aligned");
+        }
+        let Some(last) = (count - 1).checked_mul(stride).and_then(|size| size.checked_add(offset))
+        else {
+            return refuse(ErrorKind::OutOfRange, "they wrap around");
+        };
+        window.place(last, size_of::<T>(), align_of::<T>(), M::ACCESS)?;
+        Ok(Self { first: Register::new(window, offset)?, stride, count })
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The register at `index`, to keep; `None` past the last.
+    pub fn get(&self, index: usize) -> Option<Register<T, M>> {
+        (index < self.count).then(|| Register { at: self.at(index), ..self.first.clone() })
+    }
+
+    /// Reads the register at `index`, as [`Register::read`].
+    ///
+    /// # Panics
+    /// Where `index` is past the last, as slices do.
+    #[inline]
+    #[track_caller]
+    pub fn read(&self, index: usize) -> T {
+        self.check(index);
+        // SAFETY: the first and last register are in bounds since `new`, and so are those between.
+        unsafe { T::load(self.at(index).as_ptr()) }
+    }
+
+    #[inline]
+    #[track_caller]
+    fn check(&self, index: usize) {
+        let count = self.count;
+        assert!(index < count, "register {index} of {count}");
+    }
+
+    /// Where the register is; `index` is below the count.
+    #[inline]
+    fn at(&self, index: usize) -> NonNull<T> {
+        // SAFETY: the first and last register lie in one mapping since `new`, and this one between.
+        unsafe { self.first.at.byte_add(index * self.stride) }
+    }
+}
+
+impl<T: Width> Registers<T, ReadWrite> {
+    /// Writes the register at `index`, as [`Register::write`].
+    ///
+    /// # Panics
+    /// Where `index` is past the last, as slices do.
+    #[inline]
+    #[track_caller]
+    pub fn write(&self, index: usize, value: T) {
+        self.check(index);
+        // SAFETY: the first and last register are in bounds and writable since `new`.
+        unsafe { T::store(self.at(index).as_ptr(), value) }
+    }
+}
+
+impl<T: Width, M: Mode> Clone for Registers<T, M> {
+    fn clone(&self) -> Self {
+        Self { first: self.first.clone(), stride: self.stride, count: self.count }
+    }
+}
+
+impl<T: Width, M: Mode> fmt::Debug for Registers<T, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} × {:?}, {:#x} bytes apart", self.count, self.first, self.stride)
+    }
+}
+
+/// A register that is reached through a window, or by reads and writes of the device's file where it
+/// cannot be mapped. Only the latter can fail.
+///
+/// [`Bar::trapped`](super::Bar::trapped) makes one of the second sort, `From<Register>` of the first.
+#[derive(Clone, Debug)]
+pub struct IoRegister<T: Width>(Route<T>);
+
+#[derive(Clone, Debug)]
+enum Route<T: Width> {
+    Mapped(Register<T>),
+    Trapped(Trapped),
+}
+
+impl<T: Width> From<Register<T>> for IoRegister<T> {
+    fn from(register: Register<T>) -> Self {
+        Self(Route::Mapped(register))
+    }
+}
+
+impl<T: Width> IoRegister<T> {
+    pub(super) fn trapped(device: Arc<Inner>, region: u32, offset: u64, size: u64) -> Result<Self> {
+        let width = size_of::<T>() as u64;
+        let object = || format!("{width} bytes at {offset:#x} of {}", device.region_name(region));
+        if offset.checked_add(width).is_none_or(|end| end > size) {
+            return Err(Error::new(ErrorKind::OutOfRange, "find", object()));
+        }
+        if !offset.is_multiple_of(width) {
+            return Err(Error::new(ErrorKind::Unaligned, "find", object()));
+        }
+        Ok(Self(Route::Trapped(Trapped { device, region, offset })))
+    }
+
+    /// Whether it is reached through a window.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.0, Route::Mapped(_))
+    }
+
+    /// Reads the register, as [`Register::read`].
+    ///
+    /// # Errors
+    /// What the transport answers.
+    pub fn read(&self) -> Result<T> {
+        match &self.0 {
+            Route::Mapped(register) => Ok(register.read()),
+            Route::Trapped(trapped) => {
+                let mut bytes = [0; 8];
+                let bytes = &mut bytes[..size_of::<T>()];
+                trapped.device.transport.read_at(trapped.region, trapped.offset, bytes)?;
+                T::from_bytes(bytes).ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::Malformed,
+                        "read",
+                        trapped.device.region_name(trapped.region),
+                    )
+                })
+            }
+        }
+    }
+
+    /// Writes the register, as [`Register::write`].
+    ///
+    /// # Errors
+    /// What the transport answers.
+    pub fn write(&self, value: T) -> Result<()> {
+        match &self.0 {
+            Route::Mapped(register) => {
+                register.write(value);
+                Ok(())
+            }
+            Route::Trapped(trapped) => value.with_bytes(|bytes| {
+                trapped.device.transport.write_at(trapped.region, trapped.offset, bytes)
+            }),
+        }
+    }
+}
+
+/// What a read-only window answers where a register is to be written.
+pub(super) fn permits(window: Access, wanted: Access) -> bool {
+    window == Access::ReadWrite || wanted == Access::ReadOnly
+}

@@ -1,0 +1,210 @@
+//! One access to a device: exactly one load or store of the declared width.
+//!
+//! Inline assembly where we know the machine: a volatile access may be torn or widened as far as its
+//! documentation goes, and is undefined behaviour where it traps; an instruction that we wrote is what
+//! it is. PCI is little-endian, and values are converted here.
+
+/// The types that a register can have: `u8`, `u16`, `u32`, `u64`.
+pub trait Width: Copy + Send + Sync + sealed::Access + 'static {}
+
+pub(super) mod sealed {
+    pub trait Access: Sized {
+        /// Loads, ordered before later accesses to memory.
+        ///
+        /// # Safety
+        /// `from` is mapped for reading and aligned.
+        unsafe fn load(from: *const Self) -> Self;
+        /// Loads, in no order that the machine would have to keep at a cost.
+        ///
+        /// # Safety
+        /// As `load`.
+        #[inline(always)]
+        unsafe fn load_relaxed(from: *const Self) -> Self {
+            // SAFETY: the caller's own contract.
+            unsafe { Self::load(from) }
+        }
+        /// Stores, ordered after earlier accesses to memory.
+        ///
+        /// # Safety
+        /// `to` is mapped for writing and aligned.
+        unsafe fn store(to: *mut Self, value: Self);
+        /// Stores, in no order that the machine would have to keep at a cost.
+        ///
+        /// # Safety
+        /// As `store`.
+        #[inline(always)]
+        unsafe fn store_relaxed(to: *mut Self, value: Self) {
+            // SAFETY: the caller's own contract.
+            unsafe { Self::store(to, value) }
+        }
+
+        fn from_bytes(bytes: &[u8]) -> Option<Self>;
+        fn with_bytes<T>(self, f: impl FnOnce(&[u8]) -> T) -> T;
+    }
+}
+
+/// The bytes of a value as PCI has them, for accesses that go through the transport.
+macro_rules! bytes {
+    ($type:ty) => {
+        fn from_bytes(bytes: &[u8]) -> Option<Self> {
+            Some(<$type>::from_le_bytes(bytes.try_into().ok()?))
+        }
+
+        fn with_bytes<T>(self, f: impl FnOnce(&[u8]) -> T) -> T {
+            f(&self.to_le_bytes())
+        }
+    };
+}
+
+/// x86 keeps loads and stores of uncacheable and write-back memory in program order as far as drivers
+/// can tell (Intel SDM vol. 3 §9.2): only the compiler must be held, which an `asm!` that may touch
+/// memory does. Relaxed accesses would be no cheaper.
+#[cfg(target_arch = "x86_64")]
+macro_rules! access {
+    ($type:ty, $load:literal, $store:literal, $register:ident) => {
+        impl Width for $type {}
+
+        impl sealed::Access for $type {
+            #[inline(always)]
+            unsafe fn load(from: *const Self) -> Self {
+                let value: Self;
+                // SAFETY: one load from a mapped, aligned address, as the caller vouches.
+                unsafe {
+                    std::arch::asm!($load, v = out($register) value, p = in(reg) from,
+                        options(nostack, preserves_flags));
+                }
+                value
+            }
+
+            #[inline(always)]
+            unsafe fn store(to: *mut Self, value: Self) {
+                // SAFETY: one store to a mapped, aligned address, as the caller vouches.
+                unsafe {
+                    std::arch::asm!($store, v = in($register) value, p = in(reg) to,
+                        options(nostack, preserves_flags));
+                }
+            }
+
+            bytes!($type);
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use super::{Width, sealed};
+
+    access!(u8, "mov {v}, byte ptr [{p}]", "mov byte ptr [{p}], {v}", reg_byte);
+    access!(u16, "mov {v:x}, word ptr [{p}]", "mov word ptr [{p}], {v:x}", reg);
+    access!(u32, "mov {v:e}, dword ptr [{p}]", "mov dword ptr [{p}], {v:e}", reg);
+    access!(u64, "mov {v}, qword ptr [{p}]", "mov qword ptr [{p}], {v}", reg);
+}
+
+/// aarch64 needs barriers between a device and memory that it reaches by DMA: `dmb oshld` after a load,
+/// `dmb oshst` before a store, as Linux has them in `readl` and `writel`.
+#[cfg(target_arch = "aarch64")]
+macro_rules! access {
+    ($type:ty, $load:literal, $store:literal) => {
+        impl Width for $type {}
+
+        impl sealed::Access for $type {
+            #[inline(always)]
+            unsafe fn load(from: *const Self) -> Self {
+                let value: Self;
+                // SAFETY: one load from a mapped, aligned address, as the caller vouches.
+                unsafe {
+                    std::arch::asm!($load, "dmb oshld", v = out(reg) value, p = in(reg) from,
+                        options(nostack, preserves_flags));
+                }
+                Self::from_le(value)
+            }
+
+            #[inline(always)]
+            unsafe fn load_relaxed(from: *const Self) -> Self {
+                let value: Self;
+                // SAFETY: as `load`.
+                unsafe {
+                    std::arch::asm!($load, v = out(reg) value, p = in(reg) from,
+                        options(nostack, preserves_flags));
+                }
+                Self::from_le(value)
+            }
+
+            #[inline(always)]
+            unsafe fn store(to: *mut Self, value: Self) {
+                // SAFETY: one store to a mapped, aligned address, as the caller vouches.
+                unsafe {
+                    std::arch::asm!("dmb oshst", $store, v = in(reg) value.to_le(), p = in(reg) to,
+                        options(nostack, preserves_flags));
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn store_relaxed(to: *mut Self, value: Self) {
+                // SAFETY: as `store`.
+                unsafe {
+                    std::arch::asm!($store, v = in(reg) value.to_le(), p = in(reg) to,
+                        options(nostack, preserves_flags));
+                }
+            }
+
+            bytes!($type);
+        }
+    };
+}
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64 {
+    use super::{Width, sealed};
+
+    access!(u8, "ldrb {v:w}, [{p}]", "strb {v:w}, [{p}]");
+    access!(u16, "ldrh {v:w}, [{p}]", "strh {v:w}, [{p}]");
+    access!(u32, "ldr {v:w}, [{p}]", "str {v:w}, [{p}]");
+    access!(u64, "ldr {v:x}, [{p}]", "str {v:x}, [{p}]");
+}
+
+/// Elsewhere volatile accesses, which today's compilers make one instruction for these types, between
+/// full fences.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+macro_rules! access {
+    ($type:ty) => {
+        impl Width for $type {}
+
+        impl sealed::Access for $type {
+            unsafe fn load(from: *const Self) -> Self {
+                // SAFETY: the caller's own contract.
+                let value = unsafe { Self::load_relaxed(from) };
+                std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+                value
+            }
+
+            unsafe fn load_relaxed(from: *const Self) -> Self {
+                // SAFETY: mapped and aligned, as the caller vouches.
+                Self::from_le(unsafe { from.read_volatile() })
+            }
+
+            unsafe fn store(to: *mut Self, value: Self) {
+                std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+                // SAFETY: the caller's own contract.
+                unsafe { Self::store_relaxed(to, value) }
+            }
+
+            unsafe fn store_relaxed(to: *mut Self, value: Self) {
+                // SAFETY: mapped and aligned, as the caller vouches.
+                unsafe { to.write_volatile(value.to_le()) }
+            }
+
+            bytes!($type);
+        }
+    };
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod elsewhere {
+    use super::{Width, sealed};
+
+    access!(u8);
+    access!(u16);
+    access!(u32);
+    access!(u64);
+}

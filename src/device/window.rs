@@ -1,0 +1,302 @@
+//! Windows: mapped ranges of a region, and the verbs on them.
+
+use std::fmt;
+use std::ops::Range;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use super::register::{ReadOnly, ReadWrite, Register, Registers, Width, permits};
+use super::{Inner as DeviceInner, Note};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::{
+    Access, Backing, Failed, Mapping, Placement, Relocation, Report, Request, Reservation,
+};
+use crate::sys;
+
+/// A range of a region, mapped: loads and stores reach the device.
+///
+/// Clones are the same window. It is unmapped when the last clone and the last register made from it
+/// are dropped, and keeps its device open until then.
+///
+/// # Raw pointers
+/// [`as_ptr`](Self::as_ptr) is for handing the window to something else: a hypervisor's memory slot, a
+/// C library. What it points to is mapped as long as the window, a clone or a register of it lives,
+/// and until [`relocate`](Self::relocate) succeeds: from then on the old range reaches nothing, and an
+/// access there raises SIGSEGV. Accesses must be single, aligned and volatile; never make a reference
+/// or a slice of it, and never pass it to `read(2)` or `write(2)`, which would copy to or from the
+/// device by any width. A memory slot that was made from it is to be removed before the window is
+/// relocated or dropped.
+///
+/// # Children
+/// A child of `fork(2)` has a hole where the window is (`MADV_DONTFORK`).
+#[derive(Clone)]
+pub struct Window {
+    pub(super) inner: Arc<Inner>,
+}
+
+/// What clones of a window and its registers share.
+pub(super) struct Inner {
+    mapping: Mapping,
+    region: u32,
+    /// Where the window begins within its first page, in bytes.
+    skip: usize,
+    size: usize,
+    device: Arc<DeviceInner>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.device.forget(self.mapping.range().start);
+    }
+}
+
+impl Window {
+    /// Maps `range` of a region, page-rounded. The bar has checked that all of it can be mapped.
+    pub(super) fn map(
+        device: &Arc<DeviceInner>,
+        region: u32,
+        backing: &Arc<Backing>,
+        range: Range<u64>,
+        access: Access,
+        placement: Placement,
+    ) -> std::result::Result<Self, Failed> {
+        let page = sys::page_size() as u64;
+        let skip = range.start % page;
+        let offset = range.start - skip;
+        let pages = range.end.checked_next_multiple_of(page).map(|end| end - offset);
+        let too_large = || {
+            let object = device.range_name(region, &range);
+            Error::new(ErrorKind::OutOfRange, "map", object)
+                .because("there is no such address space")
+        };
+        let len = pages.and_then(|len| usize::try_from(len).ok()).ok_or_else(too_large)?;
+        let mapping = Mapping::new(backing.clone(), offset, len, access, placement)?;
+        let size = (range.end - range.start) as usize;
+        Ok(Self::of(mapping, device, region, skip as usize, size))
+    }
+
+    fn of(
+        mapping: Mapping,
+        device: &Arc<DeviceInner>,
+        region: u32,
+        skip: usize,
+        size: usize,
+    ) -> Self {
+        let inner = Inner { mapping, region, skip, size, device: device.clone() };
+        device.note(inner.mapping.range().start, inner.describe());
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The bytes of the region that it shows.
+    pub fn region_range(&self) -> Range<u64> {
+        self.inner.describe().range
+    }
+
+    /// The region's index.
+    pub fn region(&self) -> u32 {
+        self.inner.region
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> usize {
+        self.inner.size
+    }
+
+    /// The addresses that its pages take: from the page that holds its first byte to the end of the
+    /// page that holds its last.
+    pub fn addresses(&self) -> Range<usize> {
+        self.inner.mapping.range()
+    }
+
+    /// Whether it can be written.
+    pub fn access(&self) -> Access {
+        self.inner.mapping.access()
+    }
+
+    /// Points to the window's first byte: see [raw pointers](Self#raw-pointers).
+    pub fn as_ptr(&self) -> *mut u8 {
+        ptr::with_exposed_provenance_mut(self.inner.mapping.range().start + self.inner.skip)
+    }
+
+    /// The register of `T` at `offset` bytes into the window.
+    ///
+    /// # Errors
+    /// `OutOfRange` where it leaves the window, `Unaligned` where it is not naturally aligned in the
+    /// region, `ReadOnly` for a read-only window.
+    pub fn register<T: Width>(&self, offset: usize) -> Result<Register<T>> {
+        Register::new(self, offset)
+    }
+
+    /// The register of `T` at `offset` bytes into the window, for reading.
+    ///
+    /// # Errors
+    /// As [`register`](Self::register).
+    pub fn read_only_register<T: Width>(&self, offset: usize) -> Result<Register<T, ReadOnly>> {
+        Register::new(self, offset)
+    }
+
+    /// `count` registers of `T` from `offset` on, `stride` bytes apart.
+    ///
+    /// # Errors
+    /// As [`register`](Self::register); `Unaligned` for a stride that makes them overlap.
+    pub fn registers<T: Width>(
+        &self,
+        offset: usize,
+        stride: usize,
+        count: usize,
+    ) -> Result<Registers<T, ReadWrite>> {
+        Registers::new(self, offset, stride, count)
+    }
+
+    /// As [`registers`](Self::registers), for reading.
+    ///
+    /// # Errors
+    /// As [`registers`](Self::registers).
+    pub fn read_only_registers<T: Width>(
+        &self,
+        offset: usize,
+        stride: usize,
+        count: usize,
+    ) -> Result<Registers<T, ReadOnly>> {
+        Registers::new(self, offset, stride, count)
+    }
+
+    /// Makes a second window over the same bytes. Both live; registers of this one go on working.
+    ///
+    /// # Errors
+    /// `Refused` with what each strategy was answered, `Hazard`, `UnsuitablePlacement`,
+    /// `AddressTaken`, `TooManyMappings`. This window is as it was, and a reservation comes back with
+    /// the failure.
+    pub fn duplicate(
+        &self,
+        request: impl Into<Request>,
+    ) -> std::result::Result<(Window, Report), Failed> {
+        self.duplicate_as(self.access(), request.into())
+    }
+
+    /// Makes a second window that can only be read.
+    ///
+    /// # Errors
+    /// As [`duplicate`](Self::duplicate).
+    pub fn duplicate_read_only(
+        &self,
+        request: impl Into<Request>,
+    ) -> std::result::Result<(Window, Report), Failed> {
+        self.duplicate_as(Access::ReadOnly, request.into())
+    }
+
+    fn duplicate_as(
+        &self,
+        access: Access,
+        request: Request,
+    ) -> std::result::Result<(Window, Report), Failed> {
+        let Inner { mapping, region, skip, size, device } = &*self.inner;
+        let (mapping, report) = mapping.duplicate(access, request)?;
+        Ok((Self::of(mapping, device, *region, *skip, *size), report))
+    }
+
+    /// Takes the window to another address. Its old addresses come back as a [`Reservation`]; at no
+    /// instant is either range a hole that another `mmap` could take (but for [`Strategy::Move`],
+    /// which is never taken unasked).
+    ///
+    /// [`Strategy::Move`]: crate::space::Strategy::Move
+    ///
+    /// # Errors
+    /// `InUse` while a clone or a register of it lives: their addresses cannot change under them. A
+    /// driver that runs hands over by [`duplicate`](Self::duplicate), switching, and dropping the old
+    /// window. Otherwise as `duplicate`. The window is as it was.
+    pub fn relocate(
+        &mut self,
+        request: impl Into<Request>,
+    ) -> std::result::Result<Relocation, Failed> {
+        let Request { placement, strategies, pinned } = request.into();
+        let users = Arc::strong_count(&self.inner) - 1;
+        let Some(inner) = Arc::get_mut(&mut self.inner) else {
+            let error = in_use("relocate", &self.inner, users);
+            return Err(Failed::new(error, reservation_of(placement)));
+        };
+        let before = inner.mapping.range().start;
+        let relocation = inner.mapping.relocate(Request { placement, strategies, pinned })?;
+        inner.device.forget(before);
+        inner.device.note(inner.mapping.range().start, inner.describe());
+        Ok(relocation)
+    }
+
+    /// Unmaps the window and gives its addresses back, reserved: they are no hole for an instant.
+    ///
+    /// # Errors
+    /// The window, with `InUse` while a clone or a register of it lives, or with what the kernel
+    /// answered.
+    pub fn into_reservation(self) -> std::result::Result<Reservation, (Window, Error)> {
+        let users = Arc::strong_count(&self.inner) - 1;
+        let mut inner = match Arc::try_unwrap(self.inner) {
+            Ok(inner) => inner,
+            Err(inner) => {
+                let error = in_use("unmap", &inner, users);
+                return Err((Window { inner }, error));
+            }
+        };
+        match inner.mapping.vacate() {
+            Ok(reservation) => Ok(reservation),
+            Err(error) => Err((Window { inner: Arc::new(inner) }, error)),
+        }
+    }
+
+    /// Where `size` bytes at `offset` lie, aligned and within the window.
+    pub(super) fn place(
+        &self,
+        offset: usize,
+        size: usize,
+        align: usize,
+        wanted: Access,
+    ) -> Result<NonNull<u8>> {
+        let Inner { mapping, skip, size: all, .. } = &*self.inner;
+        let object = || format!("{size} bytes at {offset:#x} of {self:?}");
+        if !permits(mapping.access(), wanted) {
+            return Err(Error::new(ErrorKind::ReadOnly, "write", object())
+                .because("the window can only be read")
+                .remedy("use read_only_register, or a window that can be written"));
+        }
+        if offset.checked_add(size).is_none_or(|end| end > *all) {
+            return Err(
+                Error::new(ErrorKind::OutOfRange, "find", object()).because("it leaves the window")
+            );
+        }
+        let address = mapping.range().start + skip + offset;
+        if !address.is_multiple_of(align) {
+            return Err(Error::new(ErrorKind::Unaligned, "find", object())
+                .because(format!("a register of {size} bytes lies at a multiple of {align}")));
+        }
+        NonNull::new(ptr::with_exposed_provenance_mut(address))
+            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "find", object()))
+    }
+}
+
+fn reservation_of(placement: Placement) -> Option<Reservation> {
+    match placement {
+        Placement::In(reservation) => Some(reservation),
+        Placement::Anywhere | Placement::At(_) => None,
+    }
+}
+
+fn in_use(operation: &'static str, inner: &Inner, users: usize) -> Error {
+    let Note { region, range } = inner.describe();
+    Error::new(ErrorKind::InUse, operation, inner.device.range_name(region, &range))
+        .because(format!("{users} registers or clones of the window are alive"))
+        .remedy("drop them; or duplicate the window, switch over, and drop this one")
+}
+
+impl Inner {
+    fn describe(&self) -> Note {
+        let start = self.mapping.offset() + self.skip as u64;
+        Note { region: self.region, range: start..start + self.size as u64 }
+    }
+}
+
+impl fmt::Debug for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { region, device, .. } = &*self.inner;
+        let name = device.range_name(*region, &self.region_range());
+        write!(f, "Window({name} at {:p}, {:?})", self.as_ptr(), self.access())
+    }
+}

@@ -1,0 +1,238 @@
+//! What went wrong, on what, and what to do about it.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+
+use nix::errno::Errno;
+
+/// The result of everything in this crate that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What kind of thing went wrong, for programs that act on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// There is no such device, region or file.
+    NotFound,
+    /// The device is not bound to a VFIO driver.
+    NotBound,
+    /// Other devices of the IOMMU group are held by kernel drivers.
+    GroupNotViable,
+    /// The process may not do this.
+    PermissionDenied,
+    /// The device has no IOMMU in front of it.
+    NoIommu,
+    /// A range is empty, wraps around, or leaves its region or window.
+    OutOfRange,
+    /// An address, offset or length is not a multiple of what it must be.
+    Unaligned,
+    /// This part of the region cannot be mapped.
+    NotMappable,
+    /// The window, region or register does not allow this access.
+    ReadOnly,
+    /// A reservation is too small, or not congruent with the region.
+    UnsuitablePlacement,
+    /// Something else is mapped at that address.
+    AddressTaken,
+    /// Somebody still holds it.
+    InUse,
+    /// Every strategy that was allowed has been refused.
+    Refused,
+    /// A kernel hazard forbids it.
+    Hazard,
+    /// A failing system call cost us an address range that we had reserved.
+    ReservationLost,
+    /// The kernel or a peer sent something that makes no sense.
+    Malformed,
+    /// The process may not have more mappings (`vm.max_map_count`).
+    TooManyMappings,
+    /// The device has gone.
+    Gone,
+    /// The transport or the kernel does not offer this.
+    Unsupported,
+    /// Anything else that the operating system answered: see [`Error::errno`].
+    Os,
+}
+
+/// What was tried, on which object, why it failed, and what to do.
+///
+/// [`Display`](fmt::Display) gives all of it in one line that reads like advice.
+#[derive(Clone)]
+pub struct Error(Box<Inner>);
+
+#[derive(Clone)]
+struct Inner {
+    kind: ErrorKind,
+    operation: Cow<'static, str>,
+    object: String,
+    errno: Option<Errno>,
+    reason: Cow<'static, str>,
+    remedy: Cow<'static, str>,
+}
+
+impl Error {
+    /// An error of `kind`: `operation` ("open", "map") failed on `object` ("bar 0 of 0000:00:03.0").
+    ///
+    /// Public so that a [`Transport`](crate::transport::Transport) of your own can report as ours do.
+    pub fn new(
+        kind: ErrorKind,
+        operation: impl Into<Cow<'static, str>>,
+        object: impl fmt::Display,
+    ) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            operation: operation.into(),
+            object: object.to_string(),
+            errno: None,
+            reason: Cow::Borrowed(""),
+            remedy: Cow::Borrowed(""),
+        }))
+    }
+
+    /// A system call failed: the kind follows from `errno` where it can.
+    pub(crate) fn os(
+        errno: Errno,
+        operation: impl Into<Cow<'static, str>>,
+        object: impl fmt::Display,
+    ) -> Self {
+        let kind = match errno {
+            Errno::EACCES | Errno::EPERM => ErrorKind::PermissionDenied,
+            Errno::ENOENT => ErrorKind::NotFound,
+            Errno::ENODEV | Errno::ENXIO => ErrorKind::Gone,
+            Errno::EBUSY => ErrorKind::InUse,
+            Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::ENOSYS => ErrorKind::Unsupported,
+            _ => ErrorKind::Os,
+        };
+        Self::new(kind, operation, object).with_errno(errno)
+    }
+
+    /// An `io::Error` of the standard library, by its errno.
+    pub(crate) fn io(
+        error: &io::Error,
+        operation: impl Into<Cow<'static, str>>,
+        object: impl fmt::Display,
+    ) -> Self {
+        match error.raw_os_error() {
+            Some(errno) => Self::os(Errno::from_raw(errno), operation, object),
+            None => Self::new(ErrorKind::Os, operation, object).because(error.to_string()),
+        }
+    }
+
+    pub(crate) fn with_errno(mut self, errno: Errno) -> Self {
+        self.0.errno = Some(errno);
+        self
+    }
+
+    /// The same error as another kind, where the caller knows better what an errno means here.
+    pub(crate) fn as_kind(mut self, kind: ErrorKind) -> Self {
+        self.0.kind = kind;
+        self
+    }
+
+    /// Adds why it failed.
+    #[must_use]
+    pub fn because(mut self, reason: impl Into<Cow<'static, str>>) -> Self {
+        self.0.reason = reason.into();
+        self
+    }
+
+    /// Adds what to do about it.
+    #[must_use]
+    pub fn remedy(mut self, remedy: impl Into<Cow<'static, str>>) -> Self {
+        self.0.remedy = remedy.into();
+        self
+    }
+
+    /// What kind of thing went wrong.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// What was tried, as a verb: "open", "map", "relocate".
+    pub fn operation(&self) -> &str {
+        &self.0.operation
+    }
+
+    /// What it was tried on: "bar 0 of 0000:00:03.0, 0x0..0x4000".
+    pub fn object(&self) -> &str {
+        &self.0.object
+    }
+
+    /// The error number, where a system call failed.
+    pub fn errno(&self) -> Option<i32> {
+        self.0.errno.map(|errno| errno as i32)
+    }
+
+    /// What to do about it; empty where there is nothing to say.
+    pub fn advice(&self) -> &str {
+        &self.0.remedy
+    }
+}
+
+/// Names an errno as people search for it: "EINVAL (Invalid argument)".
+pub(crate) fn describe(errno: Errno) -> String {
+    format!("{errno:?} ({})", errno.desc())
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { operation, object, errno, reason, remedy, .. } = &*self.0;
+        write!(f, "cannot {operation} {object}")?;
+        if let Some(errno) = errno {
+            write!(f, ": {}", describe(*errno))?;
+        }
+        if !reason.is_empty() {
+            write!(f, ": {reason}")?;
+        }
+        if !remedy.is_empty() {
+            write!(f, "; {remedy}")?;
+        }
+        Ok(())
+    }
+}
+
+/// As `Display`, headed by the kind: a test or a `main` that ends with an error prints all of it.
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {self}", self.0.kind)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        let kind = match error.errno() {
+            Some(errno) => io::Error::from_raw_os_error(errno).kind(),
+            None => match error.kind() {
+                ErrorKind::NotFound => io::ErrorKind::NotFound,
+                ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
+                ErrorKind::OutOfRange | ErrorKind::Unaligned | ErrorKind::UnsuitablePlacement => {
+                    io::ErrorKind::InvalidInput
+                }
+                ErrorKind::Malformed => io::ErrorKind::InvalidData,
+                ErrorKind::Unsupported => io::ErrorKind::Unsupported,
+                _ => io::ErrorKind::Other,
+            },
+        };
+        io::Error::new(kind, error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_says_what_on_which_object_why_and_what_to_do() {
+        let error = Error::os(Errno::EACCES, "open", "/dev/vfio/12").remedy("run: chown");
+        assert_eq!(
+            error.to_string(),
+            "cannot open /dev/vfio/12: EACCES (Permission denied); run: chown"
+        );
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+        assert_eq!(error.errno(), Some(Errno::EACCES as i32));
+        assert_eq!(io::Error::from(error).kind(), io::ErrorKind::PermissionDenied);
+    }
+}

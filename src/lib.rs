@@ -1,0 +1,14 @@
+//! Duplicate and relocate device MMIO windows in user space on Linux.
+
+#![deny(unsafe_op_in_unsafe_fn, missing_docs, clippy::undocumented_unsafe_blocks)]
+
+pub mod device;
+mod error;
+pub mod space;
+mod sys;
+pub mod transport;
+
+pub use device::{Bar, Device, IoRegister, Register, Registers, Window};
+pub use error::{Error, ErrorKind, Result};
+pub use space::{Placement, Report, Reservation, Strategy};
+pub use transport::{PciAddress, Transport};

@@ -1,0 +1,389 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::*;
+use crate::space::{Backing, BackingKind, Hazard, KernelVersion, Placement};
+use crate::sys::spy::{self, Call};
+use crate::sys::{file, maps};
+
+const PAGE: usize = 4096;
+const MIB: usize = 1 << 20;
+
+fn backing(size: usize, kind: BackingKind) -> Backing {
+    let fd = file::memory_file("vfio-remap-test", size as u64).unwrap();
+    Backing::new("bar 0 of test", Arc::new(fd), 0, size as u64, kind).unwrap()
+}
+
+fn map(backing: &Arc<Backing>, len: usize) -> Mapping {
+    Mapping::new(backing.clone(), 0, len, Access::ReadWrite, Placement::Anywhere).unwrap()
+}
+
+fn shared(len: usize) -> Mapping {
+    map(&Arc::new(backing(len, BackingKind::SharedMemory)), len)
+}
+
+fn read(mapping: &Mapping, offset: usize) -> u32 {
+    // SAFETY: the mapping is alive and at least a page long.
+    unsafe { ((mapping.range().start + offset) as *const u32).read_volatile() }
+}
+
+fn write(mapping: &Mapping, offset: usize, value: u32) {
+    // SAFETY: as above.
+    unsafe { ((mapping.range().start + offset) as *mut u32).write_volatile(value) }
+}
+
+/// How many bytes of the range are accessible, and how many reserved.
+fn state(range: &std::ops::Range<usize>) -> (usize, usize) {
+    let (mut accessible, mut reserved) = (0, 0);
+    for mapped in maps::overlapping(range) {
+        let len = mapped.range.end.min(range.end) - mapped.range.start.max(range.start);
+        if mapped.inaccessible {
+            reserved += len;
+        } else {
+            accessible += len;
+        }
+    }
+    (accessible, reserved)
+}
+
+/// A reservation far below where the kernel puts mappings of its own choice: a hole that a test makes
+/// there is not taken by the tests beside it.
+fn secluded(len: usize) -> Reservation {
+    static NEXT: AtomicUsize = AtomicUsize::new(0x10_0000_0000);
+    let step = len.next_multiple_of(2 * MIB);
+    Reservation::at(NEXT.fetch_add(step, Ordering::Relaxed), len).unwrap()
+}
+
+fn is_fixed(call: Call) -> bool {
+    matches!(call, Call::MapFixed { .. } | Call::DontUnmapFixed { .. } | Call::MoveFixed { .. })
+}
+
+#[test]
+fn both_sides_of_a_duplicate_show_the_same_bytes_by_every_strategy() {
+    for strategy in [Strategy::DontUnmap, Strategy::MapAgain] {
+        for len in [PAGE, 4 * MIB] {
+            let source = shared(len);
+            write(&source, len - 4, 1);
+            let request = Placement::Anywhere.only(strategy);
+            let (duplicate, report) = source.duplicate(Access::ReadWrite, request).unwrap();
+            assert_eq!((report.strategy, report.attempts.len()), (strategy, 0));
+            assert_eq!(read(&duplicate, len - 4), 1);
+            write(&duplicate, 0, 2);
+            assert_eq!(read(&source, 0), 2);
+        }
+    }
+}
+
+#[test]
+fn a_relocated_mapping_leaves_a_reservation_that_reaches_nothing() {
+    for strategy in [Strategy::DontUnmap, Strategy::MapAgain, Strategy::Move] {
+        for placed in [false, true] {
+            let len = 2 * MIB;
+            let backing = Arc::new(backing(len, BackingKind::SharedMemory));
+            let start = Placement::In(secluded(len));
+            let mut mapping = Mapping::new(backing, 0, len, Access::ReadWrite, start).unwrap();
+            write(&mapping, 8, 3);
+            let old = mapping.range();
+            let placement = match placed {
+                false => Placement::Anywhere,
+                true => Placement::In(Reservation::aligned(len, 2 * MIB).unwrap()),
+            };
+            let Relocation { old: left, report } =
+                mapping.relocate(placement.only(strategy)).unwrap();
+            assert_eq!(left.as_ref().unwrap().range(), old);
+            assert_eq!(state(&old), (0, len), "{strategy}");
+            assert_eq!((report.from, report.to), (old, mapping.range()));
+            assert_eq!(read(&mapping, 8), 3);
+            let gap = strategy == Strategy::Move;
+            let source = if gap { Source::ReleasedWithGap } else { Source::Released };
+            assert_eq!(report.source, source);
+        }
+    }
+}
+
+#[test]
+fn dropping_a_mapping_in_a_piece_leaves_the_reservation_whole() {
+    let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
+    let whole = Reservation::new(3 * PAGE).unwrap();
+    let range = whole.range();
+    let (first, rest) = whole.split_at(PAGE).unwrap();
+    let (middle, last) = rest.split_at(PAGE).unwrap();
+    let placement = Placement::In(middle);
+    let mapping = Mapping::new(backing, 0, PAGE, Access::ReadWrite, placement).unwrap();
+    assert_eq!(state(&range), (PAGE, 2 * PAGE));
+    drop(mapping);
+    assert_eq!(state(&range), (0, 3 * PAGE));
+    drop((first, last));
+    assert_eq!(state(&range), (0, 0), "and the last holder takes all of it along");
+}
+
+#[test]
+fn dont_unmap_is_probed_once_for_a_backing_and_not_for_each_mapping() {
+    let backing = Arc::new(backing(MIB, BackingKind::SharedMemory));
+    let windows: Vec<_> = (0..3).map(|_| map(&backing, MIB)).collect();
+    let refuse = |call| matches!(call, Call::DontUnmap | Call::DontUnmapFixed { .. });
+    let (reports, calls) = spy::record(|| {
+        spy::refuse(Errno::EINVAL, refuse, || {
+            let duplicate = |window: &Mapping| {
+                window.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap().1
+            };
+            [&windows[0], &windows[1], &windows[2], &windows[0]].map(duplicate)
+        })
+    });
+    assert_eq!(calls.iter().filter(|call| **call == Call::DontUnmap).count(), 1);
+    for (index, report) in reports.iter().enumerate() {
+        assert_eq!(report.strategy, Strategy::MapAgain);
+        let outcome = Outcome::Refused { errno: libc::EINVAL, remembered: index > 0 };
+        assert_eq!(report.attempts, [Attempt { strategy: Strategy::DontUnmap, outcome }]);
+    }
+}
+
+#[test]
+fn pinning_asks_the_kernel_again_and_passing_errors_are_not_remembered() {
+    let window = shared(PAGE);
+    let by_dont_unmap =
+        || window.duplicate(Access::ReadWrite, Placement::Anywhere.only(Strategy::DontUnmap));
+    let is_probe = |call| call == Call::DontUnmap;
+    let refused = spy::refuse(Errno::EINVAL, is_probe, by_dont_unmap).unwrap_err();
+    assert_eq!((refused.kind(), refused.errno()), (ErrorKind::Refused, Some(libc::EINVAL)));
+    assert!(by_dont_unmap().is_ok(), "asked again");
+    let passing = shared(PAGE);
+    let any = || passing.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap().1;
+    assert_eq!(spy::refuse(Errno::ENOMEM, is_probe, any).strategy, Strategy::MapAgain);
+    assert_eq!(any().strategy, Strategy::DontUnmap, "ENOMEM was not remembered");
+}
+
+#[test]
+fn no_fixed_call_comes_before_an_acceptance_without_fixed() {
+    for kind in [BackingKind::SharedMemory, BackingKind::VfioPci, BackingKind::Other] {
+        for strategies in [Strategy::LADDER, &[Strategy::MapAgain], &[Strategy::Move]] {
+            let backing = Arc::new(backing(4 * MIB, kind));
+            let ((), calls) = spy::record(|| {
+                let mut window = map(&backing, 4 * MIB);
+                let place = Placement::In(Reservation::aligned(4 * MIB, 2 * MIB).unwrap());
+                let _ = window.duplicate(Access::ReadOnly, Placement::Anywhere.by(strategies));
+                let _ = window.relocate(place.by(strategies));
+            });
+            let first = |matches: fn(&Call) -> bool| calls.iter().position(matches);
+            let fixed_map =
+                first(|call| matches!(call, Call::MapFixed { .. } | Call::MoveFixed { .. }));
+            assert!(first(|call| *call == Call::Map) < fixed_map, "{calls:?}");
+            if let Some(fixed) = first(|call| matches!(call, Call::DontUnmapFixed { .. })) {
+                assert!(first(|call| *call == Call::DontUnmap).is_some_and(|probe| probe < fixed));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_refused_fixed_call_never_costs_the_caller_its_reservation() {
+    type Refuse = fn(Errno, fn(Call) -> bool, &mut dyn FnMut());
+    let kept: Refuse = |errno, matches, f| spy::refuse(errno, matches, f);
+    let destroyed: Refuse = |errno, matches, f| spy::refuse_destructively(errno, matches, f);
+    for refuse in [kept, destroyed] {
+        for strategy in [Strategy::DontUnmap, Strategy::MapAgain, Strategy::Move] {
+            let mut window = shared(2 * MIB);
+            write(&window, 0, 7);
+            let at = window.range();
+            let place = secluded(2 * MIB);
+            let range = place.range();
+            let mut request = Some(Placement::In(place).only(strategy));
+            let mut result = None;
+            refuse(Errno::EIO, is_fixed, &mut || {
+                result = request.take().map(|request| window.relocate(request));
+            });
+            let failed = result.unwrap().unwrap_err();
+            assert_eq!((failed.kind(), failed.errno()), (ErrorKind::Refused, Some(libc::EIO)));
+            assert_eq!(failed.into_reservation().unwrap().range(), range);
+            assert_eq!((window.range(), read(&window, 0)), (at, 7), "the window is where it was");
+        }
+    }
+}
+
+#[test]
+fn after_a_refusal_that_unmapped_the_destination_the_next_rung_takes_it() {
+    let window = shared(2 * MIB);
+    let place = secluded(2 * MIB);
+    let range = place.range();
+    let (duplicate, report) = spy::refuse_destructively(
+        Errno::EINVAL,
+        |call| matches!(call, Call::DontUnmapFixed { .. }),
+        || window.duplicate(Access::ReadWrite, Placement::In(place).into()).unwrap(),
+    );
+    assert_eq!((report.strategy, duplicate.range()), (Strategy::MapAgain, range));
+    write(&duplicate, 4, 9);
+    assert_eq!(read(&window, 4), 9);
+}
+
+#[test]
+fn a_reservation_that_others_took_meanwhile_is_reported_lost_and_left_alone() {
+    let mut window = shared(2 * MIB);
+    let at = window.range();
+    let place = secluded(2 * MIB);
+    let range = place.range();
+    let start = range.start;
+    let failed = spy::script(
+        move |call| match call {
+            Call::MapFixed { address, len } => {
+                // What a kernel and another thread do: the destination goes, and is taken.
+                // SAFETY: the reservation is the caller's to replace.
+                unsafe { mm::munmap(address, len) }.unwrap();
+                let other = Reservation::at(start, PAGE).unwrap();
+                std::mem::forget(other);
+                Some(Errno::EIO)
+            }
+            _ => None,
+        },
+        || window.relocate(Placement::In(place).only(Strategy::MapAgain)).unwrap_err(),
+    );
+    assert_eq!(failed.kind(), ErrorKind::ReservationLost);
+    assert!(failed.into_reservation().is_none());
+    assert_eq!(state(&range), (0, PAGE), "what the other holds stays, and nothing else");
+    assert_eq!((window.range(), read(&window, 0)), (at, 0));
+}
+
+#[test]
+fn when_the_old_side_cannot_be_covered_nothing_has_changed() {
+    for strategy in [Strategy::DontUnmap, Strategy::MapAgain] {
+        let mut window = shared(2 * MIB);
+        write(&window, 0, 5);
+        let at = window.range();
+        let place = Reservation::aligned(2 * MIB, 2 * MIB).unwrap();
+        let range = place.range();
+        let mut covers = 0;
+        let failed = spy::script(
+            move |call| match call {
+                Call::Cover { .. } => {
+                    covers += 1;
+                    (covers == 1).then_some(Errno::ENOMEM)
+                }
+                _ => None,
+            },
+            || window.relocate(Placement::In(place).only(strategy)).unwrap_err(),
+        );
+        assert_eq!(failed.errno(), Some(libc::ENOMEM));
+        assert_eq!(failed.into_reservation().unwrap().range(), range);
+        assert_eq!(state(&range), (0, 0), "the new side is gone, and the reservation dropped");
+        assert_eq!((window.range(), read(&window, 0)), (at, 5));
+    }
+}
+
+#[test]
+fn what_cannot_be_finished_is_undone() {
+    let window = shared(PAGE);
+    let unfinished: [(Strategy, fn(Call) -> bool); 2] = [
+        (Strategy::DontUnmap, |call| call == Call::Protect),
+        (Strategy::MapAgain, |call| call == Call::Advise),
+    ];
+    for (strategy, step) in unfinished {
+        for placed in [false, true] {
+            let place = Reservation::new(PAGE).unwrap();
+            let range = place.range();
+            let placement = if placed { Placement::In(place) } else { Placement::Anywhere };
+            let request = placement.only(strategy);
+            let (failed, calls) = spy::record(|| {
+                spy::refuse(Errno::ENOMEM, step, || window.duplicate(Access::ReadOnly, request))
+            });
+            let reservation = failed.unwrap_err().into_reservation();
+            assert_eq!(reservation.is_some(), placed);
+            if let Some(reservation) = reservation {
+                assert_eq!((reservation.range(), state(&range)), (range.clone(), (0, PAGE)));
+            }
+            let undo =
+                if placed { Call::Cover { address: range.start, len: PAGE } } else { Call::Unmap };
+            assert_eq!(calls.last(), Some(&undo));
+        }
+    }
+}
+
+#[test]
+fn a_read_only_duplicate_cannot_be_written_by_any_strategy() {
+    for strategy in [Strategy::DontUnmap, Strategy::MapAgain] {
+        let window = shared(PAGE);
+        let request = Placement::Anywhere.only(strategy);
+        let (duplicate, _) = window.duplicate(Access::ReadOnly, request).unwrap();
+        write(&window, 0, 11);
+        assert_eq!((duplicate.access(), read(&duplicate, 0)), (Access::ReadOnly, 11));
+        let line = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let start = format!("{:x}-", duplicate.range().start);
+        let line = line.lines().find(|line| line.starts_with(&start)).unwrap();
+        assert!(line.contains(" r--s "), "{line}");
+    }
+}
+
+#[test]
+fn a_kernel_that_accepts_and_cannot_be_trusted_stays_on_map_again_by_the_hazards_name() {
+    let gib = 1 << 30;
+    let cases = [
+        (BackingKind::VfioPci, (6, 1), PAGE, Some(Hazard::SourceMaySpin)),
+        (BackingKind::VfioPci, (6, 11), PAGE, Some(Hazard::SourceMaySpin)),
+        (BackingKind::VfioPci, (6, 12), PAGE, None),
+        (BackingKind::VfioPci, (7, 3), gib, Some(Hazard::OneGibEntry)),
+        (BackingKind::SharedMemory, (5, 13), gib, None),
+        (BackingKind::Other, (7, 3), PAGE, Some(Hazard::UnknownBacking)),
+    ];
+    for (kind, (major, minor), len, hazard) in cases {
+        let backing = backing(len, kind).on_kernel(KernelVersion::new(major, minor));
+        let window = map(&Arc::new(backing), len);
+        let (_, report) = window.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap();
+        match hazard {
+            Some(hazard) => {
+                let outcome = Outcome::Hazard(hazard);
+                assert_eq!(report.attempts, [Attempt { strategy: Strategy::DontUnmap, outcome }]);
+                assert_eq!(report.strategy, Strategy::MapAgain);
+                let pinned = Placement::Anywhere.only(Strategy::DontUnmap);
+                let failed = window.duplicate(Access::ReadWrite, pinned).unwrap_err();
+                assert_eq!(failed.kind(), ErrorKind::Hazard, "pinning does not make it safe");
+            }
+            None => assert_eq!(report.strategy, Strategy::DontUnmap),
+        }
+    }
+}
+
+#[test]
+fn a_move_that_would_escape_revocation_or_corrupt_page_tables_is_never_made() {
+    for ((major, minor), len, hazard) in
+        [((6, 1), PAGE, Hazard::MoveEscapesRevocation), ((7, 3), 1 << 30, Hazard::OneGibEntry)]
+    {
+        let backing =
+            backing(len, BackingKind::VfioPci).on_kernel(KernelVersion::new(major, minor));
+        let mut window = map(&Arc::new(backing), len);
+        let (failed, calls) =
+            spy::record(|| window.relocate(Placement::Anywhere.only(Strategy::Move)).unwrap_err());
+        assert_eq!(failed.kind(), ErrorKind::Hazard);
+        assert!(failed.to_string().contains(&hazard.to_string()), "{failed}");
+        assert!(!calls.iter().any(|call| matches!(call, Call::MoveFixed { .. })));
+    }
+}
+
+#[test]
+fn placements_that_do_not_fit_are_refused_with_the_reservation_given_back() {
+    let window = shared(4 * MIB);
+    let too_small = Reservation::aligned(2 * MIB, 2 * MIB).unwrap();
+    let incongruent = Reservation::congruent(4 * MIB, 2 * MIB, PAGE as u64).unwrap();
+    for (place, word) in [(too_small, "larger"), (incongruent, "congruent")] {
+        let range = place.range();
+        let failed = window.duplicate(Access::ReadWrite, Placement::In(place).into()).unwrap_err();
+        assert_eq!(failed.kind(), ErrorKind::UnsuitablePlacement);
+        assert!(failed.to_string().contains(word), "{failed}");
+        assert_eq!(failed.into_reservation().unwrap().range(), range);
+    }
+    let taken = Placement::At(window.range().start);
+    let failed = window.duplicate(Access::ReadWrite, taken.into()).unwrap_err();
+    assert_eq!(failed.kind(), ErrorKind::AddressTaken);
+    assert!(failed.to_string().contains("vfio-remap-test"), "{failed}");
+}
+
+#[test]
+fn large_mappings_are_congruent_wherever_they_go() {
+    let backing = Arc::new(backing(8 * MIB, BackingKind::SharedMemory));
+    let offset = 2 * MIB as u64 + PAGE as u64;
+    let place = Placement::Anywhere;
+    let mut window = Mapping::new(backing, offset, 4 * MIB, Access::ReadWrite, place).unwrap();
+    let residue = |mapping: &Mapping| mapping.range().start % (2 * MIB);
+    assert_eq!(residue(&window), PAGE);
+    window.relocate(Placement::Anywhere.into()).unwrap();
+    assert_eq!(residue(&window), PAGE);
+    let (duplicate, _) = window.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap();
+    assert_eq!(residue(&duplicate), PAGE);
+}

@@ -1,0 +1,302 @@
+//! One mapping of a backing: made, placed, undone.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::reservation::out_of_memory;
+use super::{Backing, BackingKind, Failed, Placement, Reservation};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::mm::{self, Access};
+
+const HUGE: usize = 2 << 20;
+const GIB: usize = 1 << 30;
+
+/// `len` bytes of a backing from `offset` on, mapped at `address`: one VMA, owned.
+///
+/// Dropping it leaves nothing mapped; where it was placed in a reservation, the range is reserved
+/// again.
+pub(crate) struct Mapping {
+    pub(super) backing: Arc<Backing>,
+    pub(super) offset: u64,
+    pub(super) address: usize,
+    pub(super) len: usize,
+    pub(super) access: Access,
+    /// The reservation at whose start the mapping lies.
+    pub(super) home: Option<Reservation>,
+}
+
+/// A place for a mapping, found or about to be found.
+pub(super) enum Destination {
+    /// The kernel chooses.
+    Chosen,
+    /// The start of a reservation that we made, or that the caller gave (`true`).
+    Reserved(Reservation, bool),
+}
+
+/// A mapping that was not made, and what that has cost.
+pub(super) struct Refusal {
+    pub errno: Errno,
+    /// The destination was unmapped by the failing call, and somebody else has taken it.
+    pub lost: bool,
+}
+
+impl From<Errno> for Refusal {
+    fn from(errno: Errno) -> Self {
+        Self { errno, lost: false }
+    }
+}
+
+impl Destination {
+    /// Reserves what a placement needs, and checks what it brings.
+    pub(super) fn prepare(
+        placement: Placement,
+        operation: &'static str,
+        object: &dyn fmt::Display,
+        file_offset: u64,
+        len: usize,
+    ) -> std::result::Result<Self, Failed> {
+        let (reservation, given) = match placement {
+            Placement::Anywhere if len < HUGE => return Ok(Self::Chosen),
+            Placement::Anywhere => {
+                let modulus = if len < GIB { HUGE } else { GIB };
+                (Reservation::congruent(len, modulus, file_offset)?, false)
+            }
+            Placement::At(address) => (Reservation::at(address, len)?, false),
+            Placement::In(reservation) => (reservation, true),
+        };
+        let unsuitable = if reservation.size() < len {
+            Some((
+                format!("{reservation:?} has {:#x} bytes of {len:#x}", reservation.size()),
+                "make a larger reservation".to_owned(),
+            ))
+        } else if len >= HUGE && (reservation.address() as u64 ^ file_offset) % HUGE as u64 != 0 {
+            Some((
+                format!(
+                    "{:#x} is not congruent to offset {file_offset:#x} modulo 2 MiB, which costs a \
+                         fault for every page",
+                    reservation.address()
+                ),
+                format!(
+                    "use Placement::Anywhere or Reservation::congruent({len:#x}, {HUGE:#x}, {:#x})",
+                    file_offset % HUGE as u64
+                ),
+            ))
+        } else {
+            None
+        };
+        match unsuitable {
+            None => Ok(Self::Reserved(reservation, given)),
+            Some((reason, remedy)) => Err(Failed::new(
+                Error::new(ErrorKind::UnsuitablePlacement, operation, object)
+                    .because(reason)
+                    .remedy(remedy),
+                given.then_some(reservation),
+            )),
+        }
+    }
+
+    /// Runs a FIXED call over the reservation's start; a refusal leaves it as it was, or tells.
+    pub(super) fn fixed(
+        reservation: &Reservation,
+        len: usize,
+        call: impl FnOnce(usize) -> std::result::Result<(), Errno>,
+    ) -> std::result::Result<usize, Refusal> {
+        let address = reservation.address();
+        match call(address) {
+            Ok(()) => Ok(address),
+            // SAFETY: the call has mapped nothing.
+            Err(errno) => Err(Refusal { errno, lost: !unsafe { reservation.plug(len) } }),
+        }
+    }
+
+    /// Takes away again what was mapped at `address`.
+    ///
+    /// # Safety
+    /// `[address, address + len)` is ours, and nothing reads or writes through it.
+    pub(super) unsafe fn undo(&self, address: usize, len: usize) {
+        // SAFETY: the caller's own contract.
+        let result = unsafe {
+            match self {
+                Self::Chosen => mm::munmap(address, len),
+                Self::Reserved(reservation, _) => reservation.cover(len),
+            }
+        };
+        if let Err(errno) = result {
+            log::error!("leaked the mapping at {address:#x}, {len:#x} bytes: {errno}");
+        }
+    }
+
+    /// The reservation to give back to the caller with an error.
+    pub(super) fn given_back(self, lost: bool) -> Option<Reservation> {
+        match self {
+            Self::Reserved(reservation, true) if !lost => Some(reservation),
+            _ => None,
+        }
+    }
+
+    pub(super) fn into_home(self) -> Option<Reservation> {
+        match self {
+            Self::Chosen => None,
+            Self::Reserved(reservation, _) => Some(reservation),
+        }
+    }
+}
+
+impl Mapping {
+    /// Maps `len` bytes of `backing` from `offset` on, both multiples of the page size.
+    pub(crate) fn new(
+        backing: Arc<Backing>,
+        offset: u64,
+        len: usize,
+        access: Access,
+        placement: Placement,
+    ) -> std::result::Result<Self, Failed> {
+        let object = Object { backing: &backing, offset, len };
+        let destination =
+            Destination::prepare(placement, "map", &object, backing.file_offset(offset), len)?;
+        match map_again(&backing, offset, len, access, &destination) {
+            Ok(address) => {
+                let home = destination.into_home();
+                Ok(Self { backing, offset, address, len, access, home })
+            }
+            Err(Refusal { errno, lost }) => {
+                let error = out_of_memory(errno, "map", object);
+                let error = if lost { error.as_kind(ErrorKind::ReservationLost) } else { error };
+                Err(Failed::new(error, destination.given_back(lost)))
+            }
+        }
+    }
+
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.address..self.address + self.len
+    }
+
+    pub(crate) fn access(&self) -> Access {
+        self.access
+    }
+
+    /// How errors name it.
+    pub(super) fn object(&self) -> Object<'_> {
+        Object { backing: &self.backing, offset: self.offset, len: self.len }
+    }
+
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Unmaps it and gives its addresses back, reserved; they are no hole for an instant.
+    ///
+    /// # Errors
+    /// `Os` where the kernel could not: the mapping is then as it was.
+    pub(crate) fn vacate(&mut self) -> Result<Reservation> {
+        // SAFETY: `&mut self` says that nobody uses the mapping; afterwards it owns nothing.
+        let result = unsafe { self.release() };
+        let reservation = result.map_err(|errno| out_of_memory(errno, "unmap", self.object()))?;
+        self.len = 0;
+        Ok(reservation)
+    }
+
+    /// Covers the mapping and hands its addresses out; on failure nothing has changed. The mapping
+    /// owns nothing afterwards: its address or length is to be set anew.
+    ///
+    /// # Safety
+    /// Nothing reads or writes through the mapping any more.
+    pub(super) unsafe fn release(&mut self) -> std::result::Result<Reservation, Errno> {
+        // SAFETY: the mapping owns its range; the caller vouches for its users.
+        unsafe {
+            match self.home.take() {
+                Some(home) => match home.cover(self.len) {
+                    Ok(()) => Ok(home),
+                    Err(errno) => {
+                        self.home = Some(home);
+                        Err(errno)
+                    }
+                },
+                None => Reservation::over(self.address, self.len),
+            }
+        }
+    }
+}
+
+/// Maps `len` bytes of the backing at the destination; the new side is cold, and ready for use.
+pub(super) fn map_again(
+    backing: &Backing,
+    offset: u64,
+    len: usize,
+    access: Access,
+    destination: &Destination,
+) -> std::result::Result<usize, Refusal> {
+    let address = match destination {
+        Destination::Chosen => backing.map(offset, len, access)?,
+        Destination::Reserved(reservation, _) => {
+            backing.vet(offset, len, access)?;
+            let file_offset = backing.file_offset(offset);
+            Destination::fixed(reservation, len, |address| {
+                // SAFETY: the reservation owns the range, and nothing uses it.
+                unsafe { mm::map_fixed(address, backing.fd(), file_offset, len, access) }
+            })?
+        }
+    };
+    // SAFETY: the mapping was made above.
+    if let Err(errno) = unsafe { mm::keep_from_children(address, len) } {
+        // SAFETY: as above; nobody knows of it yet.
+        unsafe { destination.undo(address, len) };
+        return Err(errno.into());
+    }
+    if len >= HUGE && backing.kind() == BackingKind::VfioPci {
+        // A kernel without transparent huge pages answers EINVAL, and maps by 4 KiB.
+        // SAFETY: as above.
+        let _ = unsafe { mm::prefer_huge_pages(address, len) };
+    }
+    Ok(address)
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.len == 0 {
+            return;
+        }
+        // SAFETY: the mapping's last holder is going, and with it every user of the range.
+        let result = unsafe {
+            match &mut self.home {
+                None => mm::munmap(self.address, self.len),
+                Some(home) => {
+                    if home.is_whole_area() {
+                        // The reservation goes with it, in one munmap of its own.
+                        Ok(())
+                    } else {
+                        home.cover(self.len)
+                    }
+                }
+            }
+        };
+        if let Err(errno) = result {
+            log::error!("leaked the mapping of {}: {errno}", self.object());
+            // What is still mapped must not become somebody's reservation.
+            std::mem::forget(self.home.take());
+        }
+    }
+}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mapping({} at {:#x}, {:?})", self.object(), self.address, self.access)
+    }
+}
+
+/// "bar 0 of 0000:00:03.0, 0x0..0x4000"
+pub(super) struct Object<'a> {
+    backing: &'a Backing,
+    offset: u64,
+    len: usize,
+}
+
+impl fmt::Display for Object<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = self.offset + self.len as u64;
+        write!(f, "{}, {:#x}..{end:#x}", self.backing.name(), self.offset)
+    }
+}

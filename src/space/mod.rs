@@ -1,0 +1,24 @@
+//! Address space, with no notion of devices: reservations, mappings, and the ladder of strategies by
+//! which a mapping is duplicated or relocated.
+//!
+//! `unsafe` is here because ranges of address space are owned by convention only. The convention: a
+//! [`Reservation`] owns its range, a mapping owns its own, and only the owner of a range replaces it.
+
+mod backing;
+mod ladder;
+mod mapping;
+mod placement;
+mod report;
+mod reservation;
+
+pub(crate) use backing::Backing;
+pub use backing::BackingKind;
+pub use ladder::Relocation;
+pub(crate) use mapping::Mapping;
+pub use placement::{Failed, Placement, Request, Strategy};
+pub use report::{Attempt, Outcome, Report, Source, Verb};
+pub use reservation::Reservation;
+
+pub use crate::sys::hazard::Hazard;
+pub use crate::sys::kernel::KernelVersion;
+pub use crate::sys::mm::Access;

@@ -1,0 +1,148 @@
+//! Where a mapping is to go, by which strategies, and what comes back when that fails.
+
+use std::fmt;
+use std::ops::Deref;
+
+use super::Reservation;
+use crate::Error;
+
+/// A way to make a second window, or to make one elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Strategy {
+    /// `mremap(MREMAP_MAYMOVE|MREMAP_DONTUNMAP)`: the page tables go to the new side, the old side is
+    /// filled again when it is touched. Linux 5.13 and newer accept it for shared memory; for a BAR
+    /// no released kernel does.
+    DontUnmap,
+    /// `mmap` of the same file and offset once more: works on every kernel.
+    MapAgain,
+    /// `mremap(MREMAP_MAYMOVE|MREMAP_FIXED)`: only moves, and leaves a hole at the old side for an
+    /// instant that another `mmap` may take. Never taken unless it is asked for.
+    Move,
+}
+
+impl Strategy {
+    /// What is tried, in this order, when nothing else is asked for.
+    pub const LADDER: &'static [Strategy] = &[Strategy::DontUnmap, Strategy::MapAgain];
+
+    fn alone(self) -> &'static [Strategy] {
+        match self {
+            Self::DontUnmap => &[Self::DontUnmap],
+            Self::MapAgain => &[Self::MapAgain],
+            Self::Move => &[Self::Move],
+        }
+    }
+}
+
+impl fmt::Display for Strategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// Where a mapping goes.
+#[derive(Debug)]
+pub enum Placement {
+    /// Where there is room. From 2 MiB on, at an address congruent to the offset in the region modulo
+    /// 2 MiB (from 1 GiB on, modulo 1 GiB), so that Linux 6.12 and newer use huge page-table entries.
+    Anywhere,
+    /// At this address, if nothing is mapped there (`MAP_FIXED_NOREPLACE`).
+    At(usize),
+    /// At the start of a reservation, which must be as large as the mapping, and from 2 MiB on
+    /// congruent to the offset in the region modulo 2 MiB. A failure gives it back
+    /// ([`Failed::into_reservation`]).
+    In(Reservation),
+}
+
+impl Placement {
+    /// This placement, by one strategy only. Asks the kernel again even where it is known to refuse.
+    #[must_use]
+    pub fn only(self, strategy: Strategy) -> Request {
+        Request { placement: self, strategies: strategy.alone(), pinned: true }
+    }
+
+    /// This placement, by these strategies in this order.
+    #[must_use]
+    pub fn by(self, strategies: &'static [Strategy]) -> Request {
+        Request { placement: self, strategies, pinned: false }
+    }
+}
+
+/// A placement and the strategies that may lead there; a [`Placement`] alone stands for
+/// [`Strategy::LADDER`].
+#[derive(Debug)]
+pub struct Request {
+    pub(crate) placement: Placement,
+    pub(crate) strategies: &'static [Strategy],
+    pub(crate) pinned: bool,
+}
+
+impl From<Placement> for Request {
+    fn from(placement: Placement) -> Self {
+        placement.by(Strategy::LADDER)
+    }
+}
+
+/// An error of a verb that takes a [`Placement`], with the reservation that it was given.
+///
+/// Converts into its [`Error`] with `?`; the reservation is then dropped.
+pub struct Failed {
+    error: Error,
+    reservation: Option<Reservation>,
+}
+
+impl Failed {
+    pub(crate) fn new(error: Error, reservation: Option<Reservation>) -> Self {
+        Self { error, reservation }
+    }
+
+    /// What went wrong.
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+
+    /// The reservation of [`Placement::In`]; `None` where there was none, or where it was lost
+    /// ([`ErrorKind::ReservationLost`](crate::ErrorKind::ReservationLost)).
+    pub fn into_reservation(self) -> Option<Reservation> {
+        self.reservation
+    }
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self::new(error, None)
+    }
+}
+
+impl From<Failed> for Error {
+    fn from(failed: Failed) -> Self {
+        failed.error
+    }
+}
+
+impl From<Failed> for std::io::Error {
+    fn from(failed: Failed) -> Self {
+        failed.error.into()
+    }
+}
+
+impl Deref for Failed {
+    type Target = Error;
+
+    fn deref(&self) -> &Error {
+        &self.error
+    }
+}
+
+impl fmt::Debug for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.error, f)
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.error, f)
+    }
+}
+
+impl std::error::Error for Failed {}

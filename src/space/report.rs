@@ -1,0 +1,141 @@
+//! What a verb did, which way it took, and why not another.
+
+use std::fmt;
+use std::ops::Range;
+
+use nix::errno::Errno;
+
+use super::{Hazard, Strategy};
+use crate::error::describe;
+
+/// What was asked of a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verb {
+    /// A second window over the same bytes.
+    Duplicate,
+    /// The same window elsewhere.
+    Relocate,
+}
+
+/// Why a strategy was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// The kernel refused, with this error number.
+    Refused {
+        /// The error number of `mmap` or `mremap`.
+        errno: i32,
+        /// Not asked this time: an earlier probe of the same backing was answered so.
+        remembered: bool,
+    },
+    /// The kernel would accept, and cannot be trusted with it.
+    Hazard(Hazard),
+    /// A duplicate cannot be made this way.
+    OnlyMoves,
+}
+
+/// A strategy that was tried, or known, before the one that worked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Attempt {
+    /// The strategy.
+    pub strategy: Strategy,
+    /// Why it was not taken.
+    pub outcome: Outcome,
+}
+
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { strategy, outcome } = self;
+        match outcome {
+            Outcome::Refused { errno, remembered } => {
+                let when = if *remembered { " (remembered)" } else { "" };
+                write!(f, "{strategy} was refused with {}{when}", describe(Errno::from_raw(*errno)))
+            }
+            Outcome::Hazard(hazard) => write!(f, "{strategy} was accepted but not taken: {hazard}"),
+            Outcome::OnlyMoves => write!(f, "{strategy} cannot duplicate"),
+        }
+    }
+}
+
+/// What became of the side that a verb started from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// Live, with its page tables as they were.
+    Warm,
+    /// Live; its next accesses fault once more.
+    Cold,
+    /// Reserved memory that reaches nothing, without having been a hole for an instant.
+    Released,
+    /// Reserved memory that reaches nothing; for an instant it was a hole (`gap`).
+    ReleasedWithGap,
+    /// It was a hole for an instant (`gap`), and somebody took it.
+    Lost,
+}
+
+/// Which way a verb took and why: its `Display` is a sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// What was asked.
+    pub verb: Verb,
+    /// The strategy that did it.
+    pub strategy: Strategy,
+    /// The strategies before it, in the order in which they were considered.
+    pub attempts: Vec<Attempt>,
+    /// The addresses of the window that the verb started from.
+    pub from: Range<usize>,
+    /// The addresses of the window that it made.
+    pub to: Range<usize>,
+    /// What became of the addresses `from`.
+    pub source: Source,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = match self.verb {
+            Verb::Duplicate => "duplicated",
+            Verb::Relocate => "relocated",
+        };
+        let Self { strategy, from, to, .. } = self;
+        write!(f, "{verb} {:#x}..{:#x} to {:#x} by {strategy}", from.start, from.end, to.start)?;
+        for attempt in &self.attempts {
+            write!(f, "; {attempt}")?;
+        }
+        f.write_str(match self.source {
+            Source::Warm => "; the source is live and warm",
+            Source::Cold => "; the source is live but cold: it faults in again when touched",
+            Source::Released => "; the old range is reserved and reaches nothing",
+            Source::ReleasedWithGap => {
+                "; the old range is reserved and reaches nothing, but was a hole for an instant (gap)"
+            }
+            Source::Lost => {
+                "; the old range was a hole for an instant (gap), and another mapping has taken it"
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_a_sentence() {
+        let report = Report {
+            verb: Verb::Duplicate,
+            strategy: Strategy::MapAgain,
+            attempts: vec![Attempt {
+                strategy: Strategy::DontUnmap,
+                outcome: Outcome::Refused { errno: Errno::EINVAL as i32, remembered: true },
+            }],
+            from: 0x1000..0x3000,
+            to: 0x8000..0xa000,
+            source: Source::Warm,
+        };
+        assert_eq!(
+            report.to_string(),
+            "duplicated 0x1000..0x3000 to 0x8000 by MapAgain; DontUnmap was refused with EINVAL \
+             (Invalid argument) (remembered); the source is live and warm"
+        );
+    }
+}

@@ -1,0 +1,459 @@
+//! Address space that is set aside, and that nothing else in the process can be mapped into.
+
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use nix::errno::Errno;
+
+use super::Failed;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::{self, maps, mm};
+
+/// A range of addresses that belongs to its holder: reserved (`PROT_NONE`), reaching nothing, and
+/// in nobody else's way.
+///
+/// Windows are placed in reservations by [`Placement::In`](super::Placement::In). Pieces of a split
+/// reservation may be dropped in any order: the addresses go back to the process when the last piece,
+/// and the last window placed in one, has gone; until then a dropped piece stays reserved, so that
+/// the whole never gets a hole.
+pub struct Reservation {
+    area: Arc<Area>,
+    start: usize,
+    size: usize,
+}
+
+/// What was reserved in one go.
+struct Area {
+    range: Range<usize>,
+    /// What to add (wrapping) to an address for its offset in the placeholder file.
+    bias: u64,
+    /// Ranges that somebody else took while a failing system call had them unmapped.
+    lost: Mutex<Vec<Range<usize>>>,
+}
+
+impl Area {
+    fn new(start: usize, size: usize, offset: u64) -> Self {
+        let bias = offset.wrapping_sub(start as u64);
+        Self { range: start..start + size, bias, lost: Mutex::default() }
+    }
+
+    fn offset_of(&self, address: usize) -> u64 {
+        self.bias.wrapping_add(address as u64)
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        let lost = self.lost.get_mut().unwrap_or_else(PoisonError::into_inner);
+        lost.sort_by_key(|range| range.start);
+        let mut start = self.range.start;
+        let end = self.range.end;
+        for hole in lost.iter().cloned().chain([end..end]) {
+            if start < hole.start {
+                // SAFETY: the area's last holder has gone, and with it every user of the range; what
+                // others took is left out.
+                if let Err(errno) = unsafe { mm::munmap(start, hole.start - start) } {
+                    log::error!("leaked the reservation {start:#x}..{:#x}: {errno}", hole.start);
+                }
+            }
+            start = hole.end;
+        }
+    }
+}
+
+/// The file that reservations map, inaccessibly, each at offsets of its own.
+///
+/// Reservations could be anonymous memory; file and offset make each known: after a failing FIXED
+/// call, which up to Linux 6.16 has unmapped the destination and on later ones mostly has not,
+/// `/proc/self/maps` tells our placeholder from what another thread may have put there. The file's
+/// name also tells people who read that list whose the ranges are.
+fn placeholder() -> Result<&'static OwnedFd> {
+    static FILE: OnceLock<OwnedFd> = OnceLock::new();
+    if let Some(file) = FILE.get() {
+        return Ok(file);
+    }
+    let file = sys::file::memory_file("vfio-remap-reserved", 0)
+        .map_err(|errno| Error::os(errno, "create", "the memfd that marks reservations"))?;
+    Ok(FILE.get_or_init(|| file))
+}
+
+/// Offsets in the placeholder file that no other reservation uses, for `size` bytes.
+///
+/// They begin anew after 2^62 bytes; two reservations with the same offsets are told apart by all
+/// but the search for a placeholder that a failed call may have unmapped.
+fn fresh_offset(size: usize) -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(size as u64, Ordering::Relaxed) % (1 << 62)
+}
+
+fn show(range: &Range<usize>) -> String {
+    format!("addresses {:#x}..{:#x}", range.start, range.end)
+}
+
+/// `size` rounded up to whole pages; an error where it is zero or too large.
+fn pages(size: usize) -> Result<usize> {
+    if size == 0 {
+        return Err(Error::new(ErrorKind::OutOfRange, "reserve", "0 bytes"));
+    }
+    size.checked_next_multiple_of(sys::page_size()).ok_or_else(|| {
+        Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
+            .because("there is no such address space")
+    })
+}
+
+impl Reservation {
+    /// Reserves `size` bytes, rounded up to whole pages, where there is room.
+    ///
+    /// # Errors
+    /// `OutOfRange` for zero, and for more than an address space holds; `Os` with ENOMEM.
+    pub fn new(size: usize) -> Result<Self> {
+        Self::congruent(size, sys::page_size(), 0)
+    }
+
+    /// Reserves `size` bytes at a multiple of `alignment`, a power of two of at least a page.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); `Unaligned` where `alignment` is not such a number.
+    pub fn aligned(size: usize, alignment: usize) -> Result<Self> {
+        Self::congruent(size, alignment, 0)
+    }
+
+    /// Reserves `size` bytes at an address that is `offset` modulo `modulus`: with a modulus of 2 MiB
+    /// or 1 GiB and the offset of a window in its region, the window placed there is mapped by huge
+    /// page-table entries (Linux 6.12 and newer).
+    ///
+    /// # Errors
+    /// As [`aligned`](Self::aligned); `Unaligned` where `offset` is not a multiple of the page size.
+    pub fn congruent(size: usize, modulus: usize, offset: u64) -> Result<Self> {
+        let page = sys::page_size();
+        let size = pages(size)?;
+        if !modulus.is_power_of_two() || modulus < page {
+            return Err(Error::new(ErrorKind::Unaligned, "reserve", format!("{size:#x} bytes"))
+                .because(format!("{modulus:#x} is not a power of two of at least a page")));
+        }
+        let want = (offset % modulus as u64) as usize;
+        if want % page != 0 {
+            return Err(Error::new(ErrorKind::Unaligned, "reserve", format!("{size:#x} bytes"))
+                .because(format!("offset {offset:#x} is not a multiple of the page size")));
+        }
+        let room = size.checked_add(modulus - page).ok_or_else(|| {
+            Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
+        })?;
+        let file_offset = fresh_offset(room);
+        let at = mm::reserve(placeholder()?.as_fd(), file_offset, room)
+            .map_err(|errno| out_of_memory(errno, "reserve", format!("{size:#x} bytes")))?;
+        let start = at + (want.wrapping_sub(at) & (modulus - 1));
+        let end = at + room;
+        for surplus in [at..start, start + size..end] {
+            if !surplus.is_empty() {
+                // SAFETY: the range was reserved above, and nobody knows of it.
+                if let Err(errno) = unsafe { mm::munmap(surplus.start, surplus.len()) } {
+                    log::error!("leaked {}: {errno}", show(&surplus));
+                }
+            }
+        }
+        Ok(Self::of(Area::new(start, size, file_offset + (start - at) as u64)))
+    }
+
+    /// Reserves `size` bytes, rounded up to whole pages, at `address`, if nothing is mapped there
+    /// (`MAP_FIXED_NOREPLACE`, Linux 4.17).
+    ///
+    /// # Errors
+    /// `AddressTaken`, naming what is there; `Unaligned` where `address` is not a multiple of the
+    /// page size; `OutOfRange` where the range wraps around or is empty.
+    pub fn at(address: usize, size: usize) -> Result<Self> {
+        let size = pages(size)?;
+        let object = format!("{size:#x} bytes at {address:#x}");
+        if !address.is_multiple_of(sys::page_size()) {
+            return Err(Error::new(ErrorKind::Unaligned, "reserve", object)
+                .because("the address is not a multiple of the page size"));
+        }
+        let end = address
+            .checked_add(size)
+            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "reserve", &object))?;
+        let file_offset = fresh_offset(size);
+        match mm::reserve_at(address, placeholder()?.as_fd(), file_offset, size) {
+            Ok(()) => Ok(Self::of(Area::new(address, size, file_offset))),
+            Err(Errno::EEXIST) => {
+                let error = Error::new(ErrorKind::AddressTaken, "reserve", object);
+                Err(match maps::overlapping(&(address..end)).first() {
+                    Some(taken) if taken.name.is_empty() => error.because(format!(
+                        "anonymous memory is mapped at {:#x}..{:#x}",
+                        taken.range.start, taken.range.end
+                    )),
+                    Some(taken) => error.because(format!(
+                        "{} is mapped at {:#x}..{:#x}",
+                        taken.name, taken.range.start, taken.range.end
+                    )),
+                    None => error.because("something is mapped there"),
+                }
+                .remedy("choose another address, or Placement::Anywhere"))
+            }
+            Err(errno) => Err(out_of_memory(errno, "reserve", object)),
+        }
+    }
+
+    /// The first address.
+    pub fn address(&self) -> usize {
+        self.start
+    }
+
+    /// The size in bytes, a multiple of the page size.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// The addresses.
+    pub fn range(&self) -> Range<usize> {
+        self.start..self.start + self.size
+    }
+
+    /// Splits it in two, the first of `size` bytes.
+    ///
+    /// # Errors
+    /// `Unaligned` where `size` is not a multiple of the page size, `OutOfRange` where a piece would
+    /// be empty; the failure gives the reservation back.
+    pub fn split_at(self, size: usize) -> std::result::Result<(Self, Self), Failed> {
+        let object = show(&self.range());
+        let kind = if !size.is_multiple_of(sys::page_size()) {
+            ErrorKind::Unaligned
+        } else if size == 0 || size >= self.size {
+            ErrorKind::OutOfRange
+        } else {
+            let Self { area, start, size: whole } = self;
+            let second = Self { area: area.clone(), start: start + size, size: whole - size };
+            return Ok((Self { area, start, size }, second));
+        };
+        let error = Error::new(kind, "split", object).because(format!("not at {size:#x} bytes"));
+        Err(Failed::new(error, Some(self)))
+    }
+
+    /// Joins two pieces of one reservation again, this one ending where `next` begins.
+    ///
+    /// # Errors
+    /// Both pieces, where they are not neighbours or stem from different reservations.
+    pub fn join(self, next: Self) -> std::result::Result<Self, (Self, Self)> {
+        if Arc::ptr_eq(&self.area, &next.area) && self.start + self.size == next.start {
+            Ok(Self { area: self.area, start: self.start, size: self.size + next.size })
+        } else {
+            Err((self, next))
+        }
+    }
+
+    fn of(area: Area) -> Self {
+        let Range { start, end } = area.range;
+        Self { area: Arc::new(area), start, size: end - start }
+    }
+
+    /// Whether no other piece of the same area, and no window placed in one, exists.
+    pub(super) fn is_whole_area(&mut self) -> bool {
+        Arc::get_mut(&mut self.area)
+            .is_some_and(|area| area.range == (self.start..self.start + self.size))
+    }
+
+    /// Makes the first `size` bytes inaccessible in one step, whatever is mapped there.
+    ///
+    /// # Safety
+    /// Nothing reads or writes through the range any more.
+    pub(super) unsafe fn cover(&self, size: usize) -> std::result::Result<(), Errno> {
+        debug_assert!(size <= self.size);
+        let file = placeholder().map_err(|_| Errno::EMFILE)?;
+        // SAFETY: the reservation owns the range; the caller vouches for its users.
+        unsafe { mm::cover(self.start, file.as_fd(), self.area.offset_of(self.start), size) }
+    }
+
+    /// Turns a mapping that the caller owns into a reservation, in one step.
+    ///
+    /// # Safety
+    /// `[start, start + size)` is ours, and nothing reads or writes through it any more.
+    pub(super) unsafe fn over(start: usize, size: usize) -> std::result::Result<Self, Errno> {
+        let file = placeholder().map_err(|_| Errno::EMFILE)?;
+        let offset = fresh_offset(size);
+        // SAFETY: the caller's own contract.
+        unsafe { mm::cover(start, file.as_fd(), offset, size) }?;
+        Ok(Self::of(Area::new(start, size, offset)))
+    }
+
+    /// Reserves again what a move has left as a hole; `None` where somebody was quicker.
+    pub(super) fn over_gap(start: usize, size: usize) -> Option<Self> {
+        let offset = fresh_offset(size);
+        mm::reserve_at(start, placeholder().ok()?.as_fd(), offset, size).ok()?;
+        Some(Self::of(Area::new(start, size, offset)))
+    }
+
+    /// After a failed FIXED call over the first `size` bytes, or a move out of them: plugs the hole,
+    /// if there is one. False where somebody else has taken the range, which is then no longer ours.
+    ///
+    /// # Safety
+    /// Nothing of ours is mapped in the range but, perhaps, the placeholder itself.
+    pub(super) unsafe fn plug(&self, size: usize) -> bool {
+        let range = self.start..self.start + size;
+        if self.holds_placeholder(&range) {
+            return true;
+        }
+        let plugged = placeholder().is_ok_and(|file| {
+            let offset = self.area.offset_of(self.start);
+            mm::reserve_at(self.start, file.as_fd(), offset, size).is_ok()
+        });
+        if !plugged {
+            log::error!("another mapping has taken {} after a failed call", show(&range));
+            self.area.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+        }
+        plugged
+    }
+
+    /// Whether all of `range` is our placeholder still.
+    fn holds_placeholder(&self, range: &Range<usize>) -> bool {
+        let Some((device, inode)) =
+            placeholder().ok().and_then(|file| sys::file::identity(file).ok())
+        else {
+            return false;
+        };
+        let mut reached = range.start;
+        for mapped in maps::overlapping(range) {
+            let ours = mapped.inaccessible
+                && (mapped.device, mapped.inode) == (device, inode)
+                && mapped.offset == self.area.offset_of(mapped.range.start);
+            if !ours || mapped.range.start > reached {
+                return false;
+            }
+            reached = mapped.range.end;
+        }
+        reached >= range.end
+    }
+}
+
+impl fmt::Debug for Reservation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Reservation({:#x}..{:#x})", self.start, self.start + self.size)
+    }
+}
+
+/// ENOMEM from a call that maps has two causes that call for different remedies.
+pub(super) fn out_of_memory(
+    errno: Errno,
+    operation: &'static str,
+    object: impl fmt::Display,
+) -> Error {
+    let error = Error::os(errno, operation, object);
+    if errno != Errno::ENOMEM {
+        return error;
+    }
+    match maps::count_and_limit() {
+        // A call may need two more mappings than there are: the one it makes and one that it splits.
+        Some((count, limit)) if count + 2 >= limit => error
+            .as_kind(ErrorKind::TooManyMappings)
+            .because(format!("the process has {count} mappings of {limit} it may have"))
+            .remedy("drop windows, or raise the limit: sysctl vm.max_map_count"),
+        _ => error.remedy("check the limit on address space: ulimit -v"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::spy;
+
+    const MIB: usize = 1 << 20;
+
+    fn mapped(range: &Range<usize>) -> usize {
+        maps::overlapping(range).iter().map(|mapped| mapped.range.len()).sum()
+    }
+
+    #[test]
+    fn reservations_are_aligned_and_congruent_as_asked() {
+        let page = sys::page_size();
+        assert_eq!(Reservation::new(1).unwrap().size(), page);
+        assert_eq!(Reservation::aligned(page, 2 * MIB).unwrap().address() % (2 * MIB), 0);
+        for offset in [0, page as u64, 6 << 20, (1 << 40) + 0x5000] {
+            let reservation = Reservation::congruent(3 * page, 1 << 30, offset).unwrap();
+            assert_eq!(reservation.address() as u64 % (1 << 30), offset % (1 << 30));
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let kind = |result: Result<Reservation>| result.unwrap_err().kind();
+        assert_eq!(kind(Reservation::new(0)), ErrorKind::OutOfRange);
+        assert_eq!(kind(Reservation::new(usize::MAX)), ErrorKind::OutOfRange);
+        assert_eq!(kind(Reservation::new(usize::MAX / 2)), ErrorKind::Os);
+        assert_eq!(kind(Reservation::aligned(1, 3 * MIB)), ErrorKind::Unaligned);
+        assert_eq!(kind(Reservation::aligned(1, 1)), ErrorKind::Unaligned);
+        assert_eq!(kind(Reservation::aligned(usize::MAX - 8192, 1 << 62)), ErrorKind::OutOfRange);
+        assert_eq!(kind(Reservation::congruent(1, MIB, 1)), ErrorKind::Unaligned);
+        assert_eq!(kind(Reservation::at(1, 1)), ErrorKind::Unaligned);
+        assert_eq!(kind(Reservation::at(usize::MAX - 4095, 8192)), ErrorKind::OutOfRange);
+    }
+
+    #[test]
+    fn a_taken_address_is_named_with_what_is_there() {
+        let first = Reservation::new(MIB).unwrap();
+        let error = Reservation::at(first.address(), MIB).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AddressTaken);
+        assert!(error.to_string().contains("vfio-remap-reserved"), "{error}");
+        let range = first.range();
+        drop(first);
+        assert_eq!(Reservation::at(range.start, MIB).unwrap().range(), range);
+    }
+
+    #[test]
+    fn pieces_split_join_and_leave_no_hole_until_the_last_has_gone() {
+        let whole = Reservation::new(MIB).unwrap();
+        let range = whole.range();
+        let (a, rest) = whole.split_at(MIB / 4).unwrap();
+        let (b, c) = rest.split_at(MIB / 4).unwrap();
+        let (a, c) = a.join(c).unwrap_err();
+        drop(b);
+        drop(a);
+        assert_eq!(mapped(&range), MIB, "dropped pieces stay reserved");
+        drop(c);
+        assert_eq!(mapped(&range), 0, "until the last has gone");
+    }
+
+    #[test]
+    fn joined_pieces_are_the_whole_again() {
+        let whole = Reservation::new(MIB).unwrap();
+        let range = whole.range();
+        let (a, b) = whole.split_at(MIB / 2).unwrap();
+        assert_eq!(a.join(b).unwrap().range(), range);
+    }
+
+    #[test]
+    fn a_bad_split_gives_the_reservation_back() {
+        let whole = Reservation::new(MIB).unwrap();
+        let range = whole.range();
+        let failed = whole.split_at(MIB).unwrap_err();
+        assert_eq!(failed.kind(), ErrorKind::OutOfRange);
+        let failed = failed.into_reservation().unwrap().split_at(1).unwrap_err();
+        assert_eq!(failed.kind(), ErrorKind::Unaligned);
+        assert_eq!(failed.into_reservation().unwrap().range(), range);
+    }
+
+    #[test]
+    fn what_others_took_is_never_unmapped() {
+        let whole = Reservation::new(MIB).unwrap();
+        let range = whole.range();
+        let (_, second) = whole.split_at(MIB / 2).unwrap();
+        // SAFETY: the reservation is ours; this is the hole that a failing FIXED call leaves.
+        unsafe { mm::munmap(second.address(), second.size()) }.unwrap();
+        let other = Reservation::at(second.address() + 4096, 4096).unwrap();
+        // SAFETY: nothing of ours is there.
+        assert!(!unsafe { second.plug(second.size()) });
+        drop(second);
+        assert_eq!(mapped(&range), 4096, "only what the other holds");
+        drop(other);
+    }
+
+    #[test]
+    fn a_kept_destination_is_known_by_its_file() {
+        let reservation = Reservation::new(MIB).unwrap();
+        let (kept, calls) = spy::record(|| {
+            // SAFETY: the placeholder is there.
+            unsafe { reservation.plug(MIB) }
+        });
+        assert!(kept && calls.is_empty());
+    }
+}

@@ -1,0 +1,115 @@
+//! What kernels do to address spaces when they should not: each hazard by name.
+//!
+//! Versions are those of the unmodified kernels on which a hazard was seen or read. Distributions
+//! backport, so a version is taken as proof of safety only where the range says so.
+
+use std::fmt;
+
+use super::kernel::KernelVersion;
+
+/// A known fault of a kernel that makes a strategy unfit although the kernel would accept it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Hazard {
+    /// See [`Hazard::one_gib_entry`].
+    OneGibEntry,
+    /// See [`Hazard::source_may_spin`].
+    SourceMaySpin,
+    /// See [`Hazard::move_escapes_revocation`].
+    MoveEscapesRevocation,
+    /// Nothing says that this backing fills the source again when it is touched. An `AF_PACKET`
+    /// ring, for one, is moved readily, and then the old side raises SIGBUS.
+    UnknownBacking,
+}
+
+const GIB: u64 = 1 << 30;
+
+impl Hazard {
+    /// Moving page tables that hold a 1 GiB (PUD) entry of a device mapping corrupts them.
+    ///
+    /// The kernel's `move_page_tables` does not know such entries in a `VM_PFNMAP` mapping: it logs
+    /// `bad pud`, clears the entry without flushing the TLB, and the old address goes on reaching the
+    /// device, even after other memory is mapped there. Seen on 6.12 to 7.3, the first kernels where
+    /// vfio-pci inserts such entries. Every kernel is taken to have it, since the insertion may be
+    /// backported and no fix is released.
+    ///
+    /// An entry can exist only where address and offset are congruent modulo 1 GiB and the range
+    /// holds a whole aligned GiB.
+    pub(crate) fn one_gib_entry(address: usize, offset: u64, len: usize) -> Option<Self> {
+        let start = address as u64;
+        let end = start.saturating_add(len as u64);
+        let congruent = start % GIB == offset % GIB;
+        let first = start.checked_next_multiple_of(GIB)?;
+        (congruent && first.checked_add(GIB)? <= end).then_some(Self::OneGibEntry)
+    }
+
+    /// After `MREMAP_DONTUNMAP` of a touched BAR the source spins in the page-fault handler.
+    ///
+    /// Up to 6.9 vfio-pci keeps a list of its mappings (`vma_list`) and maps a whole one on its first
+    /// fault; a fault in a mapping that is on the list already inserts nothing and is retried for
+    /// ever (seen on 5.10 and 6.1 with the refusal of `DONTUNMAP` patched away). 6.10 rewrote the
+    /// handler; 6.12 is the oldest kernel on which the source was seen to fill again.
+    pub(crate) fn source_may_spin(kernel: KernelVersion) -> Option<Self> {
+        (kernel < KernelVersion::new(6, 12)).then_some(Self::SourceMaySpin)
+    }
+
+    /// Moving a touched BAR takes it out of the driver's sight.
+    ///
+    /// In the `vma_list` days (up to 6.9, see [`Hazard::source_may_spin`]) the moved mapping is not
+    /// on the list: when memory decoding is switched off, or the device is reset, it is not zapped
+    /// and still reaches the bus. On 5.10 and 6.1 the move also raises a WARNING in `untrack_pfn`,
+    /// which kills a machine that runs with `panic_on_warn`.
+    pub(crate) fn move_escapes_revocation(kernel: KernelVersion) -> Option<Self> {
+        (kernel < KernelVersion::new(6, 10)).then_some(Self::MoveEscapesRevocation)
+    }
+}
+
+impl fmt::Display for Hazard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OneGibEntry => {
+                "moving a 1 GiB page-table entry of a device corrupts page tables on every released kernel"
+            }
+            Self::SourceMaySpin => {
+                "before Linux 6.12 the source of a touched BAR may spin in the fault handler"
+            }
+            Self::MoveEscapesRevocation => {
+                "before Linux 6.10 a moved BAR is not revoked with its device, and the move may warn"
+            }
+            Self::UnknownBacking => "nothing says that this backing fills the source again",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gib_entry_needs_congruence_and_a_whole_gib() {
+        let gib = GIB as usize;
+        let some = Some(Hazard::OneGibEntry);
+        assert_eq!(Hazard::one_gib_entry(4 * gib, 0, gib), some);
+        assert_eq!(Hazard::one_gib_entry(4 * gib, 7 << 40, 4 * gib), some);
+        assert_eq!(Hazard::one_gib_entry(4 * gib - 4096, GIB - 4096, gib + 4096), some);
+        assert_eq!(Hazard::one_gib_entry(4 * gib, 0, gib - 4096), None, "not a whole one");
+        assert_eq!(Hazard::one_gib_entry(4 * gib + 4096, 4096, gib), None, "no aligned one inside");
+        assert_eq!(Hazard::one_gib_entry(4 * gib + (2 << 20), 0, 4 * gib), None, "incongruent");
+        assert_eq!(Hazard::one_gib_entry(usize::MAX - 4095, 0, 4096), None, "the last page");
+    }
+
+    #[test]
+    fn versions_bound_the_vma_list_hazards() {
+        for (major, minor, spins, escapes) in [
+            (5, 10, true, true),
+            (6, 1, true, true),
+            (6, 10, true, false),
+            (6, 12, false, false),
+            (7, 3, false, false),
+        ] {
+            let kernel = KernelVersion::new(major, minor);
+            assert_eq!(Hazard::source_may_spin(kernel).is_some(), spins, "{kernel}");
+            assert_eq!(Hazard::move_escapes_revocation(kernel).is_some(), escapes, "{kernel}");
+        }
+    }
+}

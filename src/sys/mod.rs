@@ -1,0 +1,19 @@
+//! One function per system call and ioctl, and what is known of the kernels behind them.
+//!
+//! `unsafe` is here because the kernel's contracts are: each function names what its caller owes,
+//! takes what it can from types (`BorrowedFd`), and turns errors into [`Errno`](nix::errno::Errno).
+
+pub(crate) mod file;
+pub(crate) mod hazard;
+pub(crate) mod kernel;
+pub(crate) mod maps;
+pub(crate) mod mm;
+pub(crate) mod spy;
+pub(crate) mod vfio;
+
+/// The size of a page of this machine in bytes: 4, 16 or 64 KiB.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: sysconf reads a constant.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).unwrap_or(4096)
+}

@@ -1,0 +1,120 @@
+//! Tests watch the calls that change the address space, and make chosen ones fail.
+//!
+//! Outside tests, [`call`] is nothing.
+
+use nix::errno::Errno;
+
+/// A call that changes the address space, with what tests ask about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(test), allow(dead_code))]
+pub(crate) enum Call {
+    /// `mmap` of the inaccessible placeholder where the kernel likes.
+    Reserve,
+    /// The same at an address, only if nothing is there (`MAP_FIXED_NOREPLACE`).
+    ReserveAt,
+    /// The same over a range of ours (`MAP_FIXED`).
+    Cover { address: usize, len: usize },
+    /// `mmap` of a file where the kernel likes.
+    Map,
+    /// `mmap` of a file over a range of ours (`MAP_FIXED`).
+    MapFixed { address: usize, len: usize },
+    /// `munmap`.
+    Unmap,
+    /// `mprotect`.
+    Protect,
+    /// `madvise`.
+    Advise,
+    /// `mremap` with `MREMAP_DONTUNMAP`.
+    DontUnmap,
+    /// `mremap` with `MREMAP_DONTUNMAP|MREMAP_FIXED`.
+    DontUnmapFixed { address: usize, len: usize },
+    /// `mremap` with `MREMAP_FIXED`.
+    MoveFixed { address: usize, len: usize },
+}
+
+/// Announces a call about to be made; an error is to be returned in its place.
+#[cfg(not(test))]
+#[inline(always)]
+pub(crate) fn call(_: Call) -> Result<(), Errno> {
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) use in_tests::{call, record, refuse, refuse_destructively, script};
+
+#[cfg(test)]
+mod in_tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    type Script = Box<dyn FnMut(Call) -> Option<(Errno, bool)>>;
+
+    thread_local! {
+        static RECORD: RefCell<Option<Vec<Call>>> = const { RefCell::new(None) };
+        static SCRIPT: RefCell<Option<Script>> = const { RefCell::new(None) };
+    }
+
+    pub(crate) fn call(call: Call) -> Result<(), Errno> {
+        RECORD.with_borrow_mut(|record| {
+            if let Some(calls) = record {
+                calls.push(call);
+            }
+        });
+        // A script may itself make calls, which it is not asked about.
+        let mut script = SCRIPT.take();
+        let answer = script.as_mut().and_then(|refuse| refuse(call));
+        SCRIPT.set(script);
+        let Some((errno, destructive)) = answer else { return Ok(()) };
+        if destructive
+            && let Call::MapFixed { address, len }
+            | Call::DontUnmapFixed { address, len }
+            | Call::MoveFixed { address, len }
+            | Call::Cover { address, len } = call
+        {
+            // SAFETY: the test has asked for what kernels do: the destination of the caller's FIXED
+            // call, which is the caller's to replace, is unmapped before the refusal.
+            unsafe { libc::munmap(address as *mut _, len) };
+        }
+        Err(errno)
+    }
+
+    /// Runs `f` and gives the calls that this thread made meanwhile.
+    pub(crate) fn record<T>(f: impl FnOnce() -> T) -> (T, Vec<Call>) {
+        RECORD.set(Some(Vec::new()));
+        let result = f();
+        (result, RECORD.take().unwrap_or_default())
+    }
+
+    /// Runs `f` while calls for which `refuse` gives an errno fail with it.
+    pub(crate) fn script<T>(
+        mut refuse: impl FnMut(Call) -> Option<Errno> + 'static,
+        f: impl FnOnce() -> T,
+    ) -> T {
+        run(move |call| refuse(call).map(|errno| (errno, false)), f)
+    }
+
+    /// Runs `f` while calls that match fail with `errno`.
+    pub(crate) fn refuse<T>(errno: Errno, matches: fn(Call) -> bool, f: impl FnOnce() -> T) -> T {
+        run(move |call| matches(call).then_some((errno, false)), f)
+    }
+
+    /// As [`refuse`], and as kernels do it: what was at the destination is gone.
+    pub(crate) fn refuse_destructively<T>(
+        errno: Errno,
+        matches: fn(Call) -> bool,
+        f: impl FnOnce() -> T,
+    ) -> T {
+        run(move |call| matches(call).then_some((errno, true)), f)
+    }
+
+    fn run<T>(
+        script: impl FnMut(Call) -> Option<(Errno, bool)> + 'static,
+        f: impl FnOnce() -> T,
+    ) -> T {
+        SCRIPT.set(Some(Box::new(script)));
+        let result = f();
+        SCRIPT.set(None);
+        result
+    }
+}

@@ -1,0 +1,128 @@
+//! The VFIO ioctls, by the structures of `linux/vfio.h` (`vfio-bindings`).
+//!
+//! `vfio-ioctls` opens the container; from the group on the calls are made here, because that crate
+//! attaches groups only within a device object of its own, whose errors and `Drop` lose errnos and
+//! may panic when a device is unplugged.
+
+use std::ffi::CStr;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::request_code_none;
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_TYPE, VFIO_TYPE1v2_IOMMU, vfio_device_info, vfio_group_status, vfio_region_info,
+};
+use vfio_ioctls::VfioContainer;
+
+type Result<T> = std::result::Result<T, Errno>;
+
+/// The longest answer about a region that is believed: some 65,000 sparse areas.
+const MAX_REGION_INFO: usize = 1 << 20;
+
+mod raw {
+    use super::*;
+
+    nix::ioctl_write_int_bad!(set_iommu, request_code_none!(VFIO_TYPE, VFIO_BASE + 2));
+    nix::ioctl_readwrite_bad!(
+        group_get_status,
+        request_code_none!(VFIO_TYPE, VFIO_BASE + 3),
+        vfio_group_status
+    );
+    nix::ioctl_write_ptr_bad!(
+        group_set_container,
+        request_code_none!(VFIO_TYPE, VFIO_BASE + 4),
+        libc::c_int
+    );
+    nix::ioctl_write_ptr_bad!(
+        group_get_device_fd,
+        request_code_none!(VFIO_TYPE, VFIO_BASE + 6),
+        libc::c_char
+    );
+    nix::ioctl_readwrite_bad!(
+        device_get_info,
+        request_code_none!(VFIO_TYPE, VFIO_BASE + 7),
+        vfio_device_info
+    );
+    nix::ioctl_readwrite_bad!(
+        device_get_region_info,
+        request_code_none!(VFIO_TYPE, VFIO_BASE + 8),
+        vfio_region_info
+    );
+    nix::ioctl_none_bad!(device_reset, request_code_none!(VFIO_TYPE, VFIO_BASE + 11));
+}
+
+fn argsz<T>() -> u32 {
+    size_of::<T>() as u32
+}
+
+/// `VFIO_SET_IOMMU(VFIO_TYPE1v2_IOMMU)`: the container gets its address space.
+pub(crate) fn set_iommu_type1v2(container: &VfioContainer) -> Result<()> {
+    // SAFETY: the ioctl takes a number.
+    unsafe { raw::set_iommu(container.as_raw_fd(), VFIO_TYPE1v2_IOMMU as libc::c_int) }.map(drop)
+}
+
+/// `VFIO_GROUP_GET_STATUS`: the flags of the group.
+pub(crate) fn group_flags(group: BorrowedFd<'_>) -> Result<u32> {
+    let mut status = vfio_group_status { argsz: argsz::<vfio_group_status>(), flags: 0 };
+    // SAFETY: the structure is as long as its argsz says.
+    unsafe { raw::group_get_status(group.as_raw_fd(), &mut status) }?;
+    Ok(status.flags)
+}
+
+/// `VFIO_GROUP_SET_CONTAINER`
+pub(crate) fn set_container(group: BorrowedFd<'_>, container: &VfioContainer) -> Result<()> {
+    // SAFETY: the kernel reads one int.
+    unsafe { raw::group_set_container(group.as_raw_fd(), &container.as_raw_fd()) }.map(drop)
+}
+
+/// `VFIO_GROUP_GET_DEVICE_FD`
+pub(crate) fn device_fd(group: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd> {
+    // SAFETY: the kernel reads a C string.
+    let fd = unsafe { raw::group_get_device_fd(group.as_raw_fd(), name.as_ptr()) }?;
+    // SAFETY: a successful call answers a new descriptor, which is ours.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `VFIO_DEVICE_GET_INFO`
+pub(crate) fn device_info(device: BorrowedFd<'_>) -> Result<vfio_device_info> {
+    let mut info =
+        vfio_device_info { argsz: argsz::<vfio_device_info>(), ..vfio_device_info::default() };
+    // SAFETY: the structure is as long as its argsz says.
+    unsafe { raw::device_get_info(device.as_raw_fd(), &mut info) }?;
+    Ok(info)
+}
+
+/// `VFIO_DEVICE_GET_REGION_INFO`: the answer's bytes, a `vfio_region_info` and its capabilities.
+///
+/// EOVERFLOW where the kernel claims more than [`MAX_REGION_INFO`] bytes.
+pub(crate) fn region_info(device: BorrowedFd<'_>, index: u32) -> Result<Vec<u8>> {
+    let header = size_of::<vfio_region_info>();
+    let mut len = header;
+    loop {
+        // Elements as large as the structure give its alignment.
+        let mut answer = vec![vfio_region_info::default(); len.div_ceil(header)];
+        let room = answer.len() * header;
+        answer[0].argsz = room as u32;
+        answer[0].index = index;
+        // SAFETY: the buffer is as long as its argsz says.
+        unsafe { raw::device_get_region_info(device.as_raw_fd(), answer.as_mut_ptr()) }?;
+        let wanted = answer[0].argsz as usize;
+        if wanted > MAX_REGION_INFO {
+            return Err(Errno::EOVERFLOW);
+        }
+        if wanted <= room {
+            // SAFETY: `room` bytes of initialised integers without padding (the structure's size is
+            // the sum of its fields'), copied while the vector lives.
+            let bytes = unsafe { std::slice::from_raw_parts(answer.as_ptr().cast::<u8>(), room) };
+            return Ok(bytes.to_vec());
+        }
+        // The kernel asks for more room: at most a few rounds, since `wanted` grows to a bound.
+        len = wanted;
+    }
+}
+
+/// `VFIO_DEVICE_RESET`
+pub(crate) fn reset(device: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: the ioctl takes no argument.
+    unsafe { raw::device_reset(device.as_raw_fd()) }.map(drop)
+}

@@ -1,0 +1,83 @@
+//! Where a PCI device sits.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A PCI address as Linux writes it: `0000:00:03.0`, domain, bus, device and function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PciAddress {
+    /// The domain, or segment. Above 0xffff on machines with Intel VMD.
+    pub domain: u32,
+    /// The bus.
+    pub bus: u8,
+    /// The device on the bus, below 32.
+    pub device: u8,
+    /// The function of the device, below 8.
+    pub function: u8,
+}
+
+/// The text is not a PCI address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a PCI address such as 0000:00:03.0 or 00:03.0")]
+pub struct ParseAddressError(String);
+
+impl FromStr for PciAddress {
+    type Err = ParseAddressError;
+
+    /// Reads `0000:00:03.0`, or `00:03.0` for domain 0.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        parse(text).ok_or_else(|| ParseAddressError(text.to_owned()))
+    }
+}
+
+fn parse(text: &str) -> Option<PciAddress> {
+    let (slot, function) = text.rsplit_once('.')?;
+    let (rest, device) = slot.rsplit_once(':')?;
+    let (domain, bus) = rest.rsplit_once(':').unwrap_or(("0", rest));
+    let hex = |text: &str, digits: usize| {
+        let plain = text.len() <= digits && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        plain.then(|| u32::from_str_radix(text, 16).ok())?
+    };
+    let address = PciAddress {
+        domain: hex(domain, 8)?,
+        bus: hex(bus, 2)? as u8,
+        device: hex(device, 2)? as u8,
+        function: hex(function, 1)? as u8,
+    };
+    (address.device < 32 && address.function < 8).then_some(address)
+}
+
+impl fmt::Display for PciAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { domain, bus, device, function } = self;
+        write!(f, "{domain:04x}:{bus:02x}:{device:02x}.{function}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_as_linux_and_lspci_write_them() {
+        for (text, canonical) in [
+            ("0000:00:03.0", "0000:00:03.0"),
+            ("3a:1f.7", "0000:3a:1f.7"),
+            ("10000:01:00.0", "10000:01:00.0"),
+        ] {
+            assert_eq!(text.parse::<PciAddress>().unwrap().to_string(), canonical);
+        }
+        for text in [
+            "",
+            "0000:00:20.0",
+            "00:03.8",
+            "00:03",
+            "+0:03.0",
+            "0:0:0:0.0",
+            "00:zz.0",
+            "123456789:00:00.0",
+        ] {
+            assert!(text.parse::<PciAddress>().is_err(), "{text}");
+        }
+    }
+}

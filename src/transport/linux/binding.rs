@@ -1,0 +1,138 @@
+//! Handing a device to vfio-pci, and giving it back.
+
+use std::fs;
+
+use super::sysfs::write;
+use super::{PciAddress, PciDevice};
+use crate::error::{Error, ErrorKind, Result};
+
+const VFIO_PCI: &str = "vfio-pci";
+
+/// A device bound to vfio-pci, and what was there before.
+///
+/// Dropping it restores that: the driver that held the device, and its `driver_override`.
+/// [`keep`](Self::keep) leaves the device with vfio-pci.
+#[derive(Debug)]
+#[must_use = "dropping a binding restores the driver that was there before"]
+pub struct Binding {
+    device: PciDevice,
+    /// What there is to restore; `None` once that is done, or where nothing was changed.
+    before: Option<Before>,
+}
+
+#[derive(Debug)]
+struct Before {
+    driver: Option<String>,
+    driver_override: String,
+}
+
+impl PciDevice {
+    /// Binds the device to vfio-pci, taking it from the driver that holds it. Needs root.
+    ///
+    /// The device is known to vfio-pci by its `driver_override` (Linux 3.16), so that no other device
+    /// of its kind is taken.
+    ///
+    /// # Errors
+    /// `NotFound` where vfio-pci is not loaded, `NoIommu` where no IOMMU confines the device,
+    /// `PermissionDenied`, and whatever vfio-pci answered. The device is then as it was.
+    pub fn bind_vfio_pci(&self) -> Result<Binding> {
+        let driver = self.driver();
+        if driver.as_deref() == Some(VFIO_PCI) {
+            return Ok(Binding { device: self.clone(), before: None });
+        }
+        let vfio_pci = self.sysfs().driver(VFIO_PCI);
+        if !vfio_pci.exists() {
+            return Err(Error::new(ErrorKind::NotFound, "bind", self.address())
+                .because("the driver vfio-pci is not loaded")
+                .remedy("load it: modprobe vfio-pci"));
+        }
+        let driver_override = fs::read_to_string(self.path().join("driver_override"))
+            .map_err(|error| Error::io(&error, "bind", self.address()))?;
+        let binding =
+            Binding { device: self.clone(), before: Some(Before { driver, driver_override }) };
+        // From here on, an error drops the binding, which restores what was there.
+        self.set_override(VFIO_PCI)?;
+        self.leave_driver()?;
+        write(&vfio_pci.join("bind"), &self.address().to_string(), "bind").map_err(|error| {
+            if self.iommu_group().is_none() { no_iommu("bind", self.address()) } else { error }
+        })?;
+        Ok(binding)
+    }
+
+    fn set_override(&self, driver: &str) -> Result<()> {
+        write(&self.path().join("driver_override"), driver, "bind")
+    }
+
+    /// Takes the device from the driver that holds it. Waits while a program has it open.
+    fn leave_driver(&self) -> Result<()> {
+        match self.driver() {
+            Some(_) => {
+                let unbind = self.path().join("driver/unbind");
+                write(&unbind, &self.address().to_string(), "unbind")
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Binding {
+    /// The device.
+    pub fn device(&self) -> &PciDevice {
+        &self.device
+    }
+
+    /// Leaves the device with vfio-pci.
+    pub fn keep(mut self) {
+        self.before = None;
+    }
+
+    /// Restores the driver and `driver_override` that were there before.
+    ///
+    /// Waits until every program has closed the device: the kernel does.
+    ///
+    /// # Errors
+    /// What sysfs answered.
+    pub fn restore(mut self) -> Result<()> {
+        self.put_back()
+    }
+
+    fn put_back(&mut self) -> Result<()> {
+        let Some(Before { driver, driver_override }) = self.before.take() else { return Ok(()) };
+        let device = &self.device;
+        // sysfs shows no override as "(null)", and takes an empty line for it.
+        let value = match driver_override.trim() {
+            "(null)" | "" => "\n",
+            name => name,
+        };
+        device.set_override(value)?;
+        if device.driver() == driver {
+            return Ok(());
+        }
+        device.leave_driver()?;
+        match driver {
+            Some(driver) => {
+                let bind = device.sysfs().driver(&driver).join("bind");
+                write(&bind, &device.address().to_string(), "bind")
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Binding {
+    fn drop(&mut self) {
+        if let Err(error) = self.put_back() {
+            log::error!("{} keeps another driver than it had: {error}", self.device.address());
+        }
+    }
+}
+
+/// There is no IOMMU group, so VFIO does not touch the device.
+pub(super) fn no_iommu(operation: &'static str, address: PciAddress) -> Error {
+    Error::new(ErrorKind::NoIommu, operation, address)
+        .because("no IOMMU confines it: it is in no IOMMU group")
+        .remedy(
+            "switch on VT-d or AMD-Vi in the firmware, and boot with intel_iommu=on where the kernel \
+             leaves it off",
+        )
+}

@@ -1,0 +1,151 @@
+//! IOMMU groups and the container that gives them an address space.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::fs::OpenOptions;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use nix::errno::Errno;
+use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
+use vfio_ioctls::{VfioContainer, VfioError};
+
+use super::PciDevice;
+use super::binding::no_iommu;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::vfio;
+
+/// An address space for DMA, and the groups whose devices share it (`/dev/vfio/vfio`).
+pub(super) struct Container {
+    inner: VfioContainer,
+    groups: Mutex<HashMap<u32, Weak<Group>>>,
+}
+
+/// An open IOMMU group. Closing it takes it out of its container.
+pub(super) struct Group {
+    fd: OwnedFd,
+    /// Closed after the group.
+    _container: Arc<Container>,
+}
+
+impl Container {
+    pub(super) fn new() -> Result<Arc<Self>> {
+        let inner = VfioContainer::new(None).map_err(|error| container_error(&error))?;
+        Ok(Arc::new(Self { inner, groups: Mutex::default() }))
+    }
+
+    /// The group of `device`, opened and attached; the same one for every device in it.
+    pub(super) fn group(self: &Arc<Self>, device: &PciDevice) -> Result<Arc<Group>> {
+        let id = device.iommu_group().ok_or_else(|| no_iommu("open", device.address()))?;
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.retain(|_, group| group.strong_count() > 0);
+        if let Some(group) = groups.get(&id).and_then(Weak::upgrade) {
+            return Ok(group);
+        }
+        let fd = open(id)?;
+        check_viable(fd.as_fd(), id, device)?;
+        let object = format!("IOMMU group {id}");
+        vfio::set_container(fd.as_fd(), &self.inner).map_err(|errno| {
+            let error = Error::os(errno, "attach", &object);
+            match errno {
+                Errno::EINVAL => error.because("the group has a container already"),
+                _ => error,
+            }
+        })?;
+        if groups.is_empty() {
+            vfio::set_iommu_type1v2(&self.inner)
+                .map_err(|errno| set_iommu_error(errno, &object))?;
+        }
+        let group = Arc::new(Group { fd, _container: self.clone() });
+        groups.insert(id, Arc::downgrade(&group));
+        Ok(group)
+    }
+}
+
+impl Group {
+    /// The device's own file.
+    pub(super) fn device_fd(&self, device: &PciDevice) -> Result<OwnedFd> {
+        let address = device.address();
+        let name = CString::new(address.to_string())
+            .map_err(|_| Error::new(ErrorKind::NotFound, "open", address))?;
+        vfio::device_fd(self.fd.as_fd(), &name).map_err(|errno| {
+            let error = Error::os(errno, "open", address);
+            match errno {
+                Errno::ENODEV => error.because("it has left its VFIO driver meanwhile"),
+                Errno::EINVAL => error.because("its driver refuses to open it so"),
+                _ => error,
+            }
+        })
+    }
+}
+
+fn open(id: u32) -> Result<OwnedFd> {
+    let path = PathBuf::from(format!("/dev/vfio/{id}"));
+    let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|error| {
+        let error = Error::io(&error, "open", path.display());
+        match error.kind() {
+            ErrorKind::PermissionDenied => error.remedy(format!(
+                "give it to your user: chown $USER {}, or by a udev rule for SUBSYSTEM==\"vfio\"",
+                path.display()
+            )),
+            ErrorKind::InUse => error
+                .because("a group can be open once, and somebody has it open")
+                .remedy(format!("find out who: fuser -v {}", path.display())),
+            _ => error,
+        }
+    })?;
+    Ok(file.into())
+}
+
+fn check_viable(group: BorrowedFd<'_>, id: u32, device: &PciDevice) -> Result<()> {
+    let object = format!("IOMMU group {id}");
+    let flags = vfio::group_flags(group).map_err(|errno| Error::os(errno, "query", &object))?;
+    if flags & VFIO_GROUP_FLAGS_VIABLE != 0 {
+        return Ok(());
+    }
+    let in_the_way: Vec<String> = device
+        .group_members()?
+        .iter()
+        .filter_map(|member| {
+            let driver = member.driver()?;
+            let harmless = driver.contains("vfio") || driver == "pci-stub" || driver == "pcieport";
+            (!harmless).then(|| format!("{} is bound to {driver}", member.address()))
+        })
+        .collect();
+    Err(Error::new(ErrorKind::GroupNotViable, "open", device.address())
+        .because(format!("IOMMU group {id} is not viable: {}", in_the_way.join(", ")))
+        .remedy("bind those devices to vfio-pci, or unbind them"))
+}
+
+fn set_iommu_error(errno: Errno, object: &str) -> Error {
+    let error = Error::os(errno, "set up the IOMMU for", object);
+    match errno {
+        Errno::EPERM => error
+            .because("the machine does not isolate interrupts")
+            .remedy("switch on interrupt remapping, or, trusting the device, set allow_unsafe_interrupts=1 of vfio_iommu_type1"),
+        _ => error,
+    }
+}
+
+fn container_error(error: &VfioError) -> Error {
+    const PATH: &str = "/dev/vfio/vfio";
+    match error {
+        VfioError::OpenContainer(io) => {
+            let error = Error::io(io, "open", PATH);
+            match error.kind() {
+                ErrorKind::NotFound | ErrorKind::Gone => error
+                    .because("the kernel has no VFIO, or it is not loaded")
+                    .remedy("load it: modprobe vfio-pci"),
+                ErrorKind::PermissionDenied => {
+                    error.remedy(format!("chmod 666 {PATH}: by itself it gives nothing"))
+                }
+                _ => error,
+            }
+        }
+        VfioError::VfioExtension => Error::new(ErrorKind::NoIommu, "open", PATH)
+            .because("VFIO finds no IOMMU that it can use (type1 v2)")
+            .remedy("load the driver: modprobe vfio_iommu_type1"),
+        other => Error::new(ErrorKind::Unsupported, "open", PATH).because(other.to_string()),
+    }
+}

@@ -1,0 +1,174 @@
+//! What sysfs knows of PCI devices.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::PciAddress;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The PCI devices of this machine, as `/sys/bus/pci` shows them.
+#[derive(Clone, Debug)]
+pub struct Sysfs {
+    root: PathBuf,
+}
+
+impl Default for Sysfs {
+    fn default() -> Self {
+        Self::at("/sys")
+    }
+}
+
+impl Sysfs {
+    /// The tree at `root`: `/sys`, where it is mounted elsewhere, or a copy.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Every PCI device, by address.
+    ///
+    /// # Errors
+    /// `NotFound` where there is no PCI bus or no sysfs.
+    pub fn devices(&self) -> Result<Vec<PciDevice>> {
+        let path = self.bus().join("devices");
+        let entries =
+            fs::read_dir(&path).map_err(|error| Error::io(&error, "list", path.display()))?;
+        let mut addresses: Vec<PciAddress> = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        addresses.sort();
+        Ok(addresses.into_iter().map(|address| self.entry(address)).collect())
+    }
+
+    /// The device at `address`.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn device(&self, address: PciAddress) -> Result<PciDevice> {
+        let device = self.entry(address);
+        if device.path().exists() {
+            return Ok(device);
+        }
+        Err(Error::new(ErrorKind::NotFound, "find", format!("PCI device {address}"))
+            .because(format!("{} does not exist", device.path().display()))
+            .remedy("list what there is: ls /sys/bus/pci/devices, or lspci -D"))
+    }
+
+    fn entry(&self, address: PciAddress) -> PciDevice {
+        PciDevice { sysfs: self.clone(), address }
+    }
+
+    fn bus(&self) -> PathBuf {
+        self.root.join("bus/pci")
+    }
+
+    /// The directory of a PCI driver.
+    pub(super) fn driver(&self, name: &str) -> PathBuf {
+        self.bus().join("drivers").join(name)
+    }
+}
+
+/// A PCI device as sysfs shows it.
+#[derive(Clone, Debug)]
+pub struct PciDevice {
+    sysfs: Sysfs,
+    address: PciAddress,
+}
+
+impl PciDevice {
+    /// Where it sits.
+    pub fn address(&self) -> PciAddress {
+        self.address
+    }
+
+    /// The vendor ID, such as 0x8086.
+    ///
+    /// # Errors
+    /// `NotFound` where the device has gone; `Malformed` where sysfs does not hold a number.
+    pub fn vendor(&self) -> Result<u16> {
+        Ok(self.number("vendor")? as u16)
+    }
+
+    /// The device ID.
+    ///
+    /// # Errors
+    /// As [`vendor`](Self::vendor).
+    pub fn device(&self) -> Result<u16> {
+        Ok(self.number("device")? as u16)
+    }
+
+    /// The class code, 24 bits: 0x010802 is an NVMe controller.
+    ///
+    /// # Errors
+    /// As [`vendor`](Self::vendor).
+    pub fn class(&self) -> Result<u32> {
+        self.number("class")
+    }
+
+    /// The driver that holds it, if any.
+    pub fn driver(&self) -> Option<String> {
+        self.link("driver")
+    }
+
+    /// The number of its IOMMU group; `None` where no IOMMU confines it.
+    pub fn iommu_group(&self) -> Option<u32> {
+        self.link("iommu_group")?.parse().ok()
+    }
+
+    /// All devices of its IOMMU group, itself among them, by address.
+    ///
+    /// # Errors
+    /// `NotFound` where it is in none.
+    pub fn group_members(&self) -> Result<Vec<PciDevice>> {
+        let path = self.path().join("iommu_group/devices");
+        let entries =
+            fs::read_dir(&path).map_err(|error| Error::io(&error, "list", path.display()))?;
+        let mut members: Vec<PciAddress> = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        members.sort();
+        Ok(members.into_iter().map(|address| self.sysfs.entry(address)).collect())
+    }
+
+    pub(super) fn sysfs(&self) -> &Sysfs {
+        &self.sysfs
+    }
+
+    pub(super) fn path(&self) -> PathBuf {
+        self.sysfs.bus().join("devices").join(self.address.to_string())
+    }
+
+    /// The name that a link points to.
+    fn link(&self, name: &str) -> Option<String> {
+        let target = fs::read_link(self.path().join(name)).ok()?;
+        Some(target.file_name()?.to_str()?.to_owned())
+    }
+
+    fn number(&self, name: &str) -> Result<u32> {
+        let path = self.path().join(name);
+        let text =
+            fs::read_to_string(&path).map_err(|error| Error::io(&error, "read", path.display()))?;
+        let digits = text.trim();
+        u32::from_str_radix(digits.strip_prefix("0x").unwrap_or(digits), 16).map_err(|_| {
+            Error::new(ErrorKind::Malformed, "read", path.display())
+                .because(format!("{digits:?} is not a number"))
+        })
+    }
+}
+
+/// Writes a value to a file of sysfs in one `write(2)`, as its files want it.
+pub(super) fn write(path: &Path, value: &str, operation: &'static str) -> Result<()> {
+    let result: io::Result<()> = fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()));
+    result.map_err(|error| {
+        let error = Error::io(&error, operation, path.display());
+        match error.kind() {
+            ErrorKind::PermissionDenied => error.remedy("run this as root"),
+            _ => error,
+        }
+    })
+}

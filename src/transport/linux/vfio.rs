@@ -1,0 +1,227 @@
+//! One device through Linux VFIO.
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::uio::{pread, pwrite};
+use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET};
+
+use super::group::{Container, Group};
+use super::{PciAddress, PciDevice, Sysfs};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::vfio;
+use crate::transport::{DeviceInfo, RegionFile, RegionInfo, Transport};
+
+/// More regions than any device has; the kernel would have to be wrong.
+const MAX_REGIONS: u32 = 1024;
+
+/// A device that Linux VFIO has given to this process.
+///
+/// Dropping it closes the device, then its group.
+pub struct Vfio {
+    device: Arc<OwnedFd>,
+    info: DeviceInfo,
+    regions: Vec<Option<Region>>,
+    /// Whether sysfs says that the driver is vfio-pci itself, whose mappings refault.
+    by_vfio_pci: bool,
+    _group: Option<Arc<Group>>,
+}
+
+struct Region {
+    info: RegionInfo,
+    /// Where the region lies in the device's file.
+    start: u64,
+}
+
+impl Vfio {
+    /// Opens the device at `address` through its IOMMU group, in an address space of its own.
+    ///
+    /// # Errors
+    /// `NotFound`; `NotBound` where a kernel driver has the device, or none; `NoIommu`;
+    /// `GroupNotViable`, naming the devices in the way; `PermissionDenied`; `InUse` where the group is
+    /// open already. Each says what to do.
+    pub fn open(address: PciAddress) -> Result<Self> {
+        Self::open_in(&Sysfs::default(), address)
+    }
+
+    fn open_in(sysfs: &Sysfs, address: PciAddress) -> Result<Self> {
+        let device = sysfs.device(address)?;
+        check_bound(&device)?;
+        let group = Container::new()?.group(&device)?;
+        let fd = group.device_fd(&device)?;
+        Self::new(fd, Some(&device), Some(group))
+    }
+
+    /// Takes over a device file that somebody else has opened, such as a parent that passed it on.
+    /// `address` tells which device it is, if known: without it nothing is known of its driver, and
+    /// its mappings are not trusted to refault.
+    ///
+    /// # Errors
+    /// `Unsupported` where it is not a VFIO device file; it is closed then.
+    ///
+    /// # Safety
+    /// The file is that of the device at `address`, and an IOMMU confines that device: a program in
+    /// safe Rust may make it read and write any address that it can reach.
+    pub unsafe fn from_fd(fd: OwnedFd, address: Option<PciAddress>) -> Result<Self> {
+        let device = address.map(|address| Sysfs::default().device(address)).transpose()?;
+        Self::new(fd, device.as_ref(), None)
+    }
+
+    fn new(fd: OwnedFd, device: Option<&PciDevice>, group: Option<Arc<Group>>) -> Result<Self> {
+        let name = match device {
+            Some(device) => device.address().to_string(),
+            None => format!("the device of file descriptor {}", fd.as_raw_fd()),
+        };
+        let answer = vfio::device_info(fd.as_fd()).map_err(|errno| {
+            Error::os(errno, "query", &name).because("it is no VFIO device file")
+        })?;
+        if answer.num_regions > MAX_REGIONS {
+            return Err(Error::new(ErrorKind::Malformed, "query", name)
+                .because(format!("it claims {} regions", answer.num_regions)));
+        }
+        let regions = (0..answer.num_regions)
+            .map(|index| read_region(&fd, index, &name))
+            .collect::<Result<Vec<_>>>()?;
+        let info = DeviceInfo {
+            name,
+            pci: answer.flags & VFIO_DEVICE_FLAGS_PCI != 0,
+            resettable: answer.flags & VFIO_DEVICE_FLAGS_RESET != 0,
+            regions: answer.num_regions,
+            irqs: answer.num_irqs,
+        };
+        let by_vfio_pci = device.and_then(PciDevice::driver).as_deref() == Some("vfio-pci");
+        Ok(Self { device: Arc::new(fd), info, regions, by_vfio_pci, _group: group })
+    }
+
+    fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
+        self.regions.get(index as usize).and_then(Option::as_ref).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, operation, self.name_of(index))
+                .because("the device has no such region")
+        })
+    }
+
+    /// Where an access lies in the device's file.
+    fn locate(&self, index: u32, offset: u64, len: usize, operation: &'static str) -> Result<i64> {
+        let Region { info, start } = self.find(index, operation)?;
+        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= info.size);
+        start
+            .checked_add(offset)
+            .and_then(|at| i64::try_from(at).ok())
+            .filter(|_| inside)
+            .ok_or_else(|| {
+                Error::new(ErrorKind::OutOfRange, operation, self.name_of(index))
+                    .because(format!("{len} bytes at {offset:#x} leave its {:#x} bytes", info.size))
+            })
+    }
+
+    fn name_of(&self, index: u32) -> String {
+        format!("region {index} of {}", self.info.name)
+    }
+
+    fn finish(
+        &self,
+        done: std::result::Result<usize, Errno>,
+        len: usize,
+        index: u32,
+        operation: &'static str,
+    ) -> Result<()> {
+        match done {
+            Ok(count) if count == len => Ok(()),
+            Ok(count) => Err(Error::new(ErrorKind::Os, operation, self.name_of(index))
+                .because(format!("{count} of {len} bytes were done"))),
+            Err(errno) => {
+                let error = Error::os(errno, operation, self.name_of(index));
+                Err(match errno {
+                    Errno::EIO => error.because(
+                        "the device does not answer: memory decoding is off, it sleeps, or it has gone",
+                    ),
+                    _ => error,
+                })
+            }
+        }
+    }
+}
+
+/// A VFIO driver holds the device; variant drivers (`mlx5_vfio_pci`, `nvgrace_gpu_vfio_pci`) do, too.
+fn check_bound(device: &PciDevice) -> Result<()> {
+    let driver = device.driver();
+    if driver.as_deref().is_some_and(|name| name.contains("vfio")) {
+        return Ok(());
+    }
+    let address = device.address();
+    let reason = match driver {
+        Some(driver) => format!("it is bound to {driver}"),
+        None => "no driver is bound to it".to_owned(),
+    };
+    Err(Error::new(ErrorKind::NotBound, "open", address).because(reason).remedy(format!(
+        "bind it to vfio-pci: PciDevice::bind_vfio_pci, or driverctl set-override {address} vfio-pci"
+    )))
+}
+
+/// `None` where the index is vacant, which the kernel tells by EINVAL or a size of zero.
+fn read_region(fd: &OwnedFd, index: u32, name: &str) -> Result<Option<Region>> {
+    match vfio::region_info(fd.as_fd(), index) {
+        Ok(answer) => {
+            let (info, start) = RegionInfo::from_vfio(&answer)?;
+            Ok((info.size != 0).then_some(Region { info, start }))
+        }
+        Err(Errno::EINVAL) => Ok(None),
+        Err(errno) => Err(Error::os(errno, "query", format!("region {index} of {name}"))),
+    }
+}
+
+impl Transport for Vfio {
+    fn info(&self) -> DeviceInfo {
+        self.info.clone()
+    }
+
+    fn region(&self, index: u32) -> Result<RegionInfo> {
+        Ok(self.find(index, "find")?.info.clone())
+    }
+
+    fn read_at(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        let at = self.locate(region, offset, data.len(), "read")?;
+        let done = pread(self.device.as_fd(), data, at);
+        self.finish(done, data.len(), region, "read")
+    }
+
+    fn write_at(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        let at = self.locate(region, offset, data.len(), "write")?;
+        let done = pwrite(self.device.as_fd(), data, at);
+        self.finish(done, data.len(), region, "write")
+    }
+
+    fn backing(&self, region: u32) -> Result<RegionFile> {
+        let Region { info, start } = self.find(region, "map")?;
+        if !info.mappable {
+            return Err(Error::new(ErrorKind::NotMappable, "map", self.name_of(region))
+                .because("the kernel does not let it be mapped"));
+        }
+        let file = self.device.clone();
+        Ok(if self.by_vfio_pci {
+            RegionFile::vfio_pci(file, *start)
+        } else {
+            RegionFile::new(file, *start)
+        })
+    }
+
+    fn reset(&self) -> Result<()> {
+        vfio::reset(self.device.as_fd()).map_err(|errno| {
+            let error = Error::os(errno, "reset", &self.info.name);
+            match errno {
+                Errno::EINVAL | Errno::ENOTTY => error
+                    .as_kind(ErrorKind::Unsupported)
+                    .because("it offers no function-level reset that the kernel knows"),
+                _ => error,
+            }
+        })
+    }
+}
+
+impl fmt::Debug for Vfio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Vfio({})", self.info.name)
+    }
+}

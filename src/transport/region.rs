@@ -1,0 +1,195 @@
+//! What a transport says of a region, and how VFIO writes that down.
+
+use std::ops::Range;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, VFIO_REGION_INFO_CAP_SPARSE_MMAP,
+    VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_REGION_INFO_FLAG_WRITE, vfio_info_cap_header, vfio_region_info,
+    vfio_region_info_cap_sparse_mmap, vfio_region_sparse_mmap_area,
+};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Size and abilities of a region.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RegionInfo {
+    /// In bytes; 0 where the region is vacant.
+    pub size: u64,
+    /// Whether it can be read.
+    pub readable: bool,
+    /// Whether it can be written.
+    pub writable: bool,
+    /// Whether (parts of) it can be mapped.
+    pub mappable: bool,
+    /// The only parts that can be mapped, where not all can: byte ranges of the region. `None` means
+    /// no restriction.
+    pub areas: Option<Vec<Range<u64>>>,
+    /// Whether pages that hold the MSI-X table may be mapped, too.
+    pub msix_mappable: bool,
+}
+
+impl RegionInfo {
+    /// A region of `size` bytes that can be read, written and mapped as a whole.
+    pub fn mappable(size: u64) -> Self {
+        Self { mappable: true, ..Self::trapped(size) }
+    }
+
+    /// A region of `size` bytes that can be read and written, and not be mapped.
+    pub fn trapped(size: u64) -> Self {
+        Self { size, readable: true, writable: true, ..Self::default() }
+    }
+
+    /// Reads the answer to `VFIO_DEVICE_GET_REGION_INFO`, a `struct vfio_region_info` with its
+    /// capability chain (`linux/vfio.h`; vfio-user sends the same), and the region's offset in the
+    /// device's file.
+    ///
+    /// Areas that are empty are left out; the rest is taken as it is and checked where it is used.
+    ///
+    /// # Errors
+    /// `Malformed` where the answer is cut short, or its chain loops, points outside of it, or counts
+    /// more areas than it holds.
+    pub fn from_vfio(answer: &[u8]) -> Result<(Self, u64)> {
+        let answer = Answer(answer);
+        let flags = answer.u32(std::mem::offset_of!(vfio_region_info, flags))?;
+        let first = answer.u32(std::mem::offset_of!(vfio_region_info, cap_offset))?;
+        let offset = answer.u64(std::mem::offset_of!(vfio_region_info, offset))?;
+        let mut info = Self {
+            size: answer.u64(std::mem::offset_of!(vfio_region_info, size))?,
+            readable: flags & VFIO_REGION_INFO_FLAG_READ != 0,
+            writable: flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
+            mappable: flags & VFIO_REGION_INFO_FLAG_MMAP != 0,
+            ..Self::default()
+        };
+        if flags & VFIO_REGION_INFO_FLAG_CAPS != 0 {
+            info.read_chain(&answer, first)?;
+        }
+        Ok((info, offset))
+    }
+
+    fn read_chain(&mut self, answer: &Answer<'_>, first: u32) -> Result<()> {
+        let mut at = first as usize;
+        // Every capability has a header, and no two share one: more steps than headers is a loop.
+        let mut steps = answer.0.len() / size_of::<vfio_info_cap_header>();
+        while at != 0 {
+            if at < size_of::<vfio_region_info>() {
+                return Err(malformed(format!(
+                    "a capability at {at:#x} lies within the structure"
+                )));
+            }
+            steps = steps.checked_sub(1).ok_or_else(|| malformed("the capability chain loops"))?;
+            match u32::from(answer.u16(at)?) {
+                VFIO_REGION_INFO_CAP_SPARSE_MMAP => self.areas = Some(read_areas(answer, at)?),
+                VFIO_REGION_INFO_CAP_MSIX_MAPPABLE => self.msix_mappable = true,
+                _ => {}
+            }
+            at = answer.u32(at + std::mem::offset_of!(vfio_info_cap_header, next))? as usize;
+        }
+        Ok(())
+    }
+}
+
+fn read_areas(answer: &Answer<'_>, at: usize) -> Result<Vec<Range<u64>>> {
+    const HEADER: usize = size_of::<vfio_region_info_cap_sparse_mmap>();
+    const AREA: usize = size_of::<vfio_region_sparse_mmap_area>();
+    let count =
+        answer.u32(at + std::mem::offset_of!(vfio_region_info_cap_sparse_mmap, nr_areas))? as usize;
+    let room = answer.0.len().saturating_sub(at + HEADER) / AREA;
+    if count > room {
+        return Err(malformed(format!("{count} sparse areas are counted, and {room} would fit")));
+    }
+    let mut areas = Vec::with_capacity(count);
+    for index in 0..count {
+        let area = at + HEADER + index * AREA;
+        let start = answer.u64(area)?;
+        let size = answer.u64(area + 8)?;
+        let end = start
+            .checked_add(size)
+            .ok_or_else(|| malformed(format!("sparse area {index} wraps around")))?;
+        if size != 0 {
+            areas.push(start..end);
+        }
+    }
+    Ok(areas)
+}
+
+/// Bytes from the kernel or a peer, read in the byte order of this machine, never past their end.
+struct Answer<'a>(&'a [u8]);
+
+impl Answer<'_> {
+    fn take<const N: usize>(&self, at: usize) -> Result<[u8; N]> {
+        at.checked_add(N)
+            .and_then(|end| self.0.get(at..end)?.try_into().ok())
+            .ok_or_else(|| malformed(format!("{} bytes end before {at:#x} + {N}", self.0.len())))
+    }
+
+    fn u16(&self, at: usize) -> Result<u16> {
+        Ok(u16::from_ne_bytes(self.take(at)?))
+    }
+
+    fn u32(&self, at: usize) -> Result<u32> {
+        Ok(u32::from_ne_bytes(self.take(at)?))
+    }
+
+    fn u64(&self, at: usize) -> Result<u64> {
+        Ok(u64::from_ne_bytes(self.take(at)?))
+    }
+}
+
+fn malformed(reason: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Malformed, "read", "region information").because(reason.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A `vfio_region_info` with these flags and the bytes of its capabilities behind it.
+    fn answer(flags: u32, cap_offset: u32, caps: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for word in [32 + caps.len() as u32, flags, 0, cap_offset] {
+            bytes.extend(word.to_ne_bytes());
+        }
+        for word in [0x10000u64, 7 << 40] {
+            bytes.extend(word.to_ne_bytes());
+        }
+        bytes.extend(caps);
+        bytes
+    }
+
+    fn cap(id: u16, next: u32, body: &[u64]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend(id.to_ne_bytes());
+        bytes.extend(1u16.to_ne_bytes());
+        bytes.extend(next.to_ne_bytes());
+        body.iter().for_each(|word| bytes.extend(word.to_ne_bytes()));
+        bytes
+    }
+
+    #[test]
+    fn flags_size_offset_and_both_capabilities_are_read() {
+        let mut caps = cap(3, 40, &[]);
+        caps.extend(cap(1, 0, &[3, 0, 0x1000, 0x2000, 0, 0x4000, 0x8000]));
+        let (info, offset) = RegionInfo::from_vfio(&answer(0xf, 32, &caps)).unwrap();
+        assert_eq!((info.size, offset), (0x10000, 7 << 40));
+        assert!(info.readable && info.writable && info.mappable && info.msix_mappable);
+        assert_eq!(info.areas, Some(vec![0..0x1000, 0x4000..0xc000]), "the empty area is left out");
+        let (info, _) = RegionInfo::from_vfio(&answer(0x3, 0, &[])).unwrap();
+        assert!(!info.mappable && info.areas.is_none() && !info.msix_mappable);
+    }
+
+    #[test]
+    fn chains_that_lie_are_refused() {
+        let reason = |bytes: &[u8]| RegionInfo::from_vfio(bytes).unwrap_err().to_string();
+        assert!(reason(&answer(0xf, 32, &cap(3, 32, &[]))).contains("loops"));
+        assert!(reason(&answer(0xf, 8, &cap(3, 0, &[]))).contains("within the structure"));
+        assert!(reason(&answer(0xf, 4000, &cap(3, 0, &[]))).contains("end before"));
+        assert!(reason(&answer(0xf, u32::MAX, &[])).contains("end before"));
+        assert!(reason(&answer(0xf, 32, &cap(1, 0, &[2, 0, 0x1000]))).contains("would fit"));
+        assert!(reason(&answer(0xf, 32, &cap(1, 0, &[u64::MAX, 0, 1]))).contains("would fit"));
+        assert!(reason(&answer(0xf, 32, &cap(1, 0, &[1, u64::MAX, 2]))).contains("wraps"));
+        assert!(reason(&answer(0xf, 32, &[1, 0])).contains("end before"));
+        assert!(reason(&[]).contains("end before"));
+    }
+}
