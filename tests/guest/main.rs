@@ -1,9 +1,36 @@
-//! What needs a kernel with VFIO.
+//! What needs a kernel with VFIO and real devices: run by `cargo lab test` in its guests.
+
+mod bad_input;
+mod binding;
+#[path = "../support/hole.rs"]
+mod hole;
+mod lab;
+#[path = "../support/leftovers.rs"]
+mod leftovers;
+#[path = "../support/reach.rs"]
+mod reach;
+mod remap;
+mod removal;
+mod revocation;
+mod scale;
+
+use vfio_remap::Device;
 
 #[test]
-fn the_lab_names_its_devices() {
-    let devices = std::env::var("LAB_DEVICES").expect("run by `cargo lab test`");
-    for name in ["nvme=", "e1000e=", "edu=", "ivshmem64m=", "ivshmem4g="] {
-        assert!(devices.contains(name), "{name} is missing from {devices}");
-    }
+fn no_window_is_ever_a_hole_while_it_is_relocated_ten_thousand_times() {
+    let device = lab::open("edu");
+    let window = device.bar(0).unwrap().map(.., vfio_remap::Placement::Anywhere).unwrap();
+    hole::relocating_never_leaves_a_hole(window, lab::EDU_ID);
+}
+
+#[test]
+fn the_same_test_sees_the_hole_that_munmap_then_mmap_leaves() {
+    let device = lab::open("edu");
+    let window = device.bar(0).unwrap().map(.., vfio_remap::Placement::Anywhere).unwrap();
+    hole::munmap_then_mmap_leaves_a_hole(window);
+}
+
+/// A device is closed at the end of a test, and says so if not.
+fn close(device: Device) {
+    device.close().unwrap();
 }

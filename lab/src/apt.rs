@@ -1,0 +1,189 @@
+//! Fetching packages of any Debian suite with the distribution's own tools,
+//! from the mirror that this machine is configured for, without touching the
+//! system's configuration. apt checks the signatures.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::cache::Store;
+use crate::command;
+
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// A suite's packages, as apt sees them with a configuration of its own.
+pub struct Suite {
+    name: String,
+    options: Vec<String>,
+}
+
+impl Suite {
+    /// Updates the list of a suite's packages. `None` if the mirror has no such
+    /// suite (any more).
+    pub fn open(name: &str, store: &Store) -> Result<Option<Self>> {
+        ensure!(
+            Path::new(KEYRING).exists(),
+            "{KEYRING} is missing: install the package debian-archive-keyring"
+        );
+        let mirror = mirror(store)?;
+        let directory = store.directory.join("apt").join(name);
+        fs::create_dir_all(directory.join("lists/partial"))?;
+        fs::create_dir_all(directory.join("archives/partial"))?;
+        let sources = directory.join("sources.list");
+        fs::write(&sources, sources_line(name, &mirror))?;
+        let suite = Self { name: name.to_owned(), options: private_options(&directory, &sources) };
+
+        let update = command::unchecked(suite.tool("apt-get").args(["update", "--error-on=any"]))?;
+        let said = String::from_utf8_lossy(&update.stderr);
+        if update.status.success() {
+            Ok(Some(suite))
+        } else if is_gone(&said) {
+            Ok(None)
+        } else {
+            bail!("cannot read the packages of {name} from {mirror}:\n{said}");
+        }
+    }
+
+    /// A package's control fields. `None` if the suite has no such package.
+    pub fn show(&self, package: &str) -> Result<Option<Control>> {
+        let shown = command::unchecked(self.tool("apt-cache").args([
+            "show",
+            "--no-all-versions",
+            package,
+        ]))?;
+        Ok(shown
+            .status
+            .success()
+            .then(|| Control(String::from_utf8_lossy(&shown.stdout).into_owned())))
+    }
+
+    /// Downloads packages and unpacks them, without their scripts, into a
+    /// directory.
+    pub fn unpack(&self, packages: &[String], into: &Path) -> Result<()> {
+        let debs = tempfile::tempdir_in(into)?;
+        command::output(self.tool("apt-get").current_dir(&debs).arg("download").args(packages))
+            .with_context(|| format!("cannot download from {}", self.name))?;
+        for deb in fs::read_dir(&debs)? {
+            command::output(Command::new("dpkg-deb").arg("-x").arg(deb?.path()).arg(into))?;
+        }
+        Ok(())
+    }
+
+    fn tool(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.args(&self.options);
+        command
+    }
+}
+
+/// `target=Packages`: leave out indexes that desktops add, such as
+/// AppStream's.
+pub fn sources_line(suite: &str, mirror: &str) -> String {
+    format!("deb [signed-by={KEYRING} target=Packages lang=none] {mirror} {suite} main\n")
+}
+
+/// Everything that would let the system's packages and lists in, or ours out.
+fn private_options(directory: &Path, sources: &Path) -> Vec<String> {
+    let directory = directory.display();
+    [
+        format!("Dir::Etc::sourcelist={}", sources.display()),
+        "Dir::Etc::sourceparts=-".to_owned(),
+        "Dir::Etc::preferences=/dev/null".to_owned(),
+        "Dir::Etc::preferencesparts=-".to_owned(),
+        "Dir::State::status=/dev/null".to_owned(),
+        format!("Dir::State::lists={directory}/lists"),
+        format!("Dir::Cache={directory}"),
+        "Acquire::GzipIndexes=true".to_owned(),
+        // The cache may be where apt's own user cannot look.
+        "APT::Sandbox::User=root".to_owned(),
+    ]
+    .into_iter()
+    .flat_map(|option| ["-o".to_owned(), option])
+    .collect()
+}
+
+/// Whether apt says that the mirror answered and has no such suite, as
+/// opposed to a mirror that cannot be reached.
+fn is_gone(said: &str) -> bool {
+    said.contains("does not have a Release file") || said.contains("404 ")
+}
+
+/// The control fields of a package.
+pub struct Control(String);
+
+impl Control {
+    pub fn version(&self) -> Option<&str> {
+        self.field("Version")
+    }
+
+    /// The names that it depends on; of alternatives, the first.
+    pub fn depends(&self) -> Vec<&str> {
+        self.field("Depends")
+            .unwrap_or_default()
+            .split(',')
+            .filter_map(|dependency| dependency.split_whitespace().next())
+            .map(|name| name.split(':').next().unwrap_or(name))
+            .collect()
+    }
+
+    fn field(&self, name: &str) -> Option<&str> {
+        self.0.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim()))
+    }
+}
+
+/// The mirror's address: as the user says, or from the machine's own
+/// configuration.
+pub fn mirror(store: &Store) -> Result<String> {
+    if let Some(mirror) = &store.mirror {
+        return Ok(mirror.clone());
+    }
+    if let Some(mirror) = configured_mirror()? {
+        return Ok(mirror);
+    }
+    if command::is_root()? {
+        command::output(Command::new("apt-get").arg("update"))?;
+        if let Some(mirror) = configured_mirror()? {
+            return Ok(mirror);
+        }
+    }
+    bail!(
+        "apt knows no Debian mirror: run `apt-get update` as root, \
+         or give the mirror's address with --mirror or LAB_MIRROR"
+    )
+}
+
+fn configured_mirror() -> Result<Option<String>> {
+    let targets = command::output(Command::new("apt-get").args([
+        "indextargets",
+        "--format",
+        "$(REPO_URI)",
+        "Created-By: Packages",
+        "Origin: Debian",
+        "Label: Debian",
+    ]))?;
+    Ok(targets.lines().next().map(str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dependencies_lose_their_versions_and_alternatives() {
+        let control = Control(
+            "Package: linux-image-7\nVersion: 7.3.4-1~bpo13+1\n\
+             Depends: dracut | linux-initramfs-tool, linux-binary-7 (= 7.3.4-1), perl:any\n"
+                .to_owned(),
+        );
+        assert_eq!(control.version(), Some("7.3.4-1~bpo13+1"));
+        assert_eq!(control.depends(), ["dracut", "linux-binary-7", "perl"]);
+    }
+
+    #[test]
+    fn a_missing_suite_is_not_a_missing_network() {
+        assert!(is_gone("E: The repository 'x gone Release' does not have a Release file."));
+        assert!(!is_gone("W: Failed to fetch x  Could not resolve 'mirror'"));
+    }
+}

@@ -1,0 +1,193 @@
+//! One boot of one kernel for one payload: QEMU from start to end.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use tempfile::TempDir;
+
+use crate::guest::{self, Payload};
+use crate::kernels::Image;
+use crate::klog::{KernelLog, tail};
+use crate::qemu::{self, Qemu};
+use crate::ui::Stage;
+
+/// Lines of the kernel log, and of the payload's output, that a failed boot
+/// shows.
+const TAIL: usize = 25;
+
+/// Where boots find their parts and leave their logs.
+pub struct Lab {
+    pub busybox: PathBuf,
+    /// For what a boot leaves behind.
+    pub logs: PathBuf,
+    pub timeout: Duration,
+}
+
+/// How a boot ended.
+pub enum Ending {
+    /// The payload ran to its end.
+    Exited(u8),
+    Panicked,
+    TimedOut(Duration),
+    /// `guest/init` could not set the guest up.
+    SetupFailed(String),
+    /// QEMU ended, but the guest had not said that the payload did.
+    Died {
+        qemu_said: String,
+    },
+}
+
+pub struct Outcome {
+    pub ending: Ending,
+    pub log: KernelLog,
+    pub log_path: PathBuf,
+    /// What the payload wrote.
+    pub output: String,
+    pub took: Duration,
+}
+
+impl Lab {
+    /// Boots a kernel and runs the payload in it; what the payload writes
+    /// goes to our standard output as it comes. `label` names the logs.
+    pub fn boot(
+        &self,
+        image: &Image,
+        iommu: bool,
+        payload: &Payload,
+        label: &str,
+    ) -> Result<Outcome> {
+        fs::create_dir_all(&self.logs)?;
+        let work = self.work_directory()?;
+        let initramfs = work.path().join("initramfs");
+        let console = work.path().join("console");
+        fs::write(&initramfs, guest::initramfs(image, iommu, &self.busybox, payload)?)?;
+
+        let what =
+            format!("linux {}{}", image.version, if iommu { "" } else { " without an IOMMU" });
+        let stage = Stage::new("Booting", &what);
+        let started = Instant::now();
+        let errors = fs::File::create(work.path().join("qemu"))?;
+        let mut qemu =
+            Qemu::start(qemu::command(image, iommu, &initramfs, &console).stderr(errors))?;
+        let (output, in_time) = self.stream(&qemu.output, started, &stage)?;
+        if in_time {
+            qemu.child.wait()?;
+        }
+        drop(qemu);
+        let took = started.elapsed();
+
+        let log = KernelLog::new(&fs::read(&console).unwrap_or_default());
+        let log_path = self.logs.join(format!("{label}.kernel.log"));
+        fs::write(&log_path, log.as_str())?;
+        fs::write(self.logs.join(format!("{label}.output")), &output)?;
+        let ending = if !in_time {
+            Ending::TimedOut(self.timeout)
+        } else if log.panicked() {
+            Ending::Panicked
+        } else if let Some(reason) = log.setup_failure() {
+            Ending::SetupFailed(reason.to_owned())
+        } else if let Some(status) = log.payload_status() {
+            Ending::Exited(status)
+        } else {
+            let qemu_said = fs::read_to_string(work.path().join("qemu"))?;
+            Ending::Died { qemu_said }
+        };
+        let output = String::from_utf8_lossy(&output).into_owned();
+        Ok(Outcome { ending, log, log_path, output, took })
+    }
+
+    /// A directory for the files of one boot, apart from the logs so that two
+    /// labs can run side by side. What labs that were killed have left is
+    /// cleared away.
+    fn work_directory(&self) -> Result<TempDir> {
+        const PREFIX: &str = "boot-of-";
+        for entry in fs::read_dir(&self.logs)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split('.').next());
+            if owner.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+                fs::remove_dir_all(entry.path())?;
+            }
+        }
+        let prefix = format!("{PREFIX}{}.", process::id());
+        Ok(tempfile::Builder::new().prefix(&prefix).tempdir_in(&self.logs)?)
+    }
+
+    /// Passes the payload's output on until QEMU ends; `false` if it did not
+    /// end in time.
+    fn stream(
+        &self,
+        from: &Receiver<Vec<u8>>,
+        started: Instant,
+        stage: &Stage,
+    ) -> Result<(Vec<u8>, bool)> {
+        let mut all = Vec::new();
+        let mut stdout = io::stdout();
+        loop {
+            let left = self.timeout.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                return Ok((all, false));
+            }
+            match from.recv_timeout(left) {
+                Ok(bytes) => {
+                    stage.clear();
+                    stdout.write_all(&bytes)?;
+                    stdout.flush()?;
+                    all.extend(bytes);
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok((all, true)),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+}
+
+impl Outcome {
+    /// What to show of a boot: nothing, if it went well.
+    pub fn complaints(&self) -> String {
+        let mut complaints = String::new();
+        if !matches!(self.ending, Ending::Exited(_)) {
+            complaints = format!(
+                "{}\nthe payload's last output:\n{}\nthe kernel's last messages:\n{}\n",
+                self.ending,
+                tail(&self.output, TAIL),
+                self.log.tail(TAIL)
+            );
+        }
+        let offences = self.log.offences();
+        if !offences.is_empty() {
+            let lines = offences.join("\n");
+            complaints += &format!("the kernel complained:\n{lines}\n");
+        }
+        complaints
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited(status @ 129..) => {
+                write!(f, "exit status {status}: died of signal {}", status - 128)
+            }
+            Self::Exited(status) => write!(f, "exit status {status}"),
+            Self::Panicked => write!(f, "the kernel panicked"),
+            Self::TimedOut(limit) => {
+                write!(f, "not done after {} minutes: killed", limit.as_secs() / 60)
+            }
+            Self::SetupFailed(reason) => write!(f, "the guest could not be set up: {reason}"),
+            Self::Died { qemu_said } => {
+                write!(f, "the guest ended before its payload did")?;
+                match qemu_said.trim() {
+                    "" => Ok(()),
+                    said => write!(f, ": {said}"),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! What was downloaded, kept outside the repository: nothing is fetched
+//! twice, and what is there is whole.
+
+use std::env;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// In words, for `--help`.
+pub const LOCATION: &str = "$VFIO_REMAP_LAB_CACHE, or else $XDG_CACHE_HOME/vfio-remap-lab, \
+                            or else ~/.cache/vfio-remap-lab";
+
+/// Where fetched things come from and are kept.
+pub struct Store {
+    pub directory: PathBuf,
+    /// Only if the user named one.
+    pub mirror: Option<String>,
+}
+
+impl Store {
+    pub fn open(mirror: Option<String>) -> Result<Self> {
+        Ok(Self { directory: directory()?, mirror })
+    }
+}
+
+/// The cache's directory, made if need be.
+fn directory() -> Result<PathBuf> {
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let directory = set("VFIO_REMAP_LAB_CACHE")
+        .or_else(|| Some(set("XDG_CACHE_HOME")?.join("vfio-remap-lab")))
+        .or_else(|| Some(set("HOME")?.join(".cache/vfio-remap-lab")))
+        .context("no place for a cache: set VFIO_REMAP_LAB_CACHE")?;
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make the cache {}", directory.display()))?;
+    Ok(directory)
+}
+
+/// Puts a directory in place in one step: `fill` works on a temporary one,
+/// which takes the place of `entry` only when complete. An interrupted run
+/// leaves what was there.
+pub fn replace(entry: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let parent = entry.parent().context("an entry is in a directory")?;
+    fs::create_dir_all(parent)?;
+    let work = tempfile::tempdir_in(parent)?;
+    let new = work.path().join("new");
+    fs::create_dir(&new)?;
+    fill(&new)?;
+    match fs::rename(entry, work.path().join("old")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    fs::rename(&new, entry).with_context(|| format!("cannot put {} in place", entry.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_replaced_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let entry = root.path().join("kernels/6.1");
+        replace(&entry, |new| Ok(fs::write(new.join("version"), "1")?)).unwrap();
+        replace(&entry, |new| Ok(fs::write(new.join("version"), "2")?)).unwrap();
+        assert_eq!(fs::read_to_string(entry.join("version")).unwrap(), "2");
+
+        let failed = replace(&entry, |new| {
+            fs::write(new.join("version"), "3")?;
+            anyhow::bail!("interrupted")
+        });
+        assert!(failed.is_err());
+        assert_eq!(fs::read_to_string(entry.join("version")).unwrap(), "2");
+        assert_eq!(fs::read_dir(entry.parent().unwrap()).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,83 @@
+//! What a guest boots into: an initramfs made of busybox, `guest/init`, the
+//! kernel's modules and the payload.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::cpio::Archive;
+use crate::kernels::Image;
+use crate::machine;
+
+const INIT: &str = include_str!("../guest/init");
+
+/// The program that a guest is booted for.
+pub struct Payload<'a> {
+    pub program: &'a Path,
+    pub arguments: &'a [String],
+}
+
+/// Packs the initramfs for one boot.
+pub fn initramfs(image: &Image, iommu: bool, busybox: &Path, payload: &Payload) -> Result<Vec<u8>> {
+    let read =
+        |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let mut archive = Archive::default();
+    for directory in ["bin", "dev", "lab", "lab/modules", "proc", "sys", "tmp"] {
+        archive.directory(directory);
+    }
+    archive.file("init", INIT.as_bytes());
+    archive.file("bin/busybox", &read(busybox)?);
+    for module in image.modules()? {
+        let name = module.file_name().context("a module is a file")?.to_string_lossy();
+        archive.file(&format!("lab/modules/{name}"), &read(&module)?);
+    }
+    let program = payload.program.file_name().context("the payload is a file")?.to_string_lossy();
+    let program = format!("/lab/{program}");
+    archive.file(&program[1..], &read(payload.program)?);
+    let config = config(image.name, iommu, &program, payload.arguments);
+    archive.file("lab/config", config.as_bytes());
+    Ok(archive.finish())
+}
+
+/// The part of init that differs from boot to boot: the payload's environment
+/// and its command line.
+fn config(kernel: &str, iommu: bool, program: &str, arguments: &[String]) -> String {
+    let environment = [
+        ("LAB_DEVICES", machine::addresses()),
+        ("LAB_KERNEL", kernel.to_owned()),
+        ("LAB_IOMMU", u8::from(iommu).to_string()),
+        ("HOME", "/tmp".to_owned()),
+        ("TMPDIR", "/tmp".to_owned()),
+        ("RUST_BACKTRACE", "1".to_owned()),
+    ];
+    let mut config = String::new();
+    for (name, value) in environment {
+        config += &format!("export {name}={}\n", quoted(&value));
+    }
+    config += &format!("LAB_DRIVERS={}\n", quoted(&machine::drivers()));
+    config += &format!("set -- {}", quoted(program));
+    for argument in arguments {
+        config += &format!(" {}", quoted(argument));
+    }
+    config.push('\n');
+    config
+}
+
+/// A word that a shell takes as it is.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_reach_the_payload_unchanged() {
+        let arguments = ["it's $HOME".to_owned(), String::new()];
+        let config = config("6.1", true, "/lab/guest", &arguments);
+        assert!(config.contains("export LAB_KERNEL='6.1'\n"));
+        assert!(config.ends_with("set -- '/lab/guest' 'it'\\''s $HOME' ''\n"), "{config}");
+    }
+}

@@ -1,0 +1,221 @@
+//! The kernels that the lab boots, and where they come from.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, bail};
+
+use crate::apt::Suite;
+use crate::cache::{self, Store};
+use crate::decompress;
+use crate::modules;
+use crate::ui::{self, Stage};
+
+/// How long `newest` may go without asking the mirror whether it still is.
+const FRESH: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// A kernel that the lab knows by name.
+pub struct Kernel {
+    pub name: &'static str,
+    /// What it stands for, for `--help`.
+    pub about: &'static str,
+    source: Source,
+}
+
+enum Source {
+    /// What `linux-image-amd64` stands for in a Debian suite.
+    Debian {
+        suite: &'static str,
+        /// Whether the suite goes on to other kernel series.
+        moves: bool,
+    },
+}
+
+pub const KERNELS: [Kernel; 4] = [
+    Kernel {
+        name: "5.10",
+        about: "stock Debian 11 (bullseye)",
+        source: Source::Debian { suite: "bullseye", moves: false },
+    },
+    Kernel {
+        name: "6.1",
+        about: "stock Debian 12 (bookworm)",
+        source: Source::Debian { suite: "bookworm", moves: false },
+    },
+    Kernel {
+        name: "6.12",
+        about: "stock Debian 13 (trixie)",
+        source: Source::Debian { suite: "trixie", moves: false },
+    },
+    Kernel {
+        name: NEWEST,
+        about: "the newest of trixie-backports, asked for again every week",
+        source: Source::Debian { suite: "trixie-backports", moves: true },
+    },
+];
+
+pub const NEWEST: &str = "newest";
+
+/// A kernel in the cache, ready to boot.
+pub struct Image {
+    pub name: &'static str,
+    /// The version of the package, such as 6.1.176-1.
+    pub version: String,
+    directory: PathBuf,
+}
+
+impl Image {
+    /// The kernel itself: an ELF file, which QEMU boots by its PVH entry.
+    pub fn vmlinux(&self) -> PathBuf {
+        self.directory.join("vmlinux")
+    }
+
+    /// The modules to load, in order.
+    pub fn modules(&self) -> Result<Vec<PathBuf>> {
+        let mut modules = fs::read_dir(self.directory.join("modules"))?
+            .map(|entry| Ok(entry?.path()))
+            .collect::<Result<Vec<_>>>()?;
+        modules.sort();
+        Ok(modules)
+    }
+
+    fn cached(name: &'static str, directory: PathBuf) -> Option<Self> {
+        let version = fs::read_to_string(directory.join("version")).ok()?;
+        Some(Self { name, version, directory })
+    }
+}
+
+/// Looks a kernel up by its name on the command line.
+pub fn by_name(name: &str) -> Result<&'static Kernel, String> {
+    KERNELS.iter().find(|kernel| kernel.name == name).ok_or_else(|| {
+        let names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
+        format!("the kernels are {}", names.join(", "))
+    })
+}
+
+impl Kernel {
+    /// The kernel from the cache, or fetched into it. `None` if the mirror
+    /// does not have it (any more).
+    pub fn image(&'static self, store: &Store) -> Result<Option<Image>> {
+        let directory = store.directory.join("kernels").join(self.name);
+        let Source::Debian { suite, moves } = self.source;
+        let cached = Image::cached(self.name, directory.clone());
+        if cached.is_some() && !(moves && is_old(&directory)) {
+            return Ok(cached);
+        }
+        match fetch(suite, store, &directory) {
+            Ok(true) => Ok(Image::cached(self.name, directory)),
+            Ok(false) => Ok(cached),
+            Err(error) if cached.is_some() => {
+                ui::warning(&format!(
+                    "cannot ask whether there is a newer kernel than the cached one: {error:#}"
+                ));
+                Ok(cached)
+            }
+            Err(error) => Err(error.context(format!("cannot fetch kernel {}", self.name))),
+        }
+    }
+}
+
+/// The age of a cached kernel counts from when its version was last written.
+fn is_old(directory: &Path) -> bool {
+    fs::metadata(directory.join("version"))
+        .and_then(|version| version.modified())
+        .is_ok_and(|checked| SystemTime::now().duration_since(checked).is_ok_and(|age| age > FRESH))
+}
+
+/// Fetches a suite's kernel into `directory`, unless what is there is it.
+/// `false` if the mirror does not have it.
+fn fetch(suite: &str, store: &Store, directory: &Path) -> Result<bool> {
+    let stage = Stage::new("Fetching", &format!("the kernel of {suite}"));
+    let Some(suite) = Suite::open(suite, store)? else {
+        return Ok(false);
+    };
+    let Some(metapackage) = suite.show("linux-image-amd64")? else {
+        return Ok(false);
+    };
+    let version = metapackage.version().context("a package has a version")?;
+    if fs::read_to_string(directory.join("version")).is_ok_and(|cached| cached == version) {
+        // Written again to count as checked today.
+        fs::write(directory.join("version"), version)?;
+        return Ok(true);
+    }
+
+    let mut packages = Vec::new();
+    for image in kernel_packages(&metapackage.depends()) {
+        let image_control = suite
+            .show(image)?
+            .with_context(|| format!("the mirror has linux-image-amd64 but not {image}"))?;
+        packages.push(image.to_owned());
+        packages.extend(kernel_packages(&image_control.depends()).map(str::to_owned));
+    }
+    cache::replace(directory, |new| {
+        let tree = tempfile::tempdir_in(&store.directory)?;
+        suite.unpack(&packages, tree.path())?;
+        keep(tree.path(), new)?;
+        Ok(fs::write(new.join("version"), version)?)
+    })?;
+    stage.done("Fetched", &format!("linux {version}"));
+    Ok(true)
+}
+
+/// Of the packages that something depends on, those that hold a kernel or its
+/// modules: an image holds all, but since 7.x it only depends on a package
+/// with the binary and one with the modules. Metapackages have no version in
+/// their names.
+fn kernel_packages<'a>(depends: &[&'a str]) -> impl Iterator<Item = &'a str> {
+    depends.iter().copied().filter(|name| {
+        ["linux-image-", "linux-binary-", "linux-modules-"]
+            .iter()
+            .filter_map(|prefix| name.strip_prefix(prefix))
+            .any(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
+    })
+}
+
+/// Keeps of an unpacked kernel what a boot needs.
+fn keep(tree: &Path, new: &Path) -> Result<()> {
+    let modules = ["lib/modules", "usr/lib/modules"]
+        .iter()
+        .find_map(|path| only_entry(&tree.join(path)))
+        .context("the packages hold no modules")?;
+    let release = modules.file_name().context("modules are in a directory")?.to_string_lossy();
+    let images = [tree.join(format!("boot/vmlinuz-{release}")), modules.join("vmlinuz")];
+    let Some(image) = images.iter().find(|image| image.exists()) else {
+        bail!("the packages hold no vmlinuz");
+    };
+    fs::write(new.join("vmlinux"), decompress::kernel(&fs::read(image)?)?)?;
+    modules::install(&modules, &new.join("modules"))
+}
+
+fn only_entry(directory: &Path) -> Option<PathBuf> {
+    Some(fs::read_dir(directory).ok()?.next()?.ok()?.path())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_one_package_or_two() {
+        let metapackage =
+            ["linux-base-amd64", "linux-image-7.3.4+deb13-amd64", "linux-modules-amd64"];
+        let image = [
+            "dracut",
+            "linux-base-7.3.4+deb13-amd64",
+            "linux-binary-7.3.4+deb13-amd64",
+            "linux-modules-7.3.4+deb13-amd64",
+        ];
+        let found: Vec<_> = kernel_packages(&metapackage).collect();
+        assert_eq!(found, ["linux-image-7.3.4+deb13-amd64"]);
+        let found: Vec<_> = kernel_packages(&image).collect();
+        assert_eq!(found, &image[2..]);
+    }
+
+    #[test]
+    fn an_unknown_kernel_is_answered_with_the_known_ones() {
+        assert!(by_name("6.12").is_ok());
+        let Err(error) = by_name("6.6") else { panic!("6.6 is no kernel of the lab") };
+        assert!(error.contains("5.10, 6.1, 6.12, newest"), "{error}");
+    }
+}

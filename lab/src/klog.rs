@@ -1,0 +1,125 @@
+//! Reading a guest's kernel log: how the boot ended and whether the kernel
+//! complained.
+
+/// Written to the log by `guest/init`.
+const PREFIX: &str = "lab: ";
+const STARTS: &str = "payload starts";
+const ENDED: &str = "payload ended with status ";
+const SETUP_FAILED: &str = "setup failed: ";
+
+/// What a kernel writes only when something is wrong with it, with its page
+/// tables, or with what a device was allowed to do.
+const OFFENCES: [&str; 14] = [
+    "WARNING",
+    "BUG",
+    "bad pud",
+    "bad pmd",
+    "freeing invalid memtype",
+    "Oops",
+    "general protection",
+    "Call Trace",
+    "rcu: INFO",
+    "DMAR: [DMA",
+    "soft lockup",
+    "hung task",
+    "blocked for more than",
+    "Kernel panic",
+];
+
+/// A guest's kernel log, from its serial console.
+pub struct KernelLog(String);
+
+impl KernelLog {
+    /// From the console's bytes, whose lines end in CR LF.
+    pub fn new(console: &[u8]) -> Self {
+        Self(String::from_utf8_lossy(console).replace('\r', ""))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The payload's exit status as the shell counts it: 128 + n for a
+    /// payload that died of signal n. `None` if it did not end.
+    pub fn payload_status(&self) -> Option<u8> {
+        self.marker(ENDED)?.parse().ok()
+    }
+
+    /// What `guest/init` gave up on.
+    pub fn setup_failure(&self) -> Option<&str> {
+        self.marker(SETUP_FAILED)
+    }
+
+    pub fn panicked(&self) -> bool {
+        self.0.contains("Kernel panic")
+    }
+
+    /// The lines that make a log dirty, from the payload's start on. Earlier
+    /// ones are about the emulated machine and not about what we test.
+    pub fn offences(&self) -> Vec<&str> {
+        let starts = format!("{PREFIX}{STARTS}");
+        self.0
+            .lines()
+            .skip_while(|line| !line.contains(&starts))
+            .filter(|line| OFFENCES.iter().any(|offence| has_word(line, offence)))
+            .collect()
+    }
+
+    /// The last lines.
+    pub fn tail(&self, lines: usize) -> String {
+        tail(&self.0, lines)
+    }
+
+    fn marker(&self, marker: &str) -> Option<&str> {
+        let marker = format!("{PREFIX}{marker}");
+        self.0.lines().find_map(|line| Some(line.split_once(&marker)?.1.trim_end()))
+    }
+}
+
+/// The last lines of a text.
+pub fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<_> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// Whether `line` has `word`, and not as the end of a longer word: DEBUG is
+/// no BUG.
+fn has_word(line: &str, word: &str) -> bool {
+    line.match_indices(word)
+        .any(|(at, _)| !line[..at].ends_with(|before: char| before.is_ascii_alphanumeric()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOG: &[u8] = b"[    0.1] WARNING: emulated\r\n\
+        [    2.0] lab: payload starts\r\n\
+        [    2.1] vfio-pci 0000:00:03.0: DEBUG enabling device\r\n\
+        [    2.2] BUG: Bad page map in process guest\r\n\
+        [    2.3] kernel BUG at mm/memory.c:1!\r\n\
+        [    2.4] DMAR: [DMA Read NO_PASID] fault addr 0x0\r\n\
+        [    2.9] lab: payload ended with status 101\r\n";
+
+    #[test]
+    fn only_what_happens_under_the_payload_makes_a_log_dirty() {
+        let log = KernelLog::new(LOG);
+        let offences = log.offences();
+        assert_eq!(offences.len(), 3, "{offences:?}");
+        assert!(offences[0].ends_with("in process guest"));
+    }
+
+    #[test]
+    fn the_markers_tell_how_the_payload_ended() {
+        assert_eq!(KernelLog::new(LOG).payload_status(), Some(101));
+        let log = KernelLog::new(b"[    2.0] lab: setup failed: no device\r\n");
+        assert_eq!(log.payload_status(), None);
+        assert_eq!(log.setup_failure(), Some("no device"));
+    }
+
+    #[test]
+    fn a_tail_longer_than_the_text_is_the_text() {
+        assert_eq!(tail("a\nb\nc", 2), "b\nc");
+        assert_eq!(tail("a\nb", 5), "a\nb");
+    }
+}

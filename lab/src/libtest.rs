@@ -1,0 +1,44 @@
+//! What a libtest binary says at its end.
+
+/// The counts in libtest's last line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    pub passed: u32,
+    pub failed: u32,
+    pub ignored: u32,
+}
+
+impl Counts {
+    /// Finds the result line in a test binary's output. `None` if it died
+    /// before printing one.
+    pub fn find(output: &str) -> Option<Self> {
+        let line = output.lines().rev().find_map(|line| line.strip_prefix("test result: "))?;
+        let count = |what: &str| {
+            line.split([';', '.'])
+                .find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok())
+        };
+        Some(Self {
+            passed: count("passed")?,
+            failed: count("failed")?,
+            ignored: count("ignored")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_result_line_gives_the_counts() {
+        let output = "\nrunning 3 tests\ntest a ... ok\n\ntest result: FAILED. 12 passed; 1 failed; \
+                      2 ignored; 0 measured; 4 filtered out; finished in 0.31s\n\n";
+        let counts = Counts { passed: 12, failed: 1, ignored: 2 };
+        assert_eq!(Counts::find(output), Some(counts));
+    }
+
+    #[test]
+    fn a_binary_that_died_has_no_counts() {
+        assert_eq!(Counts::find("running 3 tests\ntest a ... "), None);
+    }
+}

@@ -1,0 +1,237 @@
+//! The machine that the guests see: its devices, their addresses, and the
+//! QEMU command line that makes it.
+
+use anyhow::{Result, bail};
+
+/// A PCI device of the machine.
+pub struct Device {
+    /// What tests and `@NAME` arguments call it.
+    pub name: &'static str,
+    /// Where the guest finds it: domain, bus, slot and function.
+    pub address: &'static str,
+    /// The driver that `guest/init` binds it to, or checks that the kernel
+    /// has bound it to.
+    pub driver: &'static str,
+    /// What it is there for, for `--help`.
+    pub about: &'static str,
+    /// QEMU's `-device`, but for bus and address.
+    qemu: &'static str,
+}
+
+const VFIO: &str = "vfio-pci";
+/// Built into Debian's kernels, so it takes its devices before we could.
+const SERIAL: &str = "serial";
+
+/// Each is alone in its IOMMU group, except for crowded and neighbour.
+pub const DEVICES: [Device; 11] = [
+    Device {
+        name: "nvme",
+        address: "0000:00:03.0",
+        driver: VFIO,
+        about: "NVMe controller whose blocks read zeros",
+        qemu: "nvme,drive=null,serial=lab",
+    },
+    Device {
+        name: "e1000e",
+        address: "0000:00:04.0",
+        driver: VFIO,
+        about: "network card, 82574L",
+        qemu: "e1000e,netdev=net-e1000e,romfile=",
+    },
+    Device {
+        name: "igb",
+        address: "0000:00:05.0",
+        driver: VFIO,
+        about: "network card, 82576",
+        qemu: "igb,netdev=net-igb,romfile=",
+    },
+    Device {
+        name: "edu",
+        address: "0000:00:06.0",
+        driver: VFIO,
+        about: "QEMU's educational device: DMA, INTx and MSI",
+        qemu: "edu",
+    },
+    Device {
+        name: "testdev",
+        address: "0000:00:07.0",
+        driver: VFIO,
+        about: "QEMU's pci-testdev: an I/O port BAR, and 16 MiB of prefetchable memory",
+        qemu: "pci-testdev,membar=16M",
+    },
+    Device {
+        name: "ivshmem64m",
+        address: "0000:00:08.0",
+        driver: VFIO,
+        about: "a BAR of 64 MiB that is plain memory",
+        qemu: "ivshmem-plain,memdev=memory-64m",
+    },
+    Device {
+        name: "ivshmem4g",
+        address: "0000:00:09.0",
+        driver: VFIO,
+        about: "a BAR of 4 GiB that is plain memory",
+        qemu: "ivshmem-plain,memdev=memory-4g",
+    },
+    Device {
+        name: "crowded",
+        address: "0000:00:0a.0",
+        driver: VFIO,
+        about: "shares its IOMMU group with neighbour",
+        qemu: "pci-testdev,multifunction=on",
+    },
+    Device {
+        name: "neighbour",
+        address: "0000:00:0a.1",
+        driver: SERIAL,
+        about: "keeps crowded's group from being viable: it has the kernel's own driver",
+        qemu: "pci-serial,chardev=nowhere-neighbour",
+    },
+    Device {
+        name: "spare",
+        address: "0000:00:0b.0",
+        driver: SERIAL,
+        about: "a serial port with the kernel's own driver, to bind and unbind",
+        qemu: "pci-serial,chardev=nowhere-spare",
+    },
+    Device {
+        name: "hot",
+        address: "0000:01:00.0",
+        driver: VFIO,
+        about: "an e1000e behind a root port with native PCIe hotplug, to unplug",
+        qemu: "e1000e,netdev=net-hot,romfile=",
+    },
+];
+
+/// The root port above `hot`: the only bridge, hence bus 1.
+const ROOT_PORT: &str = "pcie-root-port,id=root-port,chassis=1,slot=1,bus=pcie.0,addr=0c.0";
+
+/// What the devices lean on.
+const BACKENDS: [(&str, &str); 8] = [
+    ("-blockdev", "driver=null-co,node-name=null,size=1073741824,read-zeroes=on"),
+    ("-netdev", "user,id=net-e1000e"),
+    ("-netdev", "user,id=net-igb"),
+    ("-netdev", "user,id=net-hot"),
+    ("-object", "memory-backend-memfd,id=memory-64m,size=64M,share=on"),
+    ("-object", "memory-backend-memfd,id=memory-4g,size=4G,share=on"),
+    ("-chardev", "null,id=nowhere-neighbour"),
+    ("-chardev", "null,id=nowhere-spare"),
+];
+
+/// QEMU's arguments for the machine, but for kernel, initramfs and serial
+/// ports.
+///
+/// TCG, always: a /dev/kvm that opens may still not run a stock kernel.
+pub fn qemu_arguments(iommu: bool) -> Vec<String> {
+    let mut arguments: Vec<String> = [
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-M",
+        "q35,kernel-irqchip=split",
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max",
+        "-smp",
+        "2",
+        "-m",
+        "2G",
+        // Leaves hotplug to the guest's pciehp, as on real hardware.
+        "-global",
+        "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
+    ]
+    .map(str::to_owned)
+    .into();
+    let mut add =
+        |option: &str, value: &str| arguments.extend([option.to_owned(), value.to_owned()]);
+    if iommu {
+        // Before the devices: QEMU wants it so.
+        add("-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on");
+    }
+    for (option, value) in BACKENDS {
+        add(option, value);
+    }
+    add("-device", ROOT_PORT);
+    for device in &DEVICES {
+        add("-device", &device.qemu_device());
+    }
+    arguments
+}
+
+/// The kernel's command line. Everything goes to the log, and nothing is lost
+/// from it: neither to its level, nor to its size, nor to the rate limit on
+/// what init writes to it.
+pub fn kernel_command_line(iommu: bool) -> String {
+    let iommu = if iommu { "intel_iommu=on iommu=pt " } else { "" };
+    format!("console=ttyS0 {iommu}panic=-1 ignore_loglevel log_buf_len=4M printk.devkmsg=on")
+}
+
+/// `LAB_DEVICES`: each device's name and address.
+pub fn addresses() -> String {
+    let entries: Vec<_> =
+        DEVICES.iter().map(|device| format!("{}={}", device.name, device.address)).collect();
+    entries.join(" ")
+}
+
+/// `LAB_DRIVERS`: each device's address and driver.
+pub fn drivers() -> String {
+    let entries: Vec<_> =
+        DEVICES.iter().map(|device| format!("{}={}", device.address, device.driver)).collect();
+    entries.join(" ")
+}
+
+/// Replaces each `@NAME` in an argument by the device's address.
+pub fn with_addresses(argument: &str) -> Result<String> {
+    let mut parts = argument.split('@');
+    let mut result = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let end =
+            part.find(|character: char| !character.is_ascii_alphanumeric()).unwrap_or(part.len());
+        let (name, rest) = part.split_at(end);
+        let Some(device) = DEVICES.iter().find(|device| device.name == name) else {
+            let names: Vec<_> = DEVICES.iter().map(|device| device.name).collect();
+            bail!("there is no device @{name}; the devices are {}", names.join(", "));
+        };
+        result.push_str(device.address);
+        result.push_str(rest);
+    }
+    Ok(result)
+}
+
+impl Device {
+    fn qemu_device(&self) -> String {
+        let bus = if self.address.starts_with("0000:00:") { "pcie.0" } else { "root-port" };
+        let slot = &self.address["0000:00:".len()..];
+        format!("{},bus={bus},addr={slot}", self.qemu)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_in_arguments_become_addresses() {
+        assert_eq!(with_addresses("@nvme").unwrap(), "0000:00:03.0");
+        assert_eq!(with_addresses("--device=@hot,x").unwrap(), "--device=0000:01:00.0,x");
+        assert_eq!(with_addresses("@edu+@igb").unwrap(), "0000:00:06.0+0000:00:05.0");
+        assert_eq!(with_addresses("plain").unwrap(), "plain");
+    }
+
+    #[test]
+    fn an_unknown_device_is_answered_with_the_known_ones() {
+        let error = with_addresses("@nvem").unwrap_err().to_string();
+        assert!(error.contains("@nvem") && error.contains("nvme, e1000e"), "{error}");
+    }
+
+    #[test]
+    fn a_device_is_placed_where_its_address_says() {
+        let hot = DEVICES.iter().find(|device| device.name == "hot").unwrap();
+        assert_eq!(hot.qemu_device(), "e1000e,netdev=net-hot,romfile=,bus=root-port,addr=00.0");
+        let neighbour = DEVICES.iter().find(|device| device.name == "neighbour").unwrap();
+        assert!(neighbour.qemu_device().ends_with(",bus=pcie.0,addr=0a.1"));
+    }
+}

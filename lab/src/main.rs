@@ -1,0 +1,208 @@
+//! `cargo lab`: boots real kernels with real VFIO in QEMU and runs the
+//! crate's tests, examples and benchmarks there.
+//!
+//! From the top: [`mod@test`] and this file are the commands, [`boot`] is one boot
+//! of one kernel; [`kernels`], [`busybox`], [`payload`] and [`guest`] make what
+//! is booted, [`machine`] what it is booted on; [`klog`], [`libtest`] and
+//! [`report`] judge what came of it.
+
+#![forbid(unsafe_code)]
+
+mod apt;
+mod boot;
+mod busybox;
+mod cache;
+mod command;
+mod cpio;
+mod decompress;
+mod guest;
+mod host;
+mod kernels;
+mod klog;
+mod libtest;
+mod machine;
+mod modules;
+mod payload;
+mod qemu;
+mod report;
+mod test;
+mod tools;
+mod ui;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+
+use boot::{Ending, Lab};
+use cache::Store;
+use guest::Payload;
+use kernels::{KERNELS, Kernel, NEWEST};
+
+/// Boots stock kernels with VFIO and an IOMMU in QEMU, and runs vfio-remap's
+/// tests, examples and benchmarks in them.
+#[derive(Parser)]
+#[command(bin_name = "cargo lab", after_help = after_help())]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run the tests: those of the host, then those that need a kernel with
+    /// VFIO, in each kernel.
+    ///
+    /// Those with `without_iommu` in their names run in one more boot of the
+    /// newest kernel, on a machine without an IOMMU. Fails if a test fails, or
+    /// if a kernel complains in its log while the tests run.
+    Test {
+        /// Only the guest tests, in this kernel; may be given several times.
+        #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::by_name)]
+        kernels: Vec<&'static Kernel>,
+        /// Only the tests that need no guest.
+        #[arg(long, conflicts_with = "kernels")]
+        host_only: bool,
+        #[command(flatten)]
+        common: Common,
+        /// For the guest tests, such as a part of a test's name.
+        #[arg(last = true, value_name = "LIBTEST-ARGS")]
+        libtest: Vec<String>,
+    },
+    /// Run an example in a guest; its exit status becomes the lab's.
+    Run {
+        /// The kernel to run it in.
+        #[arg(long, value_name = "NAME", default_value = NEWEST, value_parser = kernels::by_name)]
+        kernel: &'static Kernel,
+        #[command(flatten)]
+        common: Common,
+        /// The example, and its arguments, in which @DEVICE stands for the
+        /// device's PCI address.
+        #[arg(last = true, required = true, value_names = ["EXAMPLE", "ARGS"])]
+        command: Vec<String>,
+    },
+    /// Run a benchmark in a guest.
+    Bench {
+        /// The benchmark.
+        name: String,
+        /// The kernel to run it in.
+        #[arg(long, value_name = "NAME", default_value = NEWEST, value_parser = kernels::by_name)]
+        kernel: &'static Kernel,
+        #[command(flatten)]
+        common: Common,
+    },
+}
+
+#[derive(Args)]
+struct Common {
+    /// Fetch packages from here, not from the mirror in the machine's own apt
+    /// configuration.
+    #[arg(long, value_name = "URL", env = "LAB_MIRROR")]
+    mirror: Option<String>,
+    /// Give up on a boot after this time.
+    #[arg(long, value_name = "MINUTES", default_value_t = 20)]
+    timeout: u64,
+}
+
+fn after_help() -> String {
+    let mut help = "Kernels:\n".to_owned();
+    for kernel in &KERNELS {
+        help += &format!("  {:<11} {}\n", kernel.name, kernel.about);
+    }
+    help += "\nDevices:\n";
+    for device in &machine::DEVICES {
+        help += &format!("  {:<11} {} ({})\n", device.name, device.about, device.driver);
+    }
+    help += &format!(
+        "\nExamples:
+  cargo lab test
+  cargo lab test --kernel 6.12 -- relocate
+  cargo lab run --kernel 5.10 -- tour @ivshmem64m
+
+A program in a guest runs as root. It finds the devices' addresses in
+LAB_DEVICES (\"nvme=0000:00:03.0 e1000e=...\"), the kernel's name in LAB_KERNEL,
+and in LAB_IOMMU whether there is an IOMMU: 1 or 0.
+
+Kernels are fetched once and kept in {}.
+Kernel logs and outputs of the last boots are in target/lab/logs.",
+        cache::LOCATION
+    );
+    help
+}
+
+fn main() -> ExitCode {
+    // Not by returning it: an error is about the machine or the user's code,
+    // and a backtrace of the lab would bury it.
+    perform(Cli::parse().command).unwrap_or_else(|error| {
+        ui::error(&format!("{error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+fn perform(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Test { kernels, host_only, common, libtest } => {
+            if kernels.is_empty() {
+                host::test()?;
+            }
+            if host_only {
+                return Ok(ExitCode::SUCCESS);
+            }
+            let (lab, store) = ready(common)?;
+            let kernels = test::selected(&kernels);
+            let passed = test::guest(&lab, &store, &kernels, &libtest)?;
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Run { kernel, common, command } => {
+            let (name, arguments) = command.split_first().context("clap wants an example")?;
+            let arguments = arguments
+                .iter()
+                .map(|argument| machine::with_addresses(argument))
+                .collect::<Result<Vec<_>>>()?;
+            run(kernel, common, &payload::example(name)?, &arguments, name)
+        }
+        Task::Bench { name, kernel, common } => {
+            let program = payload::benchmark(&name)?;
+            run(kernel, common, &program, &["--bench".to_owned()], &name)
+        }
+    }
+}
+
+/// Readies what all boots have in common.
+fn ready(common: Common) -> Result<(Lab, Store)> {
+    let store = Store::open(common.mirror)?;
+    tools::ensure(&store)?;
+    let lab = Lab {
+        busybox: busybox::path(&store)?,
+        logs: payload::target_directory().join("logs"),
+        timeout: Duration::from_secs(common.timeout * 60),
+    };
+    Ok((lab, store))
+}
+
+/// Runs one program in one guest, and passes its exit status on.
+fn run(
+    kernel: &'static Kernel,
+    common: Common,
+    program: &Path,
+    arguments: &[String],
+    name: &str,
+) -> Result<ExitCode> {
+    let (lab, store) = ready(common)?;
+    let Some(image) = kernel.image(&store)? else {
+        bail!("the mirror does not have kernel {} any more", kernel.name);
+    };
+    let payload = Payload { program, arguments };
+    let outcome = lab.boot(&image, true, &payload, &format!("{}-{name}", kernel.name))?;
+    let complaints = outcome.complaints();
+    let log = format!("the kernel log is {}", outcome.log_path.display());
+    let Ending::Exited(status) = outcome.ending else {
+        bail!("{complaints}{log}");
+    };
+    if !complaints.is_empty() {
+        ui::warning(&format!("{complaints}{log}"));
+    }
+    Ok(ExitCode::from(status))
+}

@@ -1,0 +1,126 @@
+//! Kernel modules: which ones a guest needs, and in which order.
+//!
+//! A Debian package has no `modules.dep` (its installation would run depmod),
+//! so the order comes from where depmod takes it: the modules themselves.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use elf::ElfBytes;
+use elf::endian::AnyEndian;
+
+use crate::decompress;
+
+/// What a guest needs besides what the kernel has built in. The type 1 IOMMU
+/// driver is named because nothing depends on it: the kernel would ask
+/// modprobe for it.
+const WANTED: [&str; 2] = ["vfio_iommu_type1", "vfio_pci"];
+
+/// Writes the wanted modules and what they depend on into a directory,
+/// decompressed, and numbered in the order in which to load them.
+pub fn install(tree: &Path, into: &Path) -> Result<()> {
+    let mut files = Vec::new();
+    find(tree, &mut files)?;
+    let read = |name: &str| -> Result<Vec<u8>> {
+        let path = files
+            .iter()
+            .find(|path| module_name(path).is_some_and(|found| found == name))
+            .with_context(|| format!("{} has no module {name}", tree.display()))?;
+        decompress::elf(fs::read(path)?).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let mut order = Vec::new();
+    for wanted in WANTED {
+        load_order(wanted, &read, &mut order)?;
+    }
+
+    fs::create_dir(into)?;
+    for (number, (name, content)) in order.iter().enumerate() {
+        fs::write(into.join(format!("{number:02}-{name}.ko")), content)?;
+    }
+    Ok(())
+}
+
+/// Appends a module to `order`, after what it depends on.
+fn load_order(
+    name: &str,
+    read: &impl Fn(&str) -> Result<Vec<u8>>,
+    order: &mut Vec<(String, Vec<u8>)>,
+) -> Result<()> {
+    if order.iter().any(|(loaded, _)| loaded == name) {
+        return Ok(());
+    }
+    let content = read(name)?;
+    let depends = modinfo_depends(&content)
+        .with_context(|| format!("module {name} does not say what it depends on"))?;
+    for dependency in &depends {
+        load_order(dependency, read, order)?;
+    }
+    order.push((name.to_owned(), content));
+    Ok(())
+}
+
+/// The `depends=` of a module's `.modinfo` section: NUL-terminated strings.
+fn modinfo_depends(module: &[u8]) -> Result<Vec<String>> {
+    let elf = ElfBytes::<AnyEndian>::minimal_parse(module)?;
+    let section =
+        elf.section_header_by_name(".modinfo")?.context("there is no section .modinfo")?;
+    let (modinfo, _) = elf.section_data(&section)?;
+    parse_depends(modinfo).context("there is no depends=")
+}
+
+fn parse_depends(modinfo: &[u8]) -> Option<Vec<String>> {
+    let depends =
+        modinfo.split(|&byte| byte == 0).find_map(|entry| entry.strip_prefix(b"depends="))?;
+    Some(
+        String::from_utf8_lossy(depends)
+            .split(',')
+            .filter(|name| !name.is_empty())
+            .map(canonical)
+            .collect(),
+    )
+}
+
+/// `-` and `_` are the same in a module's name.
+fn canonical(name: &str) -> String {
+    name.replace('-', "_")
+}
+
+fn module_name(path: &Path) -> Option<String> {
+    let file = path.file_name()?.to_str()?;
+    let stem = file.strip_suffix(".ko").or_else(|| file.strip_suffix(".ko.xz"))?;
+    Some(canonical(stem))
+}
+
+fn find(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            find(&entry.path(), files)?;
+        } else {
+            files.push(entry.path());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn depends_are_read_from_modinfo() {
+        let modinfo = b"license=GPL\0depends=vfio-pci-core,vfio\0name=vfio_pci\0";
+        let depends = parse_depends(modinfo).unwrap();
+        assert_eq!(depends, ["vfio_pci_core", "vfio"]);
+        assert_eq!(parse_depends(b"depends=\0"), Some(Vec::new()));
+        assert_eq!(parse_depends(b"license=GPL\0"), None);
+    }
+
+    #[test]
+    fn a_module_is_known_by_its_canonical_name() {
+        let name = module_name(Path::new("kernel/drivers/vfio/pci/vfio-pci-core.ko.xz"));
+        assert_eq!(name.as_deref(), Some("vfio_pci_core"));
+        assert_eq!(module_name(Path::new("modules.order")), None);
+    }
+}

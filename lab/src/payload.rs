@@ -1,0 +1,111 @@
+//! Building what runs in a guest: static binaries, since the guest has no
+//! libraries.
+
+use std::env;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use cargo_metadata::Message;
+use elf::ElfBytes;
+use elf::abi::PT_INTERP;
+use elf::endian::AnyEndian;
+
+use crate::command;
+
+/// The workspace that this lab is a member of.
+pub fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the lab is in the workspace")
+}
+
+/// Where builds for guests go, and the logs of their boots: apart from the
+/// host's builds, which other flags would invalidate.
+pub fn target_directory() -> PathBuf {
+    workspace().join("target/lab")
+}
+
+/// The cargo that runs this lab, in the workspace.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(workspace());
+    cargo
+}
+
+/// The tests that need a guest.
+pub fn guest_tests() -> Result<PathBuf> {
+    build("guest", &["test", "--no-run", "--test", "guest", "--profile", "lab"])
+}
+
+pub fn example(name: &str) -> Result<PathBuf> {
+    build(name, &["build", "--release", "--example", name])
+}
+
+pub fn benchmark(name: &str) -> Result<PathBuf> {
+    build(name, &["bench", "--no-run", "--bench", name])
+}
+
+/// Runs cargo and gives the executable that it built for a target.
+fn build(target: &str, arguments: &[&str]) -> Result<PathBuf> {
+    let host = host_triple()?;
+    let rustflags = format!("target.{host}.rustflags=['-C', 'target-feature=+crt-static']");
+    let mut child = cargo()
+        .args(arguments)
+        // With a target named, build scripts and macros are not built static.
+        .args(["--target", &host, "--config", &rustflags])
+        .arg("--target-dir")
+        .arg(target_directory())
+        .arg("--message-format=json-render-diagnostics")
+        // These would take the place of the flags above.
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let stdout = child.stdout.take().context("standard output is a pipe")?;
+    let mut executable = None;
+    for message in Message::parse_stream(BufReader::new(stdout)) {
+        if let Message::CompilerArtifact(artifact) = message?
+            && artifact.target.name == target
+            && let Some(path) = artifact.executable
+        {
+            executable = Some(path.into_std_path_buf());
+        }
+    }
+    if !child.wait()?.success() {
+        bail!("cannot build {target}");
+    }
+    let executable = executable.with_context(|| format!("cargo built no {target}"))?;
+    ensure!(
+        is_static(&executable)?,
+        "{} is not static: the guest has no libraries for it",
+        executable.display()
+    );
+    Ok(executable)
+}
+
+fn host_triple() -> Result<String> {
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let version = command::output(Command::new(rustc).arg("-vV"))?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc -vV names its host")?.to_owned())
+}
+
+/// A static executable asks for no dynamic loader.
+fn is_static(executable: &Path) -> Result<bool> {
+    let bytes = std::fs::read(executable)?;
+    let elf = ElfBytes::<AnyEndian>::minimal_parse(&bytes)?;
+    let segments = elf.segments().context("an executable has segments")?;
+    Ok(segments.iter().all(|segment| segment.p_type != PT_INTERP))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dynamic_executable_is_told_apart() {
+        let this_test = env::current_exe().unwrap();
+        assert_eq!(is_static(&this_test).unwrap(), cfg!(target_feature = "crt-static"));
+    }
+}

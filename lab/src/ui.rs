@@ -1,0 +1,61 @@
+//! Telling the user what goes on, in cargo's style, on standard error.
+
+use std::time::{Duration, Instant};
+
+use console::style;
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// One line: a verb and its object.
+pub fn status(verb: &str, what: &str) {
+    eprintln!("{:>12} {what}", style(verb).green().bold().for_stderr());
+}
+
+/// Something that the user should know but that stops nothing.
+pub fn warning(what: &str) {
+    eprintln!("{}: {what}", style("warning").yellow().bold().for_stderr());
+}
+
+/// What makes the lab stop.
+pub fn error(what: &str) {
+    eprintln!("{}: {what}", style("error").red().bold().for_stderr());
+}
+
+/// Something that takes a while: a line that moves on a terminal and stands
+/// still elsewhere.
+pub struct Stage {
+    bar: ProgressBar,
+    started: Instant,
+}
+
+impl Stage {
+    pub fn new(verb: &'static str, what: &str) -> Self {
+        let bar = ProgressBar::new_spinner();
+        if bar.is_hidden() {
+            status(verb, what);
+        }
+        let template = "{prefix:>12.green.bold} {msg} {spinner} {elapsed}";
+        bar.set_style(ProgressStyle::with_template(template).expect("a valid template"));
+        bar.set_prefix(verb);
+        bar.set_message(what.to_owned());
+        bar.enable_steady_tick(Duration::from_millis(100));
+        Self { bar, started: Instant::now() }
+    }
+
+    /// Replaces the moving line by one that stays.
+    pub fn done(self, verb: &str, what: &str) {
+        self.bar.finish_and_clear();
+        let seconds = self.started.elapsed().as_secs_f32();
+        status(verb, &format!("{what} in {seconds:.1} s"));
+    }
+
+    /// Clears the way for other output.
+    pub fn clear(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}

@@ -1,0 +1,105 @@
+//! The lab's devices, and children of the test program.
+
+use std::process::{Command, ExitStatus};
+
+use vfio_remap::transport::{PciDevice, Sysfs};
+use vfio_remap::{Bar, Device, PciAddress, Placement, Window};
+
+/// What edu's first register reads (QEMU, docs/specs/edu).
+pub const EDU_ID: u32 = 0x0100_00ed;
+
+/// A device with a BAR that the tests of remapping use.
+pub struct Subject {
+    pub name: &'static str,
+    pub bar: u32,
+    /// A register that keeps what is written to it: offset, and a value that it takes.
+    pub scratch: (u64, u32),
+    /// What the scratch register reads after `value` was written.
+    pub answer: fn(u32) -> u32,
+    /// A part of the BAR that holds the scratch register and is not all of it.
+    pub part: std::ops::Range<u64>,
+}
+
+/// NVMe keeps AQA while it is not enabled; e1000e keeps VET; edu answers with the inverse.
+pub const SUBJECTS: [Subject; 5] = [
+    Subject { name: "nvme", bar: 0, scratch: (0x24, 0x1f_001f), answer: |v| v, part: 0..0x1000 },
+    Subject { name: "e1000e", bar: 0, scratch: (0x38, 0x8100), answer: |v| v, part: 0..0x4000 },
+    Subject { name: "edu", bar: 0, scratch: (4, 0x1234_5678), answer: |v| !v, part: 0..0x1000 },
+    Subject {
+        name: "ivshmem64m",
+        bar: 2,
+        scratch: (0x80_0004, 0xabcd_1234),
+        answer: |v| v,
+        part: 0x40_0000..0xc0_0000,
+    },
+    Subject {
+        name: "ivshmem4g",
+        bar: 2,
+        scratch: (0x4000_0008, 0x5555_aaaa),
+        answer: |v| v,
+        part: 0x4000_0000..0xc000_0000,
+    },
+];
+
+impl Subject {
+    /// All of the BAR, its MSI-X table included, so that it is one span.
+    pub fn bar<'d>(&self, device: &'d Device) -> Bar<'d> {
+        let bar = device.bar(self.bar).unwrap();
+        if bar.layout().mappable().next() == Some(0..bar.size()) {
+            return bar;
+        }
+        bar.with_msix_table().unwrap()
+    }
+
+    /// Windows over all of the BAR and over a part.
+    pub fn ranges(&self, bar: &Bar<'_>) -> [std::ops::Range<u64>; 2] {
+        [0..bar.size(), self.part.clone()]
+    }
+
+    /// The scratch register, as seen by `window`.
+    pub fn scratch(&self, window: &Window) -> vfio_remap::Register<u32> {
+        window.register((self.scratch.0 - window.region_range().start) as usize).unwrap()
+    }
+}
+
+pub fn kernel() -> String {
+    std::env::var("LAB_KERNEL").expect("run by `cargo lab test`")
+}
+
+
+pub fn address(name: &str) -> PciAddress {
+    let devices = std::env::var("LAB_DEVICES").expect("run by `cargo lab test`");
+    devices
+        .split_ascii_whitespace()
+        .find_map(|entry| entry.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+        .unwrap_or_else(|| panic!("the lab has no device {name}: {devices}"))
+}
+
+pub fn sysfs(name: &str) -> PciDevice {
+    Sysfs::default().device(address(name)).unwrap()
+}
+
+/// Opens a device of the lab and lets it answer.
+pub fn open(name: &str) -> Device {
+    let device = Device::open(address(name)).unwrap();
+    device.config().unwrap().set_memory_decoding(true).unwrap();
+    device
+}
+
+/// Maps all of a BAR that can be mapped as one window.
+#[allow(dead_code)]
+pub fn map_all(device: &Device, bar: u32) -> Window {
+    device.bar(bar).unwrap().map(.., Placement::Anywhere).unwrap()
+}
+
+/// Runs an ignored test of this program, by its path, in a process of its own.
+pub fn child(test: &str, environment: &[(&str, String)], user: Option<u32>) -> ExitStatus {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"]);
+    command.envs(environment.iter().cloned());
+    if let Some(user) = user {
+        command.uid(user).gid(user);
+    }
+    command.output().unwrap().status
+}

@@ -1,0 +1,211 @@
+//! Duplicate and relocate on real BARs.
+
+use vfio_remap::space::{Attempt, Outcome, Source};
+use vfio_remap::transport::MemoryDevice;
+use vfio_remap::{Device, Placement, Report, Reservation, Strategy, Window};
+
+use crate::lab::{self, SUBJECTS, Subject};
+use crate::{close, reach};
+
+/// Every stock kernel refuses DontUnmap for a BAR.
+fn assert_map_again(report: &Report) {
+    assert_eq!(report.strategy, Strategy::MapAgain, "{report}");
+    let [Attempt { strategy: Strategy::DontUnmap, outcome }] = report.attempts[..] else {
+        panic!("{report}");
+    };
+    assert!(matches!(outcome, Outcome::Refused { errno: libc::EINVAL, .. }), "{report}");
+    assert!(report.to_string().contains("DontUnmap was refused with EINVAL"), "{report}");
+}
+
+fn touch(subject: &Subject, window: &Window) {
+    let _ = subject.scratch(window).read();
+}
+
+/// Both windows reach the same register of the device.
+fn assert_same_device(subject: &Subject, one: &Window, other: &Window) {
+    let value = subject.scratch.1;
+    for (one, other) in [(one, other), (other, one)] {
+        for value in [value, 0, value] {
+            subject.scratch(one).write(value);
+            assert_eq!(subject.scratch(other).read(), (subject.answer)(value), "{}", subject.name);
+        }
+    }
+}
+
+fn for_each_window(f: impl Fn(&Subject, Window, bool)) {
+    for subject in &SUBJECTS {
+        let device = lab::open(subject.name);
+        {
+            let bar = subject.bar(&device);
+            for range in subject.ranges(&bar) {
+                for touched in [false, true] {
+                    let window = bar.map(range.clone(), Placement::Anywhere).unwrap();
+                    if touched {
+                        touch(subject, &window);
+                    }
+                    f(subject, window, touched);
+                }
+            }
+        }
+        close(device);
+    }
+}
+
+#[test]
+fn a_duplicate_reaches_the_same_device_and_says_why_it_was_mapped_again() {
+    for_each_window(|subject, window, _| {
+        let (duplicate, report) = window.duplicate(Placement::Anywhere).unwrap();
+        assert_map_again(&report);
+        assert_eq!(report.source, Source::Warm);
+        assert_ne!(duplicate.addresses(), window.addresses());
+        assert_same_device(subject, &window, &duplicate);
+    });
+}
+
+#[test]
+fn a_relocated_window_reaches_the_device_and_its_old_addresses_nothing() {
+    for_each_window(|subject, mut window, _| {
+        let size = window.addresses().len();
+        let alias = window.duplicate(Placement::Anywhere).unwrap().0;
+        let old = window.addresses();
+        let place = Reservation::congruent(size, 1 << 30, window.region_range().start).unwrap();
+        let there = place.range();
+        let relocation = window.relocate(Placement::In(place)).unwrap();
+        assert_map_again(&relocation.report);
+        assert_eq!(relocation.report.source, Source::Released);
+        assert_eq!((&window.addresses(), relocation.old.unwrap().range()), (&there, old.clone()));
+        for offset in [0, size / 2, size - 4096] {
+            assert_eq!(reach::load(old.start + offset), None, "{}", subject.name);
+        }
+        assert_same_device(subject, &window, &alias);
+    });
+}
+
+#[test]
+fn where_a_gib_entry_was_faulted_in_the_old_addresses_reach_nothing_either() {
+    let device = lab::open("ivshmem4g");
+    let mut window = lab::map_all(&device, 2);
+    let old = window.addresses();
+    assert_eq!(old.start % (1 << 30), 0, "1 GiB-congruent");
+    let words: Vec<_> =
+        (0..4).map(|gib| window.register::<u32>((gib << 30) + 0x1234).unwrap()).collect();
+    for (gib, word) in words.iter().enumerate() {
+        word.write(0xfeed_0000 + gib as u32);
+        assert_eq!(word.read(), 0xfeed_0000 + gib as u32);
+    }
+    drop(words);
+    let relocation = window.relocate(Placement::Anywhere).unwrap();
+    assert_map_again(&relocation.report);
+    // Other memory in the old place is reached, and not the device.
+    let left = relocation.old.unwrap();
+    assert_eq!(left.range(), old);
+    for gib in 0..4 {
+        assert_eq!(reach::load(old.start + (gib << 30) + 0x1234), None);
+        let word = window.register::<u32>((gib << 30) + 0x1234).unwrap();
+        assert_eq!(word.read(), 0xfeed_0000 + gib as u32);
+    }
+    drop(left);
+    let other = Device::new(std::sync::Arc::new(MemoryDevice::new(4 << 30).unwrap()));
+    let memory = other.bar(0).unwrap().map(.., Placement::At(old.start)).unwrap();
+    for gib in 0..4usize {
+        assert_eq!(memory.register::<u32>((gib << 30) + 0x1234).unwrap().read(), 0);
+    }
+    drop((window, memory));
+    close(device);
+}
+
+#[test]
+fn shared_memory_is_duplicated_by_dont_unmap_from_5_13_on() {
+    let device = Device::new(std::sync::Arc::new(MemoryDevice::new(4 << 20).unwrap()));
+    let mut window = device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
+    window.register::<u32>(0).unwrap().write(7);
+    let (duplicate, first) = window.duplicate(Placement::Anywhere).unwrap();
+    assert_eq!(duplicate.register::<u32>(0).unwrap().read(), 7);
+    let second = window.relocate(Placement::Anywhere).unwrap().report;
+    for report in [first, second] {
+        if lab::kernel() == "5.10" {
+            assert_map_again(&report);
+        } else {
+            assert_eq!((report.strategy, &report.attempts[..]), (Strategy::DontUnmap, &[][..]));
+        }
+    }
+}
+
+#[test]
+fn a_window_is_never_taken_to_bits_by_a_pinned_strategy_that_is_refused() {
+    let device = lab::open("edu");
+    let mut window = lab::map_all(&device, 0);
+    let place = Reservation::new(window.size()).unwrap();
+    let (at, there) = (window.addresses(), place.range());
+    let failed = window.relocate(Placement::In(place).only(Strategy::DontUnmap)).unwrap_err();
+    assert_eq!(failed.errno(), Some(libc::EINVAL));
+    assert_eq!(failed.into_reservation().unwrap().range(), there);
+    assert_eq!(window.addresses(), at);
+    assert_eq!(window.register::<u32>(0).unwrap().read(), lab::EDU_ID);
+    drop(window);
+    close(device);
+}
+
+#[test]
+fn a_plain_move_of_a_bar_is_refused_where_it_would_escape_revocation_and_works_elsewhere() {
+    let device = lab::open("edu");
+    let mut window = lab::map_all(&device, 0);
+    assert_eq!(window.register::<u32>(0).unwrap().read(), lab::EDU_ID);
+    let old = window.addresses();
+    let result = window.relocate(Placement::Anywhere.only(Strategy::Move));
+    match lab::kernel().as_str() {
+        "5.10" | "6.1" => {
+            assert_eq!(result.unwrap_err().kind(), vfio_remap::ErrorKind::Hazard);
+            assert_eq!(window.addresses(), old);
+        }
+        _ => {
+            let relocation = result.unwrap();
+            assert_eq!(relocation.report.source, Source::ReleasedWithGap);
+            assert!(relocation.report.to_string().contains("(gap)"));
+            assert_eq!(reach::load(old.start), None);
+        }
+    }
+    assert_eq!(window.register::<u32>(0).unwrap().read(), lab::EDU_ID);
+    drop(window);
+    close(device);
+}
+
+#[test]
+fn a_read_only_duplicate_reads_and_does_not_write() {
+    let device = lab::open("edu");
+    let window = lab::map_all(&device, 0);
+    let (watcher, report) = window.duplicate_read_only(Placement::Anywhere).unwrap();
+    assert_map_again(&report);
+    window.register::<u32>(4).unwrap().write(1);
+    assert_eq!(watcher.read_only_register::<u32>(4).unwrap().read(), !1);
+    let refused = watcher.register::<u32>(4).unwrap_err();
+    assert_eq!(refused.kind(), vfio_remap::ErrorKind::ReadOnly);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let line =
+        maps.lines().find(|line| line.starts_with(&format!("{:x}-", watcher.addresses().start)));
+    assert!(line.unwrap().contains(" r--s "), "{line:?}");
+    drop((window, watcher));
+    close(device);
+}
+
+#[test]
+fn registers_that_cannot_be_mapped_are_trapped() {
+    let device = lab::open("nvme");
+    {
+        let bar = device.bar(0).unwrap();
+        let text = bar.layout().to_string();
+        assert!(text.contains("trapped: MSI-X table"), "{text}");
+        let mapped = bar.map(0..0x1000, Placement::Anywhere).unwrap();
+        let trapped = bar.trapped::<u32>(8).unwrap();
+        assert_eq!(trapped.read().unwrap(), mapped.register::<u32>(8).unwrap().read(), "VS");
+        let aqa = bar.trapped::<u32>(0x24).unwrap();
+        aqa.write(0x7_0007).unwrap();
+        assert_eq!(mapped.register::<u32>(0x24).unwrap().read(), 0x7_0007);
+        let ports = lab::open("testdev");
+        let text = ports.bar(1).unwrap().layout().to_string();
+        assert_eq!(text, "0x0..0x100 trapped: I/O ports");
+        ports.bar(1).unwrap().trapped::<u8>(0).unwrap().read().unwrap();
+        close(ports);
+    }
+    close(device);
+}
