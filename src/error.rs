@@ -125,7 +125,7 @@ impl Error {
     }
 
     /// The same error as another kind, where the caller knows better what an errno means here.
-    pub(crate) fn as_kind(mut self, kind: ErrorKind) -> Self {
+    pub(crate) fn into_kind(mut self, kind: ErrorKind) -> Self {
         self.0.kind = kind;
         self
     }

@@ -1,7 +1,5 @@
 //! Duplicate and relocate device MMIO windows in user space on Linux.
 
-#![deny(unsafe_op_in_unsafe_fn, missing_docs, clippy::undocumented_unsafe_blocks)]
-
 pub mod device;
 mod error;
 pub mod space;

@@ -140,7 +140,7 @@ fn mappable_pages(info: &RegionInfo, page_size: u64) -> Result<Vec<Range<u64>>> 
     let malformed = |reason: String| {
         Err(Error::new(ErrorKind::Malformed, "lay out", "a region").because(reason))
     };
-    let Some(areas) = &info.areas else { return Ok(Vec::from([0..info.size])) };
+    let Some(areas) = &info.areas else { return Ok(vec![0..info.size]) };
     let mut areas = areas.clone();
     areas.sort_by_key(|area| area.start);
     let room = info.size.checked_next_multiple_of(page_size).unwrap_or(info.size);
@@ -265,7 +265,7 @@ mod tests {
             |page| -> Vec<_> { Layout::new(&info, &none, page).unwrap().mappable().collect() };
         assert_eq!(mappable(4 * K), [0x1000..0x2000, 0x11000..0x2f000]);
         assert_eq!(mappable(16 * K), [0x14000..0x2c000]);
-        assert_eq!(mappable(64 * K), [const { 0x20000..0x20000u64 }; 0]);
+        assert!(mappable(64 * K).is_empty());
     }
 
     #[test]

@@ -221,8 +221,7 @@ impl Inner {
 
     /// "bar 0 of 0000:00:03.0"
     fn region_name(&self, index: u32) -> String {
-        let kind = if self.info.pci && index >= 6 { "region" } else { "bar" };
-        format!("{kind} {index} of {}", self.info.name)
+        self.info.region_name(index)
     }
 
     /// "bar 0 of 0000:00:03.0, 0x0..0x4000"

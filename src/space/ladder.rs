@@ -116,7 +116,8 @@ impl Mapping {
             };
             attempts.push(Attempt { strategy, outcome: rejection.outcome });
             if rejection.lost {
-                let error = self.refused(operation, &attempts).as_kind(ErrorKind::ReservationLost);
+                let error =
+                    self.refused(operation, &attempts).into_kind(ErrorKind::ReservationLost);
                 return Err(Failed::new(error, destination.given_back(true)));
             }
         }
@@ -212,8 +213,8 @@ impl Mapping {
         };
         let error = match error.kind() {
             ErrorKind::TooManyMappings | ErrorKind::Gone => return error,
-            _ if hazard && errno.is_none() => error.as_kind(ErrorKind::Hazard),
-            _ => error.as_kind(ErrorKind::Refused),
+            _ if hazard && errno.is_none() => error.into_kind(ErrorKind::Hazard),
+            _ => error.into_kind(ErrorKind::Refused),
         };
         let error = error.because(reason);
         if attempts.iter().any(|attempt| attempt.strategy == Strategy::MapAgain) {

@@ -72,7 +72,9 @@ impl Destination {
                 format!("{reservation:?} has {:#x} bytes of {len:#x}", reservation.size()),
                 "make a larger reservation".to_owned(),
             ))
-        } else if len >= HUGE && (reservation.address() as u64 ^ file_offset) % HUGE as u64 != 0 {
+        } else if len >= HUGE
+            && (reservation.address() as u64 ^ file_offset) & (HUGE as u64 - 1) != 0
+        {
             Some((
                 format!(
                     "{:#x} is not congruent to offset {file_offset:#x} modulo 2 MiB, which costs a \
@@ -164,7 +166,7 @@ impl Mapping {
             }
             Err(Refusal { errno, lost }) => {
                 let error = out_of_memory(errno, "map", object);
-                let error = if lost { error.as_kind(ErrorKind::ReservationLost) } else { error };
+                let error = if lost { error.into_kind(ErrorKind::ReservationLost) } else { error };
                 Err(Failed::new(error, destination.given_back(lost)))
             }
         }

@@ -135,7 +135,7 @@ impl Reservation {
                 .because(format!("{modulus:#x} is not a power of two of at least a page")));
         }
         let want = (offset % modulus as u64) as usize;
-        if want % page != 0 {
+        if !want.is_multiple_of(page) {
             return Err(Error::new(ErrorKind::Unaligned, "reserve", format!("{size:#x} bytes"))
                 .because(format!("offset {offset:#x} is not a multiple of the page size")));
         }
@@ -345,7 +345,7 @@ pub(super) fn out_of_memory(
     match maps::count_and_limit() {
         // A call may need two more mappings than there are: the one it makes and one that it splits.
         Some((count, limit)) if count + 2 >= limit => error
-            .as_kind(ErrorKind::TooManyMappings)
+            .into_kind(ErrorKind::TooManyMappings)
             .because(format!("the process has {count} mappings of {limit} it may have"))
             .remedy("drop windows, or raise the limit: sysctl vm.max_map_count"),
         _ => error.remedy("check the limit on address space: ulimit -v"),

@@ -93,6 +93,12 @@ impl DeviceInfo {
     pub fn new(name: impl Into<String>, regions: u32) -> Self {
         Self { name: name.into(), pci: false, resettable: false, regions, irqs: 0 }
     }
+
+    /// How errors and logs name a region: "bar 0 of 0000:00:03.0".
+    pub(crate) fn region_name(&self, index: u32) -> String {
+        let kind = if self.pci && index >= 6 { "region" } else { "bar" };
+        format!("{kind} {index} of {}", self.name)
+    }
 }
 
 /// The file behind a region: offset 0 of the region is offset [`start`](Self::start) of the file.

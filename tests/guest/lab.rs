@@ -66,7 +66,6 @@ pub fn kernel() -> String {
     std::env::var("LAB_KERNEL").expect("run by `cargo lab test`")
 }
 
-
 pub fn address(name: &str) -> PciAddress {
     let devices = std::env::var("LAB_DEVICES").expect("run by `cargo lab test`");
     devices

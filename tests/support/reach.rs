@@ -3,7 +3,8 @@
 use std::io::Read;
 use std::os::fd::AsRawFd;
 
-/// The 32 bits at `address` as the processor loads them; `None` where the access faults.
+/// What is at `address`, four bytes loaded by any width, which devices may answer as they like;
+/// `None` where the access faults.
 ///
 /// The kernel makes the access for us, by this process's page tables, and answers EFAULT where we
 /// would have died of SIGSEGV or SIGBUS.

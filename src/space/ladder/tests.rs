@@ -271,10 +271,10 @@ fn when_the_old_side_cannot_be_covered_nothing_has_changed() {
 #[test]
 fn what_cannot_be_finished_is_undone() {
     let window = shared(PAGE);
-    let unfinished: [(Strategy, fn(Call) -> bool); 2] = [
-        (Strategy::DontUnmap, |call| call == Call::Protect),
-        (Strategy::MapAgain, |call| call == Call::Advise),
-    ];
+    let protecting = |call| call == Call::Protect;
+    let advising = |call| call == Call::Advise;
+    let unfinished =
+        [(Strategy::DontUnmap, protecting as fn(Call) -> bool), (Strategy::MapAgain, advising)];
     for (strategy, step) in unfinished {
         for placed in [false, true] {
             let place = Reservation::new(PAGE).unwrap();

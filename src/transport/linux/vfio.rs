@@ -97,7 +97,7 @@ impl Vfio {
 
     fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
         self.regions.get(index as usize).and_then(Option::as_ref).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, operation, self.name_of(index))
+            Error::new(ErrorKind::NotFound, operation, self.info.region_name(index))
                 .because("the device has no such region")
         })
     }
@@ -111,13 +111,9 @@ impl Vfio {
             .and_then(|at| i64::try_from(at).ok())
             .filter(|_| inside)
             .ok_or_else(|| {
-                Error::new(ErrorKind::OutOfRange, operation, self.name_of(index))
+                Error::new(ErrorKind::OutOfRange, operation, self.info.region_name(index))
                     .because(format!("{len} bytes at {offset:#x} leave its {:#x} bytes", info.size))
             })
-    }
-
-    fn name_of(&self, index: u32) -> String {
-        format!("region {index} of {}", self.info.name)
     }
 
     fn finish(
@@ -129,10 +125,10 @@ impl Vfio {
     ) -> Result<()> {
         match done {
             Ok(count) if count == len => Ok(()),
-            Ok(count) => Err(Error::new(ErrorKind::Os, operation, self.name_of(index))
+            Ok(count) => Err(Error::new(ErrorKind::Os, operation, self.info.region_name(index))
                 .because(format!("{count} of {len} bytes were done"))),
             Err(errno) => {
-                let error = Error::os(errno, operation, self.name_of(index));
+                let error = Error::os(errno, operation, self.info.region_name(index));
                 Err(match errno {
                     Errno::EIO => error.because(
                         "the device does not answer: memory decoding is off, it sleeps, or it has gone",
@@ -196,7 +192,7 @@ impl Transport for Vfio {
     fn backing(&self, region: u32) -> Result<RegionFile> {
         let Region { info, start } = self.find(region, "map")?;
         if !info.mappable {
-            return Err(Error::new(ErrorKind::NotMappable, "map", self.name_of(region))
+            return Err(Error::new(ErrorKind::NotMappable, "map", self.info.region_name(region))
                 .because("the kernel does not let it be mapped"));
         }
         let file = self.device.clone();
@@ -212,7 +208,7 @@ impl Transport for Vfio {
             let error = Error::os(errno, "reset", &self.info.name);
             match errno {
                 Errno::EINVAL | Errno::ENOTTY => error
-                    .as_kind(ErrorKind::Unsupported)
+                    .into_kind(ErrorKind::Unsupported)
                     .because("it offers no function-level reset that the kernel knows"),
                 _ => error,
             }
