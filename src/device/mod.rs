@@ -7,10 +7,11 @@ mod register;
 mod register_access;
 mod window;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use slab::Slab;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::Backing;
@@ -35,8 +36,8 @@ pub struct Device {
 struct Inner {
     regions: Box<[OnceLock<Region>]>,
     msix: OnceLock<Option<config::Msix>>,
-    /// The windows alive, by address.
-    windows: Mutex<BTreeMap<usize, Note>>,
+    /// The windows alive: each knows its place here.
+    windows: Mutex<Slab<Note>>,
     info: DeviceInfo,
     transport: Arc<dyn Transport>,
 }
@@ -53,6 +54,7 @@ struct Region {
 struct Note {
     region: u32,
     range: Range<u64>,
+    address: usize,
 }
 
 /// Where a trapped register is.
@@ -207,16 +209,8 @@ impl Device {
 }
 
 impl Inner {
-    fn windows(&self) -> MutexGuard<'_, BTreeMap<usize, Note>> {
+    fn windows(&self) -> MutexGuard<'_, Slab<Note>> {
         self.windows.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn note(&self, address: usize, note: Note) {
-        self.windows().insert(address, note);
-    }
-
-    fn forget(&self, address: usize) {
-        self.windows().remove(&address);
     }
 
     /// "bar 0 of 0000:00:03.0"
@@ -235,7 +229,7 @@ impl Inner {
         let mut held: Vec<String> = windows
             .iter()
             .take(NAMED)
-            .map(|(address, Note { region, range })| {
+            .map(|(_, Note { region, range, address })| {
                 let name = self.region_name(*region);
                 format!(
                     "a window over {name}, {:#x}..{:#x}, at {address:#x}",

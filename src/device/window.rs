@@ -41,12 +41,14 @@ pub(super) struct Inner {
     /// Where the window begins within its first page, in bytes.
     skip: usize,
     size: usize,
+    /// Where the device has noted the window.
+    slot: usize,
     device: Arc<DeviceInner>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.device.forget(self.mapping.range().start);
+        self.device.windows().try_remove(self.slot);
     }
 }
 
@@ -82,14 +84,14 @@ impl Window {
         skip: usize,
         size: usize,
     ) -> Self {
-        let inner = Inner { mapping, region, skip, size, device: device.clone() };
-        device.note(inner.mapping.range().start, inner.describe());
+        let mut inner = Inner { mapping, region, skip, size, slot: 0, device: device.clone() };
+        inner.slot = device.windows().insert(inner.note());
         Self { inner: Arc::new(inner) }
     }
 
     /// The bytes of the region that it shows.
     pub fn region_range(&self) -> Range<u64> {
-        self.inner.describe().range
+        self.inner.note().range
     }
 
     /// The region's index.
@@ -190,7 +192,7 @@ impl Window {
         access: Access,
         request: Request,
     ) -> std::result::Result<(Window, Report), Failed> {
-        let Inner { mapping, region, skip, size, device } = &*self.inner;
+        let Inner { mapping, region, skip, size, device, .. } = &*self.inner;
         let (mapping, report) = mapping.duplicate(access, request)?;
         Ok((Self::of(mapping, device, *region, *skip, *size), report))
     }
@@ -215,10 +217,10 @@ impl Window {
             let error = in_use("relocate", &self.inner, users);
             return Err(Failed::new(error, reservation_of(placement)));
         };
-        let before = inner.mapping.range().start;
         let relocation = inner.mapping.relocate(Request { placement, strategies, pinned })?;
-        inner.device.forget(before);
-        inner.device.note(inner.mapping.range().start, inner.describe());
+        if let Some(note) = inner.device.windows().get_mut(inner.slot) {
+            note.address = inner.mapping.range().start;
+        }
         Ok(relocation)
     }
 
@@ -280,16 +282,17 @@ fn reservation_of(placement: Placement) -> Option<Reservation> {
 }
 
 fn in_use(operation: &'static str, inner: &Inner, users: usize) -> Error {
-    let Note { region, range } = inner.describe();
+    let Note { region, range, .. } = inner.note();
     Error::new(ErrorKind::InUse, operation, inner.device.range_name(region, &range))
         .because(format!("{users} registers or clones of the window are alive"))
         .remedy("drop them; or duplicate the window, switch over, and drop this one")
 }
 
 impl Inner {
-    fn describe(&self) -> Note {
+    fn note(&self) -> Note {
         let start = self.mapping.offset() + self.skip as u64;
-        Note { region: self.region, range: start..start + self.size as u64 }
+        let range = start..start + self.size as u64;
+        Note { region: self.region, range, address: self.mapping.range().start }
     }
 }
 

@@ -8,7 +8,7 @@ mod memory;
 mod region;
 
 use std::fmt::Debug;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -123,6 +123,11 @@ impl RegionFile {
     /// A region of a device whose driver is vfio-pci, as sysfs says.
     pub(crate) fn vfio_pci(fd: Arc<OwnedFd>, start: u64) -> Self {
         Self { fd, start, kind: BackingKind::VfioPci }
+    }
+
+    /// The file. Reading, writing or mapping it by other means than this crate's is up to you.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 
     /// The offset of the region in the file, in bytes.

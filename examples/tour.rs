@@ -1,0 +1,335 @@
+//! The main job as a story: map a BAR, duplicate the window, relocate it, and say each time which way
+//! was taken and why.
+//!
+//! Without `--device` it runs on a small device in this process whose one BAR is a memfd.
+
+use std::cmp::Reverse;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::{Parser, ValueEnum};
+use nix::sys::resource::{UsageWho, getrusage};
+use serde_json::{Value, json};
+use vfio_remap::space::{Attempt, KernelVersion, Outcome, Request};
+use vfio_remap::transport::MemoryDevice;
+use vfio_remap::{
+    Bar, Device, PciAddress, Placement, Report, Reservation, Result, Strategy, Window,
+};
+
+/// Maps a BAR, duplicates and relocates the window, and says which way each took and why.
+#[derive(Parser)]
+struct Options {
+    /// PCI address of a device bound to vfio-pci, such as 0000:00:03.0; a memory device otherwise
+    #[arg(long, value_name = "PCI-ADDRESS")]
+    device: Option<PciAddress>,
+    /// The BAR to map [default: the largest that can be mapped]
+    #[arg(long, value_name = "N")]
+    bar: Option<u32>,
+    /// Take this strategy and no other
+    #[arg(long, value_name = "NAME")]
+    strategy: Option<Pin>,
+    /// Print one JSON object instead of the story
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+#[value(rename_all = "PascalCase")]
+enum Pin {
+    DontUnmap,
+    MapAgain,
+    Move,
+}
+
+/// What the tour tells, line by line or as one JSON object at the end.
+struct Story {
+    json: bool,
+    steps: Vec<Value>,
+}
+
+/// What a step has cost this process.
+struct Cost {
+    faults: i64,
+    micros: f64,
+}
+
+/// A register that is safe to write on a device that nobody drives, and what it then reads.
+struct Scratch {
+    offset: usize,
+    what: &'static str,
+    values: [u32; 2],
+    answer: fn(u32) -> u32,
+}
+
+fn main() -> ExitCode {
+    match tour(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tour: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn tour(options: &Options) -> Result<()> {
+    let mut story = Story { json: options.json, steps: Vec::new() };
+    let device = open(options.device)?;
+    story.say(format!("{} on Linux {}", device.name(), KernelVersion::running()));
+    let regions: Vec<Value> = device.bars().map(|bar| story.region(&bar)).collect();
+    {
+        let bar = choose(&device, options.bar)?;
+        // The largest part that is one span: all of most BARs, or what MSI-X leaves of them.
+        let part = bar.layout().mappable().max_by_key(|part| part.end - part.start);
+        let part = part.unwrap_or(0..bar.size());
+        let (window, cost) = measured(|| bar.map(part.clone(), Placement::Anywhere))?;
+        story.map(&bar, &window, &cost);
+        let scratch = scratch(&device, &bar, &window);
+        let _copy = duplicate(&mut story, &window, scratch.as_ref(), options.strategy)?;
+        relocate(&mut story, window, scratch.as_ref(), options.strategy)?;
+    }
+    let name = device.name().to_owned();
+    device.close()?;
+    story.say("Closed: nothing held the device any more.");
+    if options.json {
+        let kernel = KernelVersion::running().to_string();
+        println!(
+            "{}",
+            json!({"device": name, "kernel": kernel, "regions": regions, "steps": story.steps})
+        );
+    }
+    Ok(())
+}
+
+fn open(address: Option<PciAddress>) -> Result<Device> {
+    let Some(address) = address else {
+        return Ok(Device::new(Arc::new(MemoryDevice::new(16 << 20)?)));
+    };
+    let device = Device::open(address)?;
+    device.config()?.set_memory_decoding(true)?;
+    Ok(device)
+}
+
+fn choose(device: &Device, index: Option<u32>) -> Result<Bar<'_>> {
+    match index {
+        Some(index) => device.bar(index),
+        None => {
+            let mappable = |bar: &Bar<'_>| -> u64 {
+                bar.layout().mappable().map(|part| part.end - part.start).sum()
+            };
+            let largest = device.bars().min_by_key(|bar| Reverse(mappable(bar)));
+            largest.map_or_else(|| device.bar(0), Ok)
+        }
+    }
+}
+
+fn duplicate(
+    story: &mut Story,
+    window: &Window,
+    scratch: Option<&Scratch>,
+    pin: Option<Pin>,
+) -> Result<Option<Window>> {
+    if let Some(Pin::Move) = pin {
+        story.say("\nA move cannot duplicate: nothing of that sort is tried.");
+        return Ok(None);
+    }
+    let ((copy, report), cost) = measured(|| window.duplicate(request(Placement::Anywhere, pin)))?;
+    story.verb("duplicate", &report, &cost);
+    match scratch {
+        Some(Scratch { offset, what, values, answer }) => {
+            let (one, other) = (window.register::<u32>(*offset)?, copy.register::<u32>(*offset)?);
+            for &value in values {
+                one.write(value);
+                let read = other.read();
+                story.proof(format!("wrote {value:#x} to {what} through the first, read {read:#x} through the second"), read == answer(value))?;
+            }
+        }
+        None => same(story, window, &copy)?,
+    }
+    Ok(Some(copy))
+}
+
+/// Reads only, on a device whose registers we do not know.
+fn same(story: &mut Story, one: &Window, other: &Window) -> Result<()> {
+    let (one, other) =
+        (one.read_only_register::<u32>(0)?.read(), other.read_only_register::<u32>(0)?.read());
+    story.proof(
+        format!("read {one:#x} through the first and {other:#x} through the second"),
+        one == other,
+    )
+}
+
+fn relocate(
+    story: &mut Story,
+    mut window: Window,
+    scratch: Option<&Scratch>,
+    pin: Option<Pin>,
+) -> Result<()> {
+    let size = window.addresses().len();
+    let place = Reservation::congruent(size, 2 << 20, window.region_range().start & !0xfff)?;
+    let offset = scratch.map_or(0, |scratch| scratch.offset);
+    let before = window.read_only_register::<u32>(offset)?.read();
+    let (relocation, cost) = measured(|| window.relocate(request(Placement::In(place), pin)))?;
+    story.verb("relocate", &relocation.report, &cost);
+    let after = window.read_only_register::<u32>(offset)?.read();
+    story.proof(format!("read {before:#x} before and {after:#x} after"), before == after)?;
+    if let Some(old) = relocation.old {
+        let start = format!("{:x}-", old.address());
+        let maps = std::fs::read_to_string(PathBuf::from("/proc/self/maps")).unwrap_or_default();
+        let line = maps.lines().find(|line| line.starts_with(&start)).unwrap_or("(not listed)");
+        let words: Vec<_> = line.split_ascii_whitespace().collect();
+        story.proof(format!("the old range is {}", words.join(" ")), line.contains(" ---"))?;
+    }
+    Ok(())
+}
+
+fn request(placement: Placement, pin: Option<Pin>) -> Request {
+    match pin {
+        None => placement.into(),
+        Some(Pin::DontUnmap) => placement.only(Strategy::DontUnmap),
+        Some(Pin::MapAgain) => placement.only(Strategy::MapAgain),
+        Some(Pin::Move) => placement.only(Strategy::Move),
+    }
+}
+
+/// Registers that keep what is written to them, of devices that the lab has.
+fn scratch(device: &Device, bar: &Bar<'_>, window: &Window) -> Option<Scratch> {
+    let keeps = |offset, what, values| Scratch { offset, what, values, answer: |value| value };
+    let config = match device.config() {
+        Ok(config) => config,
+        Err(_) => return Some(keeps(0x10, "a word of memory", [0xcafe_f00d, 7])),
+    };
+    let start = window.region_range().start as usize;
+    let scratch = match (config.vendor().ok()?, config.device().ok()?, bar.index()) {
+        (0x1234, 0x11e8, 0) => Scratch {
+            offset: 4,
+            what: "edu's liveness register, which inverts,",
+            values: [0x1234_5678, 0],
+            answer: |value| !value,
+        },
+        (0x1af4, 0x1110, 2) => keeps(0x100, "a word of shared memory", [0xcafe_f00d, 7]),
+        (0x8086, 0x10d3, 0) => keeps(0x38, "VET", [0x88a8, 0x8100]),
+        _ if config.read_u32(8).ok()? >> 8 == 0x01_0802 && bar.index() == 0 => {
+            let enabled = window.read_only_register::<u32>(0x14).ok()?.read() & 1 != 0;
+            if enabled {
+                return None;
+            }
+            keeps(0x24, "AQA of a controller that is not enabled", [0x1f_001f, 0])
+        }
+        _ => return None,
+    };
+    (scratch.offset >= start).then(|| Scratch { offset: scratch.offset - start, ..scratch })
+}
+
+fn measured<T, E>(
+    f: impl FnOnce() -> std::result::Result<T, E>,
+) -> std::result::Result<(T, Cost), E> {
+    let faults = || getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.minor_page_faults());
+    let (before, start) = (faults(), Instant::now());
+    let result = f()?;
+    let micros = start.elapsed().as_nanos() as f64 / 1000.0;
+    Ok((result, Cost { faults: faults() - before, micros }))
+}
+
+impl Story {
+    fn say(&self, line: impl std::fmt::Display) {
+        if !self.json {
+            println!("{line}");
+        }
+    }
+
+    /// A region and its layout, drawn: full blocks can be mapped, light ones are trapped.
+    fn region(&self, bar: &Bar<'_>) -> Value {
+        const CELLS: u64 = 32;
+        let size = bar.size();
+        let drawing: String = (0..CELLS)
+            .map(|cell| {
+                let at = u64::try_from(u128::from(size) * u128::from(cell) / u128::from(CELLS));
+                let mapped = bar.layout().mappable().any(|part| part.contains(&at.unwrap_or(0)));
+                if mapped { '█' } else { '░' }
+            })
+            .collect();
+        let kind = bar.backing_kind().map_or("trapped".to_owned(), |kind| format!("{kind:?}"));
+        self.say(format!(
+            "  {} {:<2} {:>9} ▕{drawing}▏ {kind}",
+            if bar.index() < 6 { "bar   " } else { "region" },
+            bar.index(),
+            bytes(size)
+        ));
+        let spans = bar.layout().to_string();
+        if bar.layout().spans().len() > 1 {
+            spans.lines().for_each(|span| self.say(format!("              {span}")));
+        }
+        json!({"index": bar.index(), "size": size, "backing": kind, "spans": spans.lines().collect::<Vec<_>>()})
+    }
+
+    fn map(&mut self, bar: &Bar<'_>, window: &Window, cost: &Cost) {
+        let (part, addresses) = (window.region_range(), window.addresses());
+        self.say(format!(
+            "\nmap         {:#x}..{:#x} of bar {}",
+            part.start,
+            part.end,
+            bar.index()
+        ));
+        self.say(format!("  at        {:#x}..{:#x}", addresses.start, addresses.end));
+        self.cost(cost);
+        self.steps.push(json!({"verb": "map", "to": [addresses.start, addresses.end], "faults": cost.faults, "micros": cost.micros}));
+    }
+
+    fn verb(&mut self, verb: &str, report: &Report, cost: &Cost) {
+        self.say(format!("\n{verb:<11} by {}", report.strategy));
+        for attempt in &report.attempts {
+            self.say(format!("  before    {attempt}"));
+        }
+        self.say(format!("  from      {:#x}..{:#x}", report.from.start, report.from.end));
+        self.say(format!("  to        {:#x}..{:#x}", report.to.start, report.to.end));
+        self.say(format!("  source    {:?}", report.source));
+        self.cost(cost);
+        self.steps.push(json!({
+            "verb": verb,
+            "strategy": report.strategy.to_string(),
+            "attempts": report.attempts.iter().map(attempt).collect::<Vec<_>>(),
+            "from": [report.from.start, report.from.end],
+            "to": [report.to.start, report.to.end],
+            "source": format!("{:?}", report.source),
+            "report": report.to_string(),
+            "faults": cost.faults,
+            "micros": cost.micros,
+        }));
+    }
+
+    fn cost(&self, Cost { faults, micros }: &Cost) {
+        self.say(format!("  cost      {faults} faults, {micros:.1} µs"));
+    }
+
+    /// Something that must hold; the tour ends where it does not.
+    fn proof(&mut self, what: String, holds: bool) -> Result<()> {
+        if holds {
+            self.say(format!("  proof     {what}"));
+            return Ok(());
+        }
+        Err(vfio_remap::Error::new(vfio_remap::ErrorKind::Malformed, "believe", "the device")
+            .because(what))
+    }
+}
+
+fn attempt(attempt: &Attempt) -> Value {
+    let strategy = attempt.strategy.to_string();
+    match attempt.outcome {
+        Outcome::Refused { errno, remembered } => {
+            json!({"strategy": strategy, "errno": errno, "remembered": remembered})
+        }
+        Outcome::Hazard(hazard) => json!({"strategy": strategy, "hazard": format!("{hazard:?}")}),
+        other => json!({"strategy": strategy, "outcome": format!("{other:?}")}),
+    }
+}
+
+fn bytes(size: u64) -> String {
+    match size {
+        0..1024 => format!("{size} B"),
+        1024..0x10_0000 => format!("{} KiB", size >> 10),
+        0x10_0000..0x4000_0000 => format!("{} MiB", size >> 20),
+        _ => format!("{} GiB", size >> 30),
+    }
+}

@@ -1,0 +1,28 @@
+//! Relocation under contention, on shared memory: no other mapping ever gets an address of the window.
+
+#[path = "support/hole.rs"]
+mod hole;
+
+use std::sync::Arc;
+
+use vfio_remap::transport::MemoryDevice;
+use vfio_remap::{Device, Placement, Transport, Window};
+
+const WORD: u32 = 0x5a5a_1234;
+
+fn window() -> Window {
+    let memory = MemoryDevice::new(1 << 20).unwrap();
+    memory.write_at(0, 0, &WORD.to_le_bytes()).unwrap();
+    let device = Device::new(Arc::new(memory));
+    device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap()
+}
+
+#[test]
+fn no_window_is_ever_a_hole_while_it_is_relocated_ten_thousand_times() {
+    hole::relocating_never_leaves_a_hole(window(), WORD);
+}
+
+#[test]
+fn the_same_test_sees_the_hole_that_munmap_then_mmap_leaves() {
+    hole::munmap_then_mmap_leaves_a_hole(window());
+}
