@@ -7,6 +7,7 @@
 mod backing;
 mod ladder;
 mod mapping;
+mod memory;
 mod placement;
 mod report;
 mod reservation;
@@ -15,6 +16,7 @@ pub(crate) use backing::Backing;
 pub use backing::BackingKind;
 pub use ladder::Relocation;
 pub(crate) use mapping::Mapping;
+pub use memory::DmaMemory;
 pub use placement::{Failed, Placement, Request, Strategy};
 pub use report::{Attempt, Outcome, Report, Source, Verb};
 pub use reservation::Reservation;

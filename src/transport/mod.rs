@@ -3,18 +3,21 @@
 //! A [`Transport`] is one device as something offers it: Linux VFIO ([`Vfio`]), a model in this
 //! process ([`MemoryDevice`]), or whatever you write. [`Device`](crate::Device) is built on any.
 
+mod irq;
 mod linux;
 mod memory;
 mod region;
 
 use std::fmt::Debug;
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::space::BackingKind;
+use crate::space::{Access, BackingKind, DmaMemory};
 use crate::sys::file;
 
+pub use irq::{IrqInfo, irq_index};
 pub use linux::{Binding, ParseAddressError, PciAddress, PciDevice, Sysfs, Vfio};
 pub use memory::MemoryDevice;
 pub use region::RegionInfo;
@@ -63,6 +66,88 @@ pub trait Transport: Send + Sync + Debug {
     /// `Unsupported` where it cannot be reset; that is the default.
     fn reset(&self) -> Result<()> {
         Err(unsupported(self.info(), "reset".to_owned()))
+    }
+
+    /// What an interrupt index ([`irq_index`]) offers.
+    ///
+    /// # Errors
+    /// `Unsupported` where the device has no interrupts; that is the default.
+    fn irq(&self, index: u32) -> Result<IrqInfo> {
+        Err(unsupported(self.info(), format!("query interrupt {index} of")))
+    }
+
+    /// Connects the vectors from `start` on to eventfds, each signalled by its vector. `None` leaves a
+    /// vector without one. No eventfds at all take the whole index out of use.
+    ///
+    /// # Errors
+    /// `Unsupported`, by default.
+    fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+        let _ = (start, fds);
+        Err(unsupported(self.info(), format!("connect interrupt {index} of")))
+    }
+
+    /// Masks vectors, or unmasks them.
+    ///
+    /// # Errors
+    /// `Unsupported`, by default.
+    fn mask_irqs(&self, index: u32, vectors: Range<u32>, masked: bool) -> Result<()> {
+        let _ = (vectors, masked);
+        Err(unsupported(self.info(), format!("mask interrupt {index} of")))
+    }
+
+    /// Fires vectors as the device would: for tests.
+    ///
+    /// # Errors
+    /// `Unsupported`, by default.
+    fn trigger_irqs(&self, index: u32, vectors: Range<u32>) -> Result<()> {
+        let _ = vectors;
+        Err(unsupported(self.info(), format!("trigger interrupt {index} of")))
+    }
+
+    /// Which addresses the device can be given for DMA, and how many mappings.
+    ///
+    /// # Errors
+    /// `Unsupported` where the device does no DMA; that is the default.
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        Err(unsupported(self.info(), "do DMA with".to_owned()))
+    }
+
+    /// Lets the device reach `memory` at the I/O virtual address `iova`. The pages stay where they are
+    /// until they are unmapped, whatever becomes of the mapping in this process.
+    ///
+    /// # Errors
+    /// `Unsupported`, by default.
+    fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
+        let _ = (iova, memory, access);
+        Err(unsupported(self.info(), "map memory for DMA by".to_owned()))
+    }
+
+    /// Takes a mapping away again; `iova` and `size` are those of one that was made.
+    ///
+    /// # Errors
+    /// `Unsupported`, by default. An answer for fewer bytes is an error.
+    fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
+        let _ = (iova, size);
+        Err(unsupported(self.info(), "unmap memory for DMA by".to_owned()))
+    }
+}
+
+/// Where a device can be given memory for DMA.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DmaLimits {
+    /// The I/O virtual addresses that can be mapped, in order.
+    pub ranges: Vec<RangeInclusive<u64>>,
+    /// The smallest page that can be mapped, in bytes: a power of two.
+    pub page_size: u64,
+    /// How many more mappings can be made, where that is limited.
+    pub mappings: Option<u32>,
+}
+
+impl DmaLimits {
+    /// Mappings of `page_size` in `ranges`, as many as one likes.
+    pub fn new(ranges: Vec<RangeInclusive<u64>>, page_size: u64) -> Self {
+        Self { ranges, page_size, mappings: None }
     }
 }
 

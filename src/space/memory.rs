@@ -1,0 +1,57 @@
+//! Memory that a device may be let into.
+
+use std::any::Any;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// Memory that a device may read and write at any time: mapped in this process, and known not to be
+/// what Rust takes for its own.
+///
+/// Clones are the same memory, and keep it mapped.
+#[derive(Clone)]
+pub struct DmaMemory {
+    address: usize,
+    size: usize,
+    file: Option<(Arc<OwnedFd>, u64)>,
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl DmaMemory {
+    /// `size` bytes at `address`, which `owner` keeps mapped; where they are the pages of a file, that
+    /// file and the offset in it, so that a device model in another process can map them, too.
+    ///
+    /// # Safety
+    /// The range is mapped as long as `owner` lives. Nothing ever makes a reference to its contents,
+    /// and what reads or writes it does so by atomic or volatile accesses: a device changes it at any
+    /// time.
+    pub unsafe fn new(
+        address: usize,
+        size: usize,
+        file: Option<(Arc<OwnedFd>, u64)>,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        Self { address, size, file, _owner: owner }
+    }
+
+    /// The first address.
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// The file whose pages it is, and the offset of its first byte there, in bytes.
+    pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.file.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
+    }
+}
+
+impl fmt::Debug for DmaMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DmaMemory({:#x}..{:#x})", self.address, self.address + self.size)
+    }
+}
