@@ -35,7 +35,7 @@ impl Hazard {
     ///
     /// An entry can exist only where address and offset are congruent modulo 1 GiB and the range
     /// holds a whole aligned GiB.
-    pub(crate) fn one_gib_entry(address: usize, offset: u64, len: usize) -> Option<Self> {
+    pub fn one_gib_entry(address: usize, offset: u64, len: usize) -> Option<Self> {
         let start = address as u64;
         let end = start.saturating_add(len as u64);
         let congruent = start % GIB == offset % GIB;
@@ -49,7 +49,7 @@ impl Hazard {
     /// fault; a fault in a mapping that is on the list already inserts nothing and is retried for
     /// ever (seen on 5.10 and 6.1 with the refusal of `DONTUNMAP` patched away). 6.10 rewrote the
     /// handler; 6.12 is the oldest kernel on which the source was seen to fill again.
-    pub(crate) fn source_may_spin(kernel: KernelVersion) -> Option<Self> {
+    pub fn source_may_spin(kernel: KernelVersion) -> Option<Self> {
         (kernel < KernelVersion::new(6, 12)).then_some(Self::SourceMaySpin)
     }
 
@@ -59,7 +59,7 @@ impl Hazard {
     /// on the list: when memory decoding is switched off, or the device is reset, it is not zapped
     /// and still reaches the bus. On 5.10 and 6.1 the move also raises a WARNING in `untrack_pfn`,
     /// which kills a machine that runs with `panic_on_warn`.
-    pub(crate) fn move_escapes_revocation(kernel: KernelVersion) -> Option<Self> {
+    pub fn move_escapes_revocation(kernel: KernelVersion) -> Option<Self> {
         (kernel < KernelVersion::new(6, 10)).then_some(Self::MoveEscapesRevocation)
     }
 }
