@@ -41,7 +41,8 @@ pub fn relocating_never_leaves_a_hole(mut window: Window, word: u32) {
     let (stop, intrusions) = (AtomicBool::new(false), AtomicUsize::new(0));
     let reader = window.duplicate(Placement::Anywhere).unwrap().0;
     let reads = AtomicUsize::new(0);
-    std::thread::scope(|scope| {
+    // Both ranges stay ours until the others have stopped.
+    let _there = std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| intrude(&ranges, &stop, &intrusions));
         }
@@ -65,6 +66,7 @@ pub fn relocating_never_leaves_a_hole(mut window: Window, word: u32) {
             there = relocation.old.unwrap();
             assert_eq!(window.register::<u32>(0).unwrap().read(), word, "round {round}");
         }
+        there
     });
     assert_eq!(intrusions.into_inner(), 0, "another mapping got into a range of the window");
     assert!(reads.into_inner() > 100, "the reader hardly read");
