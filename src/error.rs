@@ -47,6 +47,8 @@ pub enum ErrorKind {
     Malformed,
     /// The process may not have more mappings (`vm.max_map_count`).
     TooManyMappings,
+    /// The process may not lock more memory (RLIMIT_MEMLOCK).
+    LockedMemory,
     /// The device has gone.
     Gone,
     /// The transport or the kernel does not offer this.
@@ -90,7 +92,16 @@ impl Error {
         }))
     }
 
-    /// A system call failed: the kind follows from `errno` where it can.
+    /// A system call failed, or a peer answered with an error number: the kind follows from `errno`
+    /// where it can.
+    pub fn from_errno(
+        errno: i32,
+        operation: impl Into<Cow<'static, str>>,
+        object: impl fmt::Display,
+    ) -> Self {
+        Self::os(Errno::from_raw(errno), operation, object)
+    }
+
     pub(crate) fn os(
         errno: Errno,
         operation: impl Into<Cow<'static, str>>,

@@ -178,10 +178,13 @@ impl<'d> Config<'d> {
 
     /// Whether BAR `index` holds I/O ports.
     pub(super) fn is_io_port(&self, index: u32) -> Result<bool> {
-        let bar = self.read_u32(BAR0 + 4 * u64::from(index))?;
+        let mut at = 0;
         // A memory BAR of 64 bits takes two registers, the second of which is an address.
-        let upper_half = index > 0 && self.read_u32(BAR0 + 4 * u64::from(index - 1))? & 7 == 4;
-        Ok(bar & 1 != 0 && !upper_half)
+        while at < index {
+            let is_64_bits = self.read_u32(BAR0 + 4 * u64::from(at))? & 7 == 4;
+            at += if is_64_bits { 2 } else { 1 };
+        }
+        Ok(at == index && self.read_u32(BAR0 + 4 * u64::from(index))? & 1 != 0)
     }
 
     pub(super) fn msix(&self) -> Result<Option<Msix>> {
@@ -199,6 +202,7 @@ impl<'d> Config<'d> {
     }
 
     fn set_command(&self, bit: u16, on: bool) -> Result<()> {
+        let _one = self.device.command_lock();
         let command = self.read_u16(COMMAND)?;
         self.write_u16(COMMAND, if on { command | bit } else { command & !bit })
     }

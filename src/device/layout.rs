@@ -157,7 +157,7 @@ fn mappable_pages(info: &RegionInfo, page_size: u64) -> Result<Vec<Range<u64>>> 
             return malformed(format!("the mappable areas overlap at {:#x}", area.start));
         }
         reached = area.end;
-        let start = area.start.next_multiple_of(page_size);
+        let Some(start) = area.start.checked_next_multiple_of(page_size) else { continue };
         let end = if area.end >= info.size { info.size } else { area.end - area.end % page_size };
         if start < end {
             pages.push(start..end);

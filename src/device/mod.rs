@@ -2,9 +2,13 @@
 
 mod bar;
 mod config;
+mod dma;
+mod dma_buffer;
+mod iova;
 mod layout;
 mod register;
 mod register_access;
+mod vectors;
 mod window;
 
 use std::fmt;
@@ -20,8 +24,12 @@ use crate::transport::{DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
 
 pub use bar::Bar;
 pub use config::Config;
+pub use dma::{DmaMapping, DmaSpace, IovaPlacement};
+pub use dma_buffer::{BufferRequest, DmaBuffer, Word};
+pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
 pub use register::{IoRegister, Mode, ReadOnly, ReadWrite, Register, Registers, Width};
+pub use vectors::{Event, Events, Growth, Interrupt, Vectors};
 pub use window::Window;
 
 /// A device, opened.
@@ -36,11 +44,17 @@ pub struct Device {
 struct Inner {
     regions: Box<[OnceLock<Region>]>,
     msix: OnceLock<Option<config::Msix>>,
-    /// The windows alive: each knows its place here.
-    windows: Mutex<Slab<Note>>,
+    dma: OnceLock<DmaSpace>,
+    /// Held while the command register is read, changed and written.
+    command: Mutex<()>,
+    /// What holds the device: each knows its place here.
+    notes: Mutex<Slab<Note>>,
     info: DeviceInfo,
     transport: Arc<dyn Transport>,
 }
+
+/// How many holders an error names.
+const NAMED: usize = 8;
 
 /// What is known of a region once it was asked for.
 struct Region {
@@ -49,12 +63,15 @@ struct Region {
     backing: Option<Arc<Backing>>,
 }
 
-/// What a window shows.
+/// What holds a device.
 #[derive(Clone, Debug)]
-struct Note {
-    region: u32,
-    range: Range<u64>,
-    address: usize,
+enum Note {
+    /// A window over a range of a region.
+    Window { region: u32, range: Range<u64>, address: usize },
+    /// Vectors that are set up.
+    Vectors { kind: Interrupt, count: usize },
+    /// Events that are watched.
+    Events,
 }
 
 /// Where a trapped register is.
@@ -83,7 +100,9 @@ impl Device {
             inner: Arc::new(Inner {
                 regions: std::iter::repeat_with(OnceLock::new).take(count).collect(),
                 msix: OnceLock::new(),
-                windows: Mutex::default(),
+                dma: OnceLock::new(),
+                command: Mutex::new(()),
+                notes: Mutex::default(),
                 info,
                 transport,
             }),
@@ -138,6 +157,23 @@ impl Device {
         Config::of(self)
     }
 
+    /// The memory that the device reaches.
+    ///
+    /// # Errors
+    /// `Unsupported` where the device does no DMA, or its transport none for this process.
+    pub fn dma(&self) -> Result<DmaSpace> {
+        if let Some(space) = self.inner.dma.get() {
+            return Ok(space.clone());
+        }
+        // Two that come at once must not each have a space of their own.
+        let _one = self.inner.notes();
+        if let Some(space) = self.inner.dma.get() {
+            return Ok(space.clone());
+        }
+        let space = DmaSpace::new(self.inner.transport.clone())?;
+        Ok(self.inner.dma.get_or_init(|| space).clone())
+    }
+
     /// Resets the device. Windows stay, and reach it again afterwards.
     ///
     /// # Errors
@@ -149,7 +185,9 @@ impl Device {
     /// Closes the device, so that it can be bound to another driver.
     ///
     /// # Errors
-    /// The device, with `InUse`, naming the windows that are alive.
+    /// The device, with `InUse`, naming what holds it: windows, vectors, memory mapped for DMA. A
+    /// [`RegionFile`](crate::transport::RegionFile) that was asked of the transport holds the
+    /// device's file, too, and is not seen here.
     pub fn close(self) -> std::result::Result<(), StillInUse> {
         let inner = match Arc::try_unwrap(self.inner) {
             Ok(inner) => inner,
@@ -158,12 +196,14 @@ impl Device {
                 return Err(StillInUse { error, device: Self { inner } });
             }
         };
-        if Arc::strong_count(&inner.transport) > 1 {
-            let error = Error::new(ErrorKind::InUse, "close", &inner.info.name)
-                .because("its transport is held elsewhere, too");
-            return Err(StillInUse { error, device: Self { inner: Arc::new(inner) } });
+        match inner.held_elsewhere() {
+            None => Ok(()),
+            Some(error) => Err(StillInUse { error, device: Self { inner: Arc::new(inner) } }),
         }
-        Ok(())
+    }
+
+    fn command_lock(&self) -> MutexGuard<'_, ()> {
+        self.inner.command.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn page_size(&self) -> u64 {
@@ -209,8 +249,8 @@ impl Device {
 }
 
 impl Inner {
-    fn windows(&self) -> MutexGuard<'_, Slab<Note>> {
-        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
+    fn notes(&self) -> MutexGuard<'_, Slab<Note>> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// "bar 0 of 0000:00:03.0"
@@ -223,25 +263,43 @@ impl Inner {
         format!("{}, {:#x}..{:#x}", self.region_name(index), range.start, range.end)
     }
 
-    fn in_use(&self, holders: usize) -> Error {
-        const NAMED: usize = 8;
-        let windows = self.windows();
-        let mut held: Vec<String> = windows
-            .iter()
-            .take(NAMED)
-            .map(|(_, Note { region, range, address })| {
-                let name = self.region_name(*region);
-                format!(
-                    "a window over {name}, {:#x}..{:#x}, at {address:#x}",
-                    range.start, range.end
-                )
-            })
-            .collect();
-        if windows.len() > NAMED {
-            held.push(format!("{} more windows", windows.len() - NAMED));
+    /// Why the device stays open although nothing of this crate's refers to its windows.
+    fn held_elsewhere(&self) -> Option<Error> {
+        let in_use = || Error::new(ErrorKind::InUse, "close", &self.info.name);
+        let space = self.dma.get();
+        if let Some(space) = space.filter(|space| space.is_shared()) {
+            let mut held = space.describe(NAMED);
+            held.push("its DMA space".to_owned());
+            return Some(
+                in_use()
+                    .because(format!("it is held by {}", held.join(", ")))
+                    .remedy("drop them first"),
+            );
         }
-        if holders > windows.len() {
-            held.push(format!("{} trapped registers", holders - windows.len()));
+        let ours = 1 + usize::from(space.is_some());
+        (Arc::strong_count(&self.transport) > ours)
+            .then(|| in_use().because("its transport is held elsewhere, too"))
+    }
+
+    fn describe(&self, note: &Note) -> String {
+        match note {
+            Note::Window { region, range, address } => {
+                format!("a window over {} at {address:#x}", self.range_name(*region, range))
+            }
+            Note::Vectors { kind, count } => format!("{count} vectors of {kind:?}"),
+            Note::Events => "its events".to_owned(),
+        }
+    }
+
+    fn in_use(&self, holders: usize) -> Error {
+        let notes = self.notes();
+        let mut held: Vec<String> =
+            notes.iter().take(NAMED).map(|(_, note)| self.describe(note)).collect();
+        if notes.len() > NAMED {
+            held.push(format!("{} more", notes.len() - NAMED));
+        }
+        if holders > notes.len() {
+            held.push(format!("{} trapped registers", holders - notes.len()));
         }
         Error::new(ErrorKind::InUse, "close", &self.info.name)
             .because(format!("it is held by {}", held.join(", ")))

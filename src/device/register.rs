@@ -63,7 +63,7 @@ unsafe impl<T: Width, M: Mode> Sync for Register<T, M> {}
 impl<T: Width, M: Mode> Register<T, M> {
     /// The register at `offset` bytes into the window.
     pub(super) fn new(window: &Window, offset: usize) -> Result<Self> {
-        let at = window.place(offset, size_of::<T>(), align_of::<T>(), M::ACCESS)?;
+        let at = window.place(offset, size_of::<T>(), M::ACCESS)?;
         Ok(Self { at: at.cast(), _window: window.inner.clone(), _mode: PhantomData })
     }
 
@@ -127,14 +127,14 @@ impl<T: Width, M: Mode> Registers<T, M> {
         if count == 0 {
             return refuse(ErrorKind::OutOfRange, "no register is asked for");
         }
-        if stride < size_of::<T>() || !stride.is_multiple_of(align_of::<T>()) {
+        if stride < size_of::<T>() || !stride.is_multiple_of(size_of::<T>()) {
             return refuse(ErrorKind::Unaligned, "they overlap, or are not aligned");
         }
         let Some(last) = (count - 1).checked_mul(stride).and_then(|size| size.checked_add(offset))
         else {
             return refuse(ErrorKind::OutOfRange, "they wrap around");
         };
-        window.place(last, size_of::<T>(), align_of::<T>(), M::ACCESS)?;
+        window.place(last, size_of::<T>(), M::ACCESS)?;
         Ok(Self { first: Register::new(window, offset)?, stride, count })
     }
 

@@ -101,7 +101,7 @@ mod x86_64 {
 }
 
 /// aarch64 needs barriers between a device and memory that it reaches by DMA: `dmb oshld` after a load,
-/// `dmb oshst` before a store, as Linux has them in `readl` and `writel`.
+/// as Linux has it in `readl`; `dmb osh` before a store, so that earlier loads are made before it, too.
 #[cfg(target_arch = "aarch64")]
 macro_rules! access {
     ($type:ty, $load:literal, $store:literal) => {
@@ -134,7 +134,7 @@ macro_rules! access {
             unsafe fn store(to: *mut Self, value: Self) {
                 // SAFETY: one store to a mapped, aligned address, as the caller vouches.
                 unsafe {
-                    std::arch::asm!("dmb oshst", $store, v = in(reg) value.to_le(), p = in(reg) to,
+                    std::arch::asm!("dmb osh", $store, v = in(reg) value.to_le(), p = in(reg) to,
                         options(nostack, preserves_flags));
                 }
             }
@@ -206,5 +206,7 @@ mod elsewhere {
     access!(u8);
     access!(u16);
     access!(u32);
+    // Where the processor's registers are smaller, this would be two accesses.
+    #[cfg(target_pointer_width = "64")]
     access!(u64);
 }

@@ -9,7 +9,8 @@ use super::register::{ReadOnly, ReadWrite, Register, Registers, Width, permits};
 use super::{Inner as DeviceInner, Note};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{
-    Access, Backing, Failed, Mapping, Placement, Relocation, Report, Request, Reservation,
+    Access, Backing, DmaMemory, Failed, Mapping, Placement, Relocation, Report, Request,
+    Reservation,
 };
 use crate::sys;
 
@@ -28,7 +29,9 @@ use crate::sys;
 /// relocated or dropped.
 ///
 /// # Children
-/// A child of `fork(2)` has a hole where the window is (`MADV_DONTFORK`).
+/// A child of `fork(2)` has a hole where the window is (`MADV_DONTFORK`), and anything may come to lie
+/// there. Part of the contract of calling `fork`, which is `unsafe`: the child does not touch the window
+/// or its registers; it may drop them, call `exec`, or exit.
 #[derive(Clone)]
 pub struct Window {
     pub(super) inner: Arc<Inner>,
@@ -48,7 +51,7 @@ pub(super) struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.device.windows().try_remove(self.slot);
+        self.device.notes().try_remove(self.slot);
     }
 }
 
@@ -85,13 +88,13 @@ impl Window {
         size: usize,
     ) -> Self {
         let mut inner = Inner { mapping, region, skip, size, slot: 0, device: device.clone() };
-        inner.slot = device.windows().insert(inner.note());
+        inner.slot = device.notes().insert(inner.note());
         Self { inner: Arc::new(inner) }
     }
 
     /// The bytes of the region that it shows.
     pub fn region_range(&self) -> Range<u64> {
-        self.inner.note().range
+        self.inner.region_range()
     }
 
     /// The region's index.
@@ -218,8 +221,8 @@ impl Window {
             return Err(Failed::new(error, reservation_of(placement)));
         };
         let relocation = inner.mapping.relocate(Request { placement, strategies, pinned })?;
-        if let Some(note) = inner.device.windows().get_mut(inner.slot) {
-            note.address = inner.mapping.range().start;
+        if let Some(note) = inner.device.notes().get_mut(inner.slot) {
+            *note = inner.note();
         }
         Ok(relocation)
     }
@@ -228,30 +231,39 @@ impl Window {
     ///
     /// # Errors
     /// The window, with `InUse` while a clone or a register of it lives, or with what the kernel
-    /// answered.
-    pub fn into_reservation(self) -> std::result::Result<Reservation, (Window, Error)> {
+    /// answered. No window only with `ReservationLost`: it is unmapped, and a failing call has let
+    /// another mapping have its addresses.
+    pub fn into_reservation(self) -> std::result::Result<Reservation, (Option<Window>, Error)> {
         let users = Arc::strong_count(&self.inner) - 1;
         let mut inner = match Arc::try_unwrap(self.inner) {
             Ok(inner) => inner,
             Err(inner) => {
                 let error = in_use("unmap", &inner, users);
-                return Err((Window { inner }, error));
+                return Err((Some(Window { inner }), error));
             }
         };
         match inner.mapping.vacate() {
             Ok(reservation) => Ok(reservation),
-            Err(error) => Err((Window { inner: Arc::new(inner) }, error)),
+            Err(error) => {
+                let gone = inner.mapping.has_gone();
+                Err(((!gone).then(|| Window { inner: Arc::new(inner) }), error))
+            }
         }
     }
 
+    /// The window as memory that another device may reach: peer-to-peer.
+    ///
+    /// Type 1 containers map it by page frame: the mapping goes on reaching this device whatever
+    /// becomes of the window, so unmap it before this device is reset. iommufd refuses it.
+    pub fn dma_memory(&self) -> DmaMemory {
+        let addresses = self.addresses();
+        // SAFETY: mapped while the window's shared part lives, which it is given; no reference to
+        // device memory is ever made.
+        unsafe { DmaMemory::new(addresses.start, addresses.len(), None, self.inner.clone()) }
+    }
+
     /// Where `size` bytes at `offset` lie, aligned and within the window.
-    pub(super) fn place(
-        &self,
-        offset: usize,
-        size: usize,
-        align: usize,
-        wanted: Access,
-    ) -> Result<NonNull<u8>> {
+    pub(super) fn place(&self, offset: usize, size: usize, wanted: Access) -> Result<NonNull<u8>> {
         let Inner { mapping, skip, size: all, .. } = &*self.inner;
         let object = || format!("{size} bytes at {offset:#x} of {self:?}");
         if !permits(mapping.access(), wanted) {
@@ -265,9 +277,9 @@ impl Window {
             );
         }
         let address = mapping.range().start + skip + offset;
-        if !address.is_multiple_of(align) {
+        if !address.is_multiple_of(size) {
             return Err(Error::new(ErrorKind::Unaligned, "find", object())
-                .because(format!("a register of {size} bytes lies at a multiple of {align}")));
+                .because(format!("a register of {size} bytes lies at a multiple of {size}")));
         }
         NonNull::new(ptr::with_exposed_provenance_mut(address))
             .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "find", object()))
@@ -282,17 +294,21 @@ fn reservation_of(placement: Placement) -> Option<Reservation> {
 }
 
 fn in_use(operation: &'static str, inner: &Inner, users: usize) -> Error {
-    let Note { region, range, .. } = inner.note();
-    Error::new(ErrorKind::InUse, operation, inner.device.range_name(region, &range))
+    let object = inner.device.range_name(inner.region, &inner.region_range());
+    Error::new(ErrorKind::InUse, operation, object)
         .because(format!("{users} registers or clones of the window are alive"))
         .remedy("drop them; or duplicate the window, switch over, and drop this one")
 }
 
 impl Inner {
-    fn note(&self) -> Note {
+    fn region_range(&self) -> Range<u64> {
         let start = self.mapping.offset() + self.skip as u64;
-        let range = start..start + self.size as u64;
-        Note { region: self.region, range, address: self.mapping.range().start }
+        start..start + self.size as u64
+    }
+
+    fn note(&self) -> Note {
+        let (region, range) = (self.region, self.region_range());
+        Note::Window { region, range, address: self.mapping.range().start }
     }
 }
 

@@ -15,6 +15,7 @@ use crate::sys::{self, file};
 
 /// What stands behind a file descriptor, as far as remapping is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum BackingKind {
     /// A BAR of a device whose driver is vfio-pci.
     VfioPci,
@@ -50,12 +51,21 @@ impl Backing {
         kind: BackingKind,
     ) -> Result<Self> {
         let name = name.into();
-        let end = start.checked_add(size);
+        let page = sys::page_size() as u64;
+        let end = start.checked_add(size).filter(|end| *end <= i64::MAX as u64 - page);
+        if end.is_none() || !start.is_multiple_of(page) {
+            return Err(Error::new(ErrorKind::Malformed, "map", name)
+                .because(format!("its file has no {size:#x} bytes at offset {start:#x}")));
+        }
+        if file::is_hugetlb(&*fd) {
+            return Err(Error::new(ErrorKind::Unsupported, "map", name).because(
+                "its file is of huge pages (hugetlbfs), which are mapped by other rules",
+            ));
+        }
         let file_size = file::regular_size(&*fd).map_err(|errno| Error::os(errno, "map", &name))?;
-        if end.is_none() || file_size.is_some_and(|len| end > Some(len)) {
+        if let Some(has) = file_size.filter(|len| end > Some(*len)) {
             return Err(Error::new(ErrorKind::Malformed, "map", name).because(format!(
-                "it is said to be {size:#x} bytes from offset {start:#x}, and its file has {:#x}",
-                file_size.unwrap_or(u64::MAX)
+                "it is said to be {size:#x} bytes from offset {start:#x}, and its file has {has:#x}"
             )));
         }
         Ok(Self {
@@ -177,10 +187,11 @@ impl Backing {
     pub(super) fn distrust_move(&self, address: usize, offset: u64, len: usize) -> Option<Hazard> {
         match self.kind {
             BackingKind::SharedMemory => None,
-            BackingKind::VfioPci | BackingKind::Other => {
-                Hazard::move_escapes_revocation(self.kernel)
-                    .or_else(|| Hazard::one_gib_entry(address, self.file_offset(offset), len))
-            }
+            BackingKind::VfioPci => Hazard::move_escapes_revocation(self.kernel)
+                .or_else(|| Hazard::one_gib_entry(address, self.file_offset(offset), len)),
+            // Nobody knows to what its offsets are congruent.
+            BackingKind::Other => Hazard::move_escapes_revocation(self.kernel)
+                .or_else(|| (len >= 1 << 30).then_some(Hazard::OneGibEntry)),
         }
     }
 }

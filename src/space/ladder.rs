@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::mapping::{Destination, Refusal, map_again};
+use super::mapping::{Destination, Refusal, Released, map_again};
 use super::reservation::out_of_memory;
 use super::{
     Attempt, Failed, Mapping, Outcome, Report, Request, Reservation, Source, Strategy, Verb,
@@ -24,8 +24,8 @@ struct Made {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Relocation {
-    /// The addresses that the window has left, reserved: they reach nothing. `None` only after a
-    /// [`Strategy::Move`] whose gap another mapping has taken.
+    /// The addresses that the window has left, reserved: they reach nothing. `None` only where the
+    /// report's source is [`Source::Lost`].
     pub old: Option<Reservation>,
     /// Which way it took and why.
     pub report: Report,
@@ -59,6 +59,7 @@ impl Mapping {
             len: self.len,
             access,
             home: destination.into_home(),
+            generation: self.generation,
         };
         Ok((duplicate, report))
     }
@@ -72,13 +73,21 @@ impl Mapping {
             Strategy::Move => self.reserve_gap(),
             // SAFETY: `&mut self` says that nobody uses the mapping meanwhile.
             Strategy::DontUnmap | Strategy::MapAgain => match unsafe { self.release() } {
-                Ok(old) => (Some(old), Source::Released),
+                Ok(Released::Whole(old)) => (Some(old), Source::Released),
+                Ok(Released::WithGap(old)) => (Some(old), Source::ReleasedWithGap),
+                Ok(Released::Lost) => (None, Source::Lost),
                 Err(errno) => {
                     // SAFETY: the new side was made above, and nobody knows of it yet.
-                    unsafe { destination.undo(address, self.len) };
-                    let error = out_of_memory(errno, "relocate", self.object())
-                        .because("the old range could not be covered; nothing has changed");
-                    return Err(Failed::new(error, destination.given_back(false)));
+                    let lost = !unsafe { destination.undo(address, self.len) };
+                    let error = out_of_memory(errno, "relocate", self.object());
+                    let error = if lost {
+                        error.into_kind(ErrorKind::ReservationLost).because(
+                            "the old range could not be covered, and the new not be reserved again",
+                        )
+                    } else {
+                        error.because("the old range could not be covered; nothing has changed")
+                    };
+                    return Err(Failed::new(error, destination.given_back(lost)));
                 }
             },
         };
@@ -97,11 +106,12 @@ impl Mapping {
             Verb::Duplicate => "duplicate",
             Verb::Relocate => "relocate",
         };
+        self.check_process(operation)?;
         let file_offset = self.backing.file_offset(self.offset);
         let mut destination =
             Destination::prepare(placement, operation, &self.object(), file_offset, self.len)?;
         let mut attempts = Vec::new();
-        for &strategy in strategies {
+        for strategy in strategies.into_iter().flatten() {
             let made = match strategy {
                 Strategy::DontUnmap => self.by_dont_unmap(access, &destination, pinned),
                 Strategy::MapAgain => {
@@ -154,8 +164,8 @@ impl Mapping {
             // SAFETY: the new side was made above, and nobody knows of it yet.
             if let Err(errno) = unsafe { mm::protect_read_only(new, len) } {
                 // SAFETY: as above.
-                unsafe { destination.undo(new, len) };
-                return Err(Refusal::from(errno).into());
+                let lost = !unsafe { destination.undo(new, len) };
+                return Err(Refusal { errno, lost }.into());
             }
         }
         Ok(new)

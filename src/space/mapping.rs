@@ -10,6 +10,7 @@ use super::reservation::out_of_memory;
 use super::{Backing, BackingKind, Failed, Placement, Reservation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mm::{self, Access};
+use crate::sys::{file, fork, maps};
 
 const HUGE: usize = 2 << 20;
 const GIB: usize = 1 << 30;
@@ -26,6 +27,8 @@ pub(crate) struct Mapping {
     pub(super) access: Access,
     /// The reservation at whose start the mapping lies.
     pub(super) home: Option<Reservation>,
+    /// The process that made it: see [`fork::generation`].
+    pub(super) generation: u32,
 }
 
 /// A place for a mapping, found or about to be found.
@@ -114,20 +117,21 @@ impl Destination {
         }
     }
 
-    /// Takes away again what was mapped at `address`.
+    /// Takes away again what was mapped at `address`. False where that has cost the reservation.
     ///
     /// # Safety
     /// `[address, address + len)` is ours, and nothing reads or writes through it.
-    pub(super) unsafe fn undo(&self, address: usize, len: usize) {
-        // SAFETY: the caller's own contract.
-        let result = unsafe {
-            match self {
-                Self::Chosen => mm::munmap(address, len),
-                Self::Reserved(reservation, _) => reservation.cover(len),
+    pub(super) unsafe fn undo(&self, address: usize, len: usize) -> bool {
+        match self {
+            // SAFETY: the caller's own contract.
+            Self::Reserved(reservation, _) => unsafe { reservation.clear(len) },
+            Self::Chosen => {
+                // SAFETY: the caller's own contract.
+                if let Err(errno) = unsafe { mm::munmap(address, len) } {
+                    log::error!("leaked the mapping at {address:#x}, {len:#x} bytes: {errno}");
+                }
+                true
             }
-        };
-        if let Err(errno) = result {
-            log::error!("leaked the mapping at {address:#x}, {len:#x} bytes: {errno}");
         }
     }
 
@@ -162,7 +166,8 @@ impl Mapping {
         match map_again(&backing, offset, len, access, &destination) {
             Ok(address) => {
                 let home = destination.into_home();
-                Ok(Self { backing, offset, address, len, access, home })
+                let generation = fork::generation();
+                Ok(Self { backing, offset, address, len, access, home, generation })
             }
             Err(Refusal { errno, lost }) => {
                 let error = out_of_memory(errno, "map", object);
@@ -189,16 +194,27 @@ impl Mapping {
         self.offset
     }
 
-    /// Unmaps it and gives its addresses back, reserved; they are no hole for an instant.
+    /// Unmaps it and gives its addresses back, reserved.
     ///
     /// # Errors
-    /// `Os` where the kernel could not: the mapping is then as it was.
+    /// `Os` where the kernel could not: the mapping is then as it was. `ReservationLost` where a failing
+    /// call unmapped it and somebody else took its addresses: the mapping has [gone](Self::has_gone).
     pub(crate) fn vacate(&mut self) -> Result<Reservation> {
+        self.check_process("unmap")?;
         // SAFETY: `&mut self` says that nobody uses the mapping; afterwards it owns nothing.
         let result = unsafe { self.release() };
-        let reservation = result.map_err(|errno| out_of_memory(errno, "unmap", self.object()))?;
+        let released = result.map_err(|errno| out_of_memory(errno, "unmap", self.object()))?;
+        let error = Error::new(ErrorKind::ReservationLost, "unmap", self.object());
         self.len = 0;
-        Ok(reservation)
+        match released {
+            Released::Whole(reservation) | Released::WithGap(reservation) => Ok(reservation),
+            Released::Lost => Err(error.because("another mapping has taken its addresses")),
+        }
+    }
+
+    /// Whether there is nothing left of it.
+    pub(crate) fn has_gone(&self) -> bool {
+        self.len == 0
     }
 
     /// Covers the mapping and hands its addresses out; on failure nothing has changed. The mapping
@@ -206,21 +222,58 @@ impl Mapping {
     ///
     /// # Safety
     /// Nothing reads or writes through the mapping any more.
-    pub(super) unsafe fn release(&mut self) -> std::result::Result<Reservation, Errno> {
+    pub(super) unsafe fn release(&mut self) -> std::result::Result<Released, Errno> {
+        let home = self.home.take();
         // SAFETY: the mapping owns its range; the caller vouches for its users.
-        unsafe {
-            match self.home.take() {
-                Some(home) => match home.cover(self.len) {
-                    Ok(()) => Ok(home),
-                    Err(errno) => {
-                        self.home = Some(home);
-                        Err(errno)
-                    }
-                },
-                None => Reservation::over(self.address, self.len),
+        let covered = unsafe {
+            match &home {
+                Some(home) => home.cover(self.len).map(|()| None),
+                None => Reservation::over(self.address, self.len).map(Some),
+            }
+        };
+        match (covered, home) {
+            (Ok(made), home) => Ok(made.or(home).map_or(Released::Lost, Released::Whole)),
+            (Err(errno), home) if self.is_intact() => {
+                self.home = home;
+                Err(errno)
+            }
+            // The failing call had unmapped the range, as kernels up to 6.11 do.
+            (Err(_), home) => {
+                let plugged = match home {
+                    // SAFETY: nothing of ours is mapped there any more.
+                    Some(home) => unsafe { home.plug(self.len) }.then_some(home),
+                    None => Reservation::over_gap(self.address, self.len),
+                };
+                Ok(plugged.map_or(Released::Lost, Released::WithGap))
             }
         }
     }
+
+    /// Whether a failing call has left the mapping where it was.
+    fn is_intact(&self) -> bool {
+        let offset = self.backing.file_offset(self.offset);
+        file::identity(self.backing.fd())
+            .is_ok_and(|identity| maps::is_file(&self.range(), identity, offset, false))
+    }
+
+    /// An error in a child of `fork(2)`, where the mapping is not.
+    pub(super) fn check_process(&self, operation: &'static str) -> Result<()> {
+        if self.generation == fork::generation() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Gone, operation, self.object())
+            .because("windows are not inherited by children of fork"))
+    }
+}
+
+/// What became of the addresses of a mapping that was covered.
+pub(super) enum Released {
+    /// They are reserved, and were no hole for an instant.
+    Whole(Reservation),
+    /// They are reserved, and were a hole for an instant.
+    WithGap(Reservation),
+    /// They were a hole, and somebody else took them.
+    Lost,
 }
 
 /// Maps `len` bytes of the backing at the destination; the new side is cold, and ready for use.
@@ -245,8 +298,8 @@ pub(super) fn map_again(
     // SAFETY: the mapping was made above.
     if let Err(errno) = unsafe { mm::keep_from_children(address, len) } {
         // SAFETY: as above; nobody knows of it yet.
-        unsafe { destination.undo(address, len) };
-        return Err(errno.into());
+        let lost = !unsafe { destination.undo(address, len) };
+        return Err(Refusal { errno, lost });
     }
     if len >= HUGE && backing.kind() == BackingKind::VfioPci {
         // A kernel without transparent huge pages answers EINVAL, and maps by 4 KiB.
@@ -258,27 +311,24 @@ pub(super) fn map_again(
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if self.len == 0 {
+        if self.len == 0 || self.generation != fork::generation() {
             return;
         }
         // SAFETY: the mapping's last holder is going, and with it every user of the range.
-        let result = unsafe {
+        unsafe {
             match &mut self.home {
-                None => mm::munmap(self.address, self.len),
+                None => {
+                    if let Err(errno) = mm::munmap(self.address, self.len) {
+                        log::error!("leaked the mapping of {}: {errno}", self.object());
+                    }
+                }
                 Some(home) => {
-                    if home.is_whole_area() {
-                        // The reservation goes with it, in one munmap of its own.
-                        Ok(())
-                    } else {
-                        home.cover(self.len)
+                    // A reservation that nobody else has goes with it, in one munmap of its own.
+                    if !home.is_whole_area() {
+                        home.clear(self.len);
                     }
                 }
             }
-        };
-        if let Err(errno) = result {
-            log::error!("leaked the mapping of {}: {errno}", self.object());
-            // What is still mapped must not become somebody's reservation.
-            std::mem::forget(self.home.take());
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::Error;
 
 /// A way to make a second window, or to make one elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Strategy {
     /// `mremap(MREMAP_MAYMOVE|MREMAP_DONTUNMAP)`: the page tables go to the new side, the old side is
     /// filled again when it is touched. Linux 5.13 and newer accept it for shared memory; for a BAR
@@ -23,14 +24,6 @@ pub enum Strategy {
 impl Strategy {
     /// What is tried, in this order, when nothing else is asked for.
     pub const LADDER: &'static [Strategy] = &[Strategy::DontUnmap, Strategy::MapAgain];
-
-    fn alone(self) -> &'static [Strategy] {
-        match self {
-            Self::DontUnmap => &[Self::DontUnmap],
-            Self::MapAgain => &[Self::MapAgain],
-            Self::Move => &[Self::Move],
-        }
-    }
 }
 
 impl fmt::Display for Strategy {
@@ -45,7 +38,8 @@ pub enum Placement {
     /// Where there is room. From 2 MiB on, at an address congruent to the offset in the region modulo
     /// 2 MiB (from 1 GiB on, modulo 1 GiB), so that Linux 6.12 and newer use huge page-table entries.
     Anywhere,
-    /// At this address, if nothing is mapped there (`MAP_FIXED_NOREPLACE`).
+    /// At this address, if nothing is mapped there (`MAP_FIXED_NOREPLACE`); from 2 MiB on congruent as
+    /// for [`In`](Self::In).
     At(usize),
     /// At the start of a reservation, which must be as large as the mapping, and from 2 MiB on
     /// congruent to the offset in the region modulo 2 MiB. A failure gives it back
@@ -57,13 +51,22 @@ impl Placement {
     /// This placement, by one strategy only. Asks the kernel again even where it is known to refuse.
     #[must_use]
     pub fn only(self, strategy: Strategy) -> Request {
-        Request { placement: self, strategies: strategy.alone(), pinned: true }
+        Request { placement: self, strategies: [Some(strategy), None, None], pinned: true }
     }
 
-    /// This placement, by these strategies in this order.
+    /// This placement, by these strategies in this order; the first of each counts.
     #[must_use]
-    pub fn by(self, strategies: &'static [Strategy]) -> Request {
-        Request { placement: self, strategies, pinned: false }
+    pub fn by(self, strategies: &[Strategy]) -> Request {
+        let mut order = [None; 3];
+        let mut free = order.iter_mut();
+        for (index, strategy) in strategies.iter().enumerate() {
+            if !strategies[..index].contains(strategy)
+                && let Some(place) = free.next()
+            {
+                *place = Some(*strategy);
+            }
+        }
+        Request { placement: self, strategies: order, pinned: false }
     }
 }
 
@@ -72,7 +75,7 @@ impl Placement {
 #[derive(Debug)]
 pub struct Request {
     pub(crate) placement: Placement,
-    pub(crate) strategies: &'static [Strategy],
+    pub(crate) strategies: [Option<Strategy>; 3],
     pub(crate) pinned: bool,
 }
 
@@ -98,6 +101,11 @@ impl Failed {
     /// What went wrong.
     pub fn error(&self) -> &Error {
         &self.error
+    }
+
+    /// The error, and the reservation as of [`into_reservation`](Self::into_reservation).
+    pub fn into_parts(self) -> (Error, Option<Reservation>) {
+        (self.error, self.reservation)
     }
 
     /// The reservation of [`Placement::In`]; `None` where there was none, or where it was lost

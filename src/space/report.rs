@@ -10,6 +10,7 @@ use crate::error::describe;
 
 /// What was asked of a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Verb {
     /// A second window over the same bytes.
     Duplicate,
@@ -36,6 +37,7 @@ pub enum Outcome {
 
 /// A strategy that was tried, or known, before the one that worked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct Attempt {
     /// The strategy.
     pub strategy: Strategy,
@@ -51,7 +53,7 @@ impl fmt::Display for Attempt {
                 let when = if *remembered { " (remembered)" } else { "" };
                 write!(f, "{strategy} was refused with {}{when}", describe(Errno::from_raw(*errno)))
             }
-            Outcome::Hazard(hazard) => write!(f, "{strategy} was accepted but not taken: {hazard}"),
+            Outcome::Hazard(hazard) => write!(f, "{strategy} was not taken: {hazard}"),
             Outcome::OnlyMoves => write!(f, "{strategy} cannot duplicate"),
         }
     }
@@ -59,6 +61,7 @@ impl fmt::Display for Attempt {
 
 /// What became of the side that a verb started from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Source {
     /// Live, with its page tables as they were.
     Warm,

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::errno::Errno;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::Failed;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::{self, maps, mm};
+use crate::sys::{self, fork, maps, mm};
 
 /// A range of addresses that belongs to its holder: reserved (`PROT_NONE`), reaching nothing, and
 /// in nobody else's way.
@@ -30,6 +31,8 @@ struct Area {
     range: Range<usize>,
     /// What to add (wrapping) to an address for its offset in the placeholder file.
     bias: u64,
+    /// The process that reserved it: see [`fork::generation`].
+    generation: u32,
     /// Ranges that somebody else took while a failing system call had them unmapped.
     lost: Mutex<Vec<Range<usize>>>,
 }
@@ -37,7 +40,8 @@ struct Area {
 impl Area {
     fn new(start: usize, size: usize, offset: u64) -> Self {
         let bias = offset.wrapping_sub(start as u64);
-        Self { range: start..start + size, bias, lost: Mutex::default() }
+        let generation = fork::generation();
+        Self { range: start..start + size, bias, generation, lost: Mutex::default() }
     }
 
     fn offset_of(&self, address: usize) -> u64 {
@@ -47,6 +51,9 @@ impl Area {
 
 impl Drop for Area {
     fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return;
+        }
         let lost = self.lost.get_mut().unwrap_or_else(PoisonError::into_inner);
         lost.sort_by_key(|range| range.start);
         let mut start = self.range.start;
@@ -59,7 +66,7 @@ impl Drop for Area {
                     log::error!("leaked the reservation {start:#x}..{:#x}: {errno}", hole.start);
                 }
             }
-            start = hole.end;
+            start = start.max(hole.end);
         }
     }
 }
@@ -80,13 +87,25 @@ fn placeholder() -> Result<&'static OwnedFd> {
     Ok(FILE.get_or_init(|| file))
 }
 
-/// Offsets in the placeholder file that no other reservation uses, for `size` bytes.
-///
-/// They begin anew after 2^62 bytes; two reservations with the same offsets are told apart by all
-/// but the search for a placeholder that a failed call may have unmapped.
-fn fresh_offset(size: usize) -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    NEXT.fetch_add(size as u64, Ordering::Relaxed) % (1 << 62)
+/// More than any address space has, and little enough that offsets do not run out.
+const MAX_SIZE: usize = 1 << 52;
+
+/// The next offset in the placeholder file that no reservation has had.
+static NEXT_OFFSET: AtomicU64 = AtomicU64::new(0);
+
+/// Offsets that no other reservation uses, for `size` bytes of at most [`MAX_SIZE`].
+fn fresh_offset(size: usize) -> std::result::Result<u64, Errno> {
+    NEXT_OFFSET
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
+            next.checked_add(size as u64).filter(|end| *end < 1 << 62)
+        })
+        .map_err(|_| Errno::EOVERFLOW)
+}
+
+/// Gives offsets back that a failed call has not used, if nobody took others meanwhile.
+fn unused_offset(offset: u64, size: usize) {
+    let next = offset + size as u64;
+    let _ = NEXT_OFFSET.compare_exchange(next, offset, Ordering::Relaxed, Ordering::Relaxed);
 }
 
 fn show(range: &Range<usize>) -> String {
@@ -98,7 +117,8 @@ fn pages(size: usize) -> Result<usize> {
     if size == 0 {
         return Err(Error::new(ErrorKind::OutOfRange, "reserve", "0 bytes"));
     }
-    size.checked_next_multiple_of(sys::page_size()).ok_or_else(|| {
+    let size_in_pages = size.checked_next_multiple_of(sys::page_size());
+    size_in_pages.filter(|size| *size <= MAX_SIZE).ok_or_else(|| {
         Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
             .because("there is no such address space")
     })
@@ -139,12 +159,17 @@ impl Reservation {
             return Err(Error::new(ErrorKind::Unaligned, "reserve", format!("{size:#x} bytes"))
                 .because(format!("offset {offset:#x} is not a multiple of the page size")));
         }
-        let room = size.checked_add(modulus - page).ok_or_else(|| {
-            Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
+        let room =
+            size.checked_add(modulus - page).filter(|room| *room <= MAX_SIZE).ok_or_else(|| {
+                Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
+            })?;
+        let file = placeholder()?;
+        let failed = |errno| out_of_memory(errno, "reserve", format!("{size:#x} bytes"));
+        let file_offset = fresh_offset(room).map_err(failed)?;
+        let at = mm::reserve(file.as_fd(), file_offset, room).map_err(|errno| {
+            unused_offset(file_offset, room);
+            failed(errno)
         })?;
-        let file_offset = fresh_offset(room);
-        let at = mm::reserve(placeholder()?.as_fd(), file_offset, room)
-            .map_err(|errno| out_of_memory(errno, "reserve", format!("{size:#x} bytes")))?;
         let start = at + (want.wrapping_sub(at) & (modulus - 1));
         let end = at + room;
         for surplus in [at..start, start + size..end] {
@@ -162,7 +187,7 @@ impl Reservation {
     /// (`MAP_FIXED_NOREPLACE`, Linux 4.17).
     ///
     /// # Errors
-    /// `AddressTaken`, naming what is there; `Unaligned` where `address` is not a multiple of the
+    /// `AddressTaken`, naming what is there, or that the main thread's stack may grow into it; `Unaligned` where `address` is not a multiple of the
     /// page size; `OutOfRange` where the range wraps around or is empty.
     pub fn at(address: usize, size: usize) -> Result<Self> {
         let size = pages(size)?;
@@ -174,8 +199,15 @@ impl Reservation {
         let end = address
             .checked_add(size)
             .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "reserve", &object))?;
-        let file_offset = fresh_offset(size);
-        match mm::reserve_at(address, placeholder()?.as_fd(), file_offset, size) {
+        if stack_may_grow_into(&(address..end)) {
+            return Err(Error::new(ErrorKind::AddressTaken, "reserve", object)
+                .because("the stack of the main thread may grow into it")
+                .remedy("choose another address, or Placement::Anywhere"));
+        }
+        let file = placeholder()?;
+        let file_offset =
+            fresh_offset(size).map_err(|errno| out_of_memory(errno, "reserve", &object))?;
+        match mm::reserve_at(address, file.as_fd(), file_offset, size) {
             Ok(()) => Ok(Self::of(Area::new(address, size, file_offset))),
             Err(Errno::EEXIST) => {
                 let error = Error::new(ErrorKind::AddressTaken, "reserve", object);
@@ -271,7 +303,7 @@ impl Reservation {
     /// `[start, start + size)` is ours, and nothing reads or writes through it any more.
     pub(super) unsafe fn over(start: usize, size: usize) -> std::result::Result<Self, Errno> {
         let file = placeholder().map_err(|_| Errno::EMFILE)?;
-        let offset = fresh_offset(size);
+        let offset = fresh_offset(size)?;
         // SAFETY: the caller's own contract.
         unsafe { mm::cover(start, file.as_fd(), offset, size) }?;
         Ok(Self::of(Area::new(start, size, offset)))
@@ -279,7 +311,7 @@ impl Reservation {
 
     /// Reserves again what a move has left as a hole; `None` where somebody was quicker.
     pub(super) fn over_gap(start: usize, size: usize) -> Option<Self> {
-        let offset = fresh_offset(size);
+        let offset = fresh_offset(size).ok()?;
         mm::reserve_at(start, placeholder().ok()?.as_fd(), offset, size).ok()?;
         Some(Self::of(Area::new(start, size, offset)))
     }
@@ -305,25 +337,56 @@ impl Reservation {
         plugged
     }
 
+    /// Makes the first `size` bytes the placeholder again, by whatever it takes: where there is no room
+    /// for the mapping that covers another, by unmapping that first. False where that left a mapping
+    /// behind, or let somebody else in: the range is then no longer ours.
+    ///
+    /// # Safety
+    /// Nothing reads or writes through the range any more.
+    pub(super) unsafe fn clear(&self, size: usize) -> bool {
+        // SAFETY: the caller's own contract.
+        if unsafe { self.cover(size) }.is_ok() {
+            return true;
+        }
+        // SAFETY: the reservation owns the range; the caller vouches for its users.
+        match unsafe { mm::munmap(self.start, size) } {
+            // SAFETY: nothing is mapped there.
+            Ok(()) => unsafe { self.plug(size) },
+            Err(errno) => {
+                let range = self.start..self.start + size;
+                log::error!("leaked a mapping at {}: {errno}", show(&range));
+                self.area.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+                false
+            }
+        }
+    }
+
     /// Whether all of `range` is our placeholder still.
     fn holds_placeholder(&self, range: &Range<usize>) -> bool {
-        let Some((device, inode)) =
-            placeholder().ok().and_then(|file| sys::file::identity(file).ok())
-        else {
-            return false;
-        };
-        let mut reached = range.start;
-        for mapped in maps::overlapping(range) {
-            let ours = mapped.inaccessible
-                && (mapped.device, mapped.inode) == (device, inode)
-                && mapped.offset == self.area.offset_of(mapped.range.start);
-            if !ours || mapped.range.start > reached {
-                return false;
-            }
-            reached = mapped.range.end;
-        }
-        reached >= range.end
+        let identity = placeholder().ok().and_then(|file| sys::file::identity(file).ok());
+        let offset = self.area.offset_of(range.start);
+        identity.is_some_and(|identity| maps::is_file(range, identity, offset, true))
     }
+}
+
+/// Whether the stack of the main thread, which is mapped as it is used, may come to lie in `range`: the
+/// kernel keeps it from growing into a mapping, but only where it has to be grown at all.
+fn stack_may_grow_into(range: &Range<usize>) -> bool {
+    const GAP: usize = 1 << 20;
+    const LEAST: u64 = 8 << 20;
+    let all = maps::overlapping(&(0..usize::MAX));
+    let Some(index) = all.iter().position(|mapped| mapped.name == "[stack]") else { return false };
+    let start = all[index].range.start;
+    let below = all[..index].last().map_or(0, |mapped| mapped.range.end);
+    let limit = getrlimit(Resource::RLIMIT_STACK).map_or(RLIM_INFINITY, |(limit, _)| limit);
+    let floor = match limit {
+        RLIM_INFINITY => below,
+        limit => usize::try_from(limit.max(LEAST))
+            .ok()
+            .and_then(|limit| all[index].range.end.checked_sub(limit)?.checked_sub(GAP))
+            .unwrap_or(below),
+    };
+    range.start < start && floor < range.end
 }
 
 impl fmt::Debug for Reservation {
@@ -379,7 +442,8 @@ mod tests {
         let kind = |result: Result<Reservation>| result.unwrap_err().kind();
         assert_eq!(kind(Reservation::new(0)), ErrorKind::OutOfRange);
         assert_eq!(kind(Reservation::new(usize::MAX)), ErrorKind::OutOfRange);
-        assert_eq!(kind(Reservation::new(usize::MAX / 2)), ErrorKind::Os);
+        assert_eq!(kind(Reservation::new(usize::MAX / 2)), ErrorKind::OutOfRange);
+        assert_eq!(kind(Reservation::new(1 << 50)), ErrorKind::Os);
         assert_eq!(kind(Reservation::aligned(1, 3 * MIB)), ErrorKind::Unaligned);
         assert_eq!(kind(Reservation::aligned(1, 1)), ErrorKind::Unaligned);
         assert_eq!(kind(Reservation::aligned(usize::MAX - 8192, 1 << 62)), ErrorKind::OutOfRange);
@@ -445,6 +509,26 @@ mod tests {
         drop(second);
         assert_eq!(mapped(&range), 4096, "only what the other holds");
         drop(other);
+    }
+
+    #[test]
+    fn the_room_that_the_stack_grows_into_is_taken() {
+        let all = maps::overlapping(&(0..usize::MAX));
+        let stack = all.iter().find(|mapped| mapped.name == "[stack]").unwrap();
+        let address = stack.range.start - 2 * MIB;
+        let error = Reservation::at(address & !0xfff, MIB).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AddressTaken);
+        assert!(error.to_string().contains("stack"), "{error}");
+    }
+
+    #[test]
+    fn no_two_reservations_have_the_same_offsets_whatever_was_asked_for_between_them() {
+        let first = Reservation::new(MIB).unwrap();
+        for size in [usize::MAX, (1 << 62) - 4096, 1 << 52, 1 << 51] {
+            assert!(Reservation::new(size).is_err());
+        }
+        let second = Reservation::new(MIB).unwrap();
+        assert_ne!(first.area.offset_of(first.start), second.area.offset_of(second.start));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{FileStat, SFlag, fstat};
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
 /// `memfd_create(name, MFD_CLOEXEC)`, `size` bytes long.
 pub(crate) fn memory_file(name: &str, size: u64) -> Result<OwnedFd, Errno> {
@@ -17,15 +17,25 @@ pub(crate) fn memory_file(name: &str, size: u64) -> Result<OwnedFd, Errno> {
     Ok(file.into())
 }
 
-/// Whether the file's pages are a tmpfs's own (a memfd, a file in `/dev/shm`), by `fstatfs(2)`.
+/// Whether the file's pages are a tmpfs's own (a memfd, a file in `/dev/shm`): a regular file, and
+/// tmpfs by `fstatfs(2)`, which would say so of every device in `/dev`, too.
 pub(crate) fn is_tmpfs(fd: impl AsFd) -> bool {
-    fstatfs(fd).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC)
+    matches!(regular_size(&fd), Ok(Some(_))) && file_system(&fd) == Some(TMPFS_MAGIC)
+}
+
+/// Whether the file's pages are huge ones (hugetlbfs), so that lengths are rounded as nowhere else.
+pub(crate) fn is_hugetlb(fd: impl AsFd) -> bool {
+    file_system(&fd) == Some(HUGETLBFS_MAGIC)
+}
+
+fn file_system(fd: impl AsFd) -> Option<FsType> {
+    Some(fstatfs(fd).ok()?.filesystem_type())
 }
 
 /// The size in bytes of a regular file; `None` for a device.
 pub(crate) fn regular_size(fd: impl AsFd) -> Result<Option<u64>, Errno> {
     let stat = fstat(fd)?;
-    let regular = SFlag::from_bits_truncate(stat.st_mode).contains(SFlag::S_IFREG);
+    let regular = stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits();
     Ok(regular.then(|| u64::try_from(stat.st_size).unwrap_or(0)))
 }
 
@@ -33,4 +43,18 @@ pub(crate) fn regular_size(fd: impl AsFd) -> Result<Option<u64>, Errno> {
 pub(crate) fn identity(fd: impl AsFd) -> Result<(u64, u64), Errno> {
     let FileStat { st_dev, st_ino, .. } = fstat(fd)?;
     Ok((st_dev, st_ino))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_in_a_tmpfs_is_no_shared_memory() {
+        assert!(is_tmpfs(memory_file("test", 1).unwrap()));
+        assert!(!is_tmpfs(File::open("/dev/zero").unwrap()), "devtmpfs says tmpfs, too");
+        assert!(!is_tmpfs(File::open("/proc/self/maps").unwrap()));
+        assert_eq!(regular_size(memory_file("test", 7).unwrap()), Ok(Some(7)));
+        assert_eq!(regular_size(File::open("/dev/zero").unwrap()), Ok(None));
+    }
 }

@@ -46,6 +46,30 @@ pub(crate) fn overlapping(range: &Range<usize>) -> Vec<Mapped> {
         .collect()
 }
 
+/// Whether all of `range` maps the file with this device and inode number, from `offset` on; with
+/// `inaccessible`, without any rights.
+///
+/// False where `/proc` is not mounted: nobody can tell.
+pub(crate) fn is_file(
+    range: &Range<usize>,
+    (device, inode): (u64, u64),
+    offset: u64,
+    inaccessible: bool,
+) -> bool {
+    let mut reached = range.start;
+    for mapped in overlapping(range) {
+        let expected =
+            offset.wrapping_add(mapped.range.start as u64).wrapping_sub(range.start as u64);
+        let same = (mapped.device, mapped.inode, mapped.offset) == (device, inode, expected)
+            && mapped.inaccessible == inaccessible;
+        if !same || mapped.range.start > reached {
+            return false;
+        }
+        reached = mapped.range.end;
+    }
+    reached >= range.end
+}
+
 /// How many mappings this process has, and how many it may have (`vm.max_map_count`).
 pub(crate) fn count_and_limit() -> Option<(usize, usize)> {
     let count = BufReader::new(File::open("/proc/self/maps").ok()?).lines().count();

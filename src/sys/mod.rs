@@ -4,12 +4,17 @@
 //! takes what it can from types (`BorrowedFd`), and turns errors into [`Errno`](nix::errno::Errno).
 
 pub(crate) mod file;
+pub(crate) mod fork;
 pub(crate) mod hazard;
 pub(crate) mod kernel;
 pub(crate) mod maps;
 pub(crate) mod mm;
+#[cfg(feature = "vfio-user")]
+pub(crate) mod socket;
 pub(crate) mod spy;
 pub(crate) mod vfio;
+pub(crate) mod vfio_dma;
+pub(crate) mod vfio_irq;
 
 /// The size of a page of this machine in bytes: 4, 16 or 64 KiB.
 pub(crate) fn page_size() -> usize {

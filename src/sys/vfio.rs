@@ -5,6 +5,7 @@
 //! may panic when a device is unplugged.
 
 use std::ffi::CStr;
+use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -16,8 +17,8 @@ use vfio_ioctls::VfioContainer;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// The longest answer about a region that is believed: some 65,000 sparse areas.
-const MAX_REGION_INFO: usize = 1 << 20;
+/// The longest answer that is believed: some 65,000 sparse areas of a region.
+const MAX_ANSWER: usize = 1 << 20;
 
 mod raw {
     use super::*;
@@ -94,29 +95,35 @@ pub(crate) fn device_info(device: BorrowedFd<'_>) -> Result<vfio_device_info> {
 
 /// `VFIO_DEVICE_GET_REGION_INFO`: the answer's bytes, a `vfio_region_info` and its capabilities.
 ///
-/// EOVERFLOW where the kernel claims more than [`MAX_REGION_INFO`] bytes.
+/// EOVERFLOW where the kernel claims more than [`MAX_ANSWER`] bytes.
 pub(crate) fn region_info(device: BorrowedFd<'_>, index: u32) -> Result<Vec<u8>> {
-    let header = size_of::<vfio_region_info>();
+    answer(size_of::<vfio_region_info>(), |words| {
+        words[offset_of!(vfio_region_info, index) / 4] = index;
+        // SAFETY: the buffer is as long as its argsz says.
+        unsafe { raw::device_get_region_info(device.as_raw_fd(), words.as_mut_ptr().cast()) }
+    })
+}
+
+/// Runs an ioctl whose structure begins with the size of what is passed, and in which the kernel
+/// writes the size of what it would answer, until there is room for all of it.
+pub(super) fn answer(
+    header: usize,
+    mut ioctl: impl FnMut(&mut [u32]) -> Result<libc::c_int>,
+) -> Result<Vec<u8>> {
     let mut len = header;
     loop {
-        // Elements as large as the structure give its alignment.
-        let mut answer = vec![vfio_region_info::default(); len.div_ceil(header)];
-        let room = answer.len() * header;
-        answer[0].argsz = room as u32;
-        answer[0].index = index;
-        // SAFETY: the buffer is as long as its argsz says.
-        unsafe { raw::device_get_region_info(device.as_raw_fd(), answer.as_mut_ptr()) }?;
-        let wanted = answer[0].argsz as usize;
-        if wanted > MAX_REGION_INFO {
+        let mut words = vec![0u32; len.div_ceil(4)];
+        let room = words.len() * 4;
+        words[0] = room as u32;
+        ioctl(&mut words)?;
+        let wanted = words[0] as usize;
+        if wanted > MAX_ANSWER {
             return Err(Errno::EOVERFLOW);
         }
         if wanted <= room {
-            // SAFETY: `room` bytes of initialised integers without padding (the structure's size is
-            // the sum of its fields'), copied while the vector lives.
-            let bytes = unsafe { std::slice::from_raw_parts(answer.as_ptr().cast::<u8>(), room) };
-            return Ok(bytes.to_vec());
+            return Ok(words.into_iter().flat_map(u32::to_ne_bytes).collect());
         }
-        // The kernel asks for more room: at most a few rounds, since `wanted` grows to a bound.
+        // At most a few rounds, since what is wanted grows to a bound.
         len = wanted;
     }
 }

@@ -77,6 +77,6 @@ impl Transport for MemoryDevice {
 
     fn backing(&self, region: u32) -> Result<RegionFile> {
         self.only_bar_0(region, "map")?;
-        Ok(RegionFile::new(self.shared.clone(), 0))
+        RegionFile::memory(self.shared.clone(), 0)
     }
 }

@@ -3,10 +3,15 @@
 //! A [`Transport`] is one device as something offers it: Linux VFIO ([`Vfio`]), a model in this
 //! process ([`MemoryDevice`]), or whatever you write. [`Device`](crate::Device) is built on any.
 
+mod answer;
+#[cfg(feature = "emulated")]
+mod emulated;
 mod irq;
 mod linux;
 mod memory;
 mod region;
+#[cfg(feature = "vfio-user")]
+mod vfio_user;
 
 use std::fmt::Debug;
 use std::ops::{Range, RangeInclusive};
@@ -17,10 +22,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, BackingKind, DmaMemory};
 use crate::sys::file;
 
+#[cfg(feature = "emulated")]
+pub use emulated::{Activity, Bus, Edu, Emulated, Memory, Model, PciConfig, Server, Shape};
 pub use irq::{IrqInfo, irq_index};
 pub use linux::{Binding, ParseAddressError, PciAddress, PciDevice, Sysfs, Vfio};
 pub use memory::MemoryDevice;
 pub use region::RegionInfo;
+#[cfg(feature = "vfio-user")]
+pub use vfio_user::VfioUser;
 
 /// One device, as its transport offers it. Object-safe; implement it to bring a device of your own.
 ///
@@ -39,8 +48,8 @@ pub trait Transport: Send + Sync + Debug {
     /// `NotFound` where the device has no such region.
     fn region(&self, index: u32) -> Result<RegionInfo>;
 
-    /// Reads `data.len()` bytes of a region. One, two, four and eight naturally aligned bytes are one
-    /// access to the device.
+    /// Reads `data.len()` bytes of a region. One, two and four naturally aligned bytes are one access to
+    /// the device; eight are where the transport can (vfio-pci from Linux 6.11 on), and else two.
     ///
     /// # Errors
     /// Anything short of all the bytes is an error.
@@ -195,14 +204,32 @@ pub struct RegionFile {
 }
 
 impl RegionFile {
-    /// A file and the offset in it at which the region starts, in bytes.
+    /// A file of shared memory, a memfd or one on a tmpfs, and the offset in it at which the region
+    /// starts, in bytes.
     ///
-    /// Its [`BackingKind`] is found out here: shared memory where `fstatfs(2)` says tmpfs, otherwise
-    /// `Other`.
-    pub fn new(fd: Arc<OwnedFd>, start: u64) -> Self {
-        let kind =
-            if file::is_tmpfs(&*fd) { BackingKind::SharedMemory } else { BackingKind::Other };
-        Self { fd, start, kind }
+    /// # Errors
+    /// `Unsupported` for any other file: see [`device`](Self::device).
+    pub fn memory(fd: Arc<OwnedFd>, start: u64) -> Result<Self> {
+        if file::is_tmpfs(&*fd) {
+            return Ok(Self { fd, start, kind: BackingKind::SharedMemory });
+        }
+        Err(Error::new(ErrorKind::Unsupported, "map", "a file")
+            .because("it is not shared memory: not a regular file of a tmpfs"))
+    }
+
+    /// A file of any other sort, such as a device's. Its mappings are never trusted to refault.
+    ///
+    /// # Safety
+    /// Programs in safe Rust will read and write any of its bytes: whatever they may do by that, to the
+    /// machine's memory through a device that no IOMMU confines, or to structures that the kernel or
+    /// this process shares by that file, is answered for by the caller.
+    pub unsafe fn device(fd: Arc<OwnedFd>, start: u64) -> Self {
+        Self::untrusted(fd, start)
+    }
+
+    /// As [`device`](Self::device), where the transport was opened under the same contract.
+    pub(crate) fn untrusted(fd: Arc<OwnedFd>, start: u64) -> Self {
+        Self { fd, start, kind: BackingKind::Other }
     }
 
     /// A region of a device whose driver is vfio-pci, as sysfs says.

@@ -5,11 +5,12 @@ use std::ops::Range;
 use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, VFIO_REGION_INFO_CAP_SPARSE_MMAP,
     VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE, vfio_info_cap_header, vfio_region_info,
-    vfio_region_info_cap_sparse_mmap, vfio_region_sparse_mmap_area,
+    VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info, vfio_region_info_cap_sparse_mmap,
+    vfio_region_sparse_mmap_area,
 };
 
-use crate::error::{Error, ErrorKind, Result};
+use super::answer::Answer;
+use crate::error::Result;
 
 /// Size and abilities of a region.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,7 +52,7 @@ impl RegionInfo {
     /// `Malformed` where the answer is cut short, or its chain loops, points outside of it, or counts
     /// more areas than it holds.
     pub fn from_vfio(answer: &[u8]) -> Result<(Self, u64)> {
-        let answer = Answer(answer);
+        let answer = Answer::new(answer, "region information");
         let flags = answer.u32(std::mem::offset_of!(vfio_region_info, flags))?;
         let first = answer.u32(std::mem::offset_of!(vfio_region_info, cap_offset))?;
         let offset = answer.u64(std::mem::offset_of!(vfio_region_info, offset))?;
@@ -69,22 +70,12 @@ impl RegionInfo {
     }
 
     fn read_chain(&mut self, answer: &Answer<'_>, first: u32) -> Result<()> {
-        let mut at = first as usize;
-        // Every capability has a header, and no two share one: more steps than headers is a loop.
-        let mut steps = answer.0.len() / size_of::<vfio_info_cap_header>();
-        while at != 0 {
-            if at < size_of::<vfio_region_info>() {
-                return Err(malformed(format!(
-                    "a capability at {at:#x} lies within the structure"
-                )));
-            }
-            steps = steps.checked_sub(1).ok_or_else(|| malformed("the capability chain loops"))?;
-            match u32::from(answer.u16(at)?) {
+        for (id, at) in answer.capabilities(first, size_of::<vfio_region_info>())? {
+            match id {
                 VFIO_REGION_INFO_CAP_SPARSE_MMAP => self.areas = Some(read_areas(answer, at)?),
                 VFIO_REGION_INFO_CAP_MSIX_MAPPABLE => self.msix_mappable = true,
                 _ => {}
             }
-            at = answer.u32(at + std::mem::offset_of!(vfio_info_cap_header, next))? as usize;
         }
         Ok(())
     }
@@ -95,50 +86,18 @@ fn read_areas(answer: &Answer<'_>, at: usize) -> Result<Vec<Range<u64>>> {
     const AREA: usize = size_of::<vfio_region_sparse_mmap_area>();
     let count =
         answer.u32(at + std::mem::offset_of!(vfio_region_info_cap_sparse_mmap, nr_areas))? as usize;
-    let room = answer.0.len().saturating_sub(at + HEADER) / AREA;
-    if count > room {
-        return Err(malformed(format!("{count} sparse areas are counted, and {room} would fit")));
-    }
-    let mut areas = Vec::with_capacity(count);
-    for index in 0..count {
-        let area = at + HEADER + index * AREA;
+    let mut areas = Vec::new();
+    for (index, area) in answer.array(at + HEADER, AREA, count)?.enumerate() {
         let start = answer.u64(area)?;
         let size = answer.u64(area + 8)?;
         let end = start
             .checked_add(size)
-            .ok_or_else(|| malformed(format!("sparse area {index} wraps around")))?;
+            .ok_or_else(|| answer.malformed(format!("sparse area {index} wraps around")))?;
         if size != 0 {
             areas.push(start..end);
         }
     }
     Ok(areas)
-}
-
-/// Bytes from the kernel or a peer, read in the byte order of this machine, never past their end.
-struct Answer<'a>(&'a [u8]);
-
-impl Answer<'_> {
-    fn take<const N: usize>(&self, at: usize) -> Result<[u8; N]> {
-        at.checked_add(N)
-            .and_then(|end| self.0.get(at..end)?.try_into().ok())
-            .ok_or_else(|| malformed(format!("{} bytes end before {at:#x} + {N}", self.0.len())))
-    }
-
-    fn u16(&self, at: usize) -> Result<u16> {
-        Ok(u16::from_ne_bytes(self.take(at)?))
-    }
-
-    fn u32(&self, at: usize) -> Result<u32> {
-        Ok(u32::from_ne_bytes(self.take(at)?))
-    }
-
-    fn u64(&self, at: usize) -> Result<u64> {
-        Ok(u64::from_ne_bytes(self.take(at)?))
-    }
-}
-
-fn malformed(reason: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Malformed, "read", "region information").because(reason.into())
 }
 
 #[cfg(test)]

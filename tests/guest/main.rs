@@ -2,6 +2,9 @@
 
 mod bad_input;
 mod binding;
+mod driver;
+#[path = "../support/edu_driver.rs"]
+mod edu_driver;
 #[path = "../support/hole.rs"]
 mod hole;
 mod lab;
@@ -27,7 +30,7 @@ fn no_window_is_ever_a_hole_while_it_is_relocated_ten_thousand_times() {
 fn the_same_test_sees_the_hole_that_munmap_then_mmap_leaves() {
     let device = lab::open("edu");
     let window = device.bar(0).unwrap().map(.., vfio_remap::Placement::Anywhere).unwrap();
-    hole::munmap_then_mmap_leaves_a_hole(window);
+    hole::munmap_then_mmap_leaves_a_hole(window, lab::EDU_ID);
 }
 
 /// A device is closed at the end of a test, and says so if not.

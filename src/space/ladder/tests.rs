@@ -269,6 +269,65 @@ fn when_the_old_side_cannot_be_covered_nothing_has_changed() {
 }
 
 #[test]
+fn a_cover_that_fails_after_it_has_unmapped_is_made_good_and_reported_as_a_gap() {
+    for placed in [false, true] {
+        let backing = Arc::new(backing(2 * MIB, BackingKind::SharedMemory));
+        let (home, rest) = secluded(4 * MIB).split_at(2 * MIB).unwrap();
+        let placement = if placed { Placement::In(home) } else { Placement::Anywhere };
+        let mut window = Mapping::new(backing, 0, 2 * MIB, Access::ReadWrite, placement).unwrap();
+        write(&window, 0, 6);
+        let from = window.range();
+        let place = secluded(2 * MIB);
+        let relocation = spy::refuse_destructively(
+            Errno::ENOMEM,
+            |call| matches!(call, Call::Cover { .. }),
+            || window.relocate(Placement::In(place).into()).unwrap(),
+        );
+        assert_eq!(read(&window, 0), 6);
+        match relocation.report.source {
+            Source::ReleasedWithGap => {
+                let old = relocation.old.unwrap();
+                assert_eq!((old.range(), state(&from)), (from.clone(), (0, 2 * MIB)));
+            }
+            // Among other tests the kernel may have given the hole to one of them.
+            Source::Lost => assert!(!placed && relocation.old.is_none()),
+            other => panic!("{other:?}"),
+        }
+        drop(rest);
+    }
+}
+
+#[test]
+fn where_nothing_can_be_covered_what_was_made_is_unmapped_and_the_reservation_given_back() {
+    let mut window = shared(2 * MIB);
+    write(&window, 0, 8);
+    let at = window.range();
+    let place = secluded(2 * MIB);
+    let range = place.range();
+    let failed = spy::refuse(
+        Errno::ENOMEM,
+        |call| matches!(call, Call::Cover { .. }),
+        || window.relocate(Placement::In(place).into()).unwrap_err(),
+    );
+    let given_back = failed.into_reservation().unwrap();
+    assert_eq!((given_back.range(), state(&range)), (range.clone(), (0, 2 * MIB)));
+    assert_eq!((window.range(), read(&window, 0)), (at, 8));
+}
+
+#[test]
+fn a_mapping_that_cannot_be_covered_when_it_is_dropped_is_unmapped() {
+    let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
+    let (home, rest) = secluded(2 * PAGE).split_at(PAGE).unwrap();
+    let range = home.range();
+    let placement = Placement::In(home);
+    let window = Mapping::new(backing, 0, PAGE, Access::ReadWrite, placement).unwrap();
+    spy::refuse(Errno::ENOMEM, |call| matches!(call, Call::Cover { .. }), || drop(window));
+    assert_eq!(state(&range), (0, PAGE), "reserved, and no device");
+    drop(rest);
+    assert_eq!(state(&range), (0, 0));
+}
+
+#[test]
 fn what_cannot_be_finished_is_undone() {
     let window = shared(PAGE);
     let protecting = |call| call == Call::Protect;

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::error::{Error, ErrorKind};
+
 /// A PCI address as Linux writes it: `0000:00:03.0`, domain, bus, device and function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PciAddress {
@@ -20,6 +22,13 @@ pub struct PciAddress {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a PCI address such as 0000:00:03.0 or 00:03.0")]
 pub struct ParseAddressError(String);
+
+impl From<ParseAddressError> for Error {
+    fn from(error: ParseAddressError) -> Self {
+        Error::new(ErrorKind::Malformed, "read", format!("{:?}", error.0))
+            .because("it is not a PCI address such as 0000:00:03.0 or 00:03.0")
+    }
+}
 
 impl FromStr for PciAddress {
     type Err = ParseAddressError;

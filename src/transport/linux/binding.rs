@@ -12,6 +12,9 @@ const VFIO_PCI: &str = "vfio-pci";
 ///
 /// Dropping it restores that: the driver that held the device, and its `driver_override`.
 /// [`keep`](Self::keep) leaves the device with vfio-pci.
+///
+/// The kernel waits with that until every program has closed the device, this one included: in a
+/// structure that holds both, the [`Device`](crate::Device) comes first, so that it is dropped first.
 #[derive(Debug)]
 #[must_use = "dropping a binding restores the driver that was there before"]
 pub struct Binding {
@@ -91,13 +94,16 @@ impl Binding {
     /// Waits until every program has closed the device: the kernel does.
     ///
     /// # Errors
-    /// What sysfs answered.
-    pub fn restore(mut self) -> Result<()> {
-        self.put_back()
+    /// The binding, to try again, and what sysfs answered.
+    pub fn restore(mut self) -> std::result::Result<(), (Self, Error)> {
+        match self.put_back() {
+            Ok(()) => Ok(()),
+            Err(error) => Err((self, error)),
+        }
     }
 
     fn put_back(&mut self) -> Result<()> {
-        let Some(Before { driver, driver_override }) = self.before.take() else { return Ok(()) };
+        let Some(Before { driver, driver_override }) = &self.before else { return Ok(()) };
         let device = &self.device;
         // sysfs shows no override as "(null)", and takes an empty line for it.
         let value = match driver_override.trim() {
@@ -105,17 +111,15 @@ impl Binding {
             name => name,
         };
         device.set_override(value)?;
-        if device.driver() == driver {
-            return Ok(());
-        }
-        device.leave_driver()?;
-        match driver {
-            Some(driver) => {
-                let bind = device.sysfs().driver(&driver).join("bind");
-                write(&bind, &device.address().to_string(), "bind")
+        if device.driver() != *driver {
+            device.leave_driver()?;
+            if let Some(driver) = driver {
+                let bind = device.sysfs().driver(driver).join("bind");
+                write(&bind, &device.address().to_string(), "bind")?;
             }
-            None => Ok(()),
         }
+        self.before = None;
+        Ok(())
     }
 }
 

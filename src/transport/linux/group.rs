@@ -1,6 +1,6 @@
 //! IOMMU groups and the container that gives them an address space.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,54 +16,50 @@ use super::binding::no_iommu;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::vfio;
 
-/// An address space for DMA, and the groups whose devices share it (`/dev/vfio/vfio`).
-pub(super) struct Container {
-    inner: VfioContainer,
-    groups: Mutex<HashMap<u32, Weak<Group>>>,
-}
-
-/// An open IOMMU group. Closing it takes it out of its container.
+/// An open IOMMU group in a container of its own, which is its address space for DMA.
 pub(super) struct Group {
     fd: OwnedFd,
     /// Closed after the group.
-    _container: Arc<Container>,
+    container: VfioContainer,
 }
 
-impl Container {
-    pub(super) fn new() -> Result<Arc<Self>> {
-        let inner = VfioContainer::new(None).map_err(|error| container_error(&error))?;
-        Ok(Arc::new(Self { inner, groups: Mutex::default() }))
-    }
-
-    /// The group of `device`, opened and attached; the same one for every device in it.
-    pub(super) fn group(self: &Arc<Self>, device: &PciDevice) -> Result<Arc<Group>> {
+impl Group {
+    /// The group of `device`, opened and attached. A group can be open once: all devices of it that
+    /// this process opens share what is returned here.
+    pub(super) fn of(device: &PciDevice) -> Result<Arc<Self>> {
+        static OPEN: Mutex<BTreeMap<u32, Weak<Group>>> = Mutex::new(BTreeMap::new());
         let id = device.iommu_group().ok_or_else(|| no_iommu("open", device.address()))?;
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        groups.retain(|_, group| group.strong_count() > 0);
-        if let Some(group) = groups.get(&id).and_then(Weak::upgrade) {
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|_, group| group.strong_count() > 0);
+        if let Some(group) = open.get(&id).and_then(Weak::upgrade) {
             return Ok(group);
         }
+        let group = Arc::new(Self::new(device, id)?);
+        open.insert(id, Arc::downgrade(&group));
+        Ok(group)
+    }
+
+    fn new(device: &PciDevice, id: u32) -> Result<Self> {
+        let container = VfioContainer::new(None).map_err(|error| container_error(&error))?;
         let fd = open(id)?;
         check_viable(fd.as_fd(), id, device)?;
         let object = format!("IOMMU group {id}");
-        vfio::set_container(fd.as_fd(), &self.inner).map_err(|errno| {
+        vfio::set_container(fd.as_fd(), &container).map_err(|errno| {
             let error = Error::os(errno, "attach", &object);
             match errno {
                 Errno::EINVAL => error.because("the group has a container already"),
                 _ => error,
             }
         })?;
-        if groups.is_empty() {
-            vfio::set_iommu_type1v2(&self.inner)
-                .map_err(|errno| set_iommu_error(errno, &object))?;
-        }
-        let group = Arc::new(Group { fd, _container: self.clone() });
-        groups.insert(id, Arc::downgrade(&group));
-        Ok(group)
+        vfio::set_iommu_type1v2(&container).map_err(|errno| set_iommu_error(errno, &object))?;
+        Ok(Self { fd, container })
     }
-}
 
-impl Group {
+    /// The container, for DMA.
+    pub(super) fn container(&self) -> &VfioContainer {
+        &self.container
+    }
+
     /// The device's own file.
     pub(super) fn device_fd(&self, device: &PciDevice) -> Result<OwnedFd> {
         let address = device.address();
@@ -113,8 +109,12 @@ fn check_viable(group: BorrowedFd<'_>, id: u32, device: &PciDevice) -> Result<()
             (!harmless).then(|| format!("{} is bound to {driver}", member.address()))
         })
         .collect();
+    let in_the_way = match in_the_way.is_empty() {
+        true => "a device of it is held by a kernel driver".to_owned(),
+        false => in_the_way.join(", "),
+    };
     Err(Error::new(ErrorKind::GroupNotViable, "open", device.address())
-        .because(format!("IOMMU group {id} is not viable: {}", in_the_way.join(", ")))
+        .because(format!("IOMMU group {id} is not viable: {in_the_way}"))
         .remedy("bind those devices to vfio-pci, or unbind them"))
 }
 

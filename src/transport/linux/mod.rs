@@ -2,7 +2,9 @@
 
 mod address;
 mod binding;
+mod dma;
 mod group;
+mod irq;
 mod sysfs;
 mod vfio;
 

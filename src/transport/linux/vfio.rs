@@ -1,18 +1,22 @@
 //! One device through Linux VFIO.
 
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::uio::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET};
+use vfio_ioctls::VfioContainer;
 
-use super::group::{Container, Group};
-use super::{PciAddress, PciDevice, Sysfs};
+use super::group::Group;
+use super::{PciAddress, PciDevice, Sysfs, dma, irq};
 use crate::error::{Error, ErrorKind, Result};
+use crate::space::{Access, DmaMemory};
 use crate::sys::vfio;
-use crate::transport::{DeviceInfo, RegionFile, RegionInfo, Transport};
+use crate::sys::vfio_irq::Action;
+use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
 /// More regions than any device has; the kernel would have to be wrong.
 const MAX_REGIONS: u32 = 1024;
@@ -26,7 +30,7 @@ pub struct Vfio {
     regions: Vec<Option<Region>>,
     /// Whether sysfs says that the driver is vfio-pci itself, whose mappings refault.
     by_vfio_pci: bool,
-    _group: Option<Arc<Group>>,
+    group: Option<Arc<Group>>,
 }
 
 struct Region {
@@ -36,7 +40,8 @@ struct Region {
 }
 
 impl Vfio {
-    /// Opens the device at `address` through its IOMMU group, in an address space of its own.
+    /// Opens the device at `address` through its IOMMU group. Devices of one group that are open in this
+    /// process share an address space for DMA; others have one each.
     ///
     /// # Errors
     /// `NotFound`; `NotBound` where a kernel driver has the device, or none; `NoIommu`;
@@ -49,7 +54,7 @@ impl Vfio {
     fn open_in(sysfs: &Sysfs, address: PciAddress) -> Result<Self> {
         let device = sysfs.device(address)?;
         check_bound(&device)?;
-        let group = Container::new()?.group(&device)?;
+        let group = Group::of(&device)?;
         let fd = group.device_fd(&device)?;
         Self::new(fd, Some(&device), Some(group))
     }
@@ -92,7 +97,7 @@ impl Vfio {
             irqs: answer.num_irqs,
         };
         let by_vfio_pci = device.and_then(PciDevice::driver).as_deref() == Some("vfio-pci");
-        Ok(Self { device: Arc::new(fd), info, regions, by_vfio_pci, _group: group })
+        Ok(Self { device: Arc::new(fd), info, regions, by_vfio_pci, group })
     }
 
     fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
@@ -114,6 +119,14 @@ impl Vfio {
                 Error::new(ErrorKind::OutOfRange, operation, self.info.region_name(index))
                     .because(format!("{len} bytes at {offset:#x} leave its {:#x} bytes", info.size))
             })
+    }
+
+    fn container(&self) -> Result<&VfioContainer> {
+        self.group.as_deref().map(Group::container).ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, "do DMA with", &self.info.name)
+                .because("its file came from elsewhere, and with it its address space")
+                .remedy("map memory where the device was opened")
+        })
     }
 
     fn finish(
@@ -199,7 +212,8 @@ impl Transport for Vfio {
         Ok(if self.by_vfio_pci {
             RegionFile::vfio_pci(file, *start)
         } else {
-            RegionFile::new(file, *start)
+            // Another VFIO driver, or a file whose opener answers for it (`from_fd`).
+            RegionFile::untrusted(file, *start)
         })
     }
 
@@ -214,10 +228,90 @@ impl Transport for Vfio {
             }
         })
     }
+
+    fn irq(&self, index: u32) -> Result<IrqInfo> {
+        irq::info(self.device.as_fd(), index, &self.info.name)
+    }
+
+    fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+        irq::set(self.device.as_fd(), index, start, fds, &self.info.name)
+    }
+
+    fn mask_irqs(&self, index: u32, vectors: Range<u32>, masked: bool) -> Result<()> {
+        let action = if masked { Action::Mask } else { Action::Unmask };
+        irq::act(self.device.as_fd(), index, vectors, action, &self.info.name)
+    }
+
+    fn trigger_irqs(&self, index: u32, vectors: Range<u32>) -> Result<()> {
+        irq::act(self.device.as_fd(), index, vectors, Action::Trigger, &self.info.name)
+    }
+
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        dma::limits(self.container()?, &self.info.name)
+    }
+
+    fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
+        dma::map(self.container()?, iova, memory, access)
+    }
+
+    fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
+        dma::unmap(self.container()?, iova, size)
+    }
 }
 
 impl fmt::Debug for Vfio {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Vfio({})", self.info.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+
+    /// A copy of what sysfs shows of one device.
+    struct Tree(PathBuf);
+
+    impl Tree {
+        fn new(driver: Option<&str>) -> Self {
+            let name = format!("vfio-remap-{}-{}", std::process::id(), driver.unwrap_or("none"));
+            let root = std::env::temp_dir().join(name);
+            let device = root.join("bus/pci/devices/0000:00:03.0");
+            std::fs::create_dir_all(&device).unwrap();
+            if let Some(driver) = driver {
+                symlink(Path::new("../../drivers").join(driver), device.join("driver")).unwrap();
+            }
+            Self(root)
+        }
+
+        fn open(&self) -> Error {
+            let address = "0000:00:03.0".parse().unwrap();
+            Vfio::open_in(&Sysfs::at(&self.0), address).unwrap_err()
+        }
+    }
+
+    impl Drop for Tree {
+        fn drop(&mut self) {
+            std::fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_device_without_an_iommu_is_refused_with_what_switches_one_on() {
+        let error = Tree::new(Some("vfio-pci")).open();
+        assert_eq!(error.kind(), ErrorKind::NoIommu);
+        assert!(error.to_string().contains("intel_iommu=on"), "{error}");
+    }
+
+    #[test]
+    fn a_device_of_another_driver_or_none_is_refused_by_name() {
+        let error = Tree::new(Some("nvme")).open();
+        assert_eq!(error.kind(), ErrorKind::NotBound);
+        assert!(error.to_string().contains("bound to nvme"), "{error}");
+        let error = Tree::new(None).open();
+        assert!(error.to_string().contains("no driver"), "{error}");
     }
 }

@@ -1,0 +1,263 @@
+//! DMA: which memory a device reaches, and at which addresses.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use slab::Slab;
+
+use super::dma_buffer::{BufferRequest, DmaBuffer};
+use super::iova::{Iova, IovaAllocator};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::{Access, DmaMemory};
+use crate::transport::{DmaLimits, Transport};
+
+/// The addresses that a device has for memory: what is mapped where, and what is free.
+///
+/// Clones are the same space.
+#[derive(Clone)]
+pub struct DmaSpace {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    limits: DmaLimits,
+    state: Mutex<State>,
+    transport: Arc<dyn Transport>,
+}
+
+struct State {
+    free: IovaAllocator,
+    /// What is mapped: address and size.
+    mapped: Slab<(Iova, u64)>,
+}
+
+/// Where memory is to be mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IovaPlacement {
+    /// Where there is room: in the smallest free range that has it.
+    Anywhere {
+        /// A multiple of this, a power of two; the IOMMU's page size where that is larger.
+        alignment: u64,
+        /// No byte above this address: a device of 32 address bits has a limit of 0xffff_ffff.
+        limit: u64,
+    },
+    /// Here.
+    At(Iova),
+    /// At the address that it has in this process.
+    SameAsAddress,
+}
+
+impl IovaPlacement {
+    /// Anywhere that a device of `bits` address bits reaches.
+    pub fn below_bits(bits: u32) -> Self {
+        let limit = 1u64.checked_shl(bits).map_or(u64::MAX, |end| end - 1);
+        Self::Anywhere { alignment: 1, limit }
+    }
+}
+
+impl Default for IovaPlacement {
+    /// Anywhere at all.
+    fn default() -> Self {
+        Self::Anywhere { alignment: 1, limit: u64::MAX }
+    }
+}
+
+impl DmaSpace {
+    pub(super) fn new(transport: Arc<dyn Transport>) -> Result<Self> {
+        let limits = transport.dma_limits()?;
+        let state = State { free: IovaAllocator::new(&limits.ranges), mapped: Slab::new() };
+        Ok(Self { inner: Arc::new(Inner { limits, state: Mutex::new(state), transport }) })
+    }
+
+    /// What the IOMMU maps.
+    pub fn limits(&self) -> &DmaLimits {
+        &self.inner.limits
+    }
+
+    /// How many mappings there are.
+    pub fn mappings(&self) -> usize {
+        self.inner.state().mapped.len()
+    }
+
+    /// A buffer of `size` bytes, rounded up to whole pages, that the device can read and write.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map); `Os` where there is no memory.
+    pub fn buffer(&self, size: usize) -> Result<DmaBuffer> {
+        self.buffer_with(BufferRequest::new(size))
+    }
+
+    /// A buffer with wishes: its place, huge pages.
+    ///
+    /// # Errors
+    /// As [`buffer`](Self::buffer).
+    pub fn buffer_with(&self, request: BufferRequest) -> Result<DmaBuffer> {
+        DmaBuffer::new(self, request)
+    }
+
+    /// Lets the device reach `memory`, until the mapping is dropped.
+    ///
+    /// # Errors
+    /// `OutOfRange` where the address lies outside of what the IOMMU maps, or no free range is large
+    /// enough; `AddressTaken`; `Unaligned` where memory or address are not multiples of its page size;
+    /// `LockedMemory`, `TooManyMappings`; what the transport answers.
+    pub fn map(
+        &self,
+        memory: DmaMemory,
+        placement: IovaPlacement,
+        access: Access,
+    ) -> Result<DmaMapping> {
+        let size = memory.size() as u64;
+        loop {
+            let iova = self.inner.take(&memory, placement)?;
+            match self.inner.transport.dma_map(iova.0, &memory, access) {
+                Ok(()) => {
+                    let slot = self.inner.state().mapped.insert((iova, size));
+                    return Ok(DmaMapping { space: self.clone(), memory, iova, slot });
+                }
+                // A device that shares the address space has mapped something there: the addresses stay
+                // taken, and others are tried until none are left.
+                Err(error)
+                    if error.kind() == ErrorKind::AddressTaken
+                        && matches!(placement, IovaPlacement::Anywhere { .. }) => {}
+                Err(error) => {
+                    self.inner.state().free.free(iova.0, size);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// What is mapped, for errors: the first few.
+    pub(super) fn describe(&self, most: usize) -> Vec<String> {
+        let state = self.inner.state();
+        let named = state.mapped.iter().take(most);
+        let mut lines: Vec<_> = named
+            .map(|(_, (iova, size))| format!("{size:#x} bytes mapped for DMA at {iova}"))
+            .collect();
+        if state.mapped.len() > most {
+            lines.push(format!("{} more DMA mappings", state.mapped.len() - most));
+        }
+        lines
+    }
+
+    /// Whether somebody else holds the space, too.
+    pub(super) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.inner) > 1
+    }
+}
+
+impl Inner {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes addresses for `memory`.
+    fn take(&self, memory: &DmaMemory, placement: IovaPlacement) -> Result<Iova> {
+        let size = memory.size() as u64;
+        let page = self.limits.page_size;
+        let error = |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes"));
+        if size == 0 {
+            return Err(error(ErrorKind::OutOfRange));
+        }
+        if !size.is_multiple_of(page) || !(memory.address() as u64).is_multiple_of(page) {
+            return Err(error(ErrorKind::Unaligned)
+                .because(format!("the IOMMU maps pages of {page:#x} bytes")));
+        }
+        let start = match placement {
+            IovaPlacement::Anywhere { alignment, limit } => {
+                if !alignment.is_power_of_two() {
+                    return Err(error(ErrorKind::Unaligned)
+                        .because(format!("{alignment:#x} is not a power of two")));
+                }
+                let found = self.state().free.allocate(size, alignment.max(page), limit);
+                return found.map(Iova).ok_or_else(|| {
+                    error(ErrorKind::OutOfRange)
+                        .because(format!("no free range up to {limit:#x} is large enough"))
+                        .remedy(
+                            "unmap something, or allow higher addresses if the device has the bits",
+                        )
+                });
+            }
+            IovaPlacement::At(iova) => iova.0,
+            IovaPlacement::SameAsAddress => memory.address() as u64,
+        };
+        let error =
+            |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes at {start:#x}"));
+        if !start.is_multiple_of(page) {
+            return Err(error(ErrorKind::Unaligned)
+                .because(format!("the IOMMU maps pages of {page:#x} bytes")));
+        }
+        let inside = start.checked_add(size - 1).is_some_and(|end| {
+            self.limits.ranges.iter().any(|range| range.contains(&start) && range.contains(&end))
+        });
+        if !inside {
+            let ranges: Vec<_> = self
+                .limits
+                .ranges
+                .iter()
+                .map(|r| format!("{:#x}..={:#x}", r.start(), r.end()))
+                .collect();
+            return Err(error(ErrorKind::OutOfRange)
+                .because(format!("the IOMMU maps {}", ranges.join(", "))));
+        }
+        if self.state().free.allocate_at(start, size) {
+            return Ok(Iova(start));
+        }
+        Err(error(ErrorKind::AddressTaken).because("a part of it is mapped already"))
+    }
+}
+
+/// Memory that the device reaches. Dropping it takes the memory away from the device again.
+pub struct DmaMapping {
+    space: DmaSpace,
+    memory: DmaMemory,
+    iova: Iova,
+    slot: usize,
+}
+
+impl DmaMapping {
+    /// Where the device finds its first byte.
+    pub fn iova(&self) -> Iova {
+        self.iova
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> usize {
+        self.memory.size()
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> &DmaMemory {
+        &self.memory
+    }
+}
+
+impl Drop for DmaMapping {
+    fn drop(&mut self) {
+        let size = self.memory.size() as u64;
+        let inner = &self.space.inner;
+        if let Err(error) = inner.transport.dma_unmap(self.iova.0, size) {
+            log::error!("leaked what the device may still reach: {error}");
+            // Neither the memory nor the addresses may become anybody else's.
+            std::mem::forget(self.memory.clone());
+            return;
+        }
+        let mut state = inner.state();
+        state.mapped.try_remove(self.slot);
+        state.free.free(self.iova.0, size);
+    }
+}
+
+impl fmt::Debug for DmaMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DmaMapping({:#x} bytes at {})", self.size(), self.iova)
+    }
+}
+
+impl fmt::Debug for DmaSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let free = self.inner.state().free.ranges().count();
+        write!(f, "DmaSpace({} mappings, {free} free ranges)", self.mappings())
+    }
+}

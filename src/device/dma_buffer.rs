@@ -1,0 +1,322 @@
+//! Memory made for DMA.
+//!
+//! `unsafe` is here because a device changes the memory at any time. It is touched by relaxed atomic
+//! accesses and never by plain ones, and no reference to its contents is made but to single atomics.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::dma::{DmaMapping, DmaSpace, IovaPlacement};
+use super::iova::Iova;
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::{Access, DmaMemory};
+use crate::sys;
+
+const HUGE_PAGE: usize = 2 << 20;
+
+/// A buffer to be made: its size, and wishes.
+#[derive(Clone, Copy, Debug)]
+pub struct BufferRequest {
+    size: usize,
+    placement: IovaPlacement,
+    huge_pages: bool,
+}
+
+impl BufferRequest {
+    /// `size` bytes, rounded up to whole pages.
+    pub fn new(size: usize) -> Self {
+        Self { size, placement: IovaPlacement::default(), huge_pages: false }
+    }
+
+    /// Where the device is to find it.
+    #[must_use]
+    pub fn placement(self, placement: IovaPlacement) -> Self {
+        Self { placement, ..self }
+    }
+
+    /// Of pages of 2 MiB, if there are any in the pool (`vm.nr_hugepages`); otherwise of ordinary ones:
+    /// see [`DmaBuffer::has_huge_pages`].
+    #[must_use]
+    pub fn huge_pages(self) -> Self {
+        Self { huge_pages: true, ..self }
+    }
+}
+
+/// Memory that this process and the device share: a file of its own, mapped, pinned, and known to the
+/// device by an [`Iova`].
+///
+/// [`split_at`](Self::split_at) gives parts of it away; the memory goes when the last part is dropped,
+/// after the device can no longer reach it. Accesses are relaxed: what a device is told of by
+/// [`Register::write`](super::Register::write) is written before.
+pub struct DmaBuffer {
+    whole: Arc<Whole>,
+    offset: usize,
+    size: usize,
+}
+
+struct Whole {
+    /// Before the memory goes, the device lets go of it: fields are dropped in order.
+    mapping: DmaMapping,
+    memory: Arc<Memory>,
+}
+
+/// The mapping in this process.
+struct Memory {
+    at: NonNull<u8>,
+    size: usize,
+    huge: bool,
+}
+
+// SAFETY: the memory is reached by atomic accesses only.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: made by `Memory::new`, and its last user is going.
+        if let Err(errno) = unsafe { munmap(self.at.cast(), self.size) } {
+            log::error!("leaked {:#x} bytes of DMA memory: {errno}", self.size);
+        }
+    }
+}
+
+impl Memory {
+    /// A sealed memory file of `size` bytes, mapped. The file's length cannot change: no access to the
+    /// mapping ever faults.
+    fn new(size: usize, huge: bool) -> Result<(Self, OwnedFd)> {
+        let failed = |errno| Error::os(errno, "allocate", format!("{size:#x} bytes for DMA"));
+        let huge_flags =
+            if huge { MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB } else { MFdFlags::empty() };
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge_flags;
+        let fd = memfd_create("vfio-remap-dma", flags).map_err(failed)?;
+        nix::unistd::ftruncate(&fd, size as i64).map_err(failed)?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
+        let length = NonZeroUsize::new(size)
+            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "allocate", "0 bytes for DMA"))?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: the kernel chooses a range that nobody uses.
+        let at = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, fd.as_fd(), 0) };
+        Ok((Self { at: at.map_err(failed)?.cast(), size, huge }, fd))
+    }
+}
+
+impl DmaBuffer {
+    pub(super) fn new(space: &DmaSpace, request: BufferRequest) -> Result<Self> {
+        let object = || format!("{:#x} bytes for DMA", request.size);
+        let round = |page: usize| {
+            let size = request.size.checked_next_multiple_of(page).filter(|size| *size > 0);
+            size.filter(|size| *size < isize::MAX as usize)
+                .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "allocate", object()))
+        };
+        let page = sys::page_size().max(space.limits().page_size as usize);
+        let huge = request.huge_pages.then(|| round(HUGE_PAGE)).transpose()?;
+        let made = huge.and_then(|size| {
+            let made = Memory::new(size, true);
+            made.inspect_err(|error| log::info!("ordinary pages instead: {error}")).ok()
+        });
+        let (memory, fd) = match made {
+            Some(made) => made,
+            None => Memory::new(round(page)?, false)?,
+        };
+        let (address, size) = (memory.at.as_ptr() as usize, memory.size);
+        let memory = Arc::new(memory);
+        // SAFETY: mapped as long as `memory` lives; reached by atomic accesses only, below.
+        let shared =
+            unsafe { DmaMemory::new(address, size, Some((Arc::new(fd), 0)), memory.clone()) };
+        let mapping = space.map(shared, request.placement, Access::ReadWrite)?;
+        Ok(Self { whole: Arc::new(Whole { mapping, memory }), offset: 0, size })
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Where the device finds its first byte.
+    pub fn iova(&self) -> Iova {
+        Iova(self.whole.mapping.iova().0 + self.offset as u64)
+    }
+
+    /// All of the memory that it is a part of, to be mapped elsewhere, too.
+    pub fn memory(&self) -> &DmaMemory {
+        self.whole.mapping.memory()
+    }
+
+    /// Whether it consists of pages of 2 MiB.
+    pub fn has_huge_pages(&self) -> bool {
+        self.whole.memory.huge
+    }
+
+    /// Points to its first byte. What is read or written there is to be read or written by atomic or
+    /// volatile accesses, while the buffer lives.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.at(0).as_ptr()
+    }
+
+    /// Splits it in two, the first of `size` bytes.
+    ///
+    /// # Errors
+    /// The buffer, where a part would be empty.
+    pub fn split_at(self, size: usize) -> std::result::Result<(Self, Self), Self> {
+        if size == 0 || size >= self.size {
+            return Err(self);
+        }
+        let Self { whole, offset, size: all } = self;
+        let second = Self { whole: whole.clone(), offset: offset + size, size: all - size };
+        Ok((Self { whole, offset, size }, second))
+    }
+
+    /// Reads a value at `offset` bytes, by one relaxed access.
+    ///
+    /// # Panics
+    /// Where it leaves the buffer or is not aligned, as slices do.
+    #[inline]
+    #[track_caller]
+    pub fn load<T: Word>(&self, offset: usize) -> T {
+        // SAFETY: checked by `word`; mapped while `self` lives.
+        unsafe { T::load(self.word::<T>(offset)) }
+    }
+
+    /// Writes a value at `offset` bytes, by one relaxed access.
+    ///
+    /// # Panics
+    /// As [`load`](Self::load).
+    #[inline]
+    #[track_caller]
+    pub fn store<T: Word>(&self, offset: usize, value: T) {
+        // SAFETY: checked by `word`; mapped while `self` lives.
+        unsafe { T::store(self.word::<T>(offset), value) }
+    }
+
+    /// Copies bytes out, from `offset` on.
+    ///
+    /// # Panics
+    /// Where they leave the buffer, as slices do.
+    #[track_caller]
+    pub fn read(&self, offset: usize, bytes: &mut [u8]) {
+        self.check(offset, bytes.len());
+        let mut at = offset;
+        let (head, words, tail) = split(self.as_ptr() as usize + offset, bytes.len());
+        for byte in &mut bytes[..head] {
+            *byte = self.load(at);
+            at += 1;
+        }
+        for word in bytes[head..head + words].chunks_exact_mut(8) {
+            word.copy_from_slice(&self.load::<u64>(at).to_ne_bytes());
+            at += 8;
+        }
+        for byte in &mut bytes[head + words..head + words + tail] {
+            *byte = self.load(at);
+            at += 1;
+        }
+    }
+
+    /// Copies bytes in, from `offset` on.
+    ///
+    /// # Panics
+    /// As [`read`](Self::read).
+    #[track_caller]
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        self.check(offset, bytes.len());
+        let mut at = offset;
+        let (head, words, tail) = split(self.as_ptr() as usize + offset, bytes.len());
+        for &byte in &bytes[..head] {
+            self.store(at, byte);
+            at += 1;
+        }
+        for word in bytes[head..head + words].chunks_exact(8) {
+            let mut value = [0; 8];
+            value.copy_from_slice(word);
+            self.store(at, u64::from_ne_bytes(value));
+            at += 8;
+        }
+        for &byte in &bytes[head + words..head + words + tail] {
+            self.store(at, byte);
+            at += 1;
+        }
+    }
+
+    #[inline]
+    #[track_caller]
+    fn check(&self, offset: usize, len: usize) {
+        let size = self.size;
+        assert!(
+            offset.checked_add(len).is_some_and(|end| end <= size),
+            "{len} bytes at {offset:#x} leave a buffer of {size:#x}"
+        );
+    }
+
+    #[inline]
+    #[track_caller]
+    fn word<T: Word>(&self, offset: usize) -> *mut T {
+        self.check(offset, size_of::<T>());
+        let at = self.at(offset).as_ptr();
+        assert!(at.addr().is_multiple_of(size_of::<T>()), "offset {offset:#x} is not aligned");
+        at.cast()
+    }
+
+    #[inline]
+    fn at(&self, offset: usize) -> NonNull<u8> {
+        // SAFETY: callers have checked that the offset lies within this part, which lies in the mapping.
+        unsafe { self.whole.memory.at.add(self.offset + offset) }
+    }
+}
+
+/// A run of `len` bytes from `address` on: bytes before the first aligned word, bytes of words, rest.
+fn split(address: usize, len: usize) -> (usize, usize, usize) {
+    let head = (address.wrapping_neg() % 8).min(len);
+    let words = (len - head) / 8 * 8;
+    (head, words, len - head - words)
+}
+
+mod sealed {
+    pub trait Access: Copy {
+        /// # Safety
+        /// Mapped and aligned.
+        unsafe fn load(at: *mut Self) -> Self;
+        /// # Safety
+        /// As `load`.
+        unsafe fn store(at: *mut Self, value: Self);
+    }
+}
+
+/// What a [`DmaBuffer`] is read and written by: `u8`, `u16`, `u32`, `u64`, in the machine's byte order.
+pub trait Word: sealed::Access {}
+
+macro_rules! word {
+    ($($type:ty: $atomic:ty),*) => {$(
+        impl Word for $type {}
+
+        impl sealed::Access for $type {
+            #[inline(always)]
+            unsafe fn load(at: *mut Self) -> Self {
+                // SAFETY: mapped and aligned, as the caller vouches; only atomics refer to it.
+                unsafe { <$atomic>::from_ptr(at) }.load(Ordering::Relaxed)
+            }
+
+            #[inline(always)]
+            unsafe fn store(at: *mut Self, value: Self) {
+                // SAFETY: as above.
+                unsafe { <$atomic>::from_ptr(at) }.store(value, Ordering::Relaxed);
+            }
+        }
+    )*};
+}
+
+word!(u8: AtomicU8, u16: AtomicU16, u32: AtomicU32, u64: AtomicU64);
+
+impl fmt::Debug for DmaBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DmaBuffer({:#x} bytes at {})", self.size, self.iova())
+    }
+}

@@ -1,0 +1,232 @@
+//! I/O virtual addresses: which of them a device can be given, and which are taken.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::RangeInclusive;
+
+/// An I/O virtual address: what a device is given where a program has a pointer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Iova(pub u64);
+
+impl Iova {
+    /// The address `bytes` further on; `None` past the last address.
+    pub fn checked_add(self, bytes: u64) -> Option<Self> {
+        self.0.checked_add(bytes).map(Self)
+    }
+}
+
+impl fmt::Display for Iova {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// Free addresses in ranges: best fit, aligned or fixed, joined again when they are freed.
+///
+/// Ranges are kept by their first and last address, so that all 2^64 addresses can be free.
+#[derive(Debug, Default)]
+pub(super) struct IovaAllocator {
+    /// First address to last.
+    free: BTreeMap<u64, u64>,
+    /// The same by size: last less first, and first.
+    by_size: BTreeSet<(u64, u64)>,
+}
+
+impl IovaAllocator {
+    /// All of `ranges` is free; those that overlap or touch are joined, empty ones left out.
+    pub(super) fn new(ranges: &[RangeInclusive<u64>]) -> Self {
+        let mut ranges: Vec<_> = ranges.iter().filter(|range| !range.is_empty()).collect();
+        ranges.sort_by_key(|range| *range.start());
+        let mut allocator = Self::default();
+        let mut pending: Option<(u64, u64)> = None;
+        for range in ranges {
+            let (first, last) = (*range.start(), *range.end());
+            pending = match pending {
+                Some((start, end)) if first <= end.saturating_add(1) => {
+                    Some((start, end.max(last)))
+                }
+                done => {
+                    done.into_iter().for_each(|(first, last)| allocator.insert(first, last));
+                    Some((first, last))
+                }
+            };
+        }
+        pending.into_iter().for_each(|(first, last)| allocator.insert(first, last));
+        allocator
+    }
+
+    /// Takes `size` bytes at a multiple of `alignment`, no byte above `limit`, from the smallest free
+    /// range that has them; the lowest addresses of it. `size` is not 0, `alignment` a power of two.
+    pub(super) fn allocate(&mut self, size: u64, alignment: u64, limit: u64) -> Option<u64> {
+        let extent = size.checked_sub(1)?;
+        let (first, last, start) =
+            self.by_size.range((extent, 0)..).find_map(|&(free, first)| {
+                let last = first + free;
+                let start = first.checked_next_multiple_of(alignment)?;
+                let end = start.checked_add(extent)?;
+                (end <= last.min(limit)).then_some((first, last, start))
+            })?;
+        self.take(first, last, start, start + extent);
+        Some(start)
+    }
+
+    /// Takes exactly `[start, start + size)`; false where a byte of it is not free.
+    pub(super) fn allocate_at(&mut self, start: u64, size: u64) -> bool {
+        let Some(end) = size.checked_sub(1).and_then(|extent| start.checked_add(extent)) else {
+            return false;
+        };
+        match self.free.range(..=start).next_back() {
+            Some((&first, &last)) if end <= last => {
+                self.take(first, last, start, end);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Frees what was taken, and joins it with its neighbours.
+    pub(super) fn free(&mut self, start: u64, size: u64) {
+        let Some(extent) = size.checked_sub(1) else { return };
+        let (mut first, mut last) = (start, start.saturating_add(extent));
+        if let Some((&before, &end)) = self.free.range(..start).next_back()
+            && end.checked_add(1) == Some(start)
+        {
+            self.remove(before, end);
+            first = before;
+        }
+        if let Some(next) = last.checked_add(1)
+            && let Some(&end) = self.free.get(&next)
+        {
+            self.remove(next, end);
+            last = end;
+        }
+        self.insert(first, last);
+    }
+
+    /// The free ranges, in order.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = RangeInclusive<u64>> + '_ {
+        self.free.iter().map(|(&first, &last)| first..=last)
+    }
+
+    fn take(&mut self, first: u64, last: u64, start: u64, end: u64) {
+        self.remove(first, last);
+        if first < start {
+            self.insert(first, start - 1);
+        }
+        if end < last {
+            self.insert(end + 1, last);
+        }
+    }
+
+    fn insert(&mut self, first: u64, last: u64) {
+        self.free.insert(first, last);
+        self.by_size.insert((last - first, first));
+    }
+
+    fn remove(&mut self, first: u64, last: u64) {
+        self.free.remove(&first);
+        self.by_size.remove(&(last - first, first));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_range_that_fits_is_taken_and_its_neighbours_joined_again() {
+        let mut iova = IovaAllocator::new(&[0..=0xffff, 0x2_0000..=0x2_1fff, 0x2_2000..=0x2_2fff]);
+        assert_eq!(iova.ranges().count(), 2, "touching ranges are one");
+        assert_eq!(iova.allocate(0x1000, 0x1000, u64::MAX), Some(0x2_0000), "best fit");
+        assert_eq!(iova.allocate(0x4000, 0x8000, u64::MAX), Some(0), "the other is too small");
+        assert_eq!(iova.allocate(0x4000, 0x8000, u64::MAX), Some(0x8000), "aligned");
+        assert!(!iova.allocate_at(0x3000, 0x2000), "half of it is taken");
+        assert!(iova.allocate_at(0x4000, 0x1000));
+        for (start, size) in [(0x4000, 0x1000), (0, 0x4000), (0x8000, 0x4000), (0x2_0000, 0x1000)] {
+            iova.free(start, size);
+        }
+        assert_eq!(iova.ranges().collect::<Vec<_>>(), [0..=0xffff, 0x2_0000..=0x2_2fff]);
+    }
+
+    #[test]
+    fn limits_wrapping_and_all_addresses_are_understood() {
+        let mut iova = IovaAllocator::new(&[0..=u64::MAX]);
+        assert!(!iova.allocate_at(u64::MAX, 2), "it wraps");
+        assert!(!iova.allocate_at(0, 0) && iova.allocate(0, 1, u64::MAX).is_none(), "nothing");
+        assert!(iova.allocate_at(u64::MAX, 1));
+        assert!(iova.allocate_at(0, 0x1000));
+        assert_eq!(iova.allocate(0x1000, 0x1000, 0x1ffe), None, "the last byte is above the limit");
+        assert_eq!(iova.allocate(0x1000, 0x1000, 0x1fff), Some(0x1000));
+        iova.free(u64::MAX, 1);
+        iova.free(0, 0x1000);
+        iova.free(0x1000, 0x1000);
+        assert_eq!(iova.ranges().collect::<Vec<_>>(), [0..=u64::MAX]);
+    }
+
+    /// A million random operations against a map of which page is taken.
+    #[test]
+    fn a_million_operations_agree_with_a_naive_model() {
+        const PAGES: usize = 512;
+        let mut iova = IovaAllocator::new(&[0..=PAGES as u64 - 1]);
+        let mut taken = [false; PAGES];
+        let mut live: Vec<(u64, u64)> = Vec::new();
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let mut random = |below: u64| {
+            // xorshift64
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed % below
+        };
+        for operation in 0..1_000_000 {
+            let size = 1 + random(16);
+            let fits = |start: usize, taken: &[bool; PAGES]| {
+                taken.get(start..start + size as usize).is_some_and(|run| !run.contains(&true))
+            };
+            match random(3) {
+                0 => {
+                    let (alignment, limit) = (1 << random(4), random(PAGES as u64));
+                    let possible = (0..PAGES)
+                        .step_by(alignment as usize)
+                        .any(|start| start as u64 + size - 1 <= limit && fits(start, &taken));
+                    match iova.allocate(size, alignment, limit) {
+                        Some(start) => {
+                            assert!(fits(start as usize, &taken) && start % alignment == 0);
+                            assert!(start + size - 1 <= limit);
+                            live.push((start, size));
+                        }
+                        None => {
+                            assert!(!possible, "operation {operation}");
+                            continue;
+                        }
+                    }
+                }
+                1 => {
+                    let start = random(PAGES as u64);
+                    let possible = fits(start as usize, &taken);
+                    assert_eq!(iova.allocate_at(start, size), possible, "operation {operation}");
+                    if !possible {
+                        continue;
+                    }
+                    live.push((start, size));
+                }
+                _ => {
+                    if live.is_empty() {
+                        continue;
+                    }
+                    let (start, size) = live.swap_remove(random(live.len() as u64) as usize);
+                    iova.free(start, size);
+                    taken[start as usize..(start + size) as usize].fill(false);
+                    continue;
+                }
+            }
+            if let Some(&(start, size)) = live.last() {
+                taken[start as usize..(start + size) as usize].fill(true);
+            }
+        }
+        for (start, size) in live {
+            iova.free(start, size);
+        }
+        assert_eq!(iova.ranges().collect::<Vec<_>>(), [0..=PAGES as u64 - 1]);
+    }
+}

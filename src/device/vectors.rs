@@ -1,0 +1,401 @@
+//! Interrupts as file descriptors.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::{Device, Inner, Note};
+use crate::error::{Error, ErrorKind, Result};
+use crate::transport::{IrqInfo, irq_index};
+
+/// A kind of interrupt of a PCI device. A device uses one of them at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Interrupt {
+    /// The legacy interrupt: level-triggered and masked when it fires, to be unmasked when the cause
+    /// is gone.
+    Intx,
+    /// Message-signalled interrupts (PCI 3.0 §6.8.1): up to 32 vectors.
+    Msi,
+    /// Message-signalled interrupts, extended (PCI 3.0 §6.8.2): up to 2048 vectors.
+    MsiX,
+}
+
+impl Interrupt {
+    fn index(self) -> u32 {
+        match self {
+            Self::Intx => irq_index::INTX,
+            Self::Msi => irq_index::MSI,
+            Self::MsiX => irq_index::MSIX,
+        }
+    }
+}
+
+/// How vectors were added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Growth {
+    /// Beside those in use, which went on firing (MSI-X on Linux 6.5 and newer).
+    InPlace,
+    /// All vectors were taken out of use and set up anew. What fired meanwhile was lost, so every
+    /// vector was signalled once: look for work at each.
+    Rearmed,
+}
+
+/// Vectors of a device, each signalling an eventfd. Dropping them takes the interrupt out of use.
+pub struct Vectors {
+    device: Arc<Inner>,
+    kind: Interrupt,
+    info: IrqInfo,
+    /// `None` is a hole: a vector that is not set up.
+    eventfds: Vec<Option<EventFd>>,
+    slot: usize,
+}
+
+impl Device {
+    /// What a kind of interrupt offers; a count of 0 where the device has none of it.
+    ///
+    /// # Errors
+    /// `Unsupported` where the transport has no interrupts; what it answers.
+    pub fn interrupt(&self, kind: Interrupt) -> Result<IrqInfo> {
+        self.transport().irq(kind.index())
+    }
+
+    /// Sets up the first `count` vectors.
+    ///
+    /// # Errors
+    /// `OutOfRange` where the device has fewer, or none of that kind; what the kernel answers where
+    /// another kind is in use.
+    pub fn vectors(&self, kind: Interrupt, count: usize) -> Result<Vectors> {
+        let info = self.interrupt(kind)?;
+        check(kind, &info, count, self.name())?;
+        let eventfds = (0..count).map(|_| eventfd().map(Some)).collect::<Result<Vec<_>>>()?;
+        self.transport().set_irqs(kind.index(), 0, &borrowed(&eventfds))?;
+        let slot = self.inner.notes().insert(Note::Vectors { kind, count });
+        Ok(Vectors { device: self.inner.clone(), kind, info, eventfds, slot })
+    }
+}
+
+fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()> {
+    let refuse = |reason: String| {
+        let object = format!("{count} vectors of {kind:?} of {name}");
+        Err(Error::new(ErrorKind::OutOfRange, "set up", object).because(reason))
+    };
+    match info.count as usize {
+        0 => refuse(format!("the device has no {kind:?}")),
+        most if count == 0 || count > most => refuse(format!("the device has {most}")),
+        _ if !info.eventfd => refuse("they cannot signal an eventfd".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+fn eventfd() -> Result<EventFd> {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map_err(|errno| Error::os(errno, "make", "an eventfd"))
+}
+
+fn borrowed(eventfds: &[Option<EventFd>]) -> Vec<Option<BorrowedFd<'_>>> {
+    eventfds.iter().map(|eventfd| eventfd.as_ref().map(EventFd::as_fd)).collect()
+}
+
+impl Vectors {
+    /// How many there are, holes included.
+    pub fn count(&self) -> usize {
+        self.eventfds.len()
+    }
+
+    /// Which kind they are.
+    pub fn kind(&self) -> Interrupt {
+        self.kind
+    }
+
+    /// The eventfd of a vector, to be watched by poll, epoll, mio or tokio: readable once it has fired.
+    /// `None` for a hole, and past the last.
+    pub fn fd(&self, vector: usize) -> Option<BorrowedFd<'_>> {
+        Some(self.eventfds.get(vector)?.as_ref()?.as_fd())
+    }
+
+    /// Waits until a vector has fired: how often since it was last asked, 0 when the time is over.
+    ///
+    /// # Errors
+    /// `OutOfRange` for a hole, and past the last.
+    pub fn wait(&self, vector: usize, timeout: Duration) -> Result<u64> {
+        wait(self.eventfd(vector)?, timeout, || self.name(vector))
+    }
+
+    /// How often a vector has fired since it was last asked, without waiting.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn take(&self, vector: usize) -> Result<u64> {
+        take(self.eventfd(vector)?, || self.name(vector))
+    }
+
+    /// Adds vectors up to `count`.
+    ///
+    /// # Errors
+    /// `OutOfRange` where the device has fewer, or there are as many already. Where vectors had to be
+    /// set up anew and that failed, the old ones are set up again.
+    pub fn grow(&mut self, count: usize) -> Result<Growth> {
+        check(self.kind, &self.info, count, &self.device.info.name)?;
+        let before = self.count();
+        if count <= before {
+            return Err(Error::new(ErrorKind::OutOfRange, "add", self.name(count))
+                .because(format!("there are {before} vectors")));
+        }
+        let added = (before..count).map(|_| eventfd().map(Some)).collect::<Result<Vec<_>>>()?;
+        let transport = &self.device.transport;
+        let index = self.kind.index();
+        let growth = if self.info.noresize {
+            let all: Vec<_> =
+                borrowed(&self.eventfds).into_iter().chain(borrowed(&added)).collect();
+            transport.set_irqs(index, 0, &[])?;
+            let result = transport.set_irqs(index, 0, &all);
+            if let Err(error) = result {
+                transport.set_irqs(index, 0, &borrowed(&self.eventfds))?;
+                self.signal_all();
+                return Err(error);
+            }
+            Growth::Rearmed
+        } else {
+            transport.set_irqs(index, before as u32, &borrowed(&added))?;
+            Growth::InPlace
+        };
+        self.eventfds.extend(added);
+        if growth == Growth::Rearmed {
+            self.signal_all();
+        }
+        if let Some(note) = self.device.notes().get_mut(self.slot) {
+            *note = Note::Vectors { kind: self.kind, count };
+        }
+        Ok(growth)
+    }
+
+    /// Takes a vector out, which leaves a hole, or puts it back in.
+    ///
+    /// # Errors
+    /// `OutOfRange` past the last; what the kernel answers.
+    pub fn set_enabled(&mut self, vector: usize, enabled: bool) -> Result<()> {
+        let name = self.name(vector);
+        let slot = self
+            .eventfds
+            .get_mut(vector)
+            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "set up", name))?;
+        if slot.is_some() == enabled {
+            return Ok(());
+        }
+        let wanted = if enabled { Some(eventfd()?) } else { None };
+        let fd = wanted.as_ref().map(EventFd::as_fd);
+        self.device.transport.set_irqs(self.kind.index(), vector as u32, &[fd])?;
+        *slot = wanted;
+        Ok(())
+    }
+
+    /// Masks a vector, or unmasks it. An INTx is masked when it fires.
+    ///
+    /// # Errors
+    /// What the transport answers: VFIO masks INTx only.
+    pub fn set_masked(&self, vector: usize, masked: bool) -> Result<()> {
+        let vector = vector as u32;
+        self.device.transport.mask_irqs(self.kind.index(), vector..vector + 1, masked)
+    }
+
+    /// Fires a vector as the device would: for tests.
+    ///
+    /// # Errors
+    /// What the transport answers.
+    pub fn trigger(&self, vector: usize) -> Result<()> {
+        let vector = vector as u32;
+        self.device.transport.trigger_irqs(self.kind.index(), vector..vector + 1)
+    }
+
+    fn eventfd(&self, vector: usize) -> Result<&EventFd> {
+        self.eventfds.get(vector).and_then(Option::as_ref).ok_or_else(|| {
+            Error::new(ErrorKind::OutOfRange, "wait for", self.name(vector))
+                .because("it is not set up")
+        })
+    }
+
+    fn signal_all(&self) {
+        for eventfd in self.eventfds.iter().flatten() {
+            // A full counter is readable already.
+            let _ = eventfd.write(1);
+        }
+    }
+
+    fn name(&self, vector: usize) -> String {
+        format!("vector {vector} of {:?} of {}", self.kind, self.device.info.name)
+    }
+}
+
+impl Drop for Vectors {
+    fn drop(&mut self) {
+        if let Err(error) = self.device.transport.set_irqs(self.kind.index(), 0, &[]) {
+            log::warn!("interrupts stay set up until the device is closed: {error}");
+        }
+        self.device.notes().try_remove(self.slot);
+    }
+}
+
+impl fmt::Debug for Vectors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} vectors of {:?} of {}", self.count(), self.kind, self.device.info.name)
+    }
+}
+
+/// The counter of an eventfd, once it is not zero or the time is over.
+fn wait(eventfd: &EventFd, timeout: Duration, name: impl Fn() -> String) -> Result<u64> {
+    let end = Instant::now().checked_add(timeout);
+    loop {
+        let count = take(eventfd, &name)?;
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        if count > 0 || left == Some(Duration::ZERO) {
+            return Ok(count);
+        }
+        // Rounded up, so that the last millisecond is not spent in a loop.
+        let left = left.unwrap_or(Duration::MAX).saturating_add(Duration::from_micros(999));
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(eventfd.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Error::os(errno, "wait for", name())),
+        }
+    }
+}
+
+fn take(eventfd: &EventFd, name: impl Fn() -> String) -> Result<u64> {
+    match eventfd.read() {
+        Ok(count) => Ok(count),
+        Err(Errno::EAGAIN) => Ok(0),
+        Err(errno) => Err(Error::os(errno, "wait for", name())),
+    }
+}
+
+/// Something that the kernel says of the device as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The device has reported an uncorrectable error (PCIe AER). What it does from here on is not to
+    /// be trusted; reset it.
+    Error,
+    /// Somebody wants the device back: it is being unbound or removed. Let go of it: drop windows,
+    /// buffers and vectors, and [`Device::close`] it. The kernel repeats this every ten seconds.
+    Release,
+}
+
+/// The events of a device. Watch the descriptors, or ask.
+///
+/// A driver that does not ask for them keeps its device until it exits, and so long holds up whoever
+/// unbinds it.
+pub struct Events {
+    device: Arc<Inner>,
+    error: Option<EventFd>,
+    release: Option<EventFd>,
+    slot: usize,
+}
+
+impl Device {
+    /// Asks to be told of errors and of requests to release the device, as far as it offers them.
+    ///
+    /// # Errors
+    /// `Unsupported` where it offers neither.
+    pub fn events(&self) -> Result<Events> {
+        let connect = |index| -> Result<Option<EventFd>> {
+            let info = self.transport().irq(index)?;
+            if info.count == 0 || !info.eventfd {
+                return Ok(None);
+            }
+            let eventfd = eventfd()?;
+            self.transport().set_irqs(index, 0, &[Some(eventfd.as_fd())])?;
+            Ok(Some(eventfd))
+        };
+        let slot = self.inner.notes().insert(Note::Events);
+        // From here on, an error drops what was connected so far.
+        let device = self.inner.clone();
+        let mut events = Events { device, error: None, release: None, slot };
+        events.error = connect(irq_index::ERR)?;
+        events.release = connect(irq_index::REQ)?;
+        if events.error.is_none() && events.release.is_none() {
+            return Err(Error::new(ErrorKind::Unsupported, "watch", self.name())
+                .because("it tells neither of errors nor of requests to release it"));
+        }
+        Ok(events)
+    }
+}
+
+impl Events {
+    /// Readable when [`Event::Error`] has come; `None` where the device does not tell.
+    pub fn error_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.error.as_ref().map(EventFd::as_fd)
+    }
+
+    /// Readable when [`Event::Release`] has come; `None` where the device does not tell.
+    pub fn release_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.release.as_ref().map(EventFd::as_fd)
+    }
+
+    /// What has come since it was last asked, errors first; does not wait.
+    ///
+    /// # Errors
+    /// `Os` where the descriptor cannot be read.
+    pub fn poll(&self) -> Result<Option<Event>> {
+        let name = || format!("events of {}", self.device.info.name);
+        for (eventfd, event) in [(&self.error, Event::Error), (&self.release, Event::Release)] {
+            if let Some(eventfd) = eventfd
+                && take(eventfd, name)? > 0
+            {
+                return Ok(Some(event));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits for an event; `None` when the time is over.
+    ///
+    /// # Errors
+    /// As [`poll`](Self::poll).
+    pub fn wait(&self, timeout: Duration) -> Result<Option<Event>> {
+        let end = Instant::now().checked_add(timeout);
+        loop {
+            if let Some(event) = self.poll()? {
+                return Ok(Some(event));
+            }
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return Ok(None);
+            }
+            let left = left.unwrap_or(Duration::MAX).saturating_add(Duration::from_micros(999));
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let fds = [&self.error, &self.release].into_iter().flatten();
+            let mut fds: Vec<_> =
+                fds.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+            match poll(&mut fds, timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => {
+                    let object = format!("events of {}", self.device.info.name);
+                    return Err(Error::os(errno, "wait for", object));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        for (eventfd, index) in [(&self.error, irq_index::ERR), (&self.release, irq_index::REQ)] {
+            if eventfd.is_some()
+                && let Err(error) = self.device.transport.set_irqs(index, 0, &[])
+            {
+                log::warn!("an event stays connected until the device is closed: {error}");
+            }
+        }
+        self.device.notes().try_remove(self.slot);
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Events({})", self.device.info.name)
+    }
+}

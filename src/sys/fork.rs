@@ -1,0 +1,50 @@
+//! Whether this is still the process that made something.
+
+use std::sync::Once;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn in_child() {
+    GENERATION.fetch_add(1, Ordering::Relaxed);
+}
+
+/// A number that is another one in every child of `fork(2)`.
+///
+/// Windows are not inherited (`MADV_DONTFORK`): in a child, what was mapped at their addresses is gone,
+/// and anything may have taken its place. Owners of addresses remember the generation in which they
+/// came to own them, and do nothing to them in another.
+pub(crate) fn generation() -> u32 {
+    static WATCH: Once = Once::new();
+    WATCH.call_once(|| {
+        // SAFETY: the handler adds to an atomic, which is allowed in a child of a threaded process.
+        // Should there be no memory for it, children are as they would be without this module.
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+    });
+    GENERATION.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_is_another_generation() {
+        let before = generation();
+        // SAFETY: the child reads an atomic and exits.
+        match unsafe { libc::fork() } {
+            0 => {
+                let status = i32::from(generation() == before);
+                // SAFETY: ends the child without running anything of the parent's.
+                unsafe { libc::_exit(status) };
+            }
+            child => {
+                let mut status = -1;
+                // SAFETY: waits for our own child.
+                assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+                assert_eq!(status, 0);
+                assert_eq!(generation(), before, "the parent is what it was");
+            }
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Bytes and file descriptors over a Unix stream socket.
+
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+/// The most descriptors that one `sendmsg(2)` can carry (`SCM_MAX_FD`).
+pub(crate) const MAX_FDS: usize = 253;
+
+/// What one `recvmsg(2)` has brought.
+#[derive(Debug)]
+pub(crate) struct Received {
+    /// How many bytes; 0 where the peer has closed its side.
+    pub(crate) bytes: usize,
+    /// The descriptors that came with them, close-on-exec.
+    pub(crate) fds: Vec<OwnedFd>,
+    /// Whether the kernel dropped descriptors: this process may not have as many.
+    pub(crate) truncated: bool,
+}
+
+/// `sendmsg(socket, parts, SCM_RIGHTS fds, MSG_NOSIGNAL)`: how many bytes were taken.
+pub(crate) fn send(
+    socket: impl AsFd,
+    parts: &[IoSlice<'_>],
+    fds: &[BorrowedFd<'_>],
+) -> Result<usize, Errno> {
+    let socket = socket.as_fd().as_raw_fd();
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    if fds.is_empty() {
+        return sendmsg::<()>(socket, parts, &[], flags, None);
+    }
+    let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    sendmsg::<()>(socket, parts, &[ControlMessage::ScmRights(&fds)], flags, None)
+}
+
+/// `recvmsg(socket, buffer, MSG_CMSG_CLOEXEC)`. EAGAIN after the socket's receive timeout.
+///
+/// By `libc`, because nix loses the descriptors of a truncated control message: they stay open.
+pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> Result<Received, Errno> {
+    // SAFETY: CMSG_SPACE computes.
+    const ROOM: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
+    // Words give the alignment of `cmsghdr`.
+    let mut control = [MaybeUninit::<usize>::uninit(); ROOM.div_ceil(size_of::<usize>())];
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: all zero is a msghdr without buffers.
+    let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    header.msg_iov = &mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = ROOM as _;
+    // SAFETY: the header names one buffer of bytes and one for control messages, both ours and alive.
+    let done =
+        unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &mut header, libc::MSG_CMSG_CLOEXEC) };
+    let bytes = Errno::result(done)? as usize;
+    let mut fds = Vec::new();
+    // SAFETY: the kernel has filled the control buffer as the header now says.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(&header) };
+    // SAFETY: FIRSTHDR and NXTHDR answer null, or a header within the buffer.
+    while let Some(message) = unsafe { next.as_ref() } {
+        if (message.cmsg_level, message.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: CMSG_LEN computes.
+            let empty = unsafe { libc::CMSG_LEN(0) } as usize;
+            let count = (message.cmsg_len - empty) / size_of::<RawFd>();
+            // SAFETY: the message is one of the buffer.
+            let data = unsafe { libc::CMSG_DATA(message) }.cast::<RawFd>();
+            fds.extend((0..count).map(|index| {
+                // SAFETY: `count` descriptors lie in the message's data, perhaps unaligned; each is new
+                // and ours.
+                unsafe { OwnedFd::from_raw_fd(data.add(index).read_unaligned()) }
+            }));
+        }
+        // SAFETY: as above.
+        next = unsafe { libc::CMSG_NXTHDR(&header, message) };
+    }
+    Ok(Received { bytes, fds, truncated: header.msg_flags & libc::MSG_CTRUNC != 0 })
+}

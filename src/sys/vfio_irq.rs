@@ -1,0 +1,98 @@
+//! The ioctls of a device's interrupts.
+
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+use nix::request_code_none;
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
+    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_irq_info, vfio_irq_set,
+};
+
+type Result<T> = std::result::Result<T, Errno>;
+
+mod raw {
+    use super::*;
+
+    nix::ioctl_readwrite_bad!(
+        get_info,
+        request_code_none!(VFIO_TYPE, VFIO_BASE + 9),
+        vfio_irq_info
+    );
+    nix::ioctl_write_ptr_bad!(set, request_code_none!(VFIO_TYPE, VFIO_BASE + 10), vfio_irq_set);
+}
+
+/// What is done to vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// `VFIO_IRQ_SET_ACTION_MASK`
+    Mask,
+    /// `VFIO_IRQ_SET_ACTION_UNMASK`
+    Unmask,
+    /// `VFIO_IRQ_SET_ACTION_TRIGGER`
+    Trigger,
+}
+
+impl Action {
+    fn flag(self) -> u32 {
+        match self {
+            Self::Mask => VFIO_IRQ_SET_ACTION_MASK,
+            Self::Unmask => VFIO_IRQ_SET_ACTION_UNMASK,
+            Self::Trigger => VFIO_IRQ_SET_ACTION_TRIGGER,
+        }
+    }
+}
+
+/// `VFIO_DEVICE_GET_IRQ_INFO`
+pub(crate) fn info(device: BorrowedFd<'_>, index: u32) -> Result<vfio_irq_info> {
+    let mut info = vfio_irq_info {
+        argsz: size_of::<vfio_irq_info>() as u32,
+        index,
+        ..vfio_irq_info::default()
+    };
+    // SAFETY: the structure is as long as its argsz says.
+    unsafe { raw::get_info(device.as_raw_fd(), &mut info) }?;
+    Ok(info)
+}
+
+/// `VFIO_DEVICE_SET_IRQS` with eventfds, −1 for none: what signals a vector (`Trigger`), or is
+/// signalled to mask or unmask it.
+pub(crate) fn set_eventfds(
+    device: BorrowedFd<'_>,
+    index: u32,
+    start: u32,
+    action: Action,
+    fds: &[Option<BorrowedFd<'_>>],
+) -> Result<()> {
+    let fds: Vec<u32> =
+        fds.iter().map(|fd| fd.map_or(-1, |fd| fd.as_raw_fd()).cast_unsigned()).collect();
+    set(device, index, start, fds.len() as u32, VFIO_IRQ_SET_DATA_EVENTFD | action.flag(), &fds)
+}
+
+/// `VFIO_DEVICE_SET_IRQS` without data: does it to these vectors now. `Trigger` on an empty range takes
+/// the whole index out of use.
+pub(crate) fn set_now(
+    device: BorrowedFd<'_>,
+    index: u32,
+    vectors: Range<u32>,
+    action: Action,
+) -> Result<()> {
+    let count = vectors.end.saturating_sub(vectors.start);
+    set(device, index, vectors.start, count, VFIO_IRQ_SET_DATA_NONE | action.flag(), &[])
+}
+
+fn set(
+    device: BorrowedFd<'_>,
+    index: u32,
+    start: u32,
+    count: u32,
+    flags: u32,
+    data: &[u32],
+) -> Result<()> {
+    let size = (size_of::<vfio_irq_set>() + size_of_val(data)) as u32;
+    let mut words = vec![size, flags, index, start, count];
+    words.extend_from_slice(data);
+    // SAFETY: a vfio_irq_set of five words, and the data behind it, as long as its argsz says.
+    unsafe { raw::set(device.as_raw_fd(), words.as_ptr().cast()) }.map(drop)
+}

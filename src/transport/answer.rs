@@ -1,0 +1,85 @@
+//! What the kernel or a peer answers: a structure of `linux/vfio.h`, and a chain of capabilities.
+
+use std::mem::offset_of;
+
+use vfio_bindings::bindings::vfio::vfio_info_cap_header;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes read in the byte order of this machine, never past their end.
+pub(super) struct Answer<'a> {
+    bytes: &'a [u8],
+    what: &'static str,
+}
+
+impl<'a> Answer<'a> {
+    /// `what` they are, for errors.
+    pub(super) fn new(bytes: &'a [u8], what: &'static str) -> Self {
+        Self { bytes, what }
+    }
+
+    pub(super) fn u16(&self, at: usize) -> Result<u16> {
+        Ok(u16::from_ne_bytes(self.take(at)?))
+    }
+
+    pub(super) fn u32(&self, at: usize) -> Result<u32> {
+        Ok(u32::from_ne_bytes(self.take(at)?))
+    }
+
+    pub(super) fn u64(&self, at: usize) -> Result<u64> {
+        Ok(u64::from_ne_bytes(self.take(at)?))
+    }
+
+    /// The chain of capabilities that begins at `first` (0: none), behind a structure of `header`
+    /// bytes: the ID and the offset of each.
+    ///
+    /// # Errors
+    /// `Malformed` where it loops, points into the structure, or leaves the answer.
+    pub(super) fn capabilities(&self, first: u32, header: usize) -> Result<Vec<(u32, usize)>> {
+        let mut found = Vec::new();
+        let mut at = first as usize;
+        while at != 0 {
+            if at < header {
+                return Err(
+                    self.malformed(format!("a capability at {at:#x} lies within the structure"))
+                );
+            }
+            // Each has a header of its own: more of them than would fit is a loop.
+            if found.len() >= self.bytes.len() / size_of::<vfio_info_cap_header>() {
+                return Err(self.malformed("the capability chain loops"));
+            }
+            found.push((u32::from(self.u16(at)?), at));
+            at = self.u32(at + offset_of!(vfio_info_cap_header, next))? as usize;
+        }
+        Ok(found)
+    }
+
+    /// The offsets of `count` elements of `size` bytes from `at` on.
+    ///
+    /// # Errors
+    /// `Malformed` where so many do not fit.
+    pub(super) fn array(
+        &self,
+        at: usize,
+        size: usize,
+        count: usize,
+    ) -> Result<impl Iterator<Item = usize> + use<>> {
+        let room = self.bytes.len().saturating_sub(at) / size;
+        if count > room {
+            return Err(
+                self.malformed(format!("{count} elements are counted, and {room} would fit"))
+            );
+        }
+        Ok((0..count).map(move |index| at + index * size))
+    }
+
+    pub(super) fn malformed(&self, reason: impl Into<String>) -> Error {
+        Error::new(ErrorKind::Malformed, "read", self.what).because(reason.into())
+    }
+
+    fn take<const N: usize>(&self, at: usize) -> Result<[u8; N]> {
+        at.checked_add(N).and_then(|end| self.bytes.get(at..end)?.try_into().ok()).ok_or_else(
+            || self.malformed(format!("{} bytes end before {at:#x} + {N}", self.bytes.len())),
+        )
+    }
+}

@@ -1,0 +1,169 @@
+//! What a model reaches: its mapped memory, the driver's memory, and interrupts.
+
+use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::Thread;
+
+use nix::errno::Errno;
+
+use super::irq::Line;
+use super::memory::Memory;
+use super::wire::Wire;
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::DmaMemory;
+use crate::transport::vfio_user::dma::{self, DmaTable, Piece, Rights};
+use crate::transport::vfio_user::version::MAX_DMA_MAPS;
+
+/// A model's way to the rest of the machine.
+pub struct Bus {
+    name: String,
+    memories: Box<[Option<Memory>]>,
+    lines: Mutex<Box<[Line]>>,
+    dma: Mutex<DmaTable<Target>>,
+    worker: OnceLock<Thread>,
+}
+
+/// Where memory lies that a driver has mapped for DMA.
+#[derive(Clone)]
+pub(super) enum Target {
+    /// In this process.
+    Here(DmaMemory),
+    /// In a file that its owner may cut short at any time: read and written, never mapped.
+    File(Arc<File>, u64),
+    /// With a client that must be asked, at this address.
+    Client(Arc<Wire>, u64),
+}
+
+impl Bus {
+    pub(super) fn new(name: String, memories: Box<[Option<Memory>]>, lines: Box<[Line]>) -> Self {
+        Self {
+            name,
+            memories,
+            lines: Mutex::new(lines),
+            dma: Mutex::new(DmaTable::new(MAX_DMA_MAPS)),
+            worker: OnceLock::new(),
+        }
+    }
+
+    /// The memory of a region, where parts of it are mapped.
+    pub fn memory(&self, region: u32) -> Option<&Memory> {
+        self.memories.get(region as usize)?.as_ref()
+    }
+
+    /// Reads memory that the driver has mapped for DMA: `data.len()` bytes at the I/O virtual address
+    /// `address`.
+    ///
+    /// # Errors
+    /// Where not all of it is mapped, or not for reading, or a client does not give it.
+    pub fn dma_read(&self, address: u64, data: &mut [u8]) -> Result<()> {
+        // Held while copying: what the driver unmaps is not reached afterwards.
+        let table = self.dma();
+        let failed = |errno| self.dma_error(errno, "read", address, data.len());
+        for piece in table.find(address, data.len(), Rights::READ).map_err(failed)? {
+            let Piece { target, offset, range } = piece;
+            let part = &mut data[range.clone()];
+            let done = match target {
+                Target::Here(memory) => dma::read(&memory, offset, part),
+                Target::File(file, start) => of(file.read_exact_at(part, start + offset)),
+                Target::Client(wire, start) => wire.dma_read(start + offset, part),
+            };
+            done.map_err(|errno| {
+                self.dma_error(errno, "read", address + range.start as u64, range.len())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes memory that the driver has mapped for DMA, as [`dma_read`](Self::dma_read) reads.
+    ///
+    /// # Errors
+    /// As `dma_read`; where it fails half way, the first bytes are written.
+    pub fn dma_write(&self, address: u64, data: &[u8]) -> Result<()> {
+        let table = self.dma();
+        let failed = |errno| self.dma_error(errno, "write", address, data.len());
+        for piece in table.find(address, data.len(), Rights::WRITE).map_err(failed)? {
+            let Piece { target, offset, range } = piece;
+            let part = &data[range];
+            match target {
+                Target::Here(memory) => dma::write(&memory, offset, part),
+                Target::File(file, start) => of(file.write_all_at(part, start + offset)),
+                Target::Client(wire, start) => wire.dma_write(start + offset, part),
+            }
+            .map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Fires a vector, as a message-signalled interrupt does. A vector that does not exist or is
+    /// connected to nothing does nothing; one that is masked fires when it is unmasked.
+    pub fn fire(&self, index: u32, vector: u32) {
+        if let (Some(line), Some(end)) =
+            (self.lines().get_mut(index as usize), vector.checked_add(1))
+        {
+            // A vector that does not exist.
+            let _ = line.fire(vector..end);
+        }
+    }
+
+    /// Asserts an interrupt of one vector that is level-triggered, or takes that back.
+    pub fn set_level(&self, index: u32, asserted: bool) {
+        if let Some(line) = self.lines().get_mut(index as usize) {
+            // An interrupt of no vector.
+            let _ = line.set_level(0, asserted);
+        }
+    }
+
+    /// Whether the driver has connected any vector of an interrupt: what VFIO knows of MSI and MSI-X
+    /// being enabled.
+    pub fn is_connected(&self, index: u32) -> bool {
+        self.lines().get(index as usize).is_some_and(Line::is_connected)
+    }
+
+    /// Has [`Model::poll`](super::Model::poll) called, soon and by another thread.
+    pub fn wake(&self) {
+        if let Some(thread) = self.worker.get() {
+            thread.unpark();
+        }
+    }
+
+    pub(super) fn set_worker(&self, thread: Thread) {
+        self.worker.get_or_init(|| thread);
+    }
+
+    pub(super) fn lines(&self) -> MutexGuard<'_, Box<[Line]>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn dma(&self) -> MutexGuard<'_, DmaTable<Target>> {
+        self.dma.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The driver has left: nothing of it is reached any more.
+    pub(super) fn detach(&self) {
+        self.lines().iter_mut().for_each(Line::disconnect);
+        self.dma().clear();
+    }
+
+    fn dma_error(&self, errno: Errno, operation: &'static str, address: u64, len: usize) -> Error {
+        let object = format!("{len} bytes at I/O address {address:#x} for {}", self.name);
+        let reason = match errno {
+            Errno::EFAULT => "not all of it is mapped for DMA",
+            Errno::EACCES => "it is not mapped for that",
+            _ => return Error::os(errno, operation, object),
+        };
+        Error::new(ErrorKind::OutOfRange, operation, object).because(reason)
+    }
+}
+
+/// A file that ends too early is memory that is not there.
+fn of(done: std::io::Result<()>) -> std::result::Result<(), Errno> {
+    done.map_err(|error| error.raw_os_error().map_or(Errno::EFAULT, Errno::from_raw))
+}
+
+impl fmt::Debug for Bus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Bus({})", self.name)
+    }
+}

@@ -1,0 +1,292 @@
+//! A model as a device: its transport within this process.
+
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::bus::{Bus, Target};
+use super::irq::Line;
+use super::memory::Memory;
+use super::model::{Activity, Model};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::{Access, DmaMemory};
+use crate::sys;
+use crate::transport::vfio_user::dma::Rights;
+use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
+
+/// How often a thread that watches looks without sleeping, and how long it sleeps at most.
+const EAGER: u32 = 64;
+const NAP: Duration = Duration::from_millis(1);
+
+/// A [`Model`] in this process. Clones are the same device.
+#[derive(Clone)]
+pub struct Emulated {
+    pub(super) core: Arc<Core>,
+    /// Ends the model's thread with the last clone.
+    _worker: Arc<Worker>,
+}
+
+/// What the device's users and its thread share.
+pub(super) struct Core {
+    info: DeviceInfo,
+    regions: Box<[RegionInfo]>,
+    pub(super) bus: Bus,
+    model: Mutex<Box<dyn Model>>,
+    stop: AtomicBool,
+}
+
+struct Worker {
+    core: Arc<Core>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Emulated {
+    /// Brings a model to life, reset, with a thread of its own.
+    ///
+    /// # Errors
+    /// `Os` where the kernel has no memory or thread to give; `OutOfRange` where the model's regions
+    /// have mapped parts that leave them.
+    pub fn new(model: impl Model + 'static) -> Result<Self> {
+        let shape = model.shape();
+        let info = DeviceInfo {
+            name: format!("emulated:{}", shape.name),
+            pci: shape.pci,
+            resettable: true,
+            regions: shape.regions.len() as u32,
+            irqs: shape.irqs.len() as u32,
+        };
+        let memories = shape.regions.iter().enumerate().map(|(index, region)| {
+            check_areas(region).then_some(()).ok_or_else(|| {
+                Error::new(ErrorKind::OutOfRange, "create", info.region_name(index as u32))
+                    .because("its mapped parts leave it")
+            })?;
+            region.mappable.then(|| Memory::new(region.size)).transpose()
+        });
+        let memories = memories.collect::<Result<_>>()?;
+        let lines = shape.irqs.into_iter().map(Line::new).collect();
+        let core = Arc::new(Core {
+            bus: Bus::new(info.name.clone(), memories, lines),
+            info,
+            regions: shape.regions.into(),
+            model: Mutex::new(Box::new(model)),
+            stop: AtomicBool::new(false),
+        });
+        core.model().reset(&core.bus);
+        let thread = thread::Builder::new().name(core.info.name.clone());
+        let thread = thread
+            .spawn({
+                let core = core.clone();
+                move || core.work()
+            })
+            .map_err(|error| Error::io(&error, "start a thread for", &core.info.name))?;
+        core.bus.set_worker(thread.thread().clone());
+        let worker = Arc::new(Worker { core: core.clone(), thread: Some(thread) });
+        Ok(Self { core, _worker: worker })
+    }
+}
+
+fn check_areas(region: &RegionInfo) -> bool {
+    region.areas.iter().flatten().all(|area| area.start < area.end && area.end <= region.size)
+}
+
+impl Core {
+    pub(super) fn model(&self) -> MutexGuard<'_, Box<dyn Model>> {
+        self.model.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Polls the model, as often as it asks for, until the device goes.
+    fn work(&self) {
+        let mut idle = 0;
+        while !self.stop.load(Ordering::Relaxed) {
+            let activity = self.model().poll(&self.bus);
+            match activity {
+                Activity::Busy => idle = 0,
+                Activity::Watching if idle < EAGER => {
+                    idle += 1;
+                    thread::yield_now();
+                }
+                Activity::Watching => {
+                    idle = idle.saturating_add(1);
+                    // Twice as long each time.
+                    let nap = Duration::from_micros(16 << (idle - EAGER).min(6));
+                    thread::park_timeout(nap.min(NAP));
+                }
+                Activity::Asleep => thread::park(),
+            }
+        }
+    }
+
+    fn find(&self, index: u32, operation: &'static str) -> Result<&RegionInfo> {
+        let region = self.regions.get(index as usize).filter(|region| region.size > 0);
+        region.ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, operation, self.info.region_name(index))
+                .because("the device has no such region")
+        })
+    }
+
+    /// The memory that an access goes to; `None` where it is the model's.
+    fn locate(
+        &self,
+        index: u32,
+        offset: u64,
+        len: usize,
+        operation: &'static str,
+    ) -> Result<Option<&Memory>> {
+        let region = self.find(index, operation)?;
+        let object = || self.info.region_name(index);
+        let end = offset.checked_add(len as u64).filter(|&end| end <= region.size);
+        let end = end.ok_or_else(|| {
+            let reason = format!("{len} bytes at {offset:#x} leave its {:#x} bytes", region.size);
+            Error::new(ErrorKind::OutOfRange, operation, object()).because(reason)
+        })?;
+        if operation == "write" && !region.writable {
+            return Err(Error::new(ErrorKind::ReadOnly, operation, object()));
+        }
+        let mapped = match &region.areas {
+            Some(areas) => areas.iter().any(|area| area.start <= offset && end <= area.end),
+            None => true,
+        };
+        Ok(self.bus.memory(index).filter(|_| mapped))
+    }
+
+    pub(super) fn irq_error(&self, errno: Errno, operation: &'static str, index: u32) -> Error {
+        let object = format!("interrupt {index} of {}", self.info.name);
+        let (kind, reason) = match errno {
+            Errno::EINVAL => {
+                (ErrorKind::OutOfRange, "it has no such vectors, or they were given no eventfds")
+            }
+            _ => (ErrorKind::NotFound, "the device has no such interrupt"),
+        };
+        Error::new(kind, operation, object).because(reason)
+    }
+
+    /// ENOENT where there is no such interrupt.
+    pub(super) fn with_line<R>(
+        &self,
+        index: u32,
+        operation: &'static str,
+        f: impl FnOnce(&mut Line) -> std::result::Result<R, Errno>,
+    ) -> Result<R> {
+        let mut lines = self.bus.lines();
+        lines
+            .get_mut(index as usize)
+            .ok_or(Errno::ENOENT)
+            .and_then(f)
+            .map_err(|errno| self.irq_error(errno, operation, index))
+    }
+
+    pub(super) fn connect(&self, index: u32, start: u32, fds: Vec<Option<OwnedFd>>) -> Result<()> {
+        self.with_line(index, "connect", |line| line.connect(start, fds))
+    }
+}
+
+impl Transport for Emulated {
+    fn info(&self) -> DeviceInfo {
+        self.core.info.clone()
+    }
+
+    fn region(&self, index: u32) -> Result<RegionInfo> {
+        self.core.find(index, "find").cloned()
+    }
+
+    fn read_at(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        match self.core.locate(region, offset, data.len(), "read")? {
+            Some(memory) => memory.load(offset, data),
+            None => self.core.model().read(&self.core.bus, region, offset, data),
+        }
+    }
+
+    fn write_at(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        match self.core.locate(region, offset, data.len(), "write")? {
+            Some(memory) => memory.store(offset, data),
+            None => self.core.model().write(&self.core.bus, region, offset, data),
+        }
+    }
+
+    fn backing(&self, region: u32) -> Result<RegionFile> {
+        self.core.find(region, "map")?;
+        let memory = self.core.bus.memory(region).ok_or_else(|| {
+            Error::new(ErrorKind::NotMappable, "map", self.core.info.region_name(region))
+                .because("all of it is trapped by the model")
+        })?;
+        memory.file()
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.core.model().reset(&self.core.bus);
+        Ok(())
+    }
+
+    fn irq(&self, index: u32) -> Result<IrqInfo> {
+        self.core.with_line(index, "query", |line| Ok(line.info()))
+    }
+
+    fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+        if fds.is_empty() {
+            return self.core.with_line(index, "disconnect", |line| {
+                line.disconnect();
+                Ok(())
+            });
+        }
+        let own = |fd: &Option<BorrowedFd<'_>>| fd.map(|fd| fd.try_clone_to_owned()).transpose();
+        let fds = fds.iter().map(own).collect::<std::io::Result<_>>().map_err(|error| {
+            Error::io(&error, "connect", format!("interrupt {index} of {}", self.core.info.name))
+        })?;
+        self.core.connect(index, start, fds)
+    }
+
+    fn mask_irqs(&self, index: u32, vectors: Range<u32>, masked: bool) -> Result<()> {
+        let what = if masked { "mask" } else { "unmask" };
+        self.core.with_line(index, what, |line| line.mask(vectors, masked))
+    }
+
+    fn trigger_irqs(&self, index: u32, vectors: Range<u32>) -> Result<()> {
+        self.core.with_line(index, "trigger", |line| line.fire(vectors))
+    }
+
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        let mappings = Some(self.core.bus.dma().room());
+        let page_size = sys::page_size() as u64;
+        Ok(DmaLimits { mappings, ..DmaLimits::new(vec![0..=u64::MAX], page_size) })
+    }
+
+    fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
+        let size = memory.size() as u64;
+        let target = Target::Here(memory.clone());
+        self.core.bus.dma().insert(iova, size, Rights::from(access), target).map_err(|errno| {
+            let name = &self.core.info.name;
+            Error::os(errno, "map", format!("{size:#x} bytes at I/O address {iova:#x} of {name}"))
+        })
+    }
+
+    fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
+        self.core.bus.dma().remove(iova, size).map_err(|errno| {
+            let name = &self.core.info.name;
+            Error::os(errno, "unmap", format!("{size:#x} bytes at I/O address {iova:#x} of {name}"))
+        })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.core.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            if thread.join().is_err() {
+                log::error!("the model of {} has panicked", self.core.info.name);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Emulated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Emulated({})", self.core.info.name)
+    }
+}

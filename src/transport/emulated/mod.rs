@@ -1,0 +1,21 @@
+//! Devices that are programs: a [`Model`] in this process, used as a [`Transport`](super::Transport)
+//! ([`Emulated`]), or served to other processes by the vfio-user protocol ([`Server`]).
+
+mod bus;
+mod device;
+mod edu;
+mod irq;
+mod memory;
+mod model;
+mod pci;
+mod server;
+mod session;
+mod wire;
+
+pub use bus::Bus;
+pub use device::Emulated;
+pub use edu::Edu;
+pub use memory::Memory;
+pub use model::{Activity, Model, Shape};
+pub use pci::PciConfig;
+pub use server::Server;

@@ -1,0 +1,212 @@
+//! Configuration space for models of PCI devices.
+
+const COMMAND: usize = 0x04;
+const STATUS: usize = 0x06;
+const BARS: usize = 0x10;
+const SUBSYSTEM: usize = 0x2c;
+const CAPABILITIES: usize = 0x34;
+const INTERRUPT: usize = 0x3c;
+const FIRST_CAPABILITY: usize = 0x40;
+
+const BUS_MASTER: u16 = 1 << 2;
+/// I/O, memory, bus master, parity, SERR#, and interrupt disable (PCI 3.0 §6.2.2).
+const COMMAND_WRITABLE: u16 = 0x0547;
+const HAS_CAPABILITIES: u16 = 1 << 4;
+const MSI: u8 = 0x05;
+const MSIX: u8 = 0x11;
+
+/// Configuration space: what it holds, and which of its bits can be written. BARs answer with their
+/// size where all ones are written, as PCI has it.
+#[derive(Clone, Debug)]
+pub struct PciConfig {
+    bytes: Vec<u8>,
+    writable: Vec<u8>,
+    initial: Vec<u8>,
+    /// Where the next capability goes.
+    next: usize,
+    /// Where that is to be noted.
+    link: usize,
+}
+
+impl PciConfig {
+    /// `size` bytes (256 or 4096) that describe a device of this vendor, device, class (24 bits) and
+    /// revision, without BARs.
+    pub fn new(size: usize, vendor: u16, device: u16, class: u32, revision: u8) -> Self {
+        let size = size.max(256);
+        let mut config = Self {
+            bytes: vec![0; size],
+            writable: vec![0; size],
+            initial: Vec::new(),
+            next: FIRST_CAPABILITY,
+            link: CAPABILITIES,
+        };
+        config.set(0, &vendor.to_le_bytes());
+        config.set(2, &device.to_le_bytes());
+        config.set(8, &(class << 8 | u32::from(revision)).to_le_bytes());
+        config.allow(COMMAND, &COMMAND_WRITABLE.to_le_bytes());
+        config.allow(INTERRUPT, &[0xff]);
+        config.sealed()
+    }
+
+    /// Names the subsystem.
+    #[must_use]
+    pub fn subsystem(mut self, vendor: u16, device: u16) -> Self {
+        self.set(SUBSYSTEM, &(u32::from(device) << 16 | u32::from(vendor)).to_le_bytes());
+        self.sealed()
+    }
+
+    /// A memory BAR of 32 bits, and `size` bytes: a power of two, 16 at least. Indexes above 5 are
+    /// ignored.
+    #[must_use]
+    pub fn bar32(mut self, index: usize, size: u32) -> Self {
+        if index < 6 {
+            self.allow(BARS + 4 * index, &(!size.wrapping_sub(1) & !0xf).to_le_bytes());
+        }
+        self.sealed()
+    }
+
+    /// A memory BAR of 64 bits, and `size` bytes: a power of two, 16 at least; it takes the index that
+    /// follows, too. Indexes above 4 are ignored.
+    #[must_use]
+    pub fn bar64(mut self, index: usize, size: u64) -> Self {
+        if index < 5 {
+            self.set(BARS + 4 * index, &4u32.to_le_bytes());
+            self.allow(BARS + 4 * index, &(!size.wrapping_sub(1) & !0xf).to_le_bytes());
+        }
+        self.sealed()
+    }
+
+    /// The device has INTA#.
+    #[must_use]
+    pub fn intx(mut self) -> Self {
+        self.set(INTERRUPT + 1, &[1]);
+        self.sealed()
+    }
+
+    /// One message-signalled interrupt, with an address of 64 bits (PCI 3.0 §6.8.1).
+    #[must_use]
+    pub fn msi(mut self) -> Self {
+        let at = self.capability(MSI, 14);
+        self.set(at + 2, &0x80u16.to_le_bytes());
+        self.allow(at + 2, &1u16.to_le_bytes());
+        self.allow(at + 4, &0xffff_ffff_ffff_fffcu64.to_le_bytes());
+        self.allow(at + 12, &[0xff, 0xff]);
+        self.sealed()
+    }
+
+    /// `vectors` of MSI-X (1 to 2048), their table and pending bits at these offsets of BARs
+    /// (PCIe 5.0 §7.7.2).
+    #[must_use]
+    pub fn msix(mut self, vectors: u16, table: (u8, u32), pending: (u8, u32)) -> Self {
+        let at = self.capability(MSIX, 12);
+        self.set(at + 2, &(vectors.clamp(1, 2048) - 1).to_le_bytes());
+        self.allow(at + 2, &0xc000u16.to_le_bytes());
+        for (place, (bar, offset)) in [(at + 4, table), (at + 8, pending)] {
+            self.set(place, &((offset & !7) | u32::from(bar & 7)).to_le_bytes());
+        }
+        self.sealed()
+    }
+
+    /// Appends a capability of `size` bytes, which fits in the first 256 for all that are made here.
+    fn capability(&mut self, id: u8, size: usize) -> usize {
+        let at = self.next;
+        self.set(self.link, &[at as u8]);
+        self.set(at, &[id, 0]);
+        self.set(STATUS, &HAS_CAPABILITIES.to_le_bytes());
+        self.link = at + 1;
+        self.next = (at + size).next_multiple_of(4);
+        at
+    }
+
+    fn set(&mut self, at: usize, bytes: &[u8]) {
+        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn allow(&mut self, at: usize, mask: &[u8]) {
+        self.writable[at..at + mask.len()].copy_from_slice(mask);
+    }
+
+    fn sealed(mut self) -> Self {
+        self.initial.clone_from(&self.bytes);
+        self
+    }
+
+    /// Reads `data.len()` bytes at `offset`; all ones past the end.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        for (index, byte) in data.iter_mut().enumerate() {
+            let at = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(index));
+            *byte = at.and_then(|at| self.bytes.get(at)).copied().unwrap_or(0xff);
+        }
+    }
+
+    /// Writes what of `data` can be written.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        let Ok(offset) = usize::try_from(offset) else { return };
+        let bytes = self.bytes.iter_mut().zip(&self.writable).skip(offset);
+        for ((byte, mask), value) in bytes.zip(data) {
+            *byte = (*byte & !mask) | (value & mask);
+        }
+    }
+
+    /// Whether the device may start accesses of its own, DMA and MSI.
+    pub fn bus_mastering(&self) -> bool {
+        u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]]) & BUS_MASTER != 0
+    }
+
+    /// As after a reset: nothing that was written is left.
+    pub fn reset(&mut self) {
+        self.bytes.clone_from(&self.initial);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> PciConfig {
+        PciConfig::new(256, 0x1234, 0x11e8, 0x01_0802, 3)
+            .bar32(0, 1 << 20)
+            .bar64(2, 1 << 33)
+            .msi()
+            .msix(5, (2, 0x2000), (2, 0x3000))
+    }
+
+    fn read_u32(config: &PciConfig, at: u64) -> u32 {
+        let mut bytes = [0; 4];
+        config.read(at, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    #[test]
+    fn a_bar_written_with_ones_answers_its_size() {
+        let mut config = config();
+        config.write(0x10, &[0xff; 24]);
+        let bars = [0x10, 0x14, 0x18, 0x1c].map(|at| read_u32(&config, at));
+        assert_eq!(bars, [0xfff0_0000, 0, 4, 0xffff_fffe]);
+        config.reset();
+        assert_eq!(read_u32(&config, 0x10), 0);
+    }
+
+    #[test]
+    fn capabilities_are_linked() {
+        let config = config();
+        assert_eq!(read_u32(&config, 0x34), 0x40);
+        assert_eq!(read_u32(&config, 0x40), 0x0080_5005);
+        assert_eq!(read_u32(&config, 0x50), 0x0004_0011);
+        assert_eq!(read_u32(&config, 0x54), 0x2002);
+        assert_eq!(read_u32(&config, 4) >> 16, 0x10);
+    }
+
+    #[test]
+    fn what_cannot_be_written_stays_and_nothing_lies_past_the_end() {
+        let mut config = config();
+        config.write(0, &[0; 4]);
+        config.write(u64::MAX, &[0; 4]);
+        config.write(254, &[0; 4]);
+        assert_eq!(read_u32(&config, 0), 0x11e8_1234);
+        assert_eq!(read_u32(&config, 254), 0xffff_0000);
+        assert!(!config.bus_mastering());
+        config.write(4, &[4, 0]);
+        assert!(config.bus_mastering());
+    }
+}

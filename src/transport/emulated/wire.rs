@@ -1,0 +1,250 @@
+//! The server's socket, shared by the thread that serves commands and a model that asks its client for
+//! memory.
+//!
+//! Whoever waits for a message reads the socket if nobody else does, and hands on what is not meant for
+//! it: so no thread stands between a command and its answer, and none waits for another that waits.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt;
+use std::net::Shutdown;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use crate::transport::vfio_user::channel::{self, Fault, Message, Patience, Receiver, Sender};
+use crate::transport::vfio_user::version::MAX_TRANSFER;
+use crate::transport::vfio_user::wire::{DmaAccess, Header, command};
+
+/// How many commands a client may send ahead while a model waits for its memory.
+const MAX_AHEAD: usize = 1024;
+/// How many bytes they may have.
+const MAX_AHEAD_BYTES: usize = 16 << 20;
+
+pub(super) struct Wire {
+    time: Duration,
+    stream: Arc<UnixStream>,
+    sender: Mutex<Sender>,
+    inbox: Mutex<Inbox>,
+    /// A message has been handed on, or nobody reads any more.
+    changed: Condvar,
+}
+
+struct Inbox {
+    /// With whoever reads, while somebody does.
+    receiver: Option<Receiver>,
+    commands: VecDeque<Message>,
+    bytes: usize,
+    /// Replies by id, to those who wait for them.
+    awaited: HashSet<u16>,
+    replies: HashMap<u16, Message>,
+    next_id: u16,
+    /// How many wait for others to read.
+    waiting: usize,
+    /// How much data the client takes in one message.
+    transfer: usize,
+    fault: Option<Fault>,
+}
+
+/// What is waited for.
+#[derive(Clone, Copy)]
+enum Wanted {
+    Command,
+    Reply(u16, Instant),
+}
+
+impl Wire {
+    pub(super) fn new(stream: UnixStream, time: Duration) -> std::io::Result<Self> {
+        let (sender, receiver) = channel::split(stream, time, Some(time))?;
+        Ok(Self {
+            time,
+            stream: receiver.stream().clone(),
+            sender: Mutex::new(sender),
+            inbox: Mutex::new(Inbox {
+                receiver: Some(receiver),
+                commands: VecDeque::new(),
+                bytes: 0,
+                awaited: HashSet::new(),
+                replies: HashMap::new(),
+                next_id: 0,
+                waiting: 0,
+                transfer: MAX_TRANSFER,
+                fault: None,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// The client has said who it is, and that it takes so much data in one message: from now on it may
+    /// be idle.
+    pub(super) fn greeted(&self, transfer: usize) {
+        self.inbox().transfer = transfer;
+        if let Err(error) = self.stream.set_read_timeout(None) {
+            log::debug!("the client cannot be given all time: {error}");
+        }
+    }
+
+    /// The client's next command, whenever it comes; the first must come in time.
+    pub(super) fn command(&self) -> Result<Message, Fault> {
+        self.wait(Wanted::Command)
+    }
+
+    pub(super) fn send(
+        &self,
+        header: Header,
+        parts: [&[u8]; 2],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), Fault> {
+        self.sender.lock().unwrap_or_else(PoisonError::into_inner).send(header, parts, fds)
+    }
+
+    /// Reads the client's memory by messages.
+    pub(super) fn dma_read(&self, address: u64, data: &mut [u8]) -> Result<(), Errno> {
+        let transfer = self.inbox().transfer;
+        let mut address = address;
+        for part in data.chunks_mut(transfer) {
+            let access = DmaAccess { address, count: part.len() as u64 };
+            let body = self.ask(command::DMA_READ, access, &[])?;
+            part.copy_from_slice(body.get(DmaAccess::SIZE..).ok_or(Errno::EIO)?);
+            address += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes the client's memory by messages.
+    pub(super) fn dma_write(&self, address: u64, data: &[u8]) -> Result<(), Errno> {
+        let transfer = self.inbox().transfer;
+        let mut address = address;
+        for part in data.chunks(transfer) {
+            let access = DmaAccess { address, count: part.len() as u64 };
+            self.ask(command::DMA_WRITE, access, part)?;
+            address += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Asks the client, and sees that its reply is one to that; its body.
+    fn ask(&self, command: u16, access: DmaAccess, data: &[u8]) -> Result<Vec<u8>, Errno> {
+        let id = {
+            let mut inbox = self.inbox();
+            let id = inbox.next_id;
+            inbox.next_id = id.wrapping_add(1);
+            inbox.awaited.insert(id);
+            id
+        };
+        let fields = access.encode();
+        let header = Header::command(id, command, fields.len() + data.len());
+        let reply = self
+            .send(header, [&fields, data], &[])
+            .and_then(|()| self.wait(Wanted::Reply(id, Instant::now() + self.time)));
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(fault) => {
+                self.fail(&mut self.inbox(), fault);
+                return Err(Errno::EIO);
+            }
+        };
+        if let Some(errno) = reply.header.failed() {
+            return Err(Errno::from_raw(errno));
+        }
+        let read = if command == command::DMA_READ { access.count as usize } else { 0 };
+        let whole = match DmaAccess::decode(&reply.body) {
+            Some((echo, data)) => echo == access && data.len() == read,
+            // Of a write, an older form of the protocol has the count in 32 bits.
+            None => read == 0,
+        };
+        if reply.header.command == command && whole { Ok(reply.body) } else { Err(Errno::EIO) }
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait(&self, wanted: Wanted) -> Result<Message, Fault> {
+        let mut inbox = self.inbox();
+        loop {
+            if let Some(message) = inbox.take(wanted) {
+                return Ok(message);
+            }
+            if let Some(fault) = &inbox.fault {
+                return Err(fault.clone());
+            }
+            if let Some(mut receiver) = inbox.receiver.take() {
+                drop(inbox);
+                let received = match wanted {
+                    Wanted::Command => receiver.receive_idle(self.time),
+                    Wanted::Reply(_, until) => receiver.receive(&mut Patience::until(until)),
+                };
+                inbox = self.inbox();
+                inbox.receiver = Some(receiver);
+                if let Err(fault) = received.and_then(|message| inbox.hand_on(message)) {
+                    self.fail(&mut inbox, fault);
+                }
+                if inbox.waiting > 0 {
+                    self.changed.notify_all();
+                }
+                continue;
+            }
+            inbox.waiting += 1;
+            inbox = match wanted {
+                Wanted::Command => self.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner),
+                Wanted::Reply(_, until) => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        inbox.waiting -= 1;
+                        return Err(Fault::Silent(self.time));
+                    }
+                    let waited = self.changed.wait_timeout(inbox, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+            inbox.waiting -= 1;
+        }
+    }
+
+    /// Nothing will be sent or received any more; whoever waits in the kernel is told.
+    fn fail(&self, inbox: &mut Inbox, fault: Fault) {
+        inbox.fault.get_or_insert(fault);
+        // It fails only where the peer has done so before.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        self.changed.notify_all();
+    }
+}
+
+impl Inbox {
+    fn take(&mut self, wanted: Wanted) -> Option<Message> {
+        match wanted {
+            Wanted::Command => {
+                let message = self.commands.pop_front()?;
+                self.bytes -= message.body.len();
+                Some(message)
+            }
+            Wanted::Reply(id, _) => self.replies.remove(&id),
+        }
+    }
+
+    fn hand_on(&mut self, message: Message) -> Result<(), Fault> {
+        let Header { id, .. } = message.header;
+        if message.header.is_command() {
+            self.bytes += message.body.len();
+            self.commands.push_back(message);
+            if self.commands.len() > MAX_AHEAD || self.bytes > MAX_AHEAD_BYTES {
+                return Err(Fault::Nonsense("the client sends too many commands ahead".to_owned()));
+            }
+            return Ok(());
+        }
+        if message.header.is_reply() && self.awaited.remove(&id) {
+            self.replies.insert(id, message);
+            return Ok(());
+        }
+        Err(Fault::Nonsense(format!("the client answered what nobody asked, with id {id}")))
+    }
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wire")
+    }
+}

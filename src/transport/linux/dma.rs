@@ -1,0 +1,175 @@
+//! DMA through a type 1 container.
+
+use std::mem::offset_of;
+
+use nix::errno::Errno;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use vfio_bindings::bindings::vfio::{
+    VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
+    VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, vfio_iommu_type1_info, vfio_iommu_type1_info_cap_iova_range,
+    vfio_iommu_type1_info_dma_avail, vfio_iova_range,
+};
+use vfio_ioctls::VfioContainer;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::{Access, DmaMemory};
+use crate::sys::{self, vfio_dma};
+use crate::transport::DmaLimits;
+use crate::transport::answer::Answer;
+
+/// What the IOMMU behind a container maps.
+pub(super) fn limits(container: &VfioContainer, name: &str) -> Result<DmaLimits> {
+    let bytes =
+        vfio_dma::info(container).map_err(|errno| Error::os(errno, "query the IOMMU of", name))?;
+    read(&Answer::new(&bytes, "IOMMU information"))
+}
+
+fn read(answer: &Answer<'_>) -> Result<DmaLimits> {
+    let flags = answer.u32(offset_of!(vfio_iommu_type1_info, flags))?;
+    let page_sizes = answer.u64(offset_of!(vfio_iommu_type1_info, iova_pgsizes))?;
+    let page_size = match page_sizes.trailing_zeros() {
+        shift @ 0..64 if flags & VFIO_IOMMU_INFO_PGSIZES != 0 => 1 << shift,
+        _ => sys::page_size() as u64,
+    };
+    // A kernel before 5.4 does not say which addresses can be mapped.
+    let mut limits = DmaLimits::new(vec![0..=u64::MAX], page_size);
+    if flags & VFIO_IOMMU_INFO_CAPS == 0 {
+        return Ok(limits);
+    }
+    let first = answer.u32(offset_of!(vfio_iommu_type1_info, cap_offset))?;
+    for (id, at) in answer.capabilities(first, size_of::<vfio_iommu_type1_info>())? {
+        match id {
+            VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE => {
+                const HEADER: usize = size_of::<vfio_iommu_type1_info_cap_iova_range>();
+                let count = offset_of!(vfio_iommu_type1_info_cap_iova_range, nr_iovas);
+                let count = answer.u32(at + count)? as usize;
+                limits.ranges = answer
+                    .array(at + HEADER, size_of::<vfio_iova_range>(), count)?
+                    .map(|range| Ok(answer.u64(range)?..=answer.u64(range + 8)?))
+                    .collect::<Result<_>>()?;
+            }
+            VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL => {
+                let available = offset_of!(vfio_iommu_type1_info_dma_avail, avail);
+                limits.mappings = Some(answer.u32(at + available)?);
+            }
+            _ => {}
+        }
+    }
+    Ok(limits)
+}
+
+/// Maps `memory` at `iova`.
+pub(super) fn map(
+    container: &VfioContainer,
+    iova: u64,
+    memory: &DmaMemory,
+    access: Access,
+) -> Result<()> {
+    let (address, size) = (memory.address(), memory.size());
+    let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
+    check_locked_memory(size as u64, &object)?;
+    // SAFETY: `DmaMemory` is none that Rust takes for its own, and stays pinned while it is mapped.
+    unsafe { vfio_dma::map(container, iova, address, size, access) }.map_err(|errno| {
+        let error = Error::os(errno, "map for DMA", object());
+        match errno {
+            Errno::EEXIST => {
+                error.into_kind(ErrorKind::AddressTaken).because("a part of it is mapped already")
+            }
+            Errno::EINVAL => error.into_kind(ErrorKind::OutOfRange).because(
+                "address, size and IOVA must be multiples of the IOMMU's page size, and lie in its ranges",
+            ),
+            Errno::ENOSPC => error
+                .into_kind(ErrorKind::TooManyMappings)
+                .because("the container has no room for another mapping")
+                .remedy("unmap some, or raise dma_entry_limit of vfio_iommu_type1"),
+            Errno::EFAULT => error.because("a part of the memory is not there, or cannot be pinned"),
+            _ => error,
+        }
+    })
+}
+
+/// Unmaps exactly `size` bytes at `iova`.
+pub(super) fn unmap(container: &VfioContainer, iova: u64, size: u64) -> Result<()> {
+    let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
+    match vfio_dma::unmap(container, iova, size) {
+        Ok(done) if done == size => Ok(()),
+        Ok(done) => Err(Error::new(ErrorKind::Os, "unmap from DMA", object())
+            .because(format!("the kernel unmapped {done:#x} bytes"))),
+        Err(errno) => Err(Error::os(errno, "unmap from DMA", object())),
+    }
+}
+
+/// Names the limit on locked memory before the kernel answers a bare ENOMEM.
+///
+/// Pages that are mapped for DMA count against RLIMIT_MEMLOCK, but for processes with CAP_IPC_LOCK.
+fn check_locked_memory(size: u64, object: &dyn Fn() -> String) -> Result<()> {
+    const CAP_IPC_LOCK: u32 = 14;
+    let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((RLIM_INFINITY, RLIM_INFINITY));
+    if limit == RLIM_INFINITY {
+        return Ok(());
+    }
+    let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return Ok(()) };
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+    let capabilities = field("CapEff:").and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+    if capabilities.is_some_and(|set| set & 1 << CAP_IPC_LOCK != 0) {
+        return Ok(());
+    }
+    let locked =
+        field("VmLck:").and_then(|text| text.split_ascii_whitespace().next()?.parse().ok());
+    let need = locked.unwrap_or(0u64).saturating_mul(1024).saturating_add(size);
+    if need <= limit {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::LockedMemory, "map for DMA", object())
+        .with_errno(Errno::ENOMEM)
+        .because(format!(
+            "the process would have {need} bytes of memory locked, and may have {limit} (RLIMIT_MEMLOCK)"
+        ))
+        .remedy(format!(
+            "raise it: prlimit --pid {} --memlock={need}, ulimit -l, or LimitMEMLOCK= of its unit",
+            std::process::id()
+        )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    #[test]
+    fn ranges_page_size_and_what_is_left_are_read() {
+        // argsz, flags, page sizes, cap_offset, pad; then ranges at 24, mappings at 56.
+        let bytes = words(&[
+            68,
+            3,
+            0x4020_1000,
+            0,
+            24,
+            0, //
+            1 | 1 << 16,
+            56,
+            1,
+            0,
+            0x1000,
+            0,
+            0xffff,
+            0, //
+            3 | 1 << 16,
+            0,
+            65535,
+        ]);
+        let limits = read(&Answer::new(&bytes, "test")).unwrap();
+        assert_eq!(limits.ranges, [0x1000..=0xffff]);
+        assert_eq!((limits.page_size, limits.mappings), (4096, Some(65535)));
+    }
+
+    #[test]
+    fn an_answer_that_counts_more_ranges_than_it_holds_is_malformed() {
+        let bytes = words(&[40, 3, 0x1000, 0, 24, 0, 1, 0, u32::MAX, 0]);
+        let error = read(&Answer::new(&bytes, "test")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Malformed);
+    }
+}

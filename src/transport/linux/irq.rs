@@ -1,0 +1,95 @@
+//! Interrupts through VFIO.
+
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+
+use nix::errno::Errno;
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE, VFIO_IRQ_INFO_NORESIZE,
+};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::vfio_irq::{self, Action};
+use crate::transport::{IrqInfo, irq_index};
+
+/// "MSI-X of 0000:00:03.0"
+fn object(index: u32, name: &str) -> String {
+    match index {
+        irq_index::INTX => format!("INTx of {name}"),
+        irq_index::MSI => format!("MSI of {name}"),
+        irq_index::MSIX => format!("MSI-X of {name}"),
+        irq_index::ERR => format!("the error event of {name}"),
+        irq_index::REQ => format!("the release event of {name}"),
+        other => format!("interrupt index {other} of {name}"),
+    }
+}
+
+/// What the index offers; EINVAL is how some kernels say that the device has none of it.
+pub(super) fn info(device: BorrowedFd<'_>, index: u32, name: &str) -> Result<IrqInfo> {
+    match vfio_irq::info(device, index) {
+        Ok(answer) => {
+            let flag = |bit| answer.flags & bit != 0;
+            Ok(IrqInfo {
+                count: answer.count,
+                eventfd: flag(VFIO_IRQ_INFO_EVENTFD),
+                maskable: flag(VFIO_IRQ_INFO_MASKABLE),
+                automasked: flag(VFIO_IRQ_INFO_AUTOMASKED),
+                noresize: flag(VFIO_IRQ_INFO_NORESIZE),
+            })
+        }
+        Err(Errno::EINVAL) => Ok(IrqInfo::default()),
+        Err(errno) => Err(Error::os(errno, "query", object(index, name))),
+    }
+}
+
+pub(super) fn set(
+    device: BorrowedFd<'_>,
+    index: u32,
+    start: u32,
+    fds: &[Option<BorrowedFd<'_>>],
+    name: &str,
+) -> Result<()> {
+    let done = if fds.is_empty() {
+        vfio_irq::set_now(device, index, 0..0, Action::Trigger)
+    } else {
+        vfio_irq::set_eventfds(device, index, start, Action::Trigger, fds)
+    };
+    done.map_err(|errno| failed(errno, "connect", index, start..start + fds.len() as u32, name))
+}
+
+pub(super) fn act(
+    device: BorrowedFd<'_>,
+    index: u32,
+    vectors: Range<u32>,
+    action: Action,
+    name: &str,
+) -> Result<()> {
+    let operation = match action {
+        Action::Mask => "mask",
+        Action::Unmask => "unmask",
+        Action::Trigger => "trigger",
+    };
+    vfio_irq::set_now(device, index, vectors.clone(), action)
+        .map_err(|errno| failed(errno, operation, index, vectors, name))
+}
+
+fn failed(
+    errno: Errno,
+    operation: &'static str,
+    index: u32,
+    vectors: Range<u32>,
+    name: &str,
+) -> Error {
+    let object = format!("vectors {}..{} of {}", vectors.start, vectors.end, object(index, name));
+    let error = Error::os(errno, operation, object);
+    match errno {
+        Errno::EINVAL => error.because(
+            "the device has no such vectors, another kind of interrupt is in use, or they cannot be \
+             added while others are enabled",
+        ),
+        Errno::ENOSPC => error
+            .into_kind(ErrorKind::Refused)
+            .because("the machine has no more interrupt vectors to give"),
+        _ => error,
+    }
+}

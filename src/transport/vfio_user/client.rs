@@ -1,0 +1,438 @@
+//! The client: a transport over a vfio-user socket.
+
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use vfio_bindings::bindings::vfio::{
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_AUTOMASKED,
+    VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE, VFIO_IRQ_INFO_NORESIZE,
+    VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
+    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+};
+
+use super::connection::{Connection, Request};
+use super::dma::Rights;
+use super::regions::{Region, read_region};
+use super::version::Capabilities;
+use super::wire::{self, DmaMap, DmaUnmap, IrqSet, RegionAccess, command};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::{Access, DmaMemory};
+use crate::sys::file;
+use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
+
+/// How long a server may take to answer, unless told otherwise.
+const TIME: Duration = Duration::from_secs(5);
+/// More regions or interrupts than any device has.
+const MAX_INDEXES: u32 = 1024;
+/// More vectors than any interrupt has (MSI-X: 2048).
+const MAX_VECTORS: u32 = 1 << 16;
+
+/// A device that a vfio-user server emulates: SPDK, libvfio-user, our own
+/// [`Server`](crate::transport::Server), or any other that speaks version 0.1 of the protocol.
+///
+/// The server is not trusted. Each exchange with it has a time limit; one that takes longer, or that
+/// brings what makes no sense, ends the connection, and whatever is asked afterwards is `Gone`. What a
+/// server can do is to shrink the file behind a window: an access there raises SIGBUS.
+///
+/// Memory that is mapped for DMA and is a file's is shared with the server whole and for writing,
+/// whatever part of it and access the mapping is for; other memory is copied to and fro by messages.
+///
+/// ```no_run
+/// use std::sync::Arc;
+/// use vfio_remap::{Device, transport::VfioUser};
+///
+/// let device = Device::new(Arc::new(VfioUser::connect("/run/edu.sock")?));
+/// println!("{} has {} regions", device.name(), device.info().regions);
+/// # Ok::<(), vfio_remap::Error>(())
+/// ```
+pub struct VfioUser {
+    connection: Arc<Connection>,
+    capabilities: Capabilities,
+    info: DeviceInfo,
+    regions: Vec<Option<Region>>,
+    /// Serves the server's own commands, once memory is mapped that it cannot share.
+    listener: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl VfioUser {
+    /// Connects to the server that listens at `path`. It may take five seconds for each answer.
+    ///
+    /// # Errors
+    /// `NotFound`; `PermissionDenied`; `Gone` where the server closes the connection or is silent;
+    /// `Malformed` where what it says makes no sense, or it speaks another version.
+    pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
+        Self::connect_within(path, TIME)
+    }
+
+    /// Connects to a server that may take as long as `time` for each answer.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub fn connect_within(path: impl AsRef<Path>, time: Duration) -> Result<Self> {
+        let path = path.as_ref();
+        let name = format!("vfio-user:{}", path.display());
+        let stream = open(path, time).map_err(|error| {
+            Error::io(&error, "connect to", &name)
+                .remedy("start its server, or see where that listens")
+        })?;
+        Self::new(stream, name, time)
+    }
+
+    /// Takes over a socket that is connected to a server, which may take as long as `time` for each
+    /// answer.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub fn from_stream(stream: UnixStream, time: Duration) -> Result<Self> {
+        let name = format!("vfio-user:fd/{}", stream.as_raw_fd());
+        Self::new(stream, name, time)
+    }
+
+    fn new(stream: UnixStream, name: String, time: Duration) -> Result<Self> {
+        // Of no time at all sockets think that it is without end.
+        let time = time.max(Duration::from_millis(1));
+        let connection = Arc::new(Connection::new(stream, name.clone(), time)?);
+        let capabilities = connection.negotiate()?;
+        let ask = wire::DeviceInfo { argsz: wire::DeviceInfo::SIZE as u32, ..Default::default() };
+        let request = Request {
+            command: command::DEVICE_GET_INFO,
+            body: [&ask.encode(), &[]],
+            fds: &[],
+            reply: wire::DeviceInfo::SIZE,
+        };
+        let reply = connection.exchange(request, "query", &name)?;
+        let (answer, _) = wire::DeviceInfo::decode(&reply.body).unwrap_or_default();
+        if answer.regions > MAX_INDEXES || answer.irqs > MAX_INDEXES {
+            let reason =
+                format!("it claims {} regions, {} interrupts", answer.regions, answer.irqs);
+            return Err(connection.nonsense(reason, "query", &name));
+        }
+        let info = DeviceInfo {
+            name,
+            pci: answer.flags & VFIO_DEVICE_FLAGS_PCI != 0,
+            resettable: answer.flags & VFIO_DEVICE_FLAGS_RESET != 0,
+            regions: answer.regions,
+            irqs: answer.irqs,
+        };
+        let regions = (0..answer.regions)
+            .map(|index| read_region(&connection, index, &info.region_name(index)))
+            .collect::<Result<_>>()?;
+        Ok(Self { connection, capabilities, info, regions, listener: Mutex::new(None) })
+    }
+
+    fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
+        self.regions.get(index as usize).and_then(Option::as_ref).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, operation, self.info.region_name(index))
+                .because("the device has no such region")
+        })
+    }
+
+    fn check(&self, index: u32, offset: u64, len: usize, operation: &'static str) -> Result<()> {
+        let size = self.find(index, operation)?.info.size;
+        match offset.checked_add(len as u64) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Error::new(ErrorKind::OutOfRange, operation, self.info.region_name(index))
+                .because(format!("{len} bytes at {offset:#x} leave its {size:#x} bytes"))),
+        }
+    }
+
+    /// One access to a region, of no more data than a message carries; the reply's data.
+    fn access(
+        &self,
+        command: u16,
+        access: RegionAccess,
+        written: &[u8],
+        operation: &'static str,
+    ) -> Result<Vec<u8>> {
+        let fields = access.encode();
+        let read = if command == command::REGION_READ { access.count as usize } else { 0 };
+        let request = Request {
+            command,
+            body: [&fields, written],
+            fds: &[],
+            reply: RegionAccess::SIZE + read,
+        };
+        let name = RegionName(&self.info, access.region);
+        let reply = self.connection.exchange(request, operation, &name)?;
+        let echo = RegionAccess::decode(&reply.body).unwrap_or_default().0;
+        if echo != access || reply.body.len() != RegionAccess::SIZE + read {
+            let reason = format!(
+                "the server answered for {} bytes at {:#x} of region {} with {} of data",
+                echo.count,
+                echo.offset,
+                echo.region,
+                reply.body.len() - RegionAccess::SIZE
+            );
+            return Err(self.connection.nonsense(reason, operation, name));
+        }
+        Ok(reply.body)
+    }
+
+    /// A command that is answered by a header alone.
+    fn tell(
+        &self,
+        command: u16,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+        operation: &'static str,
+        object: impl fmt::Display,
+    ) -> Result<()> {
+        let request = Request { command, body: [body, &[]], fds, reply: 0 };
+        self.connection.exchange(request, operation, object).map(drop)
+    }
+
+    fn set(&self, set: IrqSet, fds: &[BorrowedFd<'_>], operation: &'static str) -> Result<()> {
+        let set = IrqSet { argsz: IrqSet::SIZE as u32, ..set };
+        let object = format!("interrupt {} of {}", set.index, self.info.name);
+        self.tell(command::DEVICE_SET_IRQS, &set.encode(), fds, operation, object)
+    }
+
+    fn check_irq(&self, index: u32, vectors: &Range<u32>, operation: &'static str) -> Result<()> {
+        let info = self.irq(index)?;
+        if vectors.start <= vectors.end && vectors.end <= info.count {
+            return Ok(());
+        }
+        let object = format!("interrupt {index} of {}", self.info.name);
+        Err(Error::new(ErrorKind::OutOfRange, operation, object).because(format!(
+            "vectors {}..{} leave its {}",
+            vectors.start, vectors.end, info.count
+        )))
+    }
+
+    fn act(&self, index: u32, vectors: Range<u32>, action: u32, what: &'static str) -> Result<()> {
+        self.check_irq(index, &vectors, what)?;
+        if vectors.is_empty() {
+            return Ok(());
+        }
+        let flags = VFIO_IRQ_SET_DATA_NONE | action;
+        let (start, count) = (vectors.start, vectors.end - vectors.start);
+        self.set(IrqSet { argsz: 0, flags, index, start, count }, &[], what)
+    }
+
+    fn listen(&self) -> Result<()> {
+        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        if listener.is_none() {
+            let connection = self.connection.clone();
+            let thread = thread::Builder::new().name("vfio-user dma".to_owned());
+            let thread = thread.spawn(move || connection.listen());
+            *listener = Some(thread.map_err(|error| Error::io(&error, "serve", &self.info.name))?);
+        }
+        Ok(())
+    }
+}
+
+/// Connects within a time, even where the server accepts nobody.
+fn open(path: &Path, time: Duration) -> std::io::Result<UnixStream> {
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let stream = UnixStream::from(fd);
+    stream.set_write_timeout(Some(time.max(Duration::from_millis(1))))?;
+    connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(stream)
+}
+
+/// Made into text only where there is an error.
+struct RegionName<'a>(&'a DeviceInfo, u32);
+
+impl fmt::Display for RegionName<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.region_name(self.1))
+    }
+}
+
+impl Transport for VfioUser {
+    fn info(&self) -> DeviceInfo {
+        self.info.clone()
+    }
+
+    fn region(&self, index: u32) -> Result<RegionInfo> {
+        Ok(self.find(index, "find")?.info.clone())
+    }
+
+    fn read_at(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.check(region, offset, data.len(), "read")?;
+        let mut offset = offset;
+        for part in data.chunks_mut(self.capabilities.transfer) {
+            let access = RegionAccess { offset, region, count: part.len() as u32 };
+            let reply = self.access(command::REGION_READ, access, &[], "read")?;
+            part.copy_from_slice(&reply[RegionAccess::SIZE..]);
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        self.check(region, offset, data.len(), "write")?;
+        let mut offset = offset;
+        for part in data.chunks(self.capabilities.transfer) {
+            let access = RegionAccess { offset, region, count: part.len() as u32 };
+            self.access(command::REGION_WRITE, access, part, "write")?;
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn backing(&self, region: u32) -> Result<RegionFile> {
+        self.find(region, "map")?.file.clone().ok_or_else(|| {
+            Error::new(ErrorKind::NotMappable, "map", self.info.region_name(region))
+                .because("the server sent no file for it")
+        })
+    }
+
+    fn reset(&self) -> Result<()> {
+        if !self.info.resettable {
+            return Err(Error::new(ErrorKind::Unsupported, "reset", &self.info.name)
+                .because("the server offers no reset"));
+        }
+        self.tell(command::DEVICE_RESET, &[], &[], "reset", &self.info.name)
+    }
+
+    fn irq(&self, index: u32) -> Result<IrqInfo> {
+        let object = || format!("interrupt {index} of {}", self.info.name);
+        if index >= self.info.irqs {
+            return Err(Error::new(ErrorKind::NotFound, "query", object())
+                .because(format!("the device has {}", self.info.irqs)));
+        }
+        let argsz = wire::IrqInfo::SIZE as u32;
+        let ask = wire::IrqInfo { argsz, index, ..Default::default() };
+        let request = Request {
+            command: command::DEVICE_GET_IRQ_INFO,
+            body: [&ask.encode(), &[]],
+            fds: &[],
+            reply: wire::IrqInfo::SIZE,
+        };
+        let reply = self.connection.exchange(request, "query", object())?;
+        let (answer, _) = wire::IrqInfo::decode(&reply.body).unwrap_or_default();
+        if answer.index != index || answer.count > MAX_VECTORS {
+            let reason =
+                format!("it claims {} vectors of interrupt {}", answer.count, answer.index);
+            return Err(self.connection.nonsense(reason, "query", object()));
+        }
+        let has = |flag| answer.flags & flag != 0;
+        Ok(IrqInfo {
+            count: answer.count,
+            eventfd: has(VFIO_IRQ_INFO_EVENTFD),
+            maskable: has(VFIO_IRQ_INFO_MASKABLE),
+            automasked: has(VFIO_IRQ_INFO_AUTOMASKED),
+            noresize: has(VFIO_IRQ_INFO_NORESIZE),
+        })
+    }
+
+    /// In as many messages as the server takes descriptors, so that a failure may leave the first
+    /// vectors connected.
+    fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+        if fds.is_empty() {
+            self.irq(index)?;
+            let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
+            let all = IrqSet { argsz: 0, flags, index, start: 0, count: 0 };
+            return self.set(all, &[], "disconnect");
+        }
+        let end = u32::try_from(fds.len()).ok().and_then(|count| start.checked_add(count));
+        self.check_irq(index, &(start..end.unwrap_or(u32::MAX)), "connect")?;
+        let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+        let mut start = start;
+        // Runs of vectors with an eventfd, and of vectors without: no descriptors at all disconnect.
+        for run in fds.chunk_by(|one, next| one.is_some() == next.is_some()) {
+            for part in run.chunks(self.capabilities.fds.max(1)) {
+                let fds: Vec<BorrowedFd<'_>> = part.iter().flatten().copied().collect();
+                let count = part.len() as u32;
+                self.set(IrqSet { argsz: 0, flags, index, start, count }, &fds, "connect")?;
+                start += count;
+            }
+        }
+        Ok(())
+    }
+
+    fn mask_irqs(&self, index: u32, vectors: Range<u32>, masked: bool) -> Result<()> {
+        let (action, what) = match masked {
+            true => (VFIO_IRQ_SET_ACTION_MASK, "mask"),
+            false => (VFIO_IRQ_SET_ACTION_UNMASK, "unmask"),
+        };
+        self.act(index, vectors, action, what)
+    }
+
+    fn trigger_irqs(&self, index: u32, vectors: Range<u32>) -> Result<()> {
+        self.act(index, vectors, VFIO_IRQ_SET_ACTION_TRIGGER, "trigger")
+    }
+
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        let mappings = Some(self.connection.memory().room());
+        let page_size = self.capabilities.page_size;
+        Ok(DmaLimits { mappings, ..DmaLimits::new(vec![0..=u64::MAX], page_size) })
+    }
+
+    fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
+        let size = memory.size() as u64;
+        let object = || format!("{size:#x} bytes at I/O address {iova:#x} of {}", self.info.name);
+        let rights = Rights::from(access);
+        // Known before the server is told, who may use it at once.
+        self.connection
+            .memory()
+            .insert(iova, size, rights, memory.clone())
+            .map_err(|errno| Error::os(errno, "map", object()))?;
+        let file = memory.file().filter(|_| self.capabilities.fds > 0);
+        let offset = file.map_or(0, |(_, offset)| offset);
+        let fds: Vec<BorrowedFd<'_>> = file.iter().map(|(fd, _)| *fd).collect();
+        let map = DmaMap {
+            argsz: DmaMap::SIZE as u32,
+            flags: rights.flags(),
+            offset,
+            address: iova,
+            size,
+        };
+        // A server can reach shared memory itself; the rest it must ask for, at any time.
+        let shared = fds.iter().any(file::is_tmpfs);
+        let told = if shared { Ok(()) } else { self.listen() }
+            .and_then(|()| self.tell(command::DMA_MAP, &map.encode(), &fds, "map", object()));
+        if told.is_err() {
+            // It was inserted above.
+            let _ = self.connection.memory().remove(iova, size);
+        }
+        told
+    }
+
+    fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
+        let object = || format!("{size:#x} bytes at I/O address {iova:#x} of {}", self.info.name);
+        let unmap =
+            DmaUnmap { argsz: DmaUnmap::SIZE as u32, flags: 0, address: iova, size }.encode();
+        let request = Request {
+            command: command::DMA_UNMAP,
+            body: [&unmap, &[]],
+            fds: &[],
+            reply: DmaUnmap::SIZE,
+        };
+        let reply = self.connection.exchange(request, "unmap", object())?;
+        let (answer, _) = DmaUnmap::decode(&reply.body).unwrap_or_default();
+        if (answer.address, answer.size) != (iova, size) {
+            let reason =
+                format!("the server unmapped {:#x} bytes at {:#x}", answer.size, answer.address);
+            return Err(self.connection.nonsense(reason, "unmap", object()));
+        }
+        let removed = self.connection.memory().remove(iova, size);
+        removed.map_err(|errno| Error::os(errno, "unmap", object()))
+    }
+}
+
+impl Drop for VfioUser {
+    fn drop(&mut self) {
+        self.connection.shut_down();
+        let listener = self.listener.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(thread) = listener.take()
+            && thread.join().is_err()
+        {
+            log::error!("{}: its thread has panicked", self.info.name);
+        }
+    }
+}
+
+impl fmt::Debug for VfioUser {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VfioUser({})", self.info.name)
+    }
+}

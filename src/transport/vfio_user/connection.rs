@@ -1,0 +1,262 @@
+//! Exchanges with a server: one at a time, each within its time, and none after one that went wrong.
+
+use std::fmt;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::channel::{self, Fault, Message, Patience, Receiver, Sender};
+use super::dma::{self, DmaTable, Rights};
+use super::version::{Capabilities, MAX_TRANSFER};
+use super::wire::{DmaAccess, Header, command};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::DmaMemory;
+
+/// A server that is connected.
+pub(super) struct Connection {
+    name: String,
+    time: Duration,
+    stream: Arc<UnixStream>,
+    inner: Mutex<Inner>,
+    memory: Mutex<DmaTable<DmaMemory>>,
+}
+
+struct Inner {
+    sender: Sender,
+    receiver: Receiver,
+    next_id: u16,
+    /// Why nothing can be exchanged any more.
+    fault: Option<Fault>,
+}
+
+/// A command to send: what follows its header, and the descriptors that go with it.
+#[derive(Clone, Copy)]
+pub(super) struct Request<'a> {
+    pub(super) command: u16,
+    pub(super) body: [&'a [u8]; 2],
+    pub(super) fds: &'a [BorrowedFd<'a>],
+    /// How long the reply's body is at least.
+    pub(super) reply: usize,
+}
+
+impl Connection {
+    pub(super) fn new(stream: UnixStream, name: String, time: Duration) -> Result<Self> {
+        let (sender, receiver) = channel::split(stream, time, Some(time))
+            .map_err(|error| Error::io(&error, "connect to", &name))?;
+        let stream = receiver.stream().clone();
+        let inner = Mutex::new(Inner { sender, receiver, next_id: 0, fault: None });
+        Ok(Self { name, time, stream, inner, memory: Mutex::new(DmaTable::new(0)) })
+    }
+
+    /// Agrees on a version; what the server can do.
+    pub(super) fn negotiate(&self) -> Result<Capabilities> {
+        let body = Capabilities::ours();
+        let request = Request { command: command::VERSION, body: [&body, &[]], fds: &[], reply: 4 };
+        let reply = self.exchange(request, "agree on a version with", &self.name)?;
+        let capabilities = Capabilities::read(&reply.body).map_err(|reason| {
+            Error::new(ErrorKind::Malformed, "agree on a version with", &self.name).because(reason)
+        })?;
+        *self.memory() = DmaTable::new(capabilities.dma_maps);
+        Ok(capabilities)
+    }
+
+    /// What the server may reach by messages.
+    pub(super) fn memory(&self) -> MutexGuard<'_, DmaTable<DmaMemory>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends a command and waits for its reply, serving what the server asks for meanwhile.
+    /// `operation` and `object` are for the error.
+    pub(super) fn exchange(
+        &self,
+        request: Request<'_>,
+        operation: &'static str,
+        object: impl fmt::Display,
+    ) -> Result<Message> {
+        let mut inner = self.inner();
+        if let Some(fault) = &inner.fault {
+            return Err(Error::new(ErrorKind::Gone, operation, object)
+                .because(format!("the connection has failed before: {fault}"))
+                .remedy("connect again"));
+        }
+        let reply = self.converse(&mut inner, request).map_err(|fault| {
+            let error = self.error(&fault, operation, &object);
+            self.fail(&mut inner, fault);
+            error
+        })?;
+        drop(inner);
+        match reply.header.failed() {
+            None => Ok(reply),
+            Some(0) => Err(Error::new(ErrorKind::Os, operation, object)
+                .because("the server refused, and did not say why")),
+            Some(errno) => {
+                Err(Error::os(Errno::from_raw(errno), operation, object)
+                    .because("the server refused"))
+            }
+        }
+    }
+
+    /// The server has sent a reply that makes no sense: it cannot be believed any more.
+    pub(super) fn nonsense(
+        &self,
+        reason: String,
+        operation: &'static str,
+        object: impl fmt::Display,
+    ) -> Error {
+        let fault = Fault::Nonsense(reason);
+        let error = self.error(&fault, operation, object);
+        self.fail(&mut self.inner(), fault);
+        error
+    }
+
+    fn converse(
+        &self,
+        inner: &mut Inner,
+        request: Request<'_>,
+    ) -> std::result::Result<Message, Fault> {
+        let id = inner.next_id;
+        inner.next_id = id.wrapping_add(1);
+        let Request { command, body, fds, reply } = request;
+        let header = Header::command(id, command, body[0].len() + body[1].len());
+        let mut patience = Patience::new(self.time);
+        inner.sender.send(header, body, fds)?;
+        loop {
+            let message = inner.receiver.receive(&mut patience)?;
+            if message.header.is_command() {
+                self.serve(&mut inner.sender, &message)?;
+                continue;
+            }
+            let Header { id: its, command: for_command, .. } = message.header;
+            if !message.header.is_reply() || (its, for_command) != (id, command) {
+                return Err(Fault::Nonsense(format!(
+                    "the server answered {} with id {its}, and {} with id {id} was asked",
+                    command::name(for_command),
+                    command::name(command)
+                )));
+            }
+            if message.header.failed().is_none() && message.body.len() < reply {
+                return Err(Fault::Nonsense(format!(
+                    "the server answered {} with {} bytes, and {reply} were expected",
+                    command::name(command),
+                    message.body.len()
+                )));
+            }
+            return Ok(message);
+        }
+    }
+
+    /// Nothing will be exchanged any more: the socket is shut down, so that the server knows.
+    fn fail(&self, inner: &mut Inner, fault: Fault) {
+        log::debug!("{}: {fault}", self.name);
+        inner.fault.get_or_insert(fault);
+        self.shut_down();
+    }
+
+    pub(super) fn shut_down(&self) {
+        // It fails only where the peer has done so before.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    fn error(&self, fault: &Fault, operation: &'static str, object: impl fmt::Display) -> Error {
+        let kind = match fault {
+            Fault::Nonsense(_) => ErrorKind::Malformed,
+            Fault::Closed { .. } | Fault::Silent(_) => ErrorKind::Gone,
+            Fault::Os(errno) => return Error::os(*errno, operation, object),
+        };
+        Error::new(kind, operation, object).because(fault.to_string())
+    }
+
+    /// Answers the server's own command.
+    fn serve(&self, sender: &mut Sender, message: &Message) -> std::result::Result<(), Fault> {
+        let Message { header, body, .. } = message;
+        let answer = match header.command {
+            command::DMA_READ => self.read_memory(body),
+            command::DMA_WRITE => self.write_memory(body),
+            _ => Err(Errno::EOPNOTSUPP),
+        };
+        if !header.wants_reply() {
+            return Ok(());
+        }
+        match answer {
+            Ok((access, data)) => {
+                let access = access.encode();
+                let reply = header.reply(access.len() + data.len());
+                sender.send(reply, [&access, &data], &[])
+            }
+            Err(errno) => sender.send(header.failure(errno), [&[], &[]], &[]),
+        }
+    }
+
+    fn read_memory(&self, body: &[u8]) -> std::result::Result<(DmaAccess, Vec<u8>), Errno> {
+        let (access, _) = DmaAccess::decode(body).ok_or(Errno::EINVAL)?;
+        let count = usize::try_from(access.count).map_err(|_| Errno::E2BIG)?;
+        if count > MAX_TRANSFER {
+            return Err(Errno::E2BIG);
+        }
+        // Held while copying: what is unmapped is not reached afterwards.
+        let memory = self.memory();
+        let mut data = vec![0; count];
+        for piece in memory.find(access.address, count, Rights::READ)? {
+            dma::read(&piece.target, piece.offset, &mut data[piece.range])?;
+        }
+        Ok((access, data))
+    }
+
+    fn write_memory(&self, body: &[u8]) -> std::result::Result<(DmaAccess, Vec<u8>), Errno> {
+        let (access, data) = DmaAccess::decode(body).ok_or(Errno::EINVAL)?;
+        if access.count != data.len() as u64 {
+            return Err(Errno::EINVAL);
+        }
+        let memory = self.memory();
+        for piece in memory.find(access.address, data.len(), Rights::WRITE)? {
+            dma::write(&piece.target, piece.offset, &data[piece.range])?;
+        }
+        Ok((access, Vec::new()))
+    }
+
+    /// Serves what the server asks for of itself, until the connection ends.
+    pub(super) fn listen(&self) {
+        loop {
+            let mut socket = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut socket, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return log::error!("{}: {errno}", self.name),
+            }
+            // An exchange that is under way serves it; then there is nothing left here.
+            let mut inner = self.inner();
+            while inner.fault.is_none() {
+                let served = match inner.receiver.receive_now(self.time) {
+                    Ok(None) => break,
+                    Ok(Some(message)) if message.header.is_command() => {
+                        self.serve(&mut inner.sender, &message)
+                    }
+                    Ok(Some(_)) => {
+                        Err(Fault::Nonsense("the server answered what nobody asked".to_owned()))
+                    }
+                    Err(fault) => Err(fault),
+                };
+                if let Err(fault) = served {
+                    self.fail(&mut inner, fault);
+                }
+            }
+            if inner.fault.is_some() {
+                return;
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Connection({})", self.name)
+    }
+}

@@ -1,0 +1,244 @@
+//! DMA, interrupts and events with real devices.
+
+use std::time::{Duration, Instant};
+
+use vfio_remap::device::{BufferRequest, Event, Growth, Interrupt, Iova, IovaPlacement};
+use vfio_remap::space::Access;
+use vfio_remap::{Device, Error, ErrorKind, Placement};
+
+use crate::edu_driver::Edu;
+use crate::{lab, leftovers};
+
+#[test]
+fn edu_computes_and_copies_by_intx_and_by_msi() {
+    for interrupt in [Interrupt::Intx, Interrupt::Msi] {
+        leftovers::none_of(|| {
+            let edu = Edu::new(Device::open(lab::address("edu")).unwrap(), interrupt).unwrap();
+            assert_eq!(edu.id().unwrap(), lab::EDU_ID);
+            assert_eq!(edu.liveness(0x1234).unwrap(), !0x1234);
+            assert_eq!(edu.factorial_polled(10).unwrap(), 3_628_800);
+            assert_eq!(edu.factorial(12).unwrap(), 479_001_600);
+            for _ in 0..100 {
+                edu.ring().unwrap();
+            }
+            let pattern: Vec<u8> = (0..4096u32).map(|n| (n * 7 + 3) as u8).collect();
+            edu.buffer.write(0, &pattern);
+            edu.there_and_back(0, 4096, 4096).unwrap();
+            let mut back = vec![0; 4096];
+            edu.buffer.read(4096, &mut back);
+            assert_eq!(back, pattern, "{interrupt:?}");
+            edu.close().unwrap();
+        });
+    }
+}
+
+/// igb's software interrupts (Intel 82576 datasheet, §8.8): each vector fires when its bit of EICS is set.
+struct Igb {
+    device: Device,
+    window: vfio_remap::Window,
+}
+
+impl Igb {
+    fn new() -> Self {
+        let device = lab::open("igb");
+        device.config().unwrap().set_bus_mastering(true).unwrap();
+        let window = lab::map_all(&device, 0);
+        let igb = Self { device, window };
+        igb.write(0x1514, 0xc000_0011);
+        igb.write(0x152c, 0x1ff);
+        igb.write(0x1524, 0x1ff);
+        igb
+    }
+
+    fn write(&self, offset: usize, value: u32) {
+        self.window.register::<u32>(offset).unwrap().write(value);
+    }
+
+    fn fire(&self, vector: u32) {
+        self.write(0x1520, 1 << vector);
+        self.write(0x1524, 0x1ff);
+    }
+
+    fn close(self) {
+        drop(self.window);
+        self.device.close().unwrap();
+    }
+}
+
+#[test]
+fn ten_thousand_msix_interrupts_in_lockstep_lose_none_while_vectors_are_added() {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let igb = Igb::new();
+    let mut vectors = igb.device.vectors(Interrupt::MsiX, 3).unwrap();
+    for round in 0..10_000u32 {
+        if round == 5_000 {
+            let growth = vectors.grow(5).unwrap();
+            let expected = match lab::kernel().as_str() {
+                "5.10" | "6.1" => Growth::Rearmed,
+                _ => Growth::InPlace,
+            };
+            assert_eq!(growth, expected);
+            if growth == Growth::Rearmed {
+                // Each was signalled once, so that nobody misses what fired meanwhile.
+                for vector in 0..5 {
+                    assert_eq!(vectors.take(vector).unwrap(), 1);
+                }
+            }
+        }
+        let vector = (round as usize) % vectors.count();
+        igb.fire(vector as u32);
+        assert_eq!(vectors.wait(vector, PATIENCE).unwrap(), 1, "round {round}, vector {vector}");
+    }
+    // A hole neither fires nor disturbs the others.
+    vectors.set_enabled(1, false).unwrap();
+    igb.fire(2);
+    assert_eq!(vectors.wait(2, PATIENCE).unwrap(), 1);
+    assert_eq!(vectors.take(1).unwrap_err().kind(), ErrorKind::OutOfRange);
+    vectors.set_enabled(1, true).unwrap();
+    igb.fire(1);
+    assert_eq!(vectors.wait(1, PATIENCE).unwrap(), 1);
+    vectors.trigger(3).unwrap();
+    assert_eq!(vectors.wait(3, PATIENCE).unwrap(), 1);
+    drop(vectors);
+    igb.close();
+}
+
+#[test]
+fn interrupts_that_a_device_does_not_have_are_refused_by_count() {
+    let device = lab::open("edu");
+    let refused = |kind, count| device.vectors(kind, count).unwrap_err();
+    for (kind, count, words) in [
+        (Interrupt::MsiX, 1, "has no MsiX"),
+        (Interrupt::Msi, 1000, "the device has"),
+        (Interrupt::Intx, 0, "the device has 1"),
+    ] {
+        let error = refused(kind, count);
+        assert_eq!(error.kind(), ErrorKind::OutOfRange);
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    let _msi = device.vectors(Interrupt::Msi, 1).unwrap();
+    assert!(device.vectors(Interrupt::Intx, 1).is_err(), "another kind is in use");
+    let error = device.close().unwrap_err();
+    assert!(error.to_string().contains("1 vectors of Msi"), "{error}");
+}
+
+#[test]
+fn addresses_for_dma_follow_the_iommu_and_bad_ones_are_refused_by_name() {
+    let device = lab::open("edu");
+    let space = device.dma().unwrap();
+    let limits = space.limits().clone();
+    assert!(limits.ranges.iter().all(|range| !range.contains(&0xfee0_0000)), "{limits:?}");
+    let buffer = |placement| space.buffer_with(BufferRequest::new(4096).placement(placement));
+    let refused = |placement, kind: ErrorKind, words: &str| {
+        let error: Error = leftovers::none_of(|| buffer(placement).map(|_| ()).unwrap_err());
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+    };
+    refused(IovaPlacement::At(Iova(0xfee0_0000)), ErrorKind::OutOfRange, "the IOMMU maps");
+    refused(IovaPlacement::At(Iova(u64::MAX - 0xfff)), ErrorKind::OutOfRange, "the IOMMU maps");
+    refused(IovaPlacement::At(Iova(1)), ErrorKind::Unaligned, "pages of");
+    refused(IovaPlacement::below_bits(8), ErrorKind::OutOfRange, "no free range");
+    let here = buffer(IovaPlacement::At(Iova(0x10_0000))).unwrap();
+    refused(IovaPlacement::At(Iova(0x10_0000)), ErrorKind::AddressTaken, "mapped already");
+    assert_eq!(here.iova(), Iova(0x10_0000));
+    let identity = buffer(IovaPlacement::SameAsAddress).unwrap();
+    assert_eq!(identity.iova().0, identity.as_ptr() as u64);
+    let error = space.buffer(0).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutOfRange);
+    let (first, second) = here.split_at(1024).unwrap();
+    assert_eq!((second.iova(), second.size()), (Iova(0x10_0400), 3072));
+    drop((first, second));
+    assert_eq!(buffer(IovaPlacement::At(Iova(0x10_0000))).unwrap().iova(), Iova(0x10_0000));
+}
+
+#[test]
+fn sixty_thousand_mappings_live_at_once() {
+    let device = lab::open("edu");
+    let space = device.dma().unwrap();
+    let buffer = space.buffer(4096).unwrap();
+    // The same page again and again: what is counted is mappings.
+    let memory = buffer.memory().clone();
+    let mappings: Vec<_> = (0..60_000)
+        .map(|_| space.map(memory.clone(), IovaPlacement::default(), Access::ReadOnly).unwrap())
+        .collect();
+    assert_eq!(space.mappings(), 60_001);
+    drop(mappings);
+    assert_eq!(space.mappings(), 1);
+}
+
+#[test]
+fn a_window_of_another_device_can_be_mapped_for_peer_to_peer() {
+    let (device, peer) = (lab::open("edu"), lab::open("ivshmem64m"));
+    let window = peer.bar(2).unwrap().map(0..0x20_0000, Placement::Anywhere).unwrap();
+    let (copy, _) = window.duplicate(Placement::Anywhere).unwrap();
+    for window in [&window, &copy] {
+        let placement = IovaPlacement::Anywhere { alignment: 1 << 21, limit: u64::MAX };
+        let mapping =
+            device.dma().unwrap().map(window.dma_memory(), placement, Access::ReadWrite).unwrap();
+        assert_eq!(mapping.iova().0 % (1 << 21), 0);
+    }
+    drop((window, copy));
+    device.close().unwrap();
+    peer.close().unwrap();
+}
+
+#[test]
+fn dropping_in_every_order_leaves_nothing() {
+    let mut orders = Vec::new();
+    permute(&mut vec![0, 1, 2, 3], 0, &mut orders);
+    for order in orders {
+        leftovers::none_of(|| {
+            let device = lab::open("edu");
+            let window = lab::map_all(&device, 0);
+            let buffer = device.dma().unwrap().buffer(4096).unwrap();
+            let vectors = device.vectors(Interrupt::Msi, 1).unwrap();
+            let mut parts: [Option<Box<dyn std::any::Any>>; 4] = [
+                Some(Box::new(device)),
+                Some(Box::new(window)),
+                Some(Box::new(buffer)),
+                Some(Box::new(vectors)),
+            ];
+            for part in order {
+                parts[part] = None;
+            }
+        });
+    }
+}
+
+fn permute(items: &mut Vec<usize>, at: usize, orders: &mut Vec<Vec<usize>>) {
+    if at == items.len() {
+        orders.push(items.clone());
+    }
+    for other in at..items.len() {
+        items.swap(at, other);
+        permute(items, at + 1, orders);
+        items.swap(at, other);
+    }
+}
+
+#[test]
+fn an_unbind_asks_for_the_device_and_completes_when_the_driver_lets_go() {
+    let sysfs = lab::sysfs("edu");
+    let path = format!("/sys/bus/pci/devices/{}/driver/unbind", sysfs.address());
+    for _ in 0..20 {
+        let device = lab::open("edu");
+        let window = lab::map_all(&device, 0);
+        let events = device.events().unwrap();
+        assert_eq!(events.poll().unwrap(), None);
+        let start = Instant::now();
+        let unbinding = std::thread::spawn({
+            let (path, address) = (path.clone(), sysfs.address().to_string());
+            move || std::fs::write(path, address).unwrap()
+        });
+        assert_eq!(events.wait(Duration::from_secs(5)).unwrap(), Some(Event::Release));
+        // Until it lets go, the device works.
+        assert_eq!(window.register::<u32>(0).unwrap().read(), lab::EDU_ID);
+        let device = device.close().unwrap_err().into_device();
+        drop((window, events));
+        device.close().unwrap();
+        unbinding.join().unwrap();
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+        assert_eq!(sysfs.driver(), None);
+        sysfs.bind_vfio_pci().unwrap().keep();
+    }
+}
