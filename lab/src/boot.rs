@@ -3,14 +3,13 @@
 use std::fmt;
 use std::fs;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
-use std::process;
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use tempfile::TempDir;
 
+use crate::cache;
 use crate::guest::{self, Payload};
 use crate::kernels::Image;
 use crate::klog::{KernelLog, tail};
@@ -63,7 +62,7 @@ impl Lab {
         label: &str,
     ) -> Result<Outcome> {
         fs::create_dir_all(&self.logs)?;
-        let work = self.work_directory()?;
+        let work = cache::work_directory(&self.logs, "boot-of-")?;
         let initramfs = work.path().join("initramfs");
         let console = work.path().join("console");
         fs::write(&initramfs, guest::initramfs(image, iommu, &self.busybox, payload)?)?;
@@ -100,23 +99,6 @@ impl Lab {
         };
         let output = String::from_utf8_lossy(&output).into_owned();
         Ok(Outcome { ending, log, log_path, output, took })
-    }
-
-    /// A directory for the files of one boot, apart from the logs so that two
-    /// labs can run side by side. What labs that were killed have left is
-    /// cleared away.
-    fn work_directory(&self) -> Result<TempDir> {
-        const PREFIX: &str = "boot-of-";
-        for entry in fs::read_dir(&self.logs)? {
-            let entry = entry?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split('.').next());
-            if owner.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
-                fs::remove_dir_all(entry.path())?;
-            }
-        }
-        let prefix = format!("{PREFIX}{}.", process::id());
-        Ok(tempfile::Builder::new().prefix(&prefix).tempdir_in(&self.logs)?)
     }
 
     /// Passes the payload's output on until QEMU ends; `false` if it did not

@@ -5,8 +5,10 @@ use std::env;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process;
 
 use anyhow::{Context, Result};
+use tempfile::TempDir;
 
 /// In words, for `--help`.
 pub const LOCATION: &str = "$VFIO_REMAP_LAB_CACHE, or else $XDG_CACHE_HOME/vfio-remap-lab, \
@@ -54,6 +56,22 @@ pub fn replace(entry: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<(
     fs::rename(&new, entry).with_context(|| format!("cannot put {} in place", entry.display()))
 }
 
+/// A directory for the files of one task, apart from what is kept so that two
+/// labs can run side by side. What labs that were killed have left is cleared
+/// away.
+pub fn work_directory(parent: &Path, prefix: &str) -> Result<TempDir> {
+    for entry in fs::read_dir(parent)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(prefix).and_then(|rest| rest.split('.').next());
+        if owner.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    let prefix = format!("{prefix}{}.", process::id());
+    Ok(tempfile::Builder::new().prefix(&prefix).tempdir_in(parent)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,5 +91,16 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(fs::read_to_string(entry.join("version")).unwrap(), "2");
         assert_eq!(fs::read_dir(entry.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_killed_labs_have_left_is_cleared_away() {
+        let parent = tempfile::tempdir().unwrap();
+        // Process numbers end at 2^22.
+        let left = parent.path().join("work-of-9999999.abc");
+        fs::create_dir(&left).unwrap();
+        let ours = work_directory(parent.path(), "work-of-").unwrap();
+        let another = work_directory(parent.path(), "work-of-").unwrap();
+        assert!(!left.exists() && ours.path().exists() && another.path().exists());
     }
 }

@@ -10,6 +10,7 @@ use crate::apt::Suite;
 use crate::cache::{self, Store};
 use crate::decompress;
 use crate::modules;
+use crate::patched;
 use crate::ui::{self, Stage};
 
 /// How long `newest` may go without asking the mirror whether it still is.
@@ -30,9 +31,11 @@ enum Source {
         /// Whether the suite goes on to other kernel series.
         moves: bool,
     },
+    /// Built from Debian's newest source: see [`patched`].
+    Patched,
 }
 
-pub const KERNELS: [Kernel; 4] = [
+pub const KERNELS: [Kernel; 5] = [
     Kernel {
         name: "5.10",
         about: "stock Debian 11 (bullseye)",
@@ -51,11 +54,20 @@ pub const KERNELS: [Kernel; 4] = [
     Kernel {
         name: NEWEST,
         about: "the newest of trixie-backports, asked for again every week",
-        source: Source::Debian { suite: "trixie-backports", moves: true },
+        source: Source::Debian { suite: NEWEST_SUITE, moves: true },
+    },
+    Kernel {
+        name: PATCHED,
+        about: "newest, built here with the patches and the configuration of lab/kernel",
+        source: Source::Patched,
     },
 ];
 
 pub const NEWEST: &str = "newest";
+pub const PATCHED: &str = "patched";
+
+/// Where the newest kernel and its source come from.
+pub const NEWEST_SUITE: &str = "trixie-backports";
 
 /// A kernel in the cache, ready to boot.
 pub struct Image {
@@ -99,7 +111,10 @@ impl Kernel {
     /// does not have it (any more).
     pub fn image(&'static self, store: &Store) -> Result<Option<Image>> {
         let directory = store.directory.join("kernels").join(self.name);
-        let Source::Debian { suite, moves } = self.source;
+        let Source::Debian { suite, moves } = self.source else {
+            let built = patched::ensure(store, &directory).context("cannot build kernel patched");
+            return Ok(if built? { Image::cached(self.name, directory) } else { None });
+        };
         let cached = Image::cached(self.name, directory.clone());
         if cached.is_some() && !(moves && is_old(&directory)) {
             return Ok(cached);
@@ -119,7 +134,7 @@ impl Kernel {
 }
 
 /// The age of a cached kernel counts from when its version was last written.
-fn is_old(directory: &Path) -> bool {
+pub fn is_old(directory: &Path) -> bool {
     fs::metadata(directory.join("version"))
         .and_then(|version| version.modified())
         .is_ok_and(|checked| SystemTime::now().duration_since(checked).is_ok_and(|age| age > FRESH))
@@ -216,6 +231,6 @@ mod tests {
     fn an_unknown_kernel_is_answered_with_the_known_ones() {
         assert!(by_name("6.12").is_ok());
         let Err(error) = by_name("6.6") else { panic!("6.6 is no kernel of the lab") };
-        assert!(error.contains("5.10, 6.1, 6.12, newest"), "{error}");
+        assert!(error.contains("5.10, 6.1, 6.12, newest, patched"), "{error}");
     }
 }

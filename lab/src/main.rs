@@ -1,10 +1,10 @@
 //! `cargo lab`: boots real kernels with real VFIO in QEMU and runs the
 //! crate's tests, examples and benchmarks there.
 //!
-//! From the top: [`mod@test`] and this file are the commands, [`boot`] is one boot
-//! of one kernel; [`kernels`], [`busybox`], [`payload`] and [`guest`] make what
-//! is booted, [`machine`] what it is booted on; [`klog`], [`libtest`] and
-//! [`report`] judge what came of it.
+//! From the top: [`mod@test`], [`hazard`], [`matrix`] and this file are the
+//! commands, [`boot`] is one boot of one kernel; [`kernels`], [`patched`],
+//! [`busybox`], [`payload`] and [`guest`] make what is booted, [`machine`] what
+//! it is booted on; [`klog`], [`libtest`] and [`report`] judge what came of it.
 
 #![forbid(unsafe_code)]
 
@@ -16,12 +16,15 @@ mod command;
 mod cpio;
 mod decompress;
 mod guest;
+mod hazard;
 mod host;
 mod kernels;
 mod klog;
 mod libtest;
 mod machine;
+mod matrix;
 mod modules;
+mod patched;
 mod payload;
 mod qemu;
 mod report;
@@ -33,16 +36,17 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use clap::{Args, Parser, Subcommand};
 
 use boot::{Ending, Lab};
 use cache::Store;
 use guest::Payload;
+use hazard::Hazard;
 use kernels::{KERNELS, Kernel, NEWEST};
 
-/// Boots stock kernels with VFIO and an IOMMU in QEMU, and runs vfio-remap's
-/// tests, examples and benchmarks in them.
+/// Boots stock kernels and a patched one with VFIO and an IOMMU in QEMU, and
+/// runs vfio-remap's tests, examples and benchmarks in them.
 #[derive(Parser)]
 #[command(bin_name = "cargo lab", after_help = after_help())]
 struct Cli {
@@ -56,8 +60,9 @@ enum Task {
     /// VFIO, in each kernel.
     ///
     /// Those with `without_iommu` in their names run in one more boot of the
-    /// newest kernel, on a machine without an IOMMU. Fails if a test fails, or
-    /// if a kernel complains in its log while the tests run.
+    /// newest kernel, on a machine without an IOMMU; what the patches of the
+    /// patched kernel promise is tested in one more boot of that. Fails if a
+    /// test fails, or if a kernel complains in its log while the tests run.
     Test {
         /// Only the guest tests, in this kernel; may be given several times.
         #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::by_name)]
@@ -82,6 +87,27 @@ enum Task {
         /// device's PCI address.
         #[arg(last = true, required = true, value_names = ["EXAMPLE", "ARGS"])]
         command: Vec<String>,
+    },
+    /// Show what a kernel does wrong: run the reproducer of a hazard, and print
+    /// what it saw and what the kernel logged. Without a name, list them all.
+    ///
+    /// Fails if the hazard does not show itself.
+    Hazard {
+        /// The hazard.
+        #[arg(value_parser = hazard::by_name)]
+        name: Option<&'static Hazard>,
+        /// The kernel to show it on; the last of those that are listed with
+        /// it, if none is named.
+        #[arg(long, value_name = "NAME", value_parser = kernels::by_name, requires = "name")]
+        kernel: Option<&'static Kernel>,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Find out which way each verb takes on each kernel, and write it down in
+    /// docs/kernel-matrix.md.
+    Matrix {
+        #[command(flatten)]
+        common: Common,
     },
     /// Run a benchmark in a guest.
     Bench {
@@ -120,12 +146,13 @@ fn after_help() -> String {
   cargo lab test
   cargo lab test --kernel 6.12 -- relocate
   cargo lab run --kernel 5.10 -- tour @ivshmem64m
+  cargo lab hazard gib_entry_corruption --kernel 6.12
 
 A program in a guest runs as root. It finds the devices' addresses in
 LAB_DEVICES (\"nvme=0000:00:03.0 e1000e=...\"), the kernel's name in LAB_KERNEL,
 and in LAB_IOMMU whether there is an IOMMU: 1 or 0.
 
-Kernels are fetched once and kept in {}.
+Kernels are fetched or built once and kept in {}.
 Kernel logs and outputs of the last boots are in target/lab/logs.",
         cache::LOCATION
     );
@@ -163,6 +190,22 @@ fn perform(task: Task) -> Result<ExitCode> {
                 .collect::<Result<Vec<_>>>()?;
             run(kernel, common, &payload::example(name)?, &arguments, name)
         }
+        Task::Hazard { name: None, .. } => {
+            print!("{}", hazard::list());
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Hazard { name: Some(hazard), kernel, common } => {
+            let (lab, store) = ready(common)?;
+            let last = hazard.kernels.last().context("a hazard concerns some kernel")?;
+            let kernel = kernel.map_or_else(|| kernels::by_name(last), Ok);
+            let shown = hazard::show(&lab, &store, hazard, kernel.map_err(Error::msg)?)?;
+            Ok(if shown { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Matrix { common } => {
+            let (lab, store) = ready(common)?;
+            matrix::write(&lab, &store)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Task::Bench { name, kernel, common } => {
             let program = payload::benchmark(&name)?;
             run(kernel, common, &program, &["--bench".to_owned()], &name)
@@ -173,10 +216,10 @@ fn perform(task: Task) -> Result<ExitCode> {
 /// Readies what all boots have in common.
 fn ready(common: Common) -> Result<(Lab, Store)> {
     let store = Store::open(common.mirror)?;
-    tools::ensure(&store)?;
+    tools::ensure_for_booting(&store)?;
     let lab = Lab {
         busybox: busybox::path(&store)?,
-        logs: payload::target_directory().join("logs"),
+        logs: payload::logs(),
         timeout: Duration::from_secs(common.timeout * 60),
     };
     Ok((lab, store))

@@ -25,6 +25,11 @@ pub fn target_directory() -> PathBuf {
     workspace().join("target/lab")
 }
 
+/// Where the logs of the last boots and builds are.
+pub fn logs() -> PathBuf {
+    target_directory().join("logs")
+}
+
 /// The cargo that runs this lab, in the workspace.
 pub fn cargo() -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -35,6 +40,11 @@ pub fn cargo() -> Command {
 /// The tests that need a guest.
 pub fn guest_tests() -> Result<PathBuf> {
     build("guest", &["test", "--no-run", "--test", "guest", "--profile", "lab"])
+}
+
+/// What kernels do wrong, and what the lab's patches promise.
+pub fn hazards() -> Result<PathBuf> {
+    build("hazards", &["test", "--no-run", "--test", "hazards", "--profile", "lab"])
 }
 
 pub fn example(name: &str) -> Result<PathBuf> {

@@ -9,7 +9,7 @@ use crate::boot::Lab;
 use crate::cache::Store;
 use crate::command;
 use crate::guest::Payload;
-use crate::kernels::{KERNELS, Kernel, NEWEST};
+use crate::kernels::{KERNELS, Kernel, NEWEST, PATCHED};
 use crate::payload;
 use crate::report::{self, Row};
 use crate::ui;
@@ -18,8 +18,12 @@ use crate::ui;
 /// want one with.
 const WITHOUT_IOMMU: &str = "without_iommu";
 
-/// Boots each kernel with the guest tests, and `newest` once more without an
-/// IOMMU. Whether all that the mirror still has passed.
+/// Where `tests/hazards` says what the lab's kernel patches promise.
+const SERIES: &str = "series::";
+
+/// Boots each kernel with the guest tests, `newest` once more without an
+/// IOMMU, and `patched` once more with the tests of its patches. Whether all
+/// that the mirror still has passed.
 pub fn guest(
     lab: &Lab,
     store: &Store,
@@ -27,10 +31,12 @@ pub fn guest(
     libtest: &[String],
 ) -> Result<bool> {
     let program = payload::guest_tests()?;
+    // All before the first boot: what is missing for one is then known early.
+    let images = kernels.iter().map(|kernel| kernel.image(store)).collect::<Result<Vec<_>>>()?;
     let with_iommu = arguments(["--test-threads=1", "--skip", WITHOUT_IOMMU], libtest);
     let mut rows = Vec::new();
-    for kernel in kernels {
-        let Some(image) = kernel.image(store)? else {
+    for (kernel, image) in kernels.iter().zip(images) {
+        let Some(image) = image else {
             let reason =
                 "the mirror does not have it any more, and neither does the cache".to_owned();
             rows.push(Row {
@@ -39,19 +45,24 @@ pub fn guest(
             });
             continue;
         };
-        let mut boot = |iommu: bool, arguments: &[String], label: String| -> Result<()> {
-            let payload = Payload { program: &program, arguments };
-            let outcome = lab.boot(&image, iommu, &payload, &label)?;
+        let mut boot = |iommu, program: &Path, arguments: &[String], label| -> Result<()> {
+            let payload = Payload { program, arguments };
+            let outcome = lab.boot(&image, iommu, &payload, label)?;
             let result = report::Result::Ran { version: image.version.clone(), outcome };
-            rows.push(Row { label, result });
+            rows.push(Row { label: label.to_owned(), result });
             Ok(())
         };
-        boot(true, &with_iommu, kernel.name.to_owned())?;
+        boot(true, &program, &with_iommu, kernel.name)?;
         if kernel.name == NEWEST {
-            let names = tests_without_iommu(&program, libtest)?;
-            let arguments = arguments(["--test-threads=1", "--exact"], libtest);
-            if !names.is_empty() {
-                boot(false, &[names, arguments].concat(), format!("{NEWEST}-without-iommu"))?;
+            let some = only(&program, libtest, |name| name.contains(WITHOUT_IOMMU))?;
+            if let Some(arguments) = some {
+                boot(false, &program, &arguments, "newest-without-iommu")?;
+            }
+        }
+        if kernel.name == PATCHED {
+            let hazards = payload::hazards()?;
+            if let Some(arguments) = only(&hazards, libtest, |name| name.starts_with(SERIES))? {
+                boot(true, &hazards, &arguments, "patched-series")?;
             }
         }
     }
@@ -64,18 +75,24 @@ pub fn guest(
     Ok(passed)
 }
 
-/// The tests that want a machine without an IOMMU, of those that the user's
-/// arguments select. libtest runs what matches any of its filters, so it
-/// cannot itself be told both.
-fn tests_without_iommu(program: &Path, libtest: &[String]) -> Result<Vec<String>> {
+/// The arguments that make libtest run, of the tests that the user's arguments
+/// select, those that are `wanted`; `None` if there are none. libtest runs what
+/// matches any of its filters, so it cannot itself be told both.
+fn only(
+    program: &Path,
+    libtest: &[String],
+    wanted: fn(&str) -> bool,
+) -> Result<Option<Vec<String>>> {
     let mut list = Command::new(program);
     list.args(["--list", "--format", "terse"]).args(libtest);
-    Ok(command::output(&mut list)?
+    let names: Vec<_> = command::output(&mut list)?
         .lines()
         .filter_map(|line| line.strip_suffix(": test"))
-        .filter(|name| name.contains(WITHOUT_IOMMU))
+        .filter(|name| wanted(name))
         .map(str::to_owned)
-        .collect())
+        .collect();
+    let arguments = arguments(["--test-threads=1", "--exact"], libtest);
+    Ok((!names.is_empty()).then(|| [names, arguments].concat()))
 }
 
 fn arguments<const N: usize>(ours: [&str; N], theirs: &[String]) -> Vec<String> {

@@ -1,6 +1,7 @@
 //! The programs that the lab needs, and installing them.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -16,7 +17,16 @@ const OLDEST_QEMU: u32 = 8;
 
 /// Makes sure that all that a boot needs is there: installs it, or says what
 /// to do.
-pub fn ensure(store: &Store) -> Result<()> {
+pub fn ensure_for_booting(store: &Store) -> Result<()> {
+    ensure(store, missing_for_booting)
+}
+
+/// The same for building a kernel.
+pub fn ensure_for_building(store: &Store) -> Result<()> {
+    ensure(store, missing_for_building)
+}
+
+fn ensure(store: &Store, missing_packages: fn() -> Vec<&'static str>) -> Result<()> {
     for (program, package) in [("dpkg-deb", "dpkg"), ("setpriv", "util-linux")] {
         if !runs(program) {
             bail!("{program} is missing: the lab needs a Debian with the package {package}");
@@ -51,17 +61,31 @@ pub fn ensure(store: &Store) -> Result<()> {
     }
 }
 
-fn missing_packages() -> Vec<&'static str> {
-    let mut missing = Vec::new();
-    for (program, package) in [("xz", "xz-utils"), ("zstd", "zstd")] {
-        if !runs(program) {
-            missing.push(package);
-        }
-    }
+fn missing_for_booting() -> Vec<&'static str> {
+    let mut missing = missing_programs(&[("xz", "xz-utils"), ("zstd", "zstd")]);
     if qemu_major().is_none_or(|major| major < OLDEST_QEMU) {
         missing.push("qemu-system-x86");
     }
     missing
+}
+
+fn missing_for_building() -> Vec<&'static str> {
+    let programs = ["bc", "bison", "flex", "gcc", "make", "patch", "perl", "tar"];
+    let mut missing = missing_programs(&programs.map(|program| (program, program)));
+    missing.extend(missing_programs(&[("xz", "xz-utils")]));
+    for (header, package) in [("gelf.h", "libelf-dev"), ("stdio.h", "libc6-dev")] {
+        if !Path::new("/usr/include").join(header).exists() {
+            missing.push(package);
+        }
+    }
+    missing
+}
+
+/// Of programs and the packages that they are in, the packages whose program
+/// is not there.
+fn missing_programs(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
+    let missing = programs.iter().filter(|(program, _)| !runs(program));
+    missing.map(|&(_, package)| package).collect()
 }
 
 fn runs(program: &str) -> bool {

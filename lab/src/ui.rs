@@ -24,7 +24,10 @@ pub fn error(what: &str) {
 /// still elsewhere.
 pub struct Stage {
     bar: ProgressBar,
+    verb: &'static str,
     started: Instant,
+    /// When a line was last written that stands still.
+    told: Instant,
 }
 
 impl Stage {
@@ -38,7 +41,8 @@ impl Stage {
         bar.set_prefix(verb);
         bar.set_message(what.to_owned());
         bar.enable_steady_tick(Duration::from_millis(100));
-        Self { bar, started: Instant::now() }
+        let now = Instant::now();
+        Self { bar, verb, started: now, told: now }
     }
 
     /// Replaces the moving line by one that stays.
@@ -46,6 +50,17 @@ impl Stage {
         self.bar.finish_and_clear();
         let seconds = self.started.elapsed().as_secs_f32();
         status(verb, &format!("{what} in {seconds:.1} s"));
+    }
+
+    /// Says how far it has come; where the line does not move, now and then.
+    pub fn progress(&mut self, what: &str) {
+        const PATIENCE: Duration = Duration::from_secs(60);
+        if !self.bar.is_hidden() {
+            self.bar.set_message(what.to_owned());
+        } else if self.told.elapsed() > PATIENCE {
+            self.told = Instant::now();
+            status(self.verb, what);
+        }
     }
 
     /// Clears the way for other output.

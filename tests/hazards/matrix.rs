@@ -12,7 +12,11 @@ use vfio_remap::{Device, Placement, Report, Strategy, Window};
 use crate::device::address;
 use crate::raw::{PAGE, peek};
 
-const RUNS: usize = 9;
+/// Of each way, for windows that are not large.
+const RUNS: usize = 31;
+
+/// For large ones, which take long to fill on old kernels.
+const LARGE_RUNS: usize = 9;
 
 /// Above this size a word in every 2 MiB is touched, not one in every page.
 const LARGE: usize = 64 << 20;
@@ -72,7 +76,8 @@ fn row(
     verb: fn(Window, &'static [Strategy]) -> Run,
 ) {
     let (mut ladder, mut again) = (Vec::new(), Vec::new());
-    for _ in 0..RUNS {
+    let runs = if window().size() > LARGE { LARGE_RUNS } else { RUNS };
+    for _ in 0..runs {
         ladder.push(verb(window(), Strategy::LADDER));
         again.push(verb(window(), &[Strategy::MapAgain]));
     }

@@ -1,0 +1,264 @@
+//! The lab's own kernel: the newest source that Debian has, with the patches
+//! and the configuration of `lab/kernel`, built once.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::apt::Suite;
+use crate::cache::{self, Store};
+use crate::command;
+use crate::kernels::{self, NEWEST_SUITE};
+use crate::klog::tail;
+use crate::payload;
+use crate::tools;
+use crate::ui::{self, Stage};
+
+/// Depends on the package with the newest source.
+const METAPACKAGE: &str = "linux-source";
+
+/// Lines of a failed build that are shown.
+const TAIL: usize = 30;
+
+/// `lab/kernel`.
+struct Series {
+    config: String,
+    /// Name and content, in the order in which they apply.
+    patches: Vec<(String, String)>,
+    /// The version of the source package that the patches were made for.
+    made_for: String,
+}
+
+impl Series {
+    fn read() -> Result<Self> {
+        let directory = payload::workspace().join("lab/kernel");
+        let read = |path: &Path| {
+            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+        };
+        let mut patches = Vec::new();
+        for entry in fs::read_dir(&directory)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "patch") {
+                let name = path.file_name().context("an entry has a name")?.to_string_lossy();
+                patches.push((name.into_owned(), read(&path)?));
+            }
+        }
+        patches.sort();
+        let made_for = read(&directory.join("made-for"))?.trim().to_owned();
+        Ok(Self { config: read(&directory.join("config"))?, patches, made_for })
+    }
+
+    /// What the cache keeps beside a kernel to know again what it is made of:
+    /// all of it, since it is short.
+    fn text(&self) -> String {
+        let patches = self.patches.iter().map(|(_, patch)| patch.as_str());
+        patches.chain([self.config.as_str()]).collect()
+    }
+}
+
+/// Makes sure that `directory` holds the kernel of this series: builds it
+/// where what is there is made of something else, or of an older source.
+/// `false` if the mirror has no source and no kernel was built before.
+pub fn ensure(store: &Store, directory: &Path) -> Result<bool> {
+    let series = Series::read()?;
+    let built_from = |what, is: &str| {
+        fs::read_to_string(directory.join(what)).is_ok_and(|built_from| built_from == is)
+    };
+    let current = built_from("series", &series.text());
+    if current && !kernels::is_old(directory) {
+        return Ok(true);
+    }
+    let source = match Source::find(store) {
+        Ok(Some(source)) => source,
+        Ok(None) => return Ok(current),
+        Err(error) if current => {
+            ui::warning(&format!("cannot ask whether there is a newer source: {error:#}"));
+            return Ok(true);
+        }
+        Err(error) => return Err(error),
+    };
+    if current && built_from("version", &source.version) {
+        // Written again to count as checked today.
+        fs::write(directory.join("version"), source.version)?;
+        return Ok(true);
+    }
+    tools::ensure_for_building(store)?;
+    build(&series, &source, store, directory)?;
+    Ok(true)
+}
+
+/// The newest source that the mirror has.
+struct Source {
+    suite: Suite,
+    package: String,
+    version: String,
+}
+
+impl Source {
+    fn find(store: &Store) -> Result<Option<Self>> {
+        let Some(suite) = Suite::open(NEWEST_SUITE, store)? else {
+            return Ok(None);
+        };
+        let Some(metapackage) = suite.show(METAPACKAGE)? else {
+            return Ok(None);
+        };
+        let version = metapackage.version().context("a package has a version")?.to_owned();
+        let package = metapackage
+            .depends()
+            .first()
+            .with_context(|| format!("{METAPACKAGE} stands for a package"))?
+            .to_string();
+        Ok(Some(Self { suite, package, version }))
+    }
+
+    /// Fetches and unpacks it; its directory.
+    fn unpack(&self, into: &Path) -> Result<PathBuf> {
+        self.suite.unpack(std::slice::from_ref(&self.package), into)?;
+        let archive = into.join("usr/src").join(format!("{}.tar.xz", self.package));
+        command::output(Command::new("tar").arg("-xJf").arg(&archive).arg("-C").arg(into))?;
+        fs::remove_file(archive)?;
+        Ok(into.join(&self.package))
+    }
+}
+
+fn build(series: &Series, source: &Source, store: &Store, directory: &Path) -> Result<()> {
+    let Source { package, version, .. } = source;
+    let stage = Stage::new("Fetching", &format!("{package} {version}"));
+    let work = cache::work_directory(&store.directory, "build-of-")?;
+    let tree = source.unpack(work.path())?;
+    stage.done("Fetched", package);
+
+    let what = format!("linux {version}, patched");
+    let mut stage = Stage::new("Building", &what);
+    for (name, patch) in &series.patches {
+        apply(&tree, name, patch).with_context(|| {
+            format!(
+                "lab/kernel/{name} does not apply to {package} {version}; it was made for {}: \
+                 bring it up to date, and lab/kernel/made-for with it",
+                series.made_for
+            )
+        })?;
+    }
+    configure(&tree, &series.config)?;
+    compile(&tree, &mut stage)?;
+    cache::replace(directory, |new| {
+        fs::copy(tree.join("vmlinux"), new.join("vmlinux"))?;
+        // All is built in.
+        fs::create_dir(new.join("modules"))?;
+        fs::write(new.join("series"), series.text())?;
+        Ok(fs::write(new.join("version"), version)?)
+    })?;
+    stage.done("Built", &what);
+    Ok(())
+}
+
+/// Applies a patch whole or fails. Lines may have moved, but what is around
+/// them may not have changed.
+fn apply(tree: &Path, name: &str, patch: &str) -> Result<()> {
+    let file = tree.join(name);
+    fs::write(&file, patch)?;
+    let applied = command::unchecked(
+        Command::new("patch")
+            .args(["--strip=1", "--fuzz=0", "--forward", "--batch", "--input"])
+            .arg(name)
+            .current_dir(tree),
+    )?;
+    ensure!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stdout).trim_end());
+    Ok(())
+}
+
+/// The kernel's smallest configuration with ours on top, all of which must be
+/// there in the end: an option that has lost what it depends on just vanishes.
+fn configure(tree: &Path, config: &str) -> Result<()> {
+    fs::write(tree.join("kernel/configs/lab.config"), config)?;
+    command::output(make(tree).args(["tinyconfig", "lab.config"]))?;
+    let result = fs::read_to_string(tree.join(".config"))?;
+    let lost = lost(config, &result);
+    ensure!(
+        lost.is_empty(),
+        "this kernel does not take these lines of lab/kernel/config, whose names or dependencies \
+         have changed: {}",
+        lost.join(", ")
+    );
+    Ok(())
+}
+
+/// The settings that a configuration does not have.
+fn lost<'a>(wanted: &'a str, result: &str) -> Vec<&'a str> {
+    wanted
+        .lines()
+        .filter(|line| line.starts_with("CONFIG_"))
+        .filter(|wanted| !result.lines().any(|line| line == *wanted))
+        .collect()
+}
+
+fn compile(tree: &Path, stage: &mut Stage) -> Result<()> {
+    fs::create_dir_all(payload::logs())?;
+    let log = payload::logs().join("patched-build.log");
+    let jobs = thread::available_parallelism().map_or(1, usize::from);
+    let mut child = make(tree)
+        .args([&format!("-j{jobs}"), "vmlinux"])
+        .stdout(Stdio::piped())
+        .stderr(File::create(&log)?)
+        .spawn()
+        .context("cannot run make")?;
+    let stdout = child.stdout.take().context("standard output is a pipe")?;
+    // Each line is a file that is being made.
+    for (count, line) in BufReader::new(stdout).lines().enumerate() {
+        let line = line?;
+        let file = line.split_whitespace().next_back().unwrap_or_default();
+        stage.progress(&format!("the patched kernel, file {}: {file}", count + 1));
+    }
+    if !child.wait()?.success() {
+        let said = fs::read_to_string(&log).unwrap_or_default();
+        bail!("the kernel does not compile; {} ends with\n{}", log.display(), tail(&said, TAIL));
+    }
+    Ok(())
+}
+
+/// make, which ends with the lab (see [`crate::qemu::command`]) and tells nobody
+/// who has built the kernel and where.
+fn make(tree: &Path) -> Command {
+    let mut make = Command::new("setpriv");
+    make.current_dir(tree)
+        .args(["--pdeathsig", "TERM", "make"])
+        .args(["KBUILD_BUILD_USER=lab", "KBUILD_BUILD_HOST=lab"])
+        .env("LC_ALL", "C")
+        .env_remove("MAKEFLAGS")
+        .stdin(Stdio::null());
+    make
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_series_is_known_by_all_that_it_is_made_of() {
+        let series = Series::read().unwrap();
+        assert!(series.patches.len() >= 2 && series.patches.is_sorted());
+        assert!(series.patches.iter().all(|(_, patch)| series.text().contains(patch)));
+        assert!(series.text().ends_with(&series.config));
+    }
+
+    #[test]
+    fn a_patch_applies_whole_or_is_an_error() {
+        let tree = tempfile::tempdir().unwrap();
+        fs::write(tree.path().join("file"), "one\ntwo\n").unwrap();
+        let patch = "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-two\n+three\n";
+        apply(tree.path(), "0001.patch", patch).unwrap();
+        assert_eq!(fs::read_to_string(tree.path().join("file")).unwrap(), "one\nthree\n");
+        assert!(apply(tree.path(), "0001.patch", patch).is_err());
+    }
+
+    #[test]
+    fn settings_that_the_kernel_drops_are_named() {
+        let wanted = "# Memory\nCONFIG_SHMEM=y\nCONFIG_UDMABUF=y\n";
+        assert_eq!(lost(wanted, "CONFIG_SHMEM=y\n"), ["CONFIG_UDMABUF=y"]);
+        assert!(lost(wanted, "CONFIG_UDMABUF=y\nCONFIG_SHMEM=y\n").is_empty());
+    }
+}
