@@ -1,29 +1,28 @@
 //! The main job as a story: map a BAR, duplicate the window, relocate it, and say each time which way
 //! was taken and why.
 //!
-//! Without `--device` it runs on a small device in this process whose one BAR is a memfd.
+//! Without `--device` it runs on an emulated device, QEMU's edu, in a process of its own.
+
+mod common;
 
 use std::cmp::Reverse;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::{Value, json};
 use vfio_remap::space::{Attempt, KernelVersion, Outcome, Request};
-use vfio_remap::transport::MemoryDevice;
-use vfio_remap::{
-    Bar, Device, PciAddress, Placement, Report, Reservation, Result, Strategy, Window,
-};
+use vfio_remap::{Bar, Device, Placement, Register, Report, Reservation, Result, Strategy, Window};
 
 /// Maps a BAR, duplicates and relocates the window, and says which way each took and why.
 #[derive(Parser)]
 struct Options {
-    /// PCI address of a device bound to vfio-pci, such as 0000:00:03.0; a memory device otherwise
-    #[arg(long, value_name = "PCI-ADDRESS")]
-    device: Option<PciAddress>,
+    /// emulated:edu, vfio-user:PATH of a server's socket, or the PCI address of a device bound to
+    /// vfio-pci, such as 0000:00:03.0
+    #[arg(long, value_name = "DEVICE", default_value = "emulated:edu")]
+    device: String,
     /// The BAR to map [default: the largest that can be mapped]
     #[arg(long, value_name = "N")]
     bar: Option<u32>,
@@ -58,12 +57,17 @@ struct Cost {
 /// A register that is safe to write on a device that nobody drives, and what it then reads.
 struct Scratch {
     offset: usize,
+    /// Where the answer is read; an emulated device takes a moment for it.
+    answer_at: usize,
     what: &'static str,
     values: [u32; 2],
     answer: fn(u32) -> u32,
 }
 
 fn main() -> ExitCode {
+    if let Some(served) = common::served() {
+        return served.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     match tour(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -75,13 +79,13 @@ fn main() -> ExitCode {
 
 fn tour(options: &Options) -> Result<()> {
     let mut story = Story { json: options.json, steps: Vec::new() };
-    let device = open(options.device)?;
+    let common::Opened { device, process } = common::open(&options.device)?;
     story.say(format!("{} on Linux {}", device.name(), KernelVersion::running()));
     let regions: Vec<Value> = device.bars().map(|bar| story.region(&bar)).collect();
     {
         let bar = choose(&device, options.bar)?;
         // The largest part that is one span: all of most BARs, or what MSI-X leaves of them.
-        let part = bar.layout().mappable().max_by_key(|part| part.end - part.start);
+        let part = bar.layout().mappable().min_by_key(|part| Reverse(part.end - part.start));
         let part = part.unwrap_or(0..bar.size());
         let (window, cost) = measured(|| bar.map(part.clone(), Placement::Anywhere))?;
         story.map(&bar, &window, &cost);
@@ -91,6 +95,7 @@ fn tour(options: &Options) -> Result<()> {
     }
     let name = device.name().to_owned();
     device.close()?;
+    drop(process);
     story.say("Closed: nothing held the device any more.");
     if options.json {
         let kernel = KernelVersion::running().to_string();
@@ -100,15 +105,6 @@ fn tour(options: &Options) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn open(address: Option<PciAddress>) -> Result<Device> {
-    let Some(address) = address else {
-        return Ok(Device::new(Arc::new(MemoryDevice::new(16 << 20)?)));
-    };
-    let device = Device::open(address)?;
-    device.config()?.set_memory_decoding(true)?;
-    Ok(device)
 }
 
 fn choose(device: &Device, index: Option<u32>) -> Result<Bar<'_>> {
@@ -137,17 +133,32 @@ fn duplicate(
     let ((copy, report), cost) = measured(|| window.duplicate(request(Placement::Anywhere, pin)))?;
     story.verb("duplicate", &report, &cost);
     match scratch {
-        Some(Scratch { offset, what, values, answer }) => {
-            let (one, other) = (window.register::<u32>(*offset)?, copy.register::<u32>(*offset)?);
+        Some(Scratch { offset, answer_at, what, values, answer }) => {
+            let (one, other) =
+                (window.register::<u32>(*offset)?, copy.register::<u32>(*answer_at)?);
             for &value in values {
                 one.write(value);
-                let read = other.read();
-                story.proof(format!("wrote {value:#x} to {what} through the first, read {read:#x} through the second"), read == answer(value))?;
+                let read = patiently(&other, answer(value));
+                story.proof(
+                    format!("wrote {value:#x} to {what} through the first, read {read:#x} through the second"),
+                    read == answer(value),
+                )?;
             }
         }
         None => same(story, window, &copy)?,
     }
     Ok(Some(copy))
+}
+
+/// Reads a register until it answers as it should, for up to a second.
+fn patiently(register: &Register<u32>, expected: u32) -> u32 {
+    let end = Instant::now() + Duration::from_secs(1);
+    loop {
+        let read = register.read();
+        if read == expected || Instant::now() > end {
+            return read;
+        }
+    }
 }
 
 /// Reads only, on a device whose registers we do not know.
@@ -195,19 +206,28 @@ fn request(placement: Placement, pin: Option<Pin>) -> Request {
 
 /// Registers that keep what is written to them, of devices that the lab has.
 fn scratch(device: &Device, bar: &Bar<'_>, window: &Window) -> Option<Scratch> {
-    let keeps = |offset, what, values| Scratch { offset, what, values, answer: |value| value };
-    let config = match device.config() {
-        Ok(config) => config,
-        Err(_) => return Some(keeps(0x10, "a word of memory", [0xcafe_f00d, 7])),
+    let keeps = |offset, what, values| Scratch {
+        offset,
+        answer_at: offset,
+        what,
+        values,
+        answer: |value| value,
     };
+    let inverts = |offset, answer_at, what| Scratch {
+        offset,
+        answer_at,
+        what,
+        values: [0x1234_5678, 0],
+        answer: |value| !value,
+    };
+    let config = device.config().ok()?;
     let start = window.region_range().start as usize;
     let scratch = match (config.vendor().ok()?, config.device().ok()?, bar.index()) {
-        (0x1234, 0x11e8, 0) => Scratch {
-            offset: 4,
-            what: "edu's liveness register, which inverts,",
-            values: [0x1234_5678, 0],
-            answer: |value| !value,
-        },
+        // Ours maps a mailbox; QEMU's maps the registers themselves.
+        (0x1234, 0x11e8, 0) if start == 0x1_0000 => {
+            inverts(0x1_0004, 0x1_0008, "edu's liveness mailbox, which inverts,")
+        }
+        (0x1234, 0x11e8, 0) => inverts(4, 4, "edu's liveness register, which inverts,"),
         (0x1af4, 0x1110, 2) => keeps(0x100, "a word of shared memory", [0xcafe_f00d, 7]),
         (0x8086, 0x10d3, 0) => keeps(0x38, "VET", [0x88a8, 0x8100]),
         _ if config.read_u32(8).ok()? >> 8 == 0x01_0802 && bar.index() == 0 => {
@@ -219,7 +239,11 @@ fn scratch(device: &Device, bar: &Bar<'_>, window: &Window) -> Option<Scratch> {
         }
         _ => return None,
     };
-    (scratch.offset >= start).then(|| Scratch { offset: scratch.offset - start, ..scratch })
+    Some(Scratch {
+        offset: scratch.offset.checked_sub(start)?,
+        answer_at: scratch.answer_at.checked_sub(start)?,
+        ..scratch
+    })
 }
 
 fn measured<T, E>(

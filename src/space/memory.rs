@@ -5,6 +5,12 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use nix::errno::Errno;
+use vfio_ioctls::VfioContainer;
+
+use crate::sys::mm::Access;
+use crate::sys::{iommufd, vfio_dma};
+
 /// Memory that a device may read and write at any time: mapped in this process, and known not to be
 /// what Rust takes for its own.
 ///
@@ -47,6 +53,33 @@ impl DmaMemory {
     /// The file whose pages it is, and the offset of its first byte there, in bytes.
     pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
         self.file.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
+    }
+}
+
+/// How an IOMMU is told of memory.
+impl DmaMemory {
+    /// Maps it in a type 1 container.
+    pub(crate) fn map_in_container(
+        &self,
+        container: &VfioContainer,
+        iova: u64,
+        access: Access,
+    ) -> Result<(), Errno> {
+        // SAFETY: nothing makes a reference to the contents, by the contract of `new`; the pages are
+        // pinned while they are mapped.
+        unsafe { vfio_dma::map(container, iova, self.address, self.size, access) }
+    }
+
+    /// Maps it in an I/O address space of iommufd.
+    pub(crate) fn map_in_ioas(
+        &self,
+        iommufd: BorrowedFd<'_>,
+        ioas: u32,
+        iova: u64,
+        access: Access,
+    ) -> Result<(), Errno> {
+        // SAFETY: as above.
+        unsafe { iommufd::map(iommufd, ioas, iova, self.address, self.size, access) }
     }
 }
 

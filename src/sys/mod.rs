@@ -6,6 +6,7 @@
 pub(crate) mod file;
 pub(crate) mod fork;
 pub(crate) mod hazard;
+pub(crate) mod iommufd;
 pub(crate) mod kernel;
 pub(crate) mod maps;
 pub(crate) mod mm;

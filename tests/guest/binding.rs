@@ -54,7 +54,7 @@ fn a_viable_group_opens_once_the_neighbour_is_bound() {
         let binding = neighbour.bind_vfio_pci().unwrap();
         // A group can be open once, and both devices of it are open at a time.
         let both = ["crowded", "neighbour"].map(|name| Device::open(lab::address(name)).unwrap());
-        both.map(|device| device.close().unwrap());
+        both.into_iter().for_each(|device| device.close().unwrap());
         binding.restore().unwrap();
         assert_eq!(neighbour.driver().as_deref(), Some("serial"));
     });

@@ -1,9 +1,11 @@
 //! DMA, interrupts and events with real devices.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_remap::device::{BufferRequest, Event, Growth, Interrupt, Iova, IovaPlacement};
 use vfio_remap::space::Access;
+use vfio_remap::transport::Vfio;
 use vfio_remap::{Device, Error, ErrorKind, Placement};
 
 use crate::edu_driver::Edu;
@@ -166,20 +168,65 @@ fn sixty_thousand_mappings_live_at_once() {
     assert_eq!(space.mappings(), 1);
 }
 
+/// Opens a device by its group, although the kernel may offer a file of its own.
+fn by_group(name: &str) -> Device {
+    let device = Device::new(Arc::new(Vfio::open_by_group(lab::address(name)).unwrap()));
+    device.config().unwrap().set_memory_decoding(true).unwrap();
+    device
+}
+
 #[test]
-fn a_window_of_another_device_can_be_mapped_for_peer_to_peer() {
-    let (device, peer) = (lab::open("edu"), lab::open("ivshmem64m"));
-    let window = peer.bar(2).unwrap().map(0..0x20_0000, Placement::Anywhere).unwrap();
+fn a_window_of_another_device_can_be_mapped_for_peer_to_peer_in_a_container() {
+    let placement = IovaPlacement::Anywhere { alignment: 1 << 21, limit: u64::MAX };
+    let (device, peer) = (by_group("edu"), by_group("ivshmem64m"));
+    let mut window = peer.bar(2).unwrap().map(0..0x20_0000, Placement::Anywhere).unwrap();
     let (copy, _) = window.duplicate(Placement::Anywhere).unwrap();
+    window.relocate(Placement::Anywhere).unwrap();
     for window in [&window, &copy] {
-        let placement = IovaPlacement::Anywhere { alignment: 1 << 21, limit: u64::MAX };
         let mapping =
             device.dma().unwrap().map(window.dma_memory(), placement, Access::ReadWrite).unwrap();
         assert_eq!(mapping.iova().0 % (1 << 21), 0);
     }
-    drop((window, copy));
     device.close().unwrap();
+    if lab::kernel() == "patched" {
+        let device = lab::open("edu");
+        let map = || device.dma().unwrap().map(window.dma_memory(), placement, Access::ReadWrite);
+        let error = map().unwrap_err();
+        assert!(error.to_string().contains("open_by_group"), "{error}");
+        device.close().unwrap();
+    }
+    drop((window, copy));
     peer.close().unwrap();
+}
+
+#[test]
+fn a_device_has_a_file_of_its_own_where_the_kernel_makes_one_and_works_by_its_group_everywhere() {
+    let edu = lab::address("edu");
+    let by_group = Edu::new(by_group("edu"), Interrupt::Msi).unwrap();
+    assert_eq!(by_group.factorial(5).unwrap(), 120);
+    by_group.close().unwrap();
+    if lab::kernel() != "patched" {
+        let error = leftovers::none_of(|| Vfio::open_by_cdev(edu).unwrap_err());
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("CONFIG_VFIO_DEVICE_CDEV"), "{error}");
+        return;
+    }
+    leftovers::none_of(|| {
+        let device = Device::new(Arc::new(Vfio::open_by_cdev(edu).unwrap()));
+        let by_cdev = Edu::new(device, Interrupt::Msi).unwrap();
+        by_cdev.there_and_back(0, 4096, 4096).unwrap();
+        by_cdev.close().unwrap();
+        // Two devices in one address space: what one has mapped is taken for the other.
+        let first = Vfio::open_by_cdev(edu).unwrap();
+        let second = Arc::new(first.open_beside(lab::address("igb")).unwrap());
+        let (first, second) = (Device::new(Arc::new(first)), Device::new(second));
+        let at = BufferRequest::new(4096).placement(IovaPlacement::At(Iova(0x10_0000)));
+        let buffer = first.dma().unwrap().buffer_with(at).unwrap();
+        let error = second.dma().unwrap().buffer_with(at).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AddressTaken);
+        drop(buffer);
+        drop(second.dma().unwrap().buffer_with(at).unwrap());
+    });
 }
 
 #[test]

@@ -1,6 +1,7 @@
-//! DMA through a type 1 container.
+//! DMA, through a type 1 container or iommufd.
 
 use std::mem::offset_of;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
@@ -9,19 +10,105 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, vfio_iommu_type1_info, vfio_iommu_type1_info_cap_iova_range,
     vfio_iommu_type1_info_dma_avail, vfio_iova_range,
 };
-use vfio_ioctls::VfioContainer;
 
+use super::cdev::Ioas;
+use super::group::Group;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{self, vfio_dma};
 use crate::transport::DmaLimits;
 use crate::transport::answer::Answer;
 
-/// What the IOMMU behind a container maps.
-pub(super) fn limits(container: &VfioContainer, name: &str) -> Result<DmaLimits> {
-    let bytes =
-        vfio_dma::info(container).map_err(|errno| Error::os(errno, "query the IOMMU of", name))?;
-    read(&Answer::new(&bytes, "IOMMU information"))
+/// What a device's addresses are translated by.
+pub(super) enum AddressSpace {
+    /// The container of its group.
+    Group(Arc<Group>),
+    /// An address space of iommufd.
+    Ioas(Arc<Ioas>),
+    /// That of whoever opened the device.
+    Elsewhere,
+}
+
+impl AddressSpace {
+    /// What the IOMMU maps.
+    pub(super) fn limits(&self, name: &str) -> Result<DmaLimits> {
+        let failed = |errno| Error::os(errno, "query the IOMMU of", name);
+        match self {
+            Self::Group(group) => {
+                let bytes = vfio_dma::info(group.container()).map_err(failed)?;
+                read(&Answer::new(&bytes, "IOMMU information"))
+            }
+            Self::Ioas(ioas) => {
+                let (ranges, alignment) = ioas.ranges().map_err(failed)?;
+                Ok(DmaLimits::new(ranges, alignment.max(sys::page_size() as u64)))
+            }
+            Self::Elsewhere => Err(elsewhere(name)),
+        }
+    }
+
+    /// Maps `memory` at `iova`.
+    pub(super) fn map(
+        &self,
+        iova: u64,
+        memory: &DmaMemory,
+        access: Access,
+        name: &str,
+    ) -> Result<()> {
+        let size = memory.size();
+        let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
+        check_locked_memory(size as u64, &object)?;
+        match self {
+            Self::Group(group) => memory.map_in_container(group.container(), iova, access),
+            Self::Ioas(ioas) => ioas.map(iova, memory, access),
+            Self::Elsewhere => return Err(elsewhere(name)),
+        }
+        .map_err(|errno| self.refused(errno, object()))
+    }
+
+    /// Unmaps exactly `size` bytes at `iova`.
+    pub(super) fn unmap(&self, iova: u64, size: u64, name: &str) -> Result<()> {
+        let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
+        let done = match self {
+            Self::Group(group) => vfio_dma::unmap(group.container(), iova, size),
+            Self::Ioas(ioas) => ioas.unmap(iova, size),
+            Self::Elsewhere => return Err(elsewhere(name)),
+        };
+        match done {
+            Ok(done) if done == size => Ok(()),
+            Ok(done) => Err(Error::new(ErrorKind::Os, "unmap from DMA", object())
+                .because(format!("the kernel unmapped {done:#x} bytes"))),
+            Err(errno) => Err(Error::os(errno, "unmap from DMA", object())),
+        }
+    }
+
+    fn refused(&self, errno: Errno, object: String) -> Error {
+        let error = Error::os(errno, "map for DMA", object);
+        match (errno, self) {
+            (Errno::EEXIST, _) => {
+                error.into_kind(ErrorKind::AddressTaken).because("a part of it is mapped already")
+            }
+            (Errno::EINVAL, _) => error.into_kind(ErrorKind::OutOfRange).because(
+                "address, size and IOVA must be multiples of the IOMMU's page size, and lie in its ranges",
+            ),
+            (Errno::ENOSPC, Self::Group(_)) => error
+                .into_kind(ErrorKind::TooManyMappings)
+                .because("the container has no room for another mapping")
+                .remedy("unmap some, or raise dma_entry_limit of vfio_iommu_type1"),
+            (Errno::EFAULT, Self::Ioas(_)) => error.because(
+                "a part of the memory is not there, or is a device's, which iommufd does not map by address",
+            ).remedy("for peer-to-peer, open both devices by their groups: Vfio::open_by_group"),
+            (Errno::EFAULT, _) => {
+                error.because("a part of the memory is not there, or cannot be pinned")
+            }
+            _ => error,
+        }
+    }
+}
+
+fn elsewhere(name: &str) -> Error {
+    Error::new(ErrorKind::Unsupported, "do DMA with", name)
+        .because("its file came from elsewhere, and with it its address space")
+        .remedy("map memory where the device was opened")
 }
 
 fn read(answer: &Answer<'_>) -> Result<DmaLimits> {
@@ -56,47 +143,6 @@ fn read(answer: &Answer<'_>) -> Result<DmaLimits> {
         }
     }
     Ok(limits)
-}
-
-/// Maps `memory` at `iova`.
-pub(super) fn map(
-    container: &VfioContainer,
-    iova: u64,
-    memory: &DmaMemory,
-    access: Access,
-) -> Result<()> {
-    let (address, size) = (memory.address(), memory.size());
-    let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
-    check_locked_memory(size as u64, &object)?;
-    // SAFETY: `DmaMemory` is none that Rust takes for its own, and stays pinned while it is mapped.
-    unsafe { vfio_dma::map(container, iova, address, size, access) }.map_err(|errno| {
-        let error = Error::os(errno, "map for DMA", object());
-        match errno {
-            Errno::EEXIST => {
-                error.into_kind(ErrorKind::AddressTaken).because("a part of it is mapped already")
-            }
-            Errno::EINVAL => error.into_kind(ErrorKind::OutOfRange).because(
-                "address, size and IOVA must be multiples of the IOMMU's page size, and lie in its ranges",
-            ),
-            Errno::ENOSPC => error
-                .into_kind(ErrorKind::TooManyMappings)
-                .because("the container has no room for another mapping")
-                .remedy("unmap some, or raise dma_entry_limit of vfio_iommu_type1"),
-            Errno::EFAULT => error.because("a part of the memory is not there, or cannot be pinned"),
-            _ => error,
-        }
-    })
-}
-
-/// Unmaps exactly `size` bytes at `iova`.
-pub(super) fn unmap(container: &VfioContainer, iova: u64, size: u64) -> Result<()> {
-    let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
-    match vfio_dma::unmap(container, iova, size) {
-        Ok(done) if done == size => Ok(()),
-        Ok(done) => Err(Error::new(ErrorKind::Os, "unmap from DMA", object())
-            .because(format!("the kernel unmapped {done:#x} bytes"))),
-        Err(errno) => Err(Error::os(errno, "unmap from DMA", object())),
-    }
 }
 
 /// Names the limit on locked memory before the kernel answers a bare ENOMEM.

@@ -100,15 +100,7 @@ fn check_viable(group: BorrowedFd<'_>, id: u32, device: &PciDevice) -> Result<()
     if flags & VFIO_GROUP_FLAGS_VIABLE != 0 {
         return Ok(());
     }
-    let in_the_way: Vec<String> = device
-        .group_members()?
-        .iter()
-        .filter_map(|member| {
-            let driver = member.driver()?;
-            let harmless = driver.contains("vfio") || driver == "pci-stub" || driver == "pcieport";
-            (!harmless).then(|| format!("{} is bound to {driver}", member.address()))
-        })
-        .collect();
+    let in_the_way = in_the_way(device);
     let in_the_way = match in_the_way.is_empty() {
         true => "a device of it is held by a kernel driver".to_owned(),
         false => in_the_way.join(", "),
@@ -116,6 +108,19 @@ fn check_viable(group: BorrowedFd<'_>, id: u32, device: &PciDevice) -> Result<()
     Err(Error::new(ErrorKind::GroupNotViable, "open", device.address())
         .because(format!("IOMMU group {id} is not viable: {in_the_way}"))
         .remedy("bind those devices to vfio-pci, or unbind them"))
+}
+
+/// What keeps the device's group from being opened: "0000:00:1f.3 is bound to snd_hda_intel".
+pub(super) fn in_the_way(device: &PciDevice) -> Vec<String> {
+    let members = device.group_members().unwrap_or_default();
+    members
+        .iter()
+        .filter_map(|member| {
+            let driver = member.driver()?;
+            let harmless = driver.contains("vfio") || driver == "pci-stub" || driver == "pcieport";
+            (!harmless).then(|| format!("{} is bound to {driver}", member.address()))
+        })
+        .collect()
 }
 
 fn set_iommu_error(errno: Errno, object: &str) -> Error {

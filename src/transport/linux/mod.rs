@@ -1,7 +1,9 @@
-//! Linux VFIO: devices found and bound through sysfs, opened through their IOMMU group.
+//! Linux VFIO: devices found and bound through sysfs, opened by their IOMMU group
+//! or by a file of their own.
 
 mod address;
 mod binding;
+mod cdev;
 mod dma;
 mod group;
 mod irq;

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::uio::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET};
-use vfio_ioctls::VfioContainer;
 
+use super::cdev::{self, Ioas};
+use super::dma::AddressSpace;
 use super::group::Group;
-use super::{PciAddress, PciDevice, Sysfs, dma, irq};
+use super::{PciAddress, PciDevice, Sysfs, irq};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::vfio;
@@ -30,7 +31,7 @@ pub struct Vfio {
     regions: Vec<Option<Region>>,
     /// Whether sysfs says that the driver is vfio-pci itself, whose mappings refault.
     by_vfio_pci: bool,
-    group: Option<Arc<Group>>,
+    space: AddressSpace,
 }
 
 struct Region {
@@ -40,8 +41,9 @@ struct Region {
 }
 
 impl Vfio {
-    /// Opens the device at `address` through its IOMMU group. Devices of one group that are open in this
-    /// process share an address space for DMA; others have one each.
+    /// Opens the device at `address`: by a file of its own and iommufd where the kernel offers that, else
+    /// by its IOMMU group. Devices of one group that are open in this process share an address space for
+    /// DMA; others have one each.
     ///
     /// # Errors
     /// `NotFound`; `NotBound` where a kernel driver has the device, or none; `NoIommu`;
@@ -52,11 +54,50 @@ impl Vfio {
     }
 
     fn open_in(sysfs: &Sysfs, address: PciAddress) -> Result<Self> {
-        let device = sysfs.device(address)?;
-        check_bound(&device)?;
-        let group = Group::of(&device)?;
-        let fd = group.device_fd(&device)?;
-        Self::new(fd, Some(&device), Some(group))
+        let device = bound(sysfs, address)?;
+        match cdev::is_offered(&device) {
+            true => Self::by_cdev(&device, None),
+            false => Self::by_group(&device),
+        }
+    }
+
+    /// Opens the device by its IOMMU group (`/dev/vfio/N`), whatever else the kernel offers.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_by_group(address: PciAddress) -> Result<Self> {
+        Self::by_group(&bound(&Sysfs::default(), address)?)
+    }
+
+    /// Opens the device by a file of its own (`/dev/vfio/devices/vfioN`) and iommufd.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); `Unsupported` where the kernel offers none.
+    pub fn open_by_cdev(address: PciAddress) -> Result<Self> {
+        Self::by_cdev(&bound(&Sysfs::default(), address)?, None)
+    }
+
+    /// Opens another device in the same address space: what is mapped for one, the other reaches, too.
+    ///
+    /// # Errors
+    /// As [`open_by_cdev`](Self::open_by_cdev); `Unsupported` where this device is not opened by iommufd.
+    pub fn open_beside(&self, address: PciAddress) -> Result<Self> {
+        let AddressSpace::Ioas(ioas) = &self.space else {
+            return Err(Error::new(ErrorKind::Unsupported, "open", address)
+                .because(format!("the address space of {} is not iommufd's", self.info.name)));
+        };
+        Self::by_cdev(&bound(&Sysfs::default(), address)?, Some(ioas.clone()))
+    }
+
+    fn by_group(device: &PciDevice) -> Result<Self> {
+        let group = Group::of(device)?;
+        let fd = group.device_fd(device)?;
+        Self::new(fd, Some(device), AddressSpace::Group(group))
+    }
+
+    fn by_cdev(device: &PciDevice, beside: Option<Arc<Ioas>>) -> Result<Self> {
+        let (fd, ioas) = cdev::open_device(device, beside)?;
+        Self::new(fd, Some(device), AddressSpace::Ioas(ioas))
     }
 
     /// Takes over a device file that somebody else has opened, such as a parent that passed it on.
@@ -71,10 +112,10 @@ impl Vfio {
     /// safe Rust may make it read and write any address that it can reach.
     pub unsafe fn from_fd(fd: OwnedFd, address: Option<PciAddress>) -> Result<Self> {
         let device = address.map(|address| Sysfs::default().device(address)).transpose()?;
-        Self::new(fd, device.as_ref(), None)
+        Self::new(fd, device.as_ref(), AddressSpace::Elsewhere)
     }
 
-    fn new(fd: OwnedFd, device: Option<&PciDevice>, group: Option<Arc<Group>>) -> Result<Self> {
+    fn new(fd: OwnedFd, device: Option<&PciDevice>, space: AddressSpace) -> Result<Self> {
         let name = match device {
             Some(device) => device.address().to_string(),
             None => format!("the device of file descriptor {}", fd.as_raw_fd()),
@@ -97,7 +138,7 @@ impl Vfio {
             irqs: answer.num_irqs,
         };
         let by_vfio_pci = device.and_then(PciDevice::driver).as_deref() == Some("vfio-pci");
-        Ok(Self { device: Arc::new(fd), info, regions, by_vfio_pci, group })
+        Ok(Self { device: Arc::new(fd), info, regions, by_vfio_pci, space })
     }
 
     fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
@@ -119,14 +160,6 @@ impl Vfio {
                 Error::new(ErrorKind::OutOfRange, operation, self.info.region_name(index))
                     .because(format!("{len} bytes at {offset:#x} leave its {:#x} bytes", info.size))
             })
-    }
-
-    fn container(&self) -> Result<&VfioContainer> {
-        self.group.as_deref().map(Group::container).ok_or_else(|| {
-            Error::new(ErrorKind::Unsupported, "do DMA with", &self.info.name)
-                .because("its file came from elsewhere, and with it its address space")
-                .remedy("map memory where the device was opened")
-        })
     }
 
     fn finish(
@@ -153,13 +186,13 @@ impl Vfio {
     }
 }
 
-/// A VFIO driver holds the device; variant drivers (`mlx5_vfio_pci`, `nvgrace_gpu_vfio_pci`) do, too.
-fn check_bound(device: &PciDevice) -> Result<()> {
+/// The device at `address`, which a VFIO driver holds; variant drivers (`mlx5_vfio_pci`, `nvgrace_gpu_vfio_pci`) do, too.
+fn bound(sysfs: &Sysfs, address: PciAddress) -> Result<PciDevice> {
+    let device = sysfs.device(address)?;
     let driver = device.driver();
     if driver.as_deref().is_some_and(|name| name.contains("vfio")) {
-        return Ok(());
+        return Ok(device);
     }
-    let address = device.address();
     let reason = match driver {
         Some(driver) => format!("it is bound to {driver}"),
         None => "no driver is bound to it".to_owned(),
@@ -247,15 +280,15 @@ impl Transport for Vfio {
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
-        dma::limits(self.container()?, &self.info.name)
+        self.space.limits(&self.info.name)
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
-        dma::map(self.container()?, iova, memory, access)
+        self.space.map(iova, memory, access, &self.info.name)
     }
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
-        dma::unmap(self.container()?, iova, size)
+        self.space.unmap(iova, size, &self.info.name)
     }
 }
 

@@ -1,0 +1,85 @@
+//! Where the examples get their devices from: `emulated:edu`, `vfio-user:PATH`, or a PCI address.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vfio_remap::transport::{Edu, Emulated, Server, VfioUser};
+use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
+
+/// The argument by which an example runs itself as the server of an emulated device.
+pub const SERVE: &str = "--serve-emulated";
+
+/// A device, and the process that emulates it, if one does.
+pub struct Opened {
+    pub device: Device,
+    pub process: Option<Process>,
+}
+
+/// A process that serves an emulated device to this one; it ends when this is dropped.
+pub struct Process {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself, since its only client has left.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+/// Opens what a user has named, and lets it answer.
+pub fn open(name: &str) -> Result<Opened> {
+    if let Some(model) = name.strip_prefix("emulated:") {
+        return emulated(model);
+    }
+    let device = match name.strip_prefix("vfio-user:") {
+        Some(path) => Device::new(Arc::new(VfioUser::connect(path)?)),
+        None => Device::open(name.parse::<PciAddress>()?)?,
+    };
+    device.config()?.set_memory_decoding(true)?;
+    Ok(Opened { device, process: None })
+}
+
+/// If this process was started to serve a device, serves it to one client.
+pub fn served() -> Option<Result<()>> {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().as_deref() != Some(OsStr::new(SERVE)) {
+        return None;
+    }
+    let socket = arguments.next()?;
+    Some(
+        Emulated::new(Edu::new())
+            .and_then(|device| Server::bind(Path::new(&socket), device)?.serve()),
+    )
+}
+
+fn emulated(model: &str) -> Result<Opened> {
+    if model != "edu" {
+        return Err(
+            Error::new(ErrorKind::NotFound, "emulate", model).remedy("there is: emulated:edu")
+        );
+    }
+    let failed = |error: std::io::Error| {
+        Error::new(ErrorKind::Os, "emulate", model).because(error.to_string())
+    };
+    let socket = std::env::temp_dir().join(format!("vfio-remap-{}.socket", std::process::id()));
+    let program = std::env::current_exe().map_err(failed)?;
+    let child = Command::new(program).arg(SERVE).arg(&socket).spawn().map_err(failed)?;
+    let process = Process { child, socket };
+    let end = Instant::now() + Duration::from_secs(5);
+    let transport = loop {
+        match VfioUser::connect(&process.socket) {
+            Err(error) if error.kind() == ErrorKind::NotFound && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => break other?,
+        }
+    };
+    Ok(Opened { device: Device::new(Arc::new(transport)), process: Some(process) })
+}

@@ -1,0 +1,85 @@
+//! A driver for QEMU's educational device, in safe Rust: liveness, factorials by polling and by
+//! interrupt, DMA both ways.
+//!
+//! `cargo run --release --example edu`, or `-- --device` and `vfio-user:PATH` or a PCI address.
+
+#![forbid(unsafe_code)]
+
+mod common;
+#[path = "../tests/support/edu_driver.rs"]
+mod edu_driver;
+
+use std::process::ExitCode;
+
+use clap::{Parser, ValueEnum};
+use edu_driver::Edu;
+use vfio_remap::device::Interrupt;
+use vfio_remap::{Error, ErrorKind, Result};
+
+/// Drives QEMU's educational device.
+#[derive(Parser)]
+struct Options {
+    /// emulated:edu, vfio-user:PATH, or a PCI address
+    #[arg(long, value_name = "DEVICE", default_value = "emulated:edu")]
+    device: String,
+    /// By which interrupt
+    #[arg(long, value_enum, default_value = "msi")]
+    interrupt: Kind,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Kind {
+    Intx,
+    Msi,
+}
+
+fn main() -> ExitCode {
+    if let Some(served) = common::served() {
+        return served.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
+    match drive(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("edu: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn drive(options: &Options) -> Result<()> {
+    let common::Opened { device, process } = common::open(&options.device)?;
+    let interrupt = match options.interrupt {
+        Kind::Intx => Interrupt::Intx,
+        Kind::Msi => Interrupt::Msi,
+    };
+    let name = device.name().to_owned();
+    let edu = Edu::new(device, interrupt)?;
+    println!("{name}: identification {:#010x}", edu.id()?);
+    expect("liveness", edu.liveness(0x1234_5678)?, !0x1234_5678)?;
+    expect("10! by polling", edu.factorial_polled(10)?, 3_628_800)?;
+    expect("12! by interrupt", edu.factorial(12)?, 479_001_600)?;
+    edu.ring()?;
+    println!("the interrupt rings");
+    let sent: Vec<u8> = (0..4096u32).map(|n| (n % 251) as u8).collect();
+    edu.buffer.write(0, &sent);
+    edu.there_and_back(0, 4096, 4096)?;
+    let mut received = vec![0; sent.len()];
+    edu.buffer.read(4096, &mut received);
+    expect("bytes that differ after DMA both ways", differing(&sent, &received), 0)?;
+    edu.close()?;
+    drop(process);
+    Ok(())
+}
+
+fn differing(one: &[u8], other: &[u8]) -> u32 {
+    one.iter().zip(other).filter(|(one, other)| one != other).count() as u32
+}
+
+fn expect(what: &str, found: u32, expected: u32) -> Result<()> {
+    println!("{what}: {found:#x}");
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Malformed, "believe", what)
+        .because(format!("{expected:#x} was expected")))
+}

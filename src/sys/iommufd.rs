@@ -1,0 +1,185 @@
+//! The ioctls of `/dev/iommu` (`linux/iommufd.h`, Linux 6.2) and those by which a device's own file is
+//! bound to it (`linux/vfio.h`, Linux 6.6).
+//!
+//! The structures are written here, since `vfio-bindings` has none of iommufd's: each begins with its
+//! own size, and the kernel takes shorter and longer ones.
+
+use std::mem::offset_of;
+use std::ops::RangeInclusive;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+use nix::request_code_none;
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
+};
+
+use super::mm::Access;
+
+type Result<T> = std::result::Result<T, Errno>;
+
+const FIXED_IOVA: u32 = 1;
+const WRITEABLE: u32 = 2;
+const READABLE: u32 = 4;
+
+/// More ranges than any IOMMU has.
+const MAX_RANGES: usize = 4096;
+
+#[repr(C)]
+#[derive(Default)]
+struct IoasAlloc {
+    size: u32,
+    flags: u32,
+    id: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct IovaRanges {
+    size: u32,
+    id: u32,
+    count: u32,
+    reserved: u32,
+    ranges: u64,
+    alignment: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct IoasMap {
+    size: u32,
+    flags: u32,
+    id: u32,
+    reserved: u32,
+    address: u64,
+    length: u64,
+    iova: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct IoasUnmap {
+    size: u32,
+    id: u32,
+    iova: u64,
+    length: u64,
+}
+
+mod raw {
+    use super::*;
+
+    nix::ioctl_readwrite_bad!(ioas_alloc, request_code_none!(VFIO_TYPE, 0x81), IoasAlloc);
+    nix::ioctl_readwrite_bad!(iova_ranges, request_code_none!(VFIO_TYPE, 0x84), IovaRanges);
+    nix::ioctl_readwrite_bad!(ioas_map, request_code_none!(VFIO_TYPE, 0x85), IoasMap);
+    nix::ioctl_readwrite_bad!(ioas_unmap, request_code_none!(VFIO_TYPE, 0x86), IoasUnmap);
+    nix::ioctl_readwrite_bad!(
+        bind,
+        request_code_none!(VFIO_TYPE, VFIO_BASE + 18),
+        vfio_device_bind_iommufd
+    );
+    nix::ioctl_readwrite_bad!(
+        attach,
+        request_code_none!(VFIO_TYPE, VFIO_BASE + 19),
+        vfio_device_attach_iommufd_pt
+    );
+}
+
+/// `VFIO_DEVICE_BIND_IOMMUFD`
+pub(crate) fn bind(device: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> Result<()> {
+    let mut bind = vfio_device_bind_iommufd {
+        argsz: size_of::<vfio_device_bind_iommufd>() as u32,
+        iommufd: iommufd.as_raw_fd(),
+        ..vfio_device_bind_iommufd::default()
+    };
+    // SAFETY: the structure is as long as its argsz says.
+    unsafe { raw::bind(device.as_raw_fd(), &mut bind) }.map(drop)
+}
+
+/// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`: from now on the device's addresses are those of `ioas`.
+pub(crate) fn attach(device: BorrowedFd<'_>, ioas: u32) -> Result<()> {
+    // The structure has grown since Linux 6.6, whose kernel takes this much of it.
+    let mut attach = vfio_device_attach_iommufd_pt {
+        argsz: (offset_of!(vfio_device_attach_iommufd_pt, pt_id) + size_of::<u32>()) as u32,
+        pt_id: ioas,
+        ..vfio_device_attach_iommufd_pt::default()
+    };
+    // SAFETY: the structure is at least as long as its argsz says.
+    unsafe { raw::attach(device.as_raw_fd(), &mut attach) }.map(drop)
+}
+
+/// `IOMMU_IOAS_ALLOC`: a new I/O address space, by its number.
+pub(crate) fn ioas_alloc(iommufd: BorrowedFd<'_>) -> Result<u32> {
+    let mut alloc = IoasAlloc { size: size_of::<IoasAlloc>() as u32, ..IoasAlloc::default() };
+    // SAFETY: the structure is as long as its size says.
+    unsafe { raw::ioas_alloc(iommufd.as_raw_fd(), &mut alloc) }?;
+    Ok(alloc.id)
+}
+
+/// `IOMMU_IOAS_IOVA_RANGES`: what can be mapped, and to which alignment. It narrows as devices are
+/// attached.
+pub(crate) fn iova_ranges(
+    iommufd: BorrowedFd<'_>,
+    ioas: u32,
+) -> Result<(Vec<RangeInclusive<u64>>, u64)> {
+    let mut room = 16;
+    loop {
+        let mut pairs = vec![[0u64; 2]; room];
+        let mut query = IovaRanges {
+            size: size_of::<IovaRanges>() as u32,
+            id: ioas,
+            count: room as u32,
+            ranges: pairs.as_mut_ptr() as u64,
+            ..IovaRanges::default()
+        };
+        // SAFETY: the structure is as long as its size says, and the array has room for its count.
+        let done = unsafe { raw::iova_ranges(iommufd.as_raw_fd(), &mut query) };
+        let count = query.count as usize;
+        match done {
+            Ok(_) if count <= room => {
+                let ranges = pairs[..count].iter().map(|[first, last]| *first..=*last).collect();
+                return Ok((ranges, query.alignment));
+            }
+            Err(Errno::EMSGSIZE) if room < count && count <= MAX_RANGES => room = count,
+            Err(errno) => return Err(errno),
+            Ok(_) => return Err(Errno::EOVERFLOW),
+        }
+    }
+}
+
+/// `IOMMU_IOAS_MAP` at a fixed address.
+///
+/// # Safety
+/// What lies at `[address, address + size)` may be changed by a device at any time until it is
+/// unmapped: no reference to it exists meanwhile.
+pub(crate) unsafe fn map(
+    iommufd: BorrowedFd<'_>,
+    ioas: u32,
+    iova: u64,
+    address: usize,
+    size: usize,
+    access: Access,
+) -> Result<()> {
+    let rights = match access {
+        Access::ReadOnly => READABLE,
+        Access::ReadWrite => READABLE | WRITEABLE,
+    };
+    let mut map = IoasMap {
+        size: size_of::<IoasMap>() as u32,
+        flags: FIXED_IOVA | rights,
+        id: ioas,
+        reserved: 0,
+        address: address as u64,
+        length: size as u64,
+        iova,
+    };
+    // SAFETY: the structure is as long as its size says; the caller vouches for the memory.
+    unsafe { raw::ioas_map(iommufd.as_raw_fd(), &mut map) }.map(drop)
+}
+
+/// `IOMMU_IOAS_UNMAP`: how many bytes were unmapped.
+pub(crate) fn unmap(iommufd: BorrowedFd<'_>, ioas: u32, iova: u64, size: u64) -> Result<u64> {
+    let mut unmap = IoasUnmap { size: size_of::<IoasUnmap>() as u32, id: ioas, iova, length: size };
+    // SAFETY: the structure is as long as its size says.
+    unsafe { raw::ioas_unmap(iommufd.as_raw_fd(), &mut unmap) }?;
+    Ok(unmap.length)
+}
