@@ -168,6 +168,64 @@ fn sixty_thousand_mappings_live_at_once() {
     assert_eq!(space.mappings(), 1);
 }
 
+/// A line of the kernel's log that a test provokes, announced to the lab while this lives.
+struct Expected;
+
+impl Expected {
+    fn announce(text: &str) -> Self {
+        std::fs::write("/dev/kmsg", format!("lab: expects: {text}")).unwrap();
+        Self
+    }
+}
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        // What was provoked is logged by a thread of the kernel's, which gets a moment.
+        std::thread::sleep(Duration::from_millis(500));
+        std::fs::write("/dev/kmsg", "lab: expects:").unwrap();
+    }
+}
+
+/// The lines of the kernel's log so far that hold `text`.
+fn logged(text: &str) -> usize {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    let mut log = options.read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg").unwrap();
+    let mut record = [0; 8192];
+    let mut lines = 0;
+    // One record a read, until there are none; a record that was overwritten is an error, and passed.
+    loop {
+        match log.read(&mut record) {
+            Ok(len) => lines += usize::from(String::from_utf8_lossy(&record[..len]).contains(text)),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return lines,
+            Err(_) => {}
+        }
+    }
+}
+
+#[test]
+fn a_device_that_reaches_outside_its_mappings_is_stopped_by_the_iommu() {
+    const FAULT: &str = "DMAR: [DMA";
+    let edu = Edu::new(Device::open(lab::address("edu")).unwrap(), Interrupt::Msi).unwrap();
+    let inside = edu.buffer.iova().0;
+    let outside = inside + edu.buffer.size() as u64;
+    edu.buffer.write(0, &[0x5a; 8192]);
+    edu.transfer(inside, 0x4_0000, 4096, 0).unwrap();
+    let before = logged(FAULT);
+    {
+        let _expected = Expected::announce(FAULT);
+        // From the device to just behind the buffer, and from there to the device.
+        edu.transfer(0x4_0000, outside, 4096, 2).unwrap();
+        edu.transfer(outside, 0x4_0000, 4096, 0).unwrap();
+    }
+    assert!(logged(FAULT) > before, "the IOMMU has reported nothing");
+    let mut bytes = vec![0; 8192];
+    edu.buffer.read(0, &mut bytes);
+    assert!(bytes.iter().all(|byte| *byte == 0x5a), "memory beside it was changed");
+    edu.close().unwrap();
+}
+
 /// Opens a device by its group, although the kernel may offer a file of its own.
 fn by_group(name: &str) -> Device {
     let device = Device::new(Arc::new(Vfio::open_by_group(lab::address(name)).unwrap()));
