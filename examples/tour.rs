@@ -19,7 +19,7 @@ use vfio_remap::{Bar, Device, Placement, Register, Report, Reservation, Result, 
 /// Maps a BAR, duplicates and relocates the window, and says which way each took and why.
 #[derive(Parser)]
 struct Options {
-    /// emulated:edu, vfio-user:PATH of a server's socket, or the PCI address of a device bound to
+    /// emulated:edu, emulated:nvme, vfio-user:PATH of a server's socket, or the PCI address of a device bound to
     /// vfio-pci, such as 0000:00:03.0
     #[arg(long, value_name = "DEVICE", default_value = "emulated:edu")]
     device: String,

@@ -1,4 +1,5 @@
-//! Where the examples get their devices from: `emulated:edu`, `vfio-user:PATH`, or a PCI address.
+//! Where the examples get their devices from: `emulated:edu`, `emulated:nvme`, `vfio-user:PATH`, or a
+//! PCI address.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -6,7 +7,7 @@ use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_remap::transport::{Edu, Emulated, Server, VfioUser};
+use vfio_remap::transport::{Edu, Emulated, Namespace, Nvme, Server, VfioUser};
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
 
 /// The argument by which an example runs itself as the server of an emulated device.
@@ -70,7 +71,7 @@ fn emulated(model: &str) -> Result<Opened> {
     };
     let socket = std::env::temp_dir().join(format!("vfio-remap-{}.socket", std::process::id()));
     let program = std::env::current_exe().map_err(failed)?;
-    let child = Command::new(program).arg(SERVE).arg(&socket).spawn().map_err(failed)?;
+    let child = Command::new(program).args([SERVE, model]).arg(&socket).spawn().map_err(failed)?;
     let process = Process { child, socket };
     let end = Instant::now() + Duration::from_secs(5);
     let transport = loop {

@@ -226,7 +226,9 @@ impl Device {
         let backing = if layout.mappable().next().is_some() {
             let file = transport.backing(index)?;
             let name = self.inner.region_name(index);
-            Some(Arc::new(Backing::new(name, file.fd, file.start, info.size, file.kind)?))
+            // A file need not go further than what is mapped of it.
+            let end = layout.mappable().last().map_or(0, |part| part.end);
+            Some(Arc::new(Backing::new(name, file.fd, file.start, end, file.kind)?))
         } else {
             None
         };

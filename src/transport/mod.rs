@@ -23,7 +23,9 @@ use crate::space::{Access, BackingKind, DmaMemory};
 use crate::sys::file;
 
 #[cfg(feature = "emulated")]
-pub use emulated::{Activity, Bus, Edu, Emulated, Memory, Model, PciConfig, Server, Shape};
+pub use emulated::{
+    Activity, Bus, Edu, Emulated, Memory, Model, Namespace, Nvme, PciConfig, Power, Server, Shape,
+};
 pub use irq::{IrqInfo, irq_index};
 pub use linux::{Binding, ParseAddressError, PciAddress, PciDevice, Sysfs, Vfio};
 pub use memory::MemoryDevice;

@@ -176,7 +176,7 @@ mod tests {
     fn vectors_that_do_not_exist_and_files_that_are_no_eventfds_are_refused() {
         let (mut line, fired) = line(false);
         assert_eq!(line.fire(1..3), Err(Errno::EINVAL));
-        assert_eq!(line.mask(2..1, true), Err(Errno::EINVAL));
+        assert_eq!(line.mask(Range { start: 2, end: 1 }, true), Err(Errno::EINVAL));
         assert_eq!(line.connect(u32::MAX, vec![None, None]), Err(Errno::EINVAL));
         let (_reader, writer) = std::io::pipe().unwrap();
         assert_eq!(line.connect(0, vec![None, Some(writer.into())]), Err(Errno::EINVAL));

@@ -215,7 +215,7 @@ impl Receiver {
     }
 
     /// The first message of the buffer, if all of it has arrived.
-    fn take(&mut self) -> Result<Option<Message>, Fault> {
+    pub(crate) fn take(&mut self) -> Result<Option<Message>, Fault> {
         let Some((header, _)) = Header::decode(&self.buffer[..self.filled]) else {
             return Ok(None);
         };

@@ -150,8 +150,20 @@ impl Connection {
                     message.body.len()
                 )));
             }
+            self.serve_rest(inner)?;
             return Ok(message);
         }
+    }
+
+    /// Serves the commands that have arrived with a reply: nobody will find them in the socket.
+    fn serve_rest(&self, inner: &mut Inner) -> std::result::Result<(), Fault> {
+        while let Some(message) = inner.receiver.take()? {
+            if !message.header.is_command() {
+                return Err(unasked());
+            }
+            self.serve(&mut inner.sender, &message)?;
+        }
+        Ok(())
     }
 
     /// Nothing will be exchanged any more: the socket is shut down, so that the server knows.
@@ -239,9 +251,7 @@ impl Connection {
                     Ok(Some(message)) if message.header.is_command() => {
                         self.serve(&mut inner.sender, &message)
                     }
-                    Ok(Some(_)) => {
-                        Err(Fault::Nonsense("the server answered what nobody asked".to_owned()))
-                    }
+                    Ok(Some(_)) => Err(unasked()),
                     Err(fault) => Err(fault),
                 };
                 if let Err(fault) = served {
@@ -253,6 +263,10 @@ impl Connection {
             }
         }
     }
+}
+
+fn unasked() -> Fault {
+    Fault::Nonsense("the server answered what nobody asked".to_owned())
 }
 
 impl fmt::Debug for Connection {

@@ -1,0 +1,188 @@
+//! Admin commands (NVMe 1.4 §5).
+
+use super::command::{Command, Outcome, Status};
+use super::queue::{CompletionQueue, SubmissionQueue};
+use super::{MAX_ENTRIES, MAX_EVENTS, Nvme, QUEUES, VECTORS, identify, scatter};
+use crate::transport::emulated::Bus;
+
+/// The feature that switches the volatile write cache.
+pub(super) const WRITE_CACHE: u8 = 0x06;
+const QUEUE_COUNT: u8 = 0x07;
+/// How many queues there are, both counts of zero on.
+const QUEUE_COUNTS: u32 = (QUEUES as u32 - 1) << 16 | (QUEUES as u32 - 1);
+
+/// The features there are, with what they are unless set.
+fn default(feature: u8) -> Option<u32> {
+    Some(match feature {
+        // Arbitration, power management, error recovery, interrupt coalescing, write atomicity, events.
+        0x01 | 0x02 | 0x05 | 0x08 | 0x0a | 0x0b => 0,
+        // The temperature that is too high, in kelvins.
+        0x04 => 343,
+        WRITE_CACHE => 1,
+        QUEUE_COUNT => QUEUE_COUNTS,
+        0x09 => 0,
+        _ => return None,
+    })
+}
+
+impl Nvme {
+    /// `None` for a command that completes later.
+    pub(super) fn admin(&mut self, bus: &Bus, command: &Command) -> Result<Option<u32>, Status> {
+        if command.is_fused_or_sgl() {
+            return Err(Status::INVALID_FIELD);
+        }
+        match command.opcode() {
+            0x00 => self.delete_submissions(command),
+            0x01 => self.create_submissions(command),
+            0x02 => self.log(bus, command),
+            0x04 => self.delete_completions(command),
+            0x05 => self.create_completions(command),
+            0x06 => self.identify(bus, command),
+            // Commands are done when they are taken: there is none to abort.
+            0x08 => Ok(1),
+            0x09 => self.set_feature(command),
+            0x0a => self.feature(command),
+            0x0c if self.events.len() < MAX_EVENTS => {
+                self.events.push(command.id());
+                return Ok(None);
+            }
+            0x0c => Err(Status::TOO_MANY_EVENT_REQUESTS),
+            _ => Err(Status::INVALID_OPCODE),
+        }
+        .map(Some)
+    }
+
+    fn send(&self, bus: &Bus, command: &Command, data: &[u8]) -> Outcome {
+        scatter(bus, command, self.page(), data)?;
+        Ok(0)
+    }
+
+    /// The place and size of a queue that is to be created, and its number.
+    fn new_queue(&self, command: &Command) -> Result<(u64, u16, u16), Status> {
+        let (id, last) = (command.dword(10) as u16, (command.dword(10) >> 16) as u16);
+        let [base, _] = command.prps();
+        if !(1..=QUEUES).contains(&id) {
+            return Err(Status::INVALID_QUEUE_ID);
+        }
+        if last == 0 || last >= MAX_ENTRIES {
+            return Err(Status::INVALID_QUEUE_SIZE);
+        }
+        if command.dword(11) & 1 == 0 {
+            return Err(Status::INVALID_FIELD);
+        }
+        if !base.is_multiple_of(self.page() as u64) {
+            return Err(Status::INVALID_PRP_OFFSET);
+        }
+        Ok((base, last + 1, id))
+    }
+
+    fn create_completions(&mut self, command: &Command) -> Outcome {
+        let (base, size, id) = self.new_queue(command)?;
+        if self.completions.contains_key(&id) {
+            return Err(Status::INVALID_QUEUE_ID);
+        }
+        let vector = (command.dword(11) >> 16) as u16;
+        if vector >= VECTORS {
+            return Err(Status::INVALID_VECTOR);
+        }
+        let vector = (command.dword(11) & 2 != 0).then_some(vector);
+        if let Some(doorbell) = self.doorbells.get(2 * usize::from(id) + 1) {
+            doorbell.write(0);
+        }
+        self.completions.insert(id, CompletionQueue::new(base, size, vector));
+        Ok(0)
+    }
+
+    fn create_submissions(&mut self, command: &Command) -> Outcome {
+        let (base, size, id) = self.new_queue(command)?;
+        if self.submissions.contains_key(&id) {
+            return Err(Status::INVALID_QUEUE_ID);
+        }
+        let completions = (command.dword(11) >> 16) as u16;
+        if completions == 0 || !self.completions.contains_key(&completions) {
+            return Err(Status::INVALID_COMPLETION_QUEUE);
+        }
+        if let Some(doorbell) = self.doorbells.get(2 * usize::from(id)) {
+            doorbell.write(0);
+        }
+        self.submissions.insert(id, SubmissionQueue { base, size, head: 0, completions });
+        Ok(0)
+    }
+
+    fn delete_submissions(&mut self, command: &Command) -> Outcome {
+        let id = command.dword(10) as u16;
+        let deleted = if id == 0 { None } else { self.submissions.remove(&id) };
+        deleted.map(|_| 0).ok_or(Status::INVALID_QUEUE_ID)
+    }
+
+    fn delete_completions(&mut self, command: &Command) -> Outcome {
+        let id = command.dword(10) as u16;
+        if id == 0 || !self.completions.contains_key(&id) {
+            return Err(Status::INVALID_QUEUE_ID);
+        }
+        if self.submissions.values().any(|queue| queue.completions == id) {
+            return Err(Status::INVALID_QUEUE_DELETION);
+        }
+        self.completions.remove(&id);
+        Ok(0)
+    }
+
+    fn identify(&mut self, bus: &Bus, command: &Command) -> Outcome {
+        let (count, id) = (self.namespaces.len() as u32, command.namespace());
+        let data = match command.dword(10) as u8 {
+            0x00 => identify::namespace(self.namespace(id)?),
+            0x01 => identify::controller(count),
+            0x02 if id < u32::MAX - 1 => identify::list(count, id),
+            0x02 => return Err(Status::INVALID_NAMESPACE),
+            0x03 => {
+                self.namespace(id)?;
+                identify::descriptors(id)
+            }
+            _ => return Err(Status::INVALID_FIELD),
+        };
+        self.send(bus, command, &data)
+    }
+
+    fn log(&mut self, bus: &Bus, command: &Command) -> Outcome {
+        let (low, high) = (command.dword(10), command.dword(11));
+        let page = identify::log(low & 0xff).ok_or(Status::INVALID_LOG_PAGE)?;
+        let words = u64::from(low >> 16) | u64::from(high & 0xffff) << 16;
+        let offset = u64::from(command.dword(12)) | u64::from(command.dword(13)) << 32;
+        let rest = usize::try_from(offset).ok().and_then(|offset| page.get(offset..));
+        let rest = rest.filter(|_| offset.is_multiple_of(4)).ok_or(Status::INVALID_FIELD)?;
+        // Past the end of the page nothing is said.
+        let len = usize::try_from((words + 1) * 4).unwrap_or(usize::MAX).min(rest.len());
+        self.send(bus, command, &rest[..len])
+    }
+
+    fn feature(&mut self, command: &Command) -> Outcome {
+        let feature = command.dword(10) as u8;
+        let initial = default(feature).ok_or(Status::INVALID_FIELD)?;
+        match command.dword(10) >> 8 & 7 {
+            0 => Ok(self.features.get(&feature).copied().unwrap_or(initial)),
+            1 | 2 => Ok(initial),
+            // It can be changed, for all namespaces at once.
+            3 => Ok(1 << 2),
+            _ => Err(Status::INVALID_FIELD),
+        }
+    }
+
+    fn set_feature(&mut self, command: &Command) -> Outcome {
+        let (feature, value) = (command.dword(10) as u8, command.dword(11));
+        default(feature).ok_or(Status::INVALID_FIELD)?;
+        if command.dword(10) & 1 << 31 != 0 {
+            return Err(Status::NOT_SAVEABLE);
+        }
+        match feature {
+            QUEUE_COUNT if value & 0xffff == 0xffff || value >> 16 == 0xffff => {
+                return Err(Status::INVALID_FIELD);
+            }
+            // As many as there are, whatever is asked for.
+            QUEUE_COUNT => return Ok(QUEUE_COUNTS),
+            WRITE_CACHE if value & 1 == 0 => self.flush_all(),
+            _ => {}
+        }
+        self.features.insert(feature, value);
+        Ok(0)
+    }
+}

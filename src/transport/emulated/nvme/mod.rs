@@ -1,0 +1,448 @@
+//! An NVMe controller (NVM Express Base 1.4).
+
+mod admin;
+mod command;
+mod identify;
+mod queue;
+mod storage;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use self::command::{Command, Outcome, Status};
+use self::queue::{CompletionQueue, SubmissionQueue, parts};
+pub use self::storage::Namespace;
+use super::bus::Bus;
+use super::model::{Activity, Model, Shape};
+use super::pci::PciConfig;
+use crate::device::Register;
+use crate::error::Result;
+use crate::transport::{IrqInfo, RegionInfo, irq_index};
+
+const BAR: u32 = 0;
+const CONFIG: u32 = 7;
+const BAR_SIZE: u64 = 0x4000;
+const DOORBELLS: u64 = 0x1000;
+const MSIX_TABLE: u64 = 0x2000;
+const MSIX_PENDING: u64 = 0x3000;
+
+const VENDOR: u16 = 0x1b36;
+const DEVICE: u16 = 0x0010;
+/// 1.4.0
+const VERSION: u32 = 0x0001_0400;
+/// I/O queues of each sort, each with a vector, and one for the admin queues.
+const QUEUES: u16 = 16;
+const VECTORS: u16 = QUEUES + 1;
+/// Entries of a queue.
+const MAX_ENTRIES: u16 = 1024;
+/// Of 4 KiB.
+const MAX_TRANSFER_PAGES: usize = 32;
+const MAX_EVENTS: usize = 4;
+/// Commands that are taken from a queue before others have their turn.
+const TURN: usize = 32;
+
+/// Queues contiguous, ten seconds to become ready, the NVM command set, pages of 4 to 64 KiB
+/// (NVMe 1.4 §3.1.1).
+const CAPABILITIES: u64 = (MAX_ENTRIES as u64 - 1) | 1 << 16 | 20 << 24 | 1 << 37 | 4 << 52;
+
+const READY: u32 = 1;
+const FATAL: u32 = 2;
+const SHUT_DOWN: u32 = 2 << 2;
+
+/// A controller with up to 16 pairs of I/O queues and any number of [`Namespace`]s: registers at page 0
+/// are trapped, doorbells at page 1 are mapped and polled.
+///
+/// Admin commands: Identify, creation and deletion of queues, Get and Set Features, Get Log Page, Abort,
+/// Asynchronous Event Request. I/O commands: Read, Write, Flush, Write Zeroes. Data by PRP lists,
+/// interrupts by MSI-X. Others are answered with the specification's status codes.
+#[derive(Debug)]
+pub struct Nvme {
+    namespaces: Vec<Namespace>,
+    config: PciConfig,
+    msix: Box<[u8]>,
+    /// CC, CSTS, AQA, ASQ, ACQ, and the interrupt mask.
+    configuration: u32,
+    status: u32,
+    admin_sizes: u32,
+    admin_submissions: u64,
+    admin_completions: u64,
+    mask: u32,
+    submissions: BTreeMap<u16, SubmissionQueue>,
+    completions: BTreeMap<u16, CompletionQueue>,
+    features: BTreeMap<u8, u32>,
+    /// Commands that wait for events.
+    events: Vec<u16>,
+    /// Of submission and completion queues by turns.
+    doorbells: Vec<Register<u32>>,
+    power_lost: Arc<AtomicBool>,
+}
+
+/// Takes a controller's power away for an instant: see [`Nvme::power`].
+#[derive(Clone, Debug)]
+pub struct Power(Arc<AtomicBool>);
+
+impl Power {
+    /// What was cached is lost, and the controller is as after power on, before it next does anything.
+    pub fn cycle(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+impl Nvme {
+    /// A controller of these namespaces, numbered from one on.
+    pub fn new(namespaces: Vec<Namespace>) -> Self {
+        let config = PciConfig::new(256, VENDOR, DEVICE, 0x01_0802, 1).bar64(0, BAR_SIZE).msix(
+            VECTORS,
+            (0, MSIX_TABLE as u32),
+            (0, MSIX_PENDING as u32),
+        );
+        Self {
+            namespaces,
+            config,
+            msix: vec![0; 16 * usize::from(VECTORS)].into(),
+            configuration: 0,
+            status: 0,
+            admin_sizes: 0,
+            admin_submissions: 0,
+            admin_completions: 0,
+            mask: 0,
+            submissions: BTreeMap::new(),
+            completions: BTreeMap::new(),
+            features: BTreeMap::new(),
+            events: Vec::new(),
+            doorbells: Vec::new(),
+            power_lost: Arc::default(),
+        }
+    }
+
+    /// The switch of its power.
+    pub fn power(&self) -> Power {
+        Power(self.power_lost.clone())
+    }
+
+    fn page(&self) -> usize {
+        4096 << (self.configuration >> 7 & 0xf)
+    }
+
+    fn load(&self, offset: u64) -> u32 {
+        match offset {
+            0x00 => CAPABILITIES as u32,
+            0x04 => (CAPABILITIES >> 32) as u32,
+            0x08 => VERSION,
+            0x0c | 0x10 => self.mask,
+            0x14 => self.configuration,
+            0x1c => self.status,
+            0x24 => self.admin_sizes,
+            0x28 => self.admin_submissions as u32,
+            0x2c => (self.admin_submissions >> 32) as u32,
+            0x30 => self.admin_completions as u32,
+            0x34 => (self.admin_completions >> 32) as u32,
+            _ => 0,
+        }
+    }
+
+    fn store(&mut self, bus: &Bus, offset: u64, value: u32) {
+        let low = |old: u64| (old & !0xffff_ffff) | u64::from(value & !0xfff);
+        let high = |old: u64| (old & 0xffff_ffff) | u64::from(value) << 32;
+        match offset {
+            0x0c => self.mask |= value,
+            0x10 => self.mask &= !value,
+            0x14 => self.configure(bus, value),
+            0x24 => self.admin_sizes = value & 0x0fff_0fff,
+            0x28 => self.admin_submissions = low(self.admin_submissions),
+            0x2c => self.admin_submissions = high(self.admin_submissions),
+            0x30 => self.admin_completions = low(self.admin_completions),
+            0x34 => self.admin_completions = high(self.admin_completions),
+            _ => {}
+        }
+    }
+
+    /// CC was written: the controller is enabled, disabled, or told to shut down (NVMe 1.4 §3.1.5).
+    fn configure(&mut self, bus: &Bus, value: u32) {
+        let was = std::mem::replace(&mut self.configuration, value & 0x00ff_fff1);
+        let (enabled, enable) = (was & 1 != 0, value & 1 != 0);
+        if enable && !enabled {
+            self.enable(bus);
+        } else if enabled && !enable {
+            self.disable(bus);
+        }
+        if value >> 14 & 3 == 0 {
+            self.status &= !SHUT_DOWN;
+        } else if was >> 14 & 3 == 0 {
+            self.flush_all();
+            self.status |= SHUT_DOWN;
+        }
+    }
+
+    fn enable(&mut self, bus: &Bus) {
+        let [submissions, completions] =
+            [self.admin_sizes, self.admin_sizes >> 16].map(|size| (size & 0xfff) as u16 + 1);
+        let command_set = self.configuration >> 4 & 7;
+        let page = self.configuration >> 7 & 0xf;
+        let sizes = [submissions, completions];
+        if command_set != 0 || page > 4 || sizes.iter().any(|size| *size < 2) {
+            self.status |= FATAL;
+            return;
+        }
+        // Doorbells of an earlier life are no work of this one.
+        self.doorbells.iter().for_each(|doorbell| doorbell.write(0));
+        let base = self.admin_submissions;
+        let queue = SubmissionQueue { base, size: submissions, head: 0, completions: 0 };
+        self.submissions.insert(0, queue);
+        let queue = CompletionQueue::new(self.admin_completions, completions, Some(0));
+        self.completions.insert(0, queue);
+        self.status |= READY;
+        bus.wake();
+    }
+
+    /// What a controller reset does; the admin queues' registers stay (NVMe 1.4 §7.3.2).
+    fn disable(&mut self, bus: &Bus) {
+        self.submissions.clear();
+        self.completions.clear();
+        self.features.clear();
+        self.events.clear();
+        self.mask = 0;
+        self.status = 0;
+        if let Some(memory) = bus.memory(BAR)
+            && let Err(error) = memory.write(DOORBELLS, &[0; 0x1000])
+        {
+            log::error!("nvme: {error}");
+        }
+    }
+
+    fn flush_all(&mut self) {
+        for namespace in &mut self.namespaces {
+            if let Err(error) = namespace.flush() {
+                log::error!("nvme: what was written may not last: {error}");
+            }
+        }
+    }
+
+    fn check_power(&mut self, bus: &Bus) {
+        if self.power_lost.swap(false, Ordering::Acquire) {
+            self.namespaces.iter_mut().for_each(Namespace::lose_power);
+            self.reset(bus);
+        }
+    }
+
+    fn doorbell(&self, index: u16) -> u32 {
+        self.doorbells.get(usize::from(index)).map_or(0, Register::read)
+    }
+
+    /// Takes a queue's turn of commands; whether there were any.
+    fn serve(&mut self, bus: &Bus, id: u16) -> Result<bool> {
+        for turn in 0..TURN {
+            let Some(queue) = self.submissions.get_mut(&id) else { return Ok(turn > 0) };
+            let (size, head, to) = (queue.size, queue.head, queue.completions);
+            let tail = self.doorbell(2 * id);
+            let full = match self.completions.get(&to) {
+                Some(queue) => queue.is_full(self.doorbell(2 * to + 1)),
+                None => true,
+            };
+            if tail == u32::from(head) || tail >= u32::from(size) || full {
+                return Ok(turn > 0);
+            }
+            let Some(queue) = self.submissions.get_mut(&id) else { return Ok(true) };
+            let command = queue.pop(bus)?;
+            let head = queue.head;
+            let outcome =
+                if id == 0 { self.admin(bus, &command) } else { self.io(bus, &command).map(Some) };
+            let (result, status) = match outcome {
+                Ok(None) => continue,
+                Ok(Some(result)) => (result, Status::SUCCESS),
+                Err(status) => (0, status),
+            };
+            self.complete(bus, to, result, (id, head), command.id(), status)?;
+        }
+        Ok(true)
+    }
+
+    fn complete(
+        &mut self,
+        bus: &Bus,
+        to: u16,
+        result: u32,
+        from: (u16, u16),
+        id: u16,
+        status: Status,
+    ) -> Result<()> {
+        let Some(queue) = self.completions.get_mut(&to) else { return Ok(()) };
+        queue.push(bus, result, from, id, status)?;
+        if let Some(vector) = queue.vector {
+            bus.fire(irq_index::MSIX, vector.into());
+        }
+        Ok(())
+    }
+
+    fn namespace(&mut self, id: u32) -> std::result::Result<&mut Namespace, Status> {
+        let index = id.checked_sub(1).and_then(|index| usize::try_from(index).ok());
+        index.and_then(|index| self.namespaces.get_mut(index)).ok_or(Status::INVALID_NAMESPACE)
+    }
+
+    fn io(&mut self, bus: &Bus, command: &Command) -> Outcome {
+        if command.is_fused_or_sgl() {
+            return Err(Status::INVALID_FIELD);
+        }
+        let page = self.page();
+        // Without the cache every write lasts.
+        let uncached = self.features.get(&admin::WRITE_CACHE).is_some_and(|value| value & 1 == 0);
+        let failed = |_| Status::INTERNAL_ERROR;
+        if (command.opcode(), command.namespace()) == (0x00, u32::MAX) {
+            self.namespaces.iter_mut().try_for_each(Namespace::flush).map_err(failed)?;
+            return Ok(0);
+        }
+        let namespace = self.namespace(command.namespace())?;
+        let (block, control) = (command.block(), command.dword(12));
+        let count = u64::from(control & 0xffff) + 1;
+        let len = (count << namespace.shift()) as usize;
+        let lasting = uncached || control & 1 << 30 != 0;
+        match command.opcode() {
+            0x00 => namespace.flush().map_err(failed)?,
+            0x01 | 0x02 => {
+                namespace.check(block, count)?;
+                if len > MAX_TRANSFER_PAGES * 4096 {
+                    return Err(Status::INVALID_FIELD);
+                }
+                let mut data = vec![0; len];
+                if command.opcode() == 0x01 {
+                    gather(bus, command, page, &mut data)?;
+                    namespace.write(block, &data, lasting).map_err(failed)?;
+                } else {
+                    namespace.read(block, &mut data).map_err(failed)?;
+                    scatter(bus, command, page, &data)?;
+                }
+            }
+            0x08 => {
+                namespace.check(block, count)?;
+                // In parts: there may be 256 MiB.
+                let zeros = vec![0; len.min(MAX_TRANSFER_PAGES * 4096)];
+                let step = zeros.len() >> namespace.shift();
+                for start in (0..count).step_by(step) {
+                    let part = ((count - start) << namespace.shift()).min(zeros.len() as u64);
+                    let part = &zeros[..part as usize];
+                    namespace.write(block + start, part, lasting).map_err(failed)?;
+                }
+            }
+            _ => return Err(Status::INVALID_OPCODE),
+        }
+        Ok(0)
+    }
+}
+
+/// Reads a command's data.
+fn gather(
+    bus: &Bus,
+    command: &Command,
+    page: usize,
+    data: &mut [u8],
+) -> std::result::Result<(), Status> {
+    let mut rest = data;
+    for (address, len) in parts(bus, command.prps(), rest.len(), page)? {
+        let (part, after) = rest.split_at_mut(len);
+        bus.dma_read(address, part).map_err(|_| Status::TRANSFER_ERROR)?;
+        rest = after;
+    }
+    Ok(())
+}
+
+/// Writes a command's data.
+fn scatter(
+    bus: &Bus,
+    command: &Command,
+    page: usize,
+    data: &[u8],
+) -> std::result::Result<(), Status> {
+    let mut rest = data;
+    for (address, len) in parts(bus, command.prps(), rest.len(), page)? {
+        let (part, after) = rest.split_at(len);
+        bus.dma_write(address, part).map_err(|_| Status::TRANSFER_ERROR)?;
+        rest = after;
+    }
+    Ok(())
+}
+
+impl Model for Nvme {
+    fn shape(&self) -> Shape {
+        let mut shape = Shape::pci("nvme", 256);
+        shape.regions[BAR as usize] = RegionInfo {
+            areas: Some(vec![DOORBELLS..MSIX_TABLE]),
+            ..RegionInfo::mappable(BAR_SIZE)
+        };
+        shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(VECTORS.into());
+        shape
+    }
+
+    fn read(&mut self, bus: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.check_power(bus);
+        if region == CONFIG {
+            self.config.read(offset, data);
+            return Ok(());
+        }
+        data.fill(0);
+        let table = offset.checked_sub(MSIX_TABLE).and_then(|at| self.msix.get(at as usize..));
+        if let Some(table) = table {
+            data.iter_mut().zip(table).for_each(|(byte, value)| *byte = *value);
+        } else if offset.is_multiple_of(4) {
+            for (part, at) in data.chunks_mut(4).zip((offset..).step_by(4)) {
+                part.copy_from_slice(&self.load(at).to_le_bytes()[..part.len()]);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        self.check_power(bus);
+        if region == CONFIG {
+            self.config.write(offset, data);
+            return Ok(());
+        }
+        let table = offset.checked_sub(MSIX_TABLE).and_then(|at| self.msix.get_mut(at as usize..));
+        if let Some(table) = table {
+            table.iter_mut().zip(data).for_each(|(byte, value)| *byte = *value);
+        } else if offset.is_multiple_of(4) && offset < DOORBELLS {
+            let (words, _) = data.as_chunks::<4>();
+            for (word, at) in words.iter().zip((offset..).step_by(4)) {
+                self.store(bus, at, u32::from_le_bytes(*word));
+            }
+        }
+        Ok(())
+    }
+
+    /// Function level: what was written stays, cached or not.
+    fn reset(&mut self, bus: &Bus) {
+        self.disable(bus);
+        self.config.reset();
+        self.msix.fill(0);
+        self.configuration = 0;
+        (self.admin_sizes, self.admin_submissions, self.admin_completions) = (0, 0, 0);
+        let Some(memory) = bus.memory(BAR) else { return };
+        let doorbells = (0..2 * (QUEUES + 1))
+            .map(|index| memory.register(DOORBELLS as usize + 4 * usize::from(index)));
+        match doorbells.collect() {
+            Ok(doorbells) => self.doorbells = doorbells,
+            Err(error) => log::error!("nvme: {error}"),
+        }
+    }
+
+    fn poll(&mut self, bus: &Bus) -> Activity {
+        self.check_power(bus);
+        if self.status & (READY | FATAL) != READY {
+            return Activity::Asleep;
+        }
+        if !self.config.bus_mastering() {
+            return Activity::Watching;
+        }
+        let mut busy = false;
+        for id in 0..=QUEUES {
+            match self.serve(bus, id) {
+                Ok(served) => busy |= served,
+                Err(error) => {
+                    log::debug!("nvme: a queue cannot be reached: {error}");
+                    self.status |= FATAL;
+                }
+            }
+        }
+        if busy { Activity::Busy } else { Activity::Watching }
+    }
+}

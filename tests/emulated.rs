@@ -1,0 +1,101 @@
+//! Models in this process.
+#![cfg(feature = "emulated")]
+
+#[path = "support/edu.rs"]
+mod edu;
+#[path = "support/shared.rs"]
+mod shared;
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use vfio_remap::transport::{Bus, Edu, Emulated, Model, RegionInfo, Shape, Transport, irq_index};
+use vfio_remap::{Device, ErrorKind, Result};
+
+#[test]
+fn edu_does_all_that_is_documented() {
+    let edu = Emulated::new(Edu::new()).unwrap();
+    edu::does_all_that_is_documented(&edu);
+    let device = Device::new(Arc::new(edu));
+    edu::is_reached_through_windows(&device);
+    assert_eq!(device.config().unwrap().vendor().unwrap(), 0x1234);
+    device.close().unwrap();
+}
+
+#[test]
+fn accesses_of_another_width_read_ones_and_change_nothing() {
+    let edu = Emulated::new(Edu::new()).unwrap();
+    edu::write(&edu, 4, 7);
+    for data in [&[0; 1][..], &[0; 2], &[0; 3], &[0; 8], &[0; 100]] {
+        edu.write_at(0, 4, data).unwrap();
+        let mut read = vec![0; data.len()];
+        edu.read_at(0, 4, &mut read).unwrap();
+        assert!(read.iter().all(|&byte| byte == 0xff), "{} bytes", data.len());
+    }
+    assert_eq!(edu::read(&edu, 4), !7);
+}
+
+#[test]
+fn what_a_device_does_not_have_is_an_error() {
+    let edu = Emulated::new(Edu::new()).unwrap();
+    let kind = |result: Result<()>| result.unwrap_err().kind();
+    assert_eq!(kind(edu.read_at(1, 0, &mut [0; 4])), ErrorKind::NotFound);
+    assert_eq!(kind(edu.read_at(u32::MAX, 0, &mut [0; 4])), ErrorKind::NotFound);
+    assert_eq!(kind(edu.read_at(0, (1 << 20) - 3, &mut [0; 4])), ErrorKind::OutOfRange);
+    assert_eq!(kind(edu.write_at(0, u64::MAX, &[0; 4])), ErrorKind::OutOfRange);
+    assert_eq!(kind(edu.backing(7).map(drop)), ErrorKind::NotMappable);
+    assert_eq!(kind(edu.irq(5).map(drop)), ErrorKind::NotFound);
+    let event = edu::event();
+    let too_many = [Some(event.as_fd()); 2];
+    assert_eq!(kind(edu.set_irqs(irq_index::MSI, 0, &too_many)), ErrorKind::OutOfRange);
+    assert_eq!(kind(edu.set_irqs(irq_index::MSIX, 0, &too_many)), ErrorKind::OutOfRange);
+    assert_eq!(kind(edu.trigger_irqs(irq_index::MSI, 1..2)), ErrorKind::OutOfRange);
+}
+
+#[test]
+fn bus_mastering_must_be_on_for_transfers() {
+    let edu = Emulated::new(Edu::new()).unwrap();
+    let memory = shared::memory(0x1000, true);
+    shared::put(&memory, 0, &[7; 8]);
+    edu.dma_map(0, &memory, vfio_remap::space::Access::ReadWrite).unwrap();
+    let mut expected = [0; 8];
+    for on in [false, true] {
+        edu.write_at(7, 4, &(u16::from(on) << 2).to_le_bytes()).unwrap();
+        for (offset, value) in [(0x80, 0), (0x88, 0x4_0000), (0x90, 8), (0x98, 1u64)] {
+            edu.write_at(0, offset, &value.to_le_bytes()).unwrap();
+        }
+        edu::until("a transfer", || edu::read(&edu, 0x98) & 1 == 0);
+        if on {
+            expected = [7; 8];
+        }
+        let mut data = [0; 8];
+        edu.read_at(0, 0x4_0000, &mut data).unwrap();
+        assert_eq!(data, expected, "bus mastering: {on}");
+    }
+}
+
+/// A model whose mapped part leaves its region.
+struct Liar;
+
+impl Model for Liar {
+    fn shape(&self) -> Shape {
+        let mut region = RegionInfo::mappable(0x1000);
+        region.areas = Some(vec![0..0x2000]);
+        Shape::new("liar", vec![region])
+    }
+
+    fn read(&mut self, _: &Bus, _: u32, _: u64, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn write(&mut self, _: &Bus, _: u32, _: u64, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self, _: &Bus) {}
+}
+
+#[test]
+fn mapped_parts_that_leave_their_region_are_refused() {
+    assert_eq!(Emulated::new(Liar).unwrap_err().kind(), ErrorKind::OutOfRange);
+}
