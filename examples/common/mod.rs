@@ -53,18 +53,19 @@ pub fn served() -> Option<Result<()>> {
     if arguments.next().as_deref() != Some(OsStr::new(SERVE)) {
         return None;
     }
-    let socket = arguments.next()?;
-    Some(
-        Emulated::new(Edu::new())
-            .and_then(|device| Server::bind(Path::new(&socket), device)?.serve()),
-    )
+    let (model, socket) = (arguments.next()?, arguments.next()?);
+    let device = match model.to_str() {
+        Some("nvme") => Namespace::memory(64 << 20, 512)
+            .and_then(|namespace| Emulated::new(Nvme::new(vec![namespace]))),
+        _ => Emulated::new(Edu::new()),
+    };
+    Some(device.and_then(|device| Server::bind(Path::new(&socket), device)?.serve()))
 }
 
 fn emulated(model: &str) -> Result<Opened> {
-    if model != "edu" {
-        return Err(
-            Error::new(ErrorKind::NotFound, "emulate", model).remedy("there is: emulated:edu")
-        );
+    if !["edu", "nvme"].contains(&model) {
+        return Err(Error::new(ErrorKind::NotFound, "emulate", model)
+            .remedy("there are: emulated:edu, emulated:nvme"));
     }
     let failed = |error: std::io::Error| {
         Error::new(ErrorKind::Os, "emulate", model).because(error.to_string())
