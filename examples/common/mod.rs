@@ -77,7 +77,11 @@ fn emulated(model: &str) -> Result<Opened> {
     let end = Instant::now() + Duration::from_secs(5);
     let transport = loop {
         match VfioUser::connect(&process.socket) {
-            Err(error) if error.kind() == ErrorKind::NotFound && Instant::now() < end => {
+            // It has not made the socket yet, or does not listen yet.
+            Err(error)
+                if [Some(libc::ENOENT), Some(libc::ECONNREFUSED)].contains(&error.errno())
+                    && Instant::now() < end =>
+            {
                 std::thread::sleep(Duration::from_millis(1));
             }
             other => break other?,

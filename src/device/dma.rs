@@ -9,6 +9,7 @@ use super::dma_buffer::{BufferRequest, DmaBuffer};
 use super::iova::{Iova, IovaAllocator};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
+use crate::sys::fork;
 use crate::transport::{DmaLimits, Transport};
 
 /// The addresses that a device has for memory: what is mapped where, and what is free.
@@ -107,25 +108,36 @@ impl DmaSpace {
         placement: IovaPlacement,
         access: Access,
     ) -> Result<DmaMapping> {
+        const ATTEMPTS: usize = 1024;
         let size = memory.size() as u64;
-        loop {
-            let iova = self.inner.take(&memory, placement)?;
+        let anywhere = matches!(placement, IovaPlacement::Anywhere { .. });
+        let mut refused = Vec::new();
+        let result = loop {
+            let iova = match self.inner.take(&memory, placement) {
+                Ok(iova) => iova,
+                Err(error) => break Err(error),
+            };
             match self.inner.transport.dma_map(iova.0, &memory, access) {
-                Ok(()) => {
-                    let slot = self.inner.state().mapped.insert((iova, size));
-                    return Ok(DmaMapping { space: self.clone(), memory, iova, slot });
-                }
-                // A device that shares the address space has mapped something there: the addresses stay
-                // taken, and others are tried until none are left.
-                Err(error)
-                    if error.kind() == ErrorKind::AddressTaken
-                        && matches!(placement, IovaPlacement::Anywhere { .. }) => {}
+                Ok(()) => break Ok(iova),
                 Err(error) => {
-                    self.inner.state().free.free(iova.0, size);
-                    return Err(error);
+                    refused.push(iova);
+                    // A device that shares the address space has mapped something there: others are tried.
+                    let taken = anywhere && error.kind() == ErrorKind::AddressTaken;
+                    if !taken || refused.len() == ATTEMPTS {
+                        break Err(error);
+                    }
                 }
             }
+        };
+        let mut state = self.inner.state();
+        for iova in refused {
+            state.free.free(iova.0, size);
         }
+        let iova = result?;
+        let slot = state.mapped.insert((iova, size));
+        drop(state);
+        let generation = fork::generation();
+        Ok(DmaMapping { space: self.clone(), memory, iova, slot, generation })
     }
 
     /// What is mapped, for errors: the first few.
@@ -214,6 +226,8 @@ pub struct DmaMapping {
     memory: DmaMemory,
     iova: Iova,
     slot: usize,
+    /// The process that made it: see [`fork::generation`].
+    generation: u32,
 }
 
 impl DmaMapping {
@@ -235,6 +249,10 @@ impl DmaMapping {
 
 impl Drop for DmaMapping {
     fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            // The parent's mapping, through a file that both have.
+            return;
+        }
         let size = self.memory.size() as u64;
         let inner = &self.space.inner;
         if let Err(error) = inner.transport.dma_unmap(self.iova.0, size) {

@@ -1,14 +1,13 @@
 //! Memory made for DMA.
 //!
-//! `unsafe` is here because a device changes the memory at any time. It is touched by relaxed atomic
-//! accesses and never by plain ones, and no reference to its contents is made but to single atomics.
+//! `unsafe` is here because a device changes the memory at any time. It is touched by the same single
+//! accesses as registers are, never by plain ones, and no reference to its contents is made.
 
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -16,6 +15,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::dma::{DmaMapping, DmaSpace, IovaPlacement};
 use super::iova::Iova;
+use super::register_access::Width;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys;
@@ -54,7 +54,7 @@ impl BufferRequest {
 /// device by an [`Iova`].
 ///
 /// [`split_at`](Self::split_at) gives parts of it away; the memory goes when the last part is dropped,
-/// after the device can no longer reach it. Accesses are relaxed: what a device is told of by
+/// after the device can no longer reach it. What a device is told of by
 /// [`Register::write`](super::Register::write) is written before.
 pub struct DmaBuffer {
     whole: Arc<Whole>,
@@ -75,7 +75,7 @@ struct Memory {
     huge: bool,
 }
 
-// SAFETY: the memory is reached by atomic accesses only.
+// SAFETY: the memory is reached by single accesses in assembly only, which may race.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
@@ -130,7 +130,7 @@ impl DmaBuffer {
         };
         let (address, size) = (memory.at.as_ptr() as usize, memory.size);
         let memory = Arc::new(memory);
-        // SAFETY: mapped as long as `memory` lives; reached by atomic accesses only, below.
+        // SAFETY: mapped as long as `memory` lives; reached by single accesses only, below.
         let shared =
             unsafe { DmaMemory::new(address, size, Some((Arc::new(fd), 0)), memory.clone()) };
         let mapping = space.map(shared, request.placement, Access::ReadWrite)?;
@@ -176,26 +176,27 @@ impl DmaBuffer {
         Ok((Self { whole, offset, size }, second))
     }
 
-    /// Reads a value at `offset` bytes, by one relaxed access.
+    /// Reads a little-endian value at `offset` bytes, by one access; those that follow are made after it.
     ///
     /// # Panics
     /// Where it leaves the buffer or is not aligned, as slices do.
     #[inline]
     #[track_caller]
-    pub fn load<T: Word>(&self, offset: usize) -> T {
+    pub fn load<T: Width>(&self, offset: usize) -> T {
         // SAFETY: checked by `word`; mapped while `self` lives.
         unsafe { T::load(self.word::<T>(offset)) }
     }
 
-    /// Writes a value at `offset` bytes, by one relaxed access.
+    /// Writes a little-endian value at `offset` bytes, by one access, in no order with others but those of
+    /// [`Register::write`](super::Register::write).
     ///
     /// # Panics
     /// As [`load`](Self::load).
     #[inline]
     #[track_caller]
-    pub fn store<T: Word>(&self, offset: usize, value: T) {
+    pub fn store<T: Width>(&self, offset: usize, value: T) {
         // SAFETY: checked by `word`; mapped while `self` lives.
-        unsafe { T::store(self.word::<T>(offset), value) }
+        unsafe { T::store_relaxed(self.word::<T>(offset), value) }
     }
 
     /// Copies bytes out, from `offset` on.
@@ -212,7 +213,7 @@ impl DmaBuffer {
             at += 1;
         }
         for word in bytes[head..head + words].chunks_exact_mut(8) {
-            word.copy_from_slice(&self.load::<u64>(at).to_ne_bytes());
+            word.copy_from_slice(&self.load::<u64>(at).to_le_bytes());
             at += 8;
         }
         for byte in &mut bytes[head + words..head + words + tail] {
@@ -237,7 +238,7 @@ impl DmaBuffer {
         for word in bytes[head..head + words].chunks_exact(8) {
             let mut value = [0; 8];
             value.copy_from_slice(word);
-            self.store(at, u64::from_ne_bytes(value));
+            self.store(at, u64::from_le_bytes(value));
             at += 8;
         }
         for &byte in &bytes[head + words..head + words + tail] {
@@ -258,7 +259,7 @@ impl DmaBuffer {
 
     #[inline]
     #[track_caller]
-    fn word<T: Word>(&self, offset: usize) -> *mut T {
+    fn word<T: Width>(&self, offset: usize) -> *mut T {
         self.check(offset, size_of::<T>());
         let at = self.at(offset).as_ptr();
         assert!(at.addr().is_multiple_of(size_of::<T>()), "offset {offset:#x} is not aligned");
@@ -278,42 +279,6 @@ fn split(address: usize, len: usize) -> (usize, usize, usize) {
     let words = (len - head) / 8 * 8;
     (head, words, len - head - words)
 }
-
-mod sealed {
-    pub trait Access: Copy {
-        /// # Safety
-        /// Mapped and aligned.
-        unsafe fn load(at: *mut Self) -> Self;
-        /// # Safety
-        /// As `load`.
-        unsafe fn store(at: *mut Self, value: Self);
-    }
-}
-
-/// What a [`DmaBuffer`] is read and written by: `u8`, `u16`, `u32`, `u64`, in the machine's byte order.
-pub trait Word: sealed::Access {}
-
-macro_rules! word {
-    ($($type:ty: $atomic:ty),*) => {$(
-        impl Word for $type {}
-
-        impl sealed::Access for $type {
-            #[inline(always)]
-            unsafe fn load(at: *mut Self) -> Self {
-                // SAFETY: mapped and aligned, as the caller vouches; only atomics refer to it.
-                unsafe { <$atomic>::from_ptr(at) }.load(Ordering::Relaxed)
-            }
-
-            #[inline(always)]
-            unsafe fn store(at: *mut Self, value: Self) {
-                // SAFETY: as above.
-                unsafe { <$atomic>::from_ptr(at) }.store(value, Ordering::Relaxed);
-            }
-        }
-    )*};
-}
-
-word!(u8: AtomicU8, u16: AtomicU16, u32: AtomicU32, u64: AtomicU64);
 
 impl fmt::Debug for DmaBuffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

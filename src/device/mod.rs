@@ -25,7 +25,7 @@ use crate::transport::{DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
 pub use bar::Bar;
 pub use config::Config;
 pub use dma::{DmaMapping, DmaSpace, IovaPlacement};
-pub use dma_buffer::{BufferRequest, DmaBuffer, Word};
+pub use dma_buffer::{BufferRequest, DmaBuffer};
 pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
 pub use register::{IoRegister, Mode, ReadOnly, ReadWrite, Register, Registers, Width};
@@ -45,6 +45,7 @@ struct Inner {
     regions: Box<[OnceLock<Region>]>,
     msix: OnceLock<Option<config::Msix>>,
     dma: OnceLock<DmaSpace>,
+    dma_lock: Mutex<()>,
     /// Held while the command register is read, changed and written.
     command: Mutex<()>,
     /// What holds the device: each knows its place here.
@@ -101,6 +102,7 @@ impl Device {
                 regions: std::iter::repeat_with(OnceLock::new).take(count).collect(),
                 msix: OnceLock::new(),
                 dma: OnceLock::new(),
+                dma_lock: Mutex::new(()),
                 command: Mutex::new(()),
                 notes: Mutex::default(),
                 info,
@@ -166,7 +168,7 @@ impl Device {
             return Ok(space.clone());
         }
         // Two that come at once must not each have a space of their own.
-        let _one = self.inner.notes();
+        let _one = self.inner.dma_lock.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(space) = self.inner.dma.get() {
             return Ok(space.clone());
         }
@@ -302,6 +304,9 @@ impl Inner {
         }
         if holders > notes.len() {
             held.push(format!("{} trapped registers", holders - notes.len()));
+        }
+        if held.is_empty() {
+            held.push("something that has just gone".to_owned());
         }
         Error::new(ErrorKind::InUse, "close", &self.info.name)
             .because(format!("it is held by {}", held.join(", ")))

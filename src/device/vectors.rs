@@ -1,6 +1,7 @@
 //! Interrupts as file descriptors.
 
 use std::fmt;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{Device, Inner, Note};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::fork;
 use crate::transport::{IrqInfo, irq_index};
 
 /// A kind of interrupt of a PCI device. A device uses one of them at a time.
@@ -53,6 +55,8 @@ pub struct Vectors {
     /// `None` is a hole: a vector that is not set up.
     eventfds: Vec<Option<EventFd>>,
     slot: usize,
+    /// The process that set them up: see [`fork::generation`].
+    generation: u32,
 }
 
 impl Device {
@@ -73,9 +77,36 @@ impl Device {
         let info = self.interrupt(kind)?;
         check(kind, &info, count, self.name())?;
         let eventfds = (0..count).map(|_| eventfd().map(Some)).collect::<Result<Vec<_>>>()?;
-        self.transport().set_irqs(kind.index(), 0, &borrowed(&eventfds))?;
-        let slot = self.inner.notes().insert(Note::Vectors { kind, count });
-        Ok(Vectors { device: self.inner.clone(), kind, info, eventfds, slot })
+        let slot = self.inner.only(Note::Vectors { kind, count })?;
+        if let Err(error) = self.transport().set_irqs(kind.index(), 0, &borrowed(&eventfds)) {
+            self.inner.notes().try_remove(slot);
+            return Err(error);
+        }
+        let generation = fork::generation();
+        Ok(Vectors { device: self.inner.clone(), kind, info, eventfds, slot, generation })
+    }
+}
+
+impl Inner {
+    /// Notes what there can be one of: vectors of any kind, events.
+    fn only(&self, note: Note) -> Result<usize> {
+        let mut notes = self.notes();
+        let alike = notes
+            .iter()
+            .find(|(_, other)| std::mem::discriminant(*other) == std::mem::discriminant(&note));
+        match alike {
+            None => Ok(notes.insert(note)),
+            Some((_, other)) => {
+                let (wanted, there) = (self.describe(&note), self.describe(other));
+                Err(Error::new(
+                    ErrorKind::InUse,
+                    "set up",
+                    format!("{wanted} of {}", self.info.name),
+                )
+                .because(format!("there are {there}"))
+                .remedy("drop those first"))
+            }
+        }
     }
 }
 
@@ -155,9 +186,15 @@ impl Vectors {
             transport.set_irqs(index, 0, &[])?;
             let result = transport.set_irqs(index, 0, &all);
             if let Err(error) = result {
-                transport.set_irqs(index, 0, &borrowed(&self.eventfds))?;
+                let restored = transport.set_irqs(index, 0, &borrowed(&self.eventfds));
+                // Whoever waits looks for work, whether or not more will be told.
                 self.signal_all();
-                return Err(error);
+                return Err(match restored {
+                    Ok(()) => error,
+                    Err(_) => {
+                        error.remedy("make the vectors anew: the old ones are not set up any more")
+                    }
+                });
             }
             Growth::Rearmed
         } else {
@@ -174,7 +211,7 @@ impl Vectors {
         Ok(growth)
     }
 
-    /// Takes a vector out, which leaves a hole, or puts it back in.
+    /// Takes a vector out, which leaves a hole, or puts it back in, with an eventfd of its own anew.
     ///
     /// # Errors
     /// `OutOfRange` past the last; what the kernel answers.
@@ -199,8 +236,8 @@ impl Vectors {
     /// # Errors
     /// What the transport answers: VFIO masks INTx only.
     pub fn set_masked(&self, vector: usize, masked: bool) -> Result<()> {
-        let vector = vector as u32;
-        self.device.transport.mask_irqs(self.kind.index(), vector..vector + 1, masked)
+        let vectors = self.one(vector, "mask")?;
+        self.device.transport.mask_irqs(self.kind.index(), vectors, masked)
     }
 
     /// Fires a vector as the device would: for tests.
@@ -208,8 +245,17 @@ impl Vectors {
     /// # Errors
     /// What the transport answers.
     pub fn trigger(&self, vector: usize) -> Result<()> {
-        let vector = vector as u32;
-        self.device.transport.trigger_irqs(self.kind.index(), vector..vector + 1)
+        let vectors = self.one(vector, "trigger")?;
+        self.device.transport.trigger_irqs(self.kind.index(), vectors)
+    }
+
+    /// One vector as a range, of those that there are.
+    fn one(&self, vector: usize, operation: &'static str) -> Result<Range<u32>> {
+        if vector < self.count() {
+            return Ok(vector as u32..vector as u32 + 1);
+        }
+        Err(Error::new(ErrorKind::OutOfRange, operation, self.name(vector))
+            .because(format!("there are {}", self.count())))
     }
 
     fn eventfd(&self, vector: usize) -> Result<&EventFd> {
@@ -233,6 +279,9 @@ impl Vectors {
 
 impl Drop for Vectors {
     fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return;
+        }
         if let Err(error) = self.device.transport.set_irqs(self.kind.index(), 0, &[]) {
             log::warn!("interrupts stay set up until the device is closed: {error}");
         }
@@ -293,6 +342,7 @@ pub struct Events {
     error: Option<EventFd>,
     release: Option<EventFd>,
     slot: usize,
+    generation: u32,
 }
 
 impl Device {
@@ -310,10 +360,11 @@ impl Device {
             self.transport().set_irqs(index, 0, &[Some(eventfd.as_fd())])?;
             Ok(Some(eventfd))
         };
-        let slot = self.inner.notes().insert(Note::Events);
+        let slot = self.inner.only(Note::Events)?;
+        let generation = fork::generation();
         // From here on, an error drops what was connected so far.
         let device = self.inner.clone();
-        let mut events = Events { device, error: None, release: None, slot };
+        let mut events = Events { device, error: None, release: None, slot, generation };
         events.error = connect(irq_index::ERR)?;
         events.release = connect(irq_index::REQ)?;
         if events.error.is_none() && events.release.is_none() {
@@ -383,6 +434,9 @@ impl Events {
 
 impl Drop for Events {
     fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return;
+        }
         for (eventfd, index) in [(&self.error, irq_index::ERR), (&self.release, irq_index::REQ)] {
             if eventfd.is_some()
                 && let Err(error) = self.device.transport.set_irqs(index, 0, &[])

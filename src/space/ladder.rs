@@ -78,7 +78,7 @@ impl Mapping {
                 Ok(Released::Lost) => (None, Source::Lost),
                 Err(errno) => {
                     // SAFETY: the new side was made above, and nobody knows of it yet.
-                    let lost = !unsafe { destination.undo(address, self.len) };
+                    let lost = !unsafe { destination.undo(&self.backing, address, self.len) };
                     let error = out_of_memory(errno, "relocate", self.object());
                     let error = if lost {
                         error.into_kind(ErrorKind::ReservationLost).because(
@@ -164,7 +164,7 @@ impl Mapping {
             // SAFETY: the new side was made above, and nobody knows of it yet.
             if let Err(errno) = unsafe { mm::protect_read_only(new, len) } {
                 // SAFETY: as above.
-                let lost = !unsafe { destination.undo(new, len) };
+                let lost = !unsafe { destination.undo(&self.backing, new, len) };
                 return Err(Refusal { errno, lost }.into());
             }
         }

@@ -121,10 +121,12 @@ impl Destination {
     ///
     /// # Safety
     /// `[address, address + len)` is ours, and nothing reads or writes through it.
-    pub(super) unsafe fn undo(&self, address: usize, len: usize) -> bool {
+    pub(super) unsafe fn undo(&self, backing: &Backing, address: usize, len: usize) -> bool {
         match self {
             // SAFETY: the caller's own contract.
-            Self::Reserved(reservation, _) => unsafe { reservation.clear(len) },
+            Self::Reserved(reservation, _) => unsafe {
+                reservation.clear(len, || is_intact(backing, None, address..address + len))
+            },
             Self::Chosen => {
                 // SAFETY: the caller's own contract.
                 if let Err(errno) = unsafe { mm::munmap(address, len) } {
@@ -251,9 +253,7 @@ impl Mapping {
 
     /// Whether a failing call has left the mapping where it was.
     fn is_intact(&self) -> bool {
-        let offset = self.backing.file_offset(self.offset);
-        file::identity(self.backing.fd())
-            .is_ok_and(|identity| maps::is_file(&self.range(), identity, offset, false))
+        is_intact(&self.backing, Some(self.offset), self.range())
     }
 
     /// An error in a child of `fork(2)`, where the mapping is not.
@@ -264,6 +264,18 @@ impl Mapping {
         Err(Error::new(ErrorKind::Gone, operation, self.object())
             .because("windows are not inherited by children of fork"))
     }
+}
+
+/// Whether `range` maps the backing, from `offset` of the region on if that is given. True where nobody
+/// can tell: a mapping that may be there is not given up.
+fn is_intact(backing: &Backing, offset: Option<u64>, range: Range<usize>) -> bool {
+    // vfio-pci before Linux 6.10 shows the BAR's physical address in place of the file's offset.
+    let offset = match backing.kind() {
+        BackingKind::VfioPci => None,
+        _ => offset.map(|offset| backing.file_offset(offset)),
+    };
+    let is_file = |identity| maps::is_file(&range, identity, offset, false);
+    file::identity(backing.fd()).is_ok_and(is_file) || !maps::are_told()
 }
 
 /// What became of the addresses of a mapping that was covered.
@@ -298,7 +310,7 @@ pub(super) fn map_again(
     // SAFETY: the mapping was made above.
     if let Err(errno) = unsafe { mm::keep_from_children(address, len) } {
         // SAFETY: as above; nobody knows of it yet.
-        let lost = !unsafe { destination.undo(address, len) };
+        let lost = !unsafe { destination.undo(backing, address, len) };
         return Err(Refusal { errno, lost });
     }
     if len >= HUGE && backing.kind() == BackingKind::VfioPci {
@@ -325,7 +337,9 @@ impl Drop for Mapping {
                 Some(home) => {
                     // A reservation that nobody else has goes with it, in one munmap of its own.
                     if !home.is_whole_area() {
-                        home.clear(self.len);
+                        let (backing, offset) = (&self.backing, Some(self.offset));
+                        let range = self.address..self.address + self.len;
+                        home.clear(self.len, || is_intact(backing, offset, range));
                     }
                 }
             }

@@ -338,15 +338,20 @@ impl Reservation {
     }
 
     /// Makes the first `size` bytes the placeholder again, by whatever it takes: where there is no room
-    /// for the mapping that covers another, by unmapping that first. False where that left a mapping
-    /// behind, or let somebody else in: the range is then no longer ours.
+    /// for the mapping that covers another, by unmapping that first, if it `is_intact` after the failure.
+    /// False where that left a mapping behind, or let somebody else in: the range is then no longer ours.
     ///
     /// # Safety
     /// Nothing reads or writes through the range any more.
-    pub(super) unsafe fn clear(&self, size: usize) -> bool {
+    pub(super) unsafe fn clear(&self, size: usize, is_intact: impl FnOnce() -> bool) -> bool {
         // SAFETY: the caller's own contract.
         if unsafe { self.cover(size) }.is_ok() {
             return true;
+        }
+        if !is_intact() {
+            // The failing call had unmapped it already; what is there now may be anybody's.
+            // SAFETY: nothing of ours is mapped there.
+            return unsafe { self.plug(size) };
         }
         // SAFETY: the reservation owns the range; the caller vouches for its users.
         match unsafe { mm::munmap(self.start, size) } {
@@ -365,7 +370,7 @@ impl Reservation {
     fn holds_placeholder(&self, range: &Range<usize>) -> bool {
         let identity = placeholder().ok().and_then(|file| sys::file::identity(file).ok());
         let offset = self.area.offset_of(range.start);
-        identity.is_some_and(|identity| maps::is_file(range, identity, offset, true))
+        identity.is_some_and(|identity| maps::is_file(range, identity, Some(offset), true))
     }
 }
 

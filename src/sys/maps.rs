@@ -46,20 +46,21 @@ pub(crate) fn overlapping(range: &Range<usize>) -> Vec<Mapped> {
         .collect()
 }
 
-/// Whether all of `range` maps the file with this device and inode number, from `offset` on; with
-/// `inaccessible`, without any rights.
+/// Whether all of `range` maps the file with this device and inode number: with an `offset`, from there
+/// on; with `inaccessible`, without any rights.
 ///
-/// False where `/proc` is not mounted: nobody can tell.
+/// False where `/proc` is not mounted: see [`are_told`].
 pub(crate) fn is_file(
     range: &Range<usize>,
     (device, inode): (u64, u64),
-    offset: u64,
+    offset: Option<u64>,
     inaccessible: bool,
 ) -> bool {
     let mut reached = range.start;
     for mapped in overlapping(range) {
-        let expected =
-            offset.wrapping_add(mapped.range.start as u64).wrapping_sub(range.start as u64);
+        let expected = offset.map_or(mapped.offset, |offset| {
+            offset.wrapping_add(mapped.range.start as u64).wrapping_sub(range.start as u64)
+        });
         let same = (mapped.device, mapped.inode, mapped.offset) == (device, inode, expected)
             && mapped.inaccessible == inaccessible;
         if !same || mapped.range.start > reached {
@@ -68,6 +69,11 @@ pub(crate) fn is_file(
         reached = mapped.range.end;
     }
     reached >= range.end
+}
+
+/// Whether this process can learn what it has mapped.
+pub(crate) fn are_told() -> bool {
+    File::open("/proc/self/maps").is_ok()
 }
 
 /// How many mappings this process has, and how many it may have (`vm.max_map_count`).

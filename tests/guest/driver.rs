@@ -119,7 +119,10 @@ fn interrupts_that_a_device_does_not_have_are_refused_by_count() {
         assert!(error.to_string().contains(words), "{error}");
     }
     let _msi = device.vectors(Interrupt::Msi, 1).unwrap();
-    assert!(device.vectors(Interrupt::Intx, 1).is_err(), "another kind is in use");
+    for kind in [Interrupt::Intx, Interrupt::Msi] {
+        let error = device.vectors(kind, 1).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+    }
     let error = device.close().unwrap_err();
     assert!(error.to_string().contains("1 vectors of Msi"), "{error}");
 }

@@ -328,6 +328,30 @@ fn a_mapping_that_cannot_be_covered_when_it_is_dropped_is_unmapped() {
 }
 
 #[test]
+fn what_others_took_while_a_cover_failed_is_not_unmapped_with_the_mapping() {
+    let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
+    let (home, rest) = secluded(2 * PAGE).split_at(PAGE).unwrap();
+    let range = home.range();
+    let start = range.start;
+    let placement = Placement::In(home);
+    let window = Mapping::new(backing, 0, PAGE, Access::ReadWrite, placement).unwrap();
+    spy::script(
+        move |call| match call {
+            Call::Cover { address, len } => {
+                // SAFETY: the mapping is the caller's to replace.
+                unsafe { mm::munmap(address, len) }.unwrap();
+                std::mem::forget(Reservation::at(start, PAGE).unwrap());
+                Some(Errno::ENOMEM)
+            }
+            _ => None,
+        },
+        || drop(window),
+    );
+    drop(rest);
+    assert_eq!(state(&range), (0, PAGE), "the other's mapping stands");
+}
+
+#[test]
 fn what_cannot_be_finished_is_undone() {
     let window = shared(PAGE);
     let protecting = |call| call == Call::Protect;

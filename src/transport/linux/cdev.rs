@@ -125,6 +125,9 @@ fn refused(errno: Errno, device: &PciDevice, path: &Path) -> Error {
             .into_kind(ErrorKind::InUse)
             .because("a device can be open once, and somebody has it open, or one of its group")
             .remedy(format!("find out who: fuser -v {}", path.display())),
+        Errno::EPERM => error
+            .because("the machine does not isolate interrupts")
+            .remedy("switch on interrupt remapping, or, trusting the device, set allow_unsafe_interrupts=1 of iommufd"),
         _ => error,
     }
 }

@@ -90,6 +90,10 @@ impl AddressSpace {
             (Errno::EINVAL, _) => error.into_kind(ErrorKind::OutOfRange).because(
                 "address, size and IOVA must be multiples of the IOMMU's page size, and lie in its ranges",
             ),
+            (Errno::ENOMEM, _) => error
+                .into_kind(ErrorKind::LockedMemory)
+                .because("memory is short, or the limit on locked memory is reached (RLIMIT_MEMLOCK)")
+                .remedy("raise it: ulimit -l, or LimitMEMLOCK= of the unit"),
             (Errno::ENOSPC, Self::Group(_)) => error
                 .into_kind(ErrorKind::TooManyMappings)
                 .because("the container has no room for another mapping")

@@ -6,6 +6,7 @@ use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
@@ -15,6 +16,9 @@ use super::PciDevice;
 use super::binding::no_iommu;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::vfio;
+
+/// The groups that this process has open.
+static OPEN: Mutex<BTreeMap<u32, Weak<Group>>> = Mutex::new(BTreeMap::new());
 
 /// An open IOMMU group in a container of its own, which is its address space for DMA.
 pub(super) struct Group {
@@ -27,16 +31,32 @@ impl Group {
     /// The group of `device`, opened and attached. A group can be open once: all devices of it that
     /// this process opens share what is returned here.
     pub(super) fn of(device: &PciDevice) -> Result<Arc<Self>> {
-        static OPEN: Mutex<BTreeMap<u32, Weak<Group>>> = Mutex::new(BTreeMap::new());
         let id = device.iommu_group().ok_or_else(|| no_iommu("open", device.address()))?;
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|_, group| group.strong_count() > 0);
-        if let Some(group) = open.get(&id).and_then(Weak::upgrade) {
+        let known = open.get(&id);
+        if let Some(group) = known.and_then(Weak::upgrade) {
             return Ok(group);
         }
-        let group = Arc::new(Self::new(device, id)?);
+        // Another thread may be about to close it: it is no longer to be had, and not yet closed.
+        let mut patience = if known.is_some() { 100 } else { 0 };
+        let group = loop {
+            match Self::new(device, id) {
+                Err(error) if error.kind() == ErrorKind::InUse && patience > 0 => {
+                    patience -= 1;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                other => break Arc::new(other?),
+            }
+        };
+        open.retain(|_, group| group.strong_count() > 0);
         open.insert(id, Arc::downgrade(&group));
         Ok(group)
+    }
+
+    /// Whether this process has the group of `device` open.
+    pub(super) fn is_open(device: &PciDevice) -> bool {
+        let open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        device.iommu_group().and_then(|id| open.get(&id)?.upgrade()).is_some()
     }
 
     fn new(device: &PciDevice, id: u32) -> Result<Self> {

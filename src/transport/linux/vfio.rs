@@ -1,9 +1,10 @@
 //! One device through Linux VFIO.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::uio::{pread, pwrite};
@@ -32,6 +33,9 @@ pub struct Vfio {
     /// Whether sysfs says that the driver is vfio-pci itself, whose mappings refault.
     by_vfio_pci: bool,
     space: AddressSpace,
+    /// What is mapped for DMA, by IOVA. Windows of other devices are not pinned by that: kept here, they
+    /// keep their device open.
+    mapped: Mutex<BTreeMap<u64, DmaMemory>>,
 }
 
 struct Region {
@@ -55,9 +59,15 @@ impl Vfio {
 
     fn open_in(sysfs: &Sysfs, address: PciAddress) -> Result<Self> {
         let device = bound(sysfs, address)?;
-        match cdev::is_offered(&device) {
-            true => Self::by_cdev(&device, None),
-            false => Self::by_group(&device),
+        if !cdev::is_offered(&device) || Group::is_open(&device) {
+            return Self::by_group(&device);
+        }
+        match Self::by_cdev(&device, None) {
+            // A user may have been given the group's file, and neither the device's nor iommufd's.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                Self::by_group(&device).map_err(|_| error)
+            }
+            other => other,
         }
     }
 
@@ -138,7 +148,14 @@ impl Vfio {
             irqs: answer.num_irqs,
         };
         let by_vfio_pci = device.and_then(PciDevice::driver).as_deref() == Some("vfio-pci");
-        Ok(Self { device: Arc::new(fd), info, regions, by_vfio_pci, space })
+        Ok(Self {
+            device: Arc::new(fd),
+            info,
+            regions,
+            by_vfio_pci,
+            space,
+            mapped: Mutex::default(),
+        })
     }
 
     fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
@@ -160,6 +177,10 @@ impl Vfio {
                 Error::new(ErrorKind::OutOfRange, operation, self.info.region_name(index))
                     .because(format!("{len} bytes at {offset:#x} leave its {:#x} bytes", info.size))
             })
+    }
+
+    fn mapped(&self) -> MutexGuard<'_, BTreeMap<u64, DmaMemory>> {
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn finish(
@@ -284,11 +305,15 @@ impl Transport for Vfio {
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
-        self.space.map(iova, memory, access, &self.info.name)
+        self.space.map(iova, memory, access, &self.info.name)?;
+        self.mapped().insert(iova, memory.clone());
+        Ok(())
     }
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
-        self.space.unmap(iova, size, &self.info.name)
+        self.space.unmap(iova, size, &self.info.name)?;
+        self.mapped().remove(&iova);
+        Ok(())
     }
 }
 
