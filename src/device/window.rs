@@ -25,7 +25,8 @@ use crate::sys;
 /// and until [`relocate`](Self::relocate) succeeds: from then on the old range reaches nothing, and an
 /// access there raises SIGSEGV. Accesses must be single, aligned and volatile; never make a reference
 /// or a slice of it, and never pass it to `read(2)` or `write(2)`, which would copy to or from the
-/// device by any width. A memory slot that was made from it is to be removed before the window is
+/// device by any width. Never unmap, cover or protect a part of it: Linux 6.12 to 7.3 may hold it by 1 GiB
+/// page-table entries, which they cannot split. A memory slot that was made from it is to be removed before the window is
 /// relocated or dropped.
 ///
 /// # Children
