@@ -47,8 +47,7 @@ fn verbs_on_a_device_that_was_pulled_answer_and_leave_nothing() {
     }
     assert_eq!(status.read(), 0);
     drop(status);
-    // The kernel holds the removal until the device is closed: verbs may work or fail, and the window
-    // stays whole either way.
+    // The kernel holds the removal until the device is closed; until then windows are what they were.
     let before = window.addresses();
     let (duplicate, report) = window.duplicate(Placement::Anywhere).unwrap();
     println!("{report}");
@@ -57,8 +56,10 @@ fn verbs_on_a_device_that_was_pulled_answer_and_leave_nothing() {
     window.relocate(Placement::Anywhere).unwrap();
     assert_ne!(window.addresses(), before);
     assert_eq!(window.register::<u32>(8).unwrap().read(), 0);
+    // EAGAIN while the kernel is at the slot, ENOTTY where it finds no way to reset what is not there.
     let reset = device.reset().unwrap_err();
-    assert!(reset.to_string().contains(&format!("cannot reset {address}: EAGAIN")), "{reset}");
+    assert!([Some(libc::EAGAIN), Some(libc::ENOTTY)].contains(&reset.errno()), "{reset}");
+    assert!(reset.to_string().contains(&format!("cannot reset {address}: E")), "{reset}");
     drop(window);
     device.close().unwrap();
     let path = format!("/sys/bus/pci/devices/{address}");
