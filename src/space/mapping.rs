@@ -54,6 +54,7 @@ impl From<Errno> for Refusal {
 
 impl Destination {
     /// Reserves what a placement needs, and checks what it brings.
+    #[inline(always)]
     pub(super) fn prepare(
         placement: Placement,
         operation: &'static str,
@@ -224,6 +225,7 @@ impl Mapping {
     ///
     /// # Safety
     /// Nothing reads or writes through the mapping any more.
+    #[inline(always)]
     pub(super) unsafe fn release(&mut self) -> std::result::Result<Released, Errno> {
         let home = self.home.take();
         // SAFETY: the mapping owns its range; the caller vouches for its users.
@@ -289,6 +291,7 @@ pub(super) enum Released {
 }
 
 /// Maps `len` bytes of the backing at the destination; the new side is cold, and ready for use.
+#[inline(always)]
 pub(super) fn map_again(
     backing: &Backing,
     offset: u64,
