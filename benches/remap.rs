@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vfio_remap::transport::{MemoryDevice, RegionFile};
-use vfio_remap::{Device, Placement, Reservation, Strategy, Window};
+use vfio_remap::{Device, Placement, Reservation, Strategy};
 
 /// Calls in a batch, and batches of each side.
 const BATCH: usize = 200;
@@ -41,14 +41,20 @@ fn lab_device(name: &str) -> Option<Device> {
     Device::open(address.parse().ok()?).ok()
 }
 
-/// The calls of each verb by hand, on the same file, offset and length.
-struct Hand {
+/// A mapping made by hand, of the same bytes that the library's windows show.
+struct Hand<'a> {
+    calls: &'a Calls,
+    at: usize,
+}
+
+/// The system calls of each verb, on the same file, offset and length.
+struct Calls {
     file: RegionFile,
     len: usize,
     placeholder: std::fs::File,
 }
 
-impl Hand {
+impl Calls {
     fn map(&self, address: usize, fixed: i32) -> usize {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let (fd, start) = (self.file.fd().as_raw_fd(), self.file.start() as i64);
@@ -84,110 +90,120 @@ impl Hand {
         // SAFETY: the benchmark owns the range.
         assert_eq!(unsafe { libc::munmap(address as *mut _, self.len) }, 0);
     }
+
+    fn mapped(&self) -> Hand<'_> {
+        Hand { calls: self, at: self.map(0, 0) }
+    }
+}
+
+impl Hand<'_> {
+    /// What a relocation that has made its new side does with the old.
+    fn leave_for(&mut self, new: usize) {
+        self.calls.cover(self.at);
+        self.calls.unmap(self.at);
+        self.at = new;
+    }
+}
+
+impl Drop for Hand<'_> {
+    fn drop(&mut self) {
+        self.calls.unmap(self.at);
+    }
 }
 
 fn compare(what: &str, device: &Device, index: u32) -> bool {
     let bar = device.bar(index).expect("a bar");
-    let mut window = bar.map(.., Placement::Anywhere).expect("a window");
+    let window = || bar.map(.., Placement::Anywhere).expect("a window");
     let file = device.transport().backing(index).expect("a file");
     let placeholder = std::fs::File::from(
         nix::sys::memfd::memfd_create("bench", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
             .expect("a memfd"),
     );
-    let hand = Hand { file, len: window.addresses().len(), placeholder };
-    let by_hand = hand.map(0, 0);
-    let dont_unmap = window.duplicate(Placement::Anywhere.only(Strategy::DontUnmap)).is_ok();
+    let calls = Calls { file, len: window().addresses().len(), placeholder };
+    let mapped = || calls.mapped();
+    let dont_unmap = window().duplicate(Placement::Anywhere.only(Strategy::DontUnmap)).is_ok();
     println!("{what}\n  {:<22} {:>9} {:>9} {:>9}", "", "by hand", "library", "over");
     let mut good = true;
     let again = || Placement::Anywhere.only(Strategy::MapAgain);
     good &= row(
         "duplicate, MapAgain",
-        || hand.unmap(black_box(hand.map(0, 0))),
-        || drop(black_box(window.duplicate(again()).expect("a duplicate"))),
+        (mapped, |_| calls.unmap(black_box(calls.map(0, 0)))),
+        (window, |window| drop(black_box(window.duplicate(again()).expect("a duplicate")))),
     );
     if dont_unmap {
         good &= row(
             "duplicate, DontUnmap",
-            || hand.unmap(black_box(hand.dont_unmap(by_hand))),
-            || drop(black_box(window.duplicate(Placement::Anywhere).expect("a duplicate"))),
+            (mapped, |hand| calls.unmap(black_box(calls.dont_unmap(hand.at)))),
+            (window, |window| {
+                drop(black_box(window.duplicate(Placement::Anywhere).expect("a duplicate")));
+            }),
         );
     }
-    let mut at = by_hand;
     good &= row(
         "relocate, MapAgain",
-        || {
-            let new = hand.map(0, 0);
-            hand.cover(at);
-            hand.unmap(at);
-            at = new;
-        },
-        || drop(black_box(window.relocate(again()).expect("a relocation"))),
+        (mapped, |hand| hand.leave_for(calls.map(0, 0))),
+        (window, |window| drop(black_box(window.relocate(again()).expect("a relocation")))),
     );
     if dont_unmap {
         good &= row(
             "relocate, DontUnmap",
-            || {
-                let new = hand.dont_unmap(at);
-                hand.cover(at);
-                hand.unmap(at);
-                at = new;
-            },
-            || drop(black_box(window.relocate(Placement::Anywhere).expect("a relocation"))),
+            (mapped, |hand| hand.leave_for(calls.dont_unmap(hand.at))),
+            (window, |window| {
+                drop(black_box(window.relocate(Placement::Anywhere).expect("a relocation")));
+            }),
         );
     }
-    good &= placed(&hand, &mut window);
-    hand.unmap(at);
-    good
-}
-
-/// Relocation between two reservations, as a hypervisor does.
-fn placed(hand: &Hand, window: &mut Window) -> bool {
-    let reserve = || Reservation::new(hand.len).expect("address space");
-    let (mut here, mut there) = (reserve().address(), reserve().address());
-    // The benchmark keeps the two ranges for the calls by hand.
-    for address in [here, there] {
-        hand.cover(address);
-    }
-    hand.map(here, libc::MAP_FIXED);
-    let mut place = Some(reserve());
-    let again = |place| Placement::In(place).only(Strategy::MapAgain);
-    let good = row(
+    good & row(
         "relocate in place",
-        || {
-            hand.map(there, libc::MAP_FIXED);
-            hand.cover(here);
-            std::mem::swap(&mut here, &mut there);
-        },
-        || {
-            let relocation = window.relocate(again(place.take().expect("a place")));
-            place = relocation.expect("a relocation").old;
-        },
-    );
-    hand.unmap(here);
-    hand.unmap(there);
-    good
+        (
+            || {
+                let (here, there) = (calls.mapped(), calls.mapped());
+                calls.cover(there.at);
+                (here, there)
+            },
+            |(here, there)| {
+                calls.map(there.at, libc::MAP_FIXED);
+                calls.cover(here.at);
+                std::mem::swap(here, there);
+            },
+        ),
+        (
+            || {
+                let mut window = window();
+                let place = Reservation::new(calls.len).expect("address space");
+                // Between two reservations, as a hypervisor does.
+                let place = window.relocate(Placement::In(place)).expect("a relocation").old;
+                (window, place)
+            },
+            |(window, place)| {
+                let to = Placement::In(place.take().expect("a place")).only(Strategy::MapAgain);
+                *place = window.relocate(to).expect("a relocation").old;
+            },
+        ),
+    )
 }
 
 /// One line: medians of alternating batches.
-fn row(name: &str, mut by_hand: impl FnMut(), mut by_library: impl FnMut()) -> bool {
-    let batch = |f: &mut dyn FnMut()| {
-        let start = Instant::now();
-        for _ in 0..BATCH {
-            f();
-        }
-        start.elapsed().as_nanos() as f64 / BATCH as f64
-    };
+///
+/// Each batch starts from what its side has made anew, and nothing of the other's is there: both then work at
+/// the same addresses. Whose mappings share a page table with memory that is in use, or lie where in the
+/// kernel's tree of them, makes more of a difference than the library does.
+fn row<H, L>(
+    name: &str,
+    hand: (impl Fn() -> H, impl Fn(&mut H)),
+    library: (impl Fn() -> L, impl Fn(&mut L)),
+) -> bool {
     // The first of all rows would pay for what all of them need.
     for _ in 0..BATCHES / 4 {
-        batch(&mut by_hand);
-        batch(&mut by_library);
+        batch(&hand);
+        batch(&library);
     }
-    let (mut hand, mut library) = (Vec::new(), Vec::new());
+    let (mut by_hand, mut by_library) = (Vec::new(), Vec::new());
     for _ in 0..BATCHES {
-        hand.push(batch(&mut by_hand));
-        library.push(batch(&mut by_library));
+        by_hand.push(batch(&hand));
+        by_library.push(batch(&library));
     }
-    let (hand, library) = (median(hand), median(library));
+    let (hand, library) = (median(by_hand), median(by_library));
     let over = library - hand;
     let good = over <= (hand * SHARE).max(NANOSECONDS);
     let verdict = if good { "" } else { "  more than allowed" };
@@ -196,6 +212,16 @@ fn row(name: &str, mut by_hand: impl FnMut(), mut by_library: impl FnMut()) -> b
         "  {name:<22} {hand:>6.0} ns {library:>6.0} ns {over:>6.0} ns {share:>5.1} %{verdict}"
     );
     good
+}
+
+/// Nanoseconds for each call.
+fn batch<S>((ready, call): &(impl Fn() -> S, impl Fn(&mut S))) -> f64 {
+    let mut state = ready();
+    let start = Instant::now();
+    for _ in 0..BATCH {
+        call(&mut state);
+    }
+    start.elapsed().as_nanos() as f64 / BATCH as f64
 }
 
 /// The time of a duplicate while their number grows to 10,000.

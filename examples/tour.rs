@@ -303,7 +303,7 @@ impl Story {
 
     fn verb(&mut self, verb: &str, report: &Report, cost: &Cost) {
         self.say(format!("\n{verb:<11} by {}", report.strategy));
-        for attempt in &report.attempts {
+        for attempt in report.attempts.iter() {
             self.say(format!("  before    {attempt}"));
         }
         self.say(format!("  from      {:#x}..{:#x}", report.from.start, report.from.end));

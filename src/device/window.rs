@@ -81,6 +81,7 @@ impl Window {
         Ok(Self::of(mapping, device, region, skip as usize, size))
     }
 
+    #[inline(always)]
     fn of(
         mapping: Mapping,
         device: &Arc<DeviceInner>,

@@ -34,9 +34,16 @@ pub(crate) struct Backing {
     kernel: KernelVersion,
     /// Bits of [`Access`]es with which an un-FIXED `mmap` has been accepted.
     accepted: AtomicU8,
-    /// What the probe of `DONTUNMAP` was answered: acceptance or EINVAL.
-    dont_unmap: Mutex<Option<std::result::Result<(), Errno>>>,
+    /// What the probe of `DONTUNMAP` was answered: [`UNKNOWN`], [`ACCEPTED`] or [`REFUSED`].
+    dont_unmap: AtomicU8,
+    /// Held while the kernel is asked, so that two verbs at once do not both ask.
+    asking: Mutex<()>,
 }
+
+const UNKNOWN: u8 = 0;
+const ACCEPTED: u8 = 1;
+/// With EINVAL.
+const REFUSED: u8 = 2;
 
 impl Backing {
     /// `size` bytes of `fd` from `start` on, named `name` in errors.
@@ -75,7 +82,8 @@ impl Backing {
             kind,
             kernel: KernelVersion::running(),
             accepted: AtomicU8::new(0),
-            dont_unmap: Mutex::new(None),
+            dont_unmap: AtomicU8::new(UNKNOWN),
+            asking: Mutex::new(()),
         })
     }
 
@@ -142,15 +150,29 @@ impl Backing {
         offset: u64,
         ask_again: bool,
     ) -> (std::result::Result<(), Errno>, bool) {
-        let mut known = self.dont_unmap.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(answer), false) = (*known, ask_again) {
+        if let (Some(answer), false) = (self.known(), ask_again) {
+            return (answer, true);
+        }
+        let _one = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(answer), false) = (self.known(), ask_again) {
             return (answer, true);
         }
         let answer = self.ask(offset);
-        if matches!(answer, Ok(()) | Err(Errno::EINVAL)) {
-            *known = Some(answer);
+        match answer {
+            Ok(()) => self.dont_unmap.store(ACCEPTED, Ordering::Relaxed),
+            Err(Errno::EINVAL) => self.dont_unmap.store(REFUSED, Ordering::Relaxed),
+            Err(_) => {}
         }
         (answer, false)
+    }
+
+    /// What an earlier probe was answered.
+    fn known(&self) -> Option<std::result::Result<(), Errno>> {
+        match self.dont_unmap.load(Ordering::Relaxed) {
+            ACCEPTED => Some(Ok(())),
+            REFUSED => Some(Err(Errno::EINVAL)),
+            _ => None,
+        }
     }
 
     fn ask(&self, offset: u64) -> std::result::Result<(), Errno> {

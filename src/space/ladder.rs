@@ -7,7 +7,8 @@ use nix::errno::Errno;
 use super::mapping::{Destination, Refusal, Released, map_again};
 use super::reservation::out_of_memory;
 use super::{
-    Attempt, Failed, Mapping, Outcome, Report, Request, Reservation, Source, Strategy, Verb,
+    Attempt, Attempts, Failed, Mapping, Outcome, Report, Request, Reservation, Source, Strategy,
+    Verb,
 };
 use crate::error::{Error, ErrorKind};
 use crate::sys::mm::{self, Access};
@@ -16,7 +17,6 @@ use crate::sys::mm::{self, Access};
 struct Made {
     address: usize,
     strategy: Strategy,
-    attempts: Vec<Attempt>,
     destination: Destination,
 }
 
@@ -39,8 +39,9 @@ impl Mapping {
         access: Access,
         request: Request,
     ) -> Result<(Mapping, Report), Failed> {
-        let Made { address, strategy, attempts, destination } =
-            self.make(Verb::Duplicate, access, request)?;
+        let mut attempts = Attempts::default();
+        let Made { address, strategy, destination } =
+            self.make(Verb::Duplicate, access, request, &mut attempts)?;
         let report = Report {
             verb: Verb::Duplicate,
             strategy,
@@ -68,8 +69,9 @@ impl Mapping {
     /// Takes the mapping elsewhere; its old addresses stay reserved.
     #[inline(always)]
     pub(crate) fn relocate(&mut self, request: Request) -> Result<Relocation, Failed> {
-        let Made { address, strategy, attempts, destination } =
-            self.make(Verb::Relocate, self.access, request)?;
+        let mut attempts = Attempts::default();
+        let Made { address, strategy, destination } =
+            self.make(Verb::Relocate, self.access, request, &mut attempts)?;
         let from = self.range();
         let (old, source) = match strategy {
             Strategy::Move => self.reserve_gap(),
@@ -106,7 +108,13 @@ impl Mapping {
     /// Inlined, as are the steps of a verb in `mapping`: moving their large results about was a fifth of
     /// a verb's instructions.
     #[inline(always)]
-    fn make(&self, verb: Verb, access: Access, request: Request) -> Result<Made, Failed> {
+    fn make(
+        &self,
+        verb: Verb,
+        access: Access,
+        request: Request,
+        attempts: &mut Attempts,
+    ) -> Result<Made, Failed> {
         let Request { placement, strategies, pinned } = request;
         let operation = match verb {
             Verb::Duplicate => "duplicate",
@@ -116,7 +124,6 @@ impl Mapping {
         let file_offset = self.backing.file_offset(self.offset);
         let mut destination =
             Destination::prepare(placement, operation, &self.object(), file_offset, self.len)?;
-        let mut attempts = Vec::new();
         for strategy in strategies.into_iter().flatten() {
             let made = match strategy {
                 Strategy::DontUnmap => self.by_dont_unmap(access, &destination, pinned),
@@ -127,17 +134,16 @@ impl Mapping {
                 Strategy::Move => self.by_move(verb, &mut destination),
             };
             let rejection = match made {
-                Ok(address) => return Ok(Made { address, strategy, attempts, destination }),
+                Ok(address) => return Ok(Made { address, strategy, destination }),
                 Err(rejection) => rejection,
             };
             attempts.push(Attempt { strategy, outcome: rejection.outcome });
             if rejection.lost {
-                let error =
-                    self.refused(operation, &attempts).into_kind(ErrorKind::ReservationLost);
+                let error = self.refused(operation, attempts).into_kind(ErrorKind::ReservationLost);
                 return Err(Failed::new(error, destination.given_back(true)));
             }
         }
-        let error = self.refused(operation, &attempts);
+        let error = self.refused(operation, attempts);
         Err(Failed::new(error, destination.given_back(false)))
     }
 

@@ -18,7 +18,7 @@ pub use ladder::Relocation;
 pub(crate) use mapping::Mapping;
 pub use memory::DmaMemory;
 pub use placement::{Failed, Placement, Request, Strategy};
-pub use report::{Attempt, Outcome, Report, Source, Verb};
+pub use report::{Attempt, Attempts, Outcome, Report, Source, Verb};
 pub use reservation::Reservation;
 
 pub use crate::sys::hazard::Hazard;

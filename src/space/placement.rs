@@ -21,9 +21,11 @@ pub enum Strategy {
     Move,
 }
 
+const LADDER: [Strategy; 2] = [Strategy::DontUnmap, Strategy::MapAgain];
+
 impl Strategy {
     /// What is tried, in this order, when nothing else is asked for.
-    pub const LADDER: &'static [Strategy] = &[Strategy::DontUnmap, Strategy::MapAgain];
+    pub const LADDER: &'static [Strategy] = &LADDER;
 }
 
 impl fmt::Display for Strategy {
@@ -81,7 +83,8 @@ pub struct Request {
 
 impl From<Placement> for Request {
     fn from(placement: Placement) -> Self {
-        placement.by(Strategy::LADDER)
+        let [first, second] = LADDER;
+        Self { placement, strategies: [Some(first), Some(second), None], pinned: false }
     }
 }
 

@@ -1,8 +1,9 @@
 //! What a verb did, which way it took, and why not another.
 
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
+use arrayvec::ArrayVec;
 use nix::errno::Errno;
 
 use super::{Hazard, Strategy};
@@ -59,6 +60,27 @@ impl fmt::Display for Attempt {
     }
 }
 
+/// The strategies before the one that worked, in the order in which they were considered: a slice.
+///
+/// Kept in place and not on the heap: on stock kernels every verb on a BAR has one to report.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attempts(ArrayVec<Attempt, 3>);
+
+impl Attempts {
+    /// Adds one; each strategy is considered once, so there is room.
+    pub(super) fn push(&mut self, attempt: Attempt) {
+        self.0.push(attempt);
+    }
+}
+
+impl Deref for Attempts {
+    type Target = [Attempt];
+
+    fn deref(&self) -> &[Attempt] {
+        &self.0
+    }
+}
+
 /// What became of the side that a verb started from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -83,8 +105,8 @@ pub struct Report {
     pub verb: Verb,
     /// The strategy that did it.
     pub strategy: Strategy,
-    /// The strategies before it, in the order in which they were considered.
-    pub attempts: Vec<Attempt>,
+    /// The strategies before it.
+    pub attempts: Attempts,
     /// The addresses of the window that the verb started from.
     pub from: Range<usize>,
     /// The addresses of the window that it made.
@@ -101,7 +123,7 @@ impl fmt::Display for Report {
         };
         let Self { strategy, from, to, .. } = self;
         write!(f, "{verb} {:#x}..{:#x} to {:#x} by {strategy}", from.start, from.end, to.start)?;
-        for attempt in &self.attempts {
+        for attempt in self.attempts.iter() {
             write!(f, "; {attempt}")?;
         }
         f.write_str(match self.source {
@@ -127,10 +149,10 @@ mod tests {
         let report = Report {
             verb: Verb::Duplicate,
             strategy: Strategy::MapAgain,
-            attempts: vec![Attempt {
+            attempts: Attempts(ArrayVec::from_iter([Attempt {
                 strategy: Strategy::DontUnmap,
                 outcome: Outcome::Refused { errno: Errno::EINVAL as i32, remembered: true },
-            }],
+            }])),
             from: 0x1000..0x3000,
             to: 0x8000..0xa000,
             source: Source::Warm,

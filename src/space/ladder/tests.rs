@@ -134,7 +134,7 @@ fn dont_unmap_is_probed_once_for_a_backing_and_not_for_each_mapping() {
     for (index, report) in reports.iter().enumerate() {
         assert_eq!(report.strategy, Strategy::MapAgain);
         let outcome = Outcome::Refused { errno: libc::EINVAL, remembered: index > 0 };
-        assert_eq!(report.attempts, [Attempt { strategy: Strategy::DontUnmap, outcome }]);
+        assert_eq!(*report.attempts, [Attempt { strategy: Strategy::DontUnmap, outcome }]);
     }
 }
 
@@ -412,7 +412,7 @@ fn a_kernel_that_accepts_and_cannot_be_trusted_stays_on_map_again_by_the_hazards
         match hazard {
             Some(hazard) => {
                 let outcome = Outcome::Hazard(hazard);
-                assert_eq!(report.attempts, [Attempt { strategy: Strategy::DontUnmap, outcome }]);
+                assert_eq!(*report.attempts, [Attempt { strategy: Strategy::DontUnmap, outcome }]);
                 assert_eq!(report.strategy, Strategy::MapAgain);
                 let pinned = Placement::Anywhere.only(Strategy::DontUnmap);
                 let failed = window.duplicate(Access::ReadWrite, pinned).unwrap_err();
