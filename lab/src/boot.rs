@@ -13,6 +13,7 @@ use crate::cache;
 use crate::guest::{self, Payload};
 use crate::kernels::Image;
 use crate::klog::{KernelLog, tail};
+use crate::machine::Variant;
 use crate::qemu::{self, Qemu};
 use crate::ui::Stage;
 
@@ -57,7 +58,7 @@ impl Lab {
     pub fn boot(
         &self,
         image: &Image,
-        iommu: bool,
+        variant: Variant,
         payload: &Payload,
         label: &str,
     ) -> Result<Outcome> {
@@ -65,15 +66,14 @@ impl Lab {
         let work = cache::work_directory(&self.logs, "boot-of-")?;
         let initramfs = work.path().join("initramfs");
         let console = work.path().join("console");
-        fs::write(&initramfs, guest::initramfs(image, iommu, &self.busybox, payload)?)?;
+        fs::write(&initramfs, guest::initramfs(image, variant, &self.busybox, payload)?)?;
 
-        let what =
-            format!("linux {}{}", image.version, if iommu { "" } else { " without an IOMMU" });
+        let what = format!("linux {}{}", image.version, variant.suffix());
         let stage = Stage::new("Booting", &what);
         let started = Instant::now();
         let errors = fs::File::create(work.path().join("qemu"))?;
-        let mut qemu =
-            Qemu::start(qemu::command(image, iommu, &initramfs, &console).stderr(errors))?;
+        let mut command = qemu::command(image, variant, work.path(), &initramfs, &console);
+        let mut qemu = Qemu::start(command.stderr(errors))?;
         let (output, in_time) = self.stream(&qemu.output, started, &stage)?;
         if in_time {
             qemu.child.wait()?;

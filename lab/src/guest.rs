@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::cpio::Archive;
 use crate::kernels::Image;
-use crate::machine;
+use crate::machine::{self, Variant};
 
 const INIT: &str = include_str!("../guest/init");
 
@@ -19,7 +19,12 @@ pub struct Payload<'a> {
 }
 
 /// Packs the initramfs for one boot.
-pub fn initramfs(image: &Image, iommu: bool, busybox: &Path, payload: &Payload) -> Result<Vec<u8>> {
+pub fn initramfs(
+    image: &Image,
+    variant: Variant,
+    busybox: &Path,
+    payload: &Payload,
+) -> Result<Vec<u8>> {
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let mut archive = Archive::default();
@@ -35,18 +40,18 @@ pub fn initramfs(image: &Image, iommu: bool, busybox: &Path, payload: &Payload) 
     let program = payload.program.file_name().context("the payload is a file")?.to_string_lossy();
     let program = format!("/lab/{program}");
     archive.file(&program[1..], &read(payload.program)?);
-    let config = config(image.name, iommu, &program, payload.arguments);
+    let config = config(image.name, variant, &program, payload.arguments);
     archive.file("lab/config", config.as_bytes());
     Ok(archive.finish())
 }
 
 /// The part of init that differs from boot to boot: the payload's environment
 /// and its command line.
-fn config(kernel: &str, iommu: bool, program: &str, arguments: &[String]) -> String {
+fn config(kernel: &str, variant: Variant, program: &str, arguments: &[String]) -> String {
     let environment = [
         ("LAB_DEVICES", machine::addresses()),
         ("LAB_KERNEL", kernel.to_owned()),
-        ("LAB_IOMMU", u8::from(iommu).to_string()),
+        ("LAB_IOMMU", u8::from(variant.has_iommu()).to_string()),
         ("HOME", "/tmp".to_owned()),
         ("TMPDIR", "/tmp".to_owned()),
         ("RUST_BACKTRACE", "1".to_owned()),
@@ -76,7 +81,7 @@ mod tests {
     #[test]
     fn arguments_reach_the_payload_unchanged() {
         let arguments = ["it's $HOME".to_owned(), String::new()];
-        let config = config("6.1", true, "/lab/guest", &arguments);
+        let config = config("6.1", Variant::Usual, "/lab/guest", &arguments);
         assert!(config.contains("export LAB_KERNEL='6.1'\n"));
         assert!(config.ends_with("set -- '/lab/guest' 'it'\\''s $HOME' ''\n"), "{config}");
     }

@@ -7,6 +7,7 @@ use crate::cache::Store;
 use crate::guest::Payload;
 use crate::kernels::Kernel;
 use crate::libtest::Counts;
+use crate::machine::Variant;
 use crate::payload;
 use crate::ui;
 
@@ -88,7 +89,7 @@ pub fn show(lab: &Lab, store: &Store, hazard: &Hazard, kernel: &'static Kernel) 
     let arguments = [hazard.name, "--nocapture", "--test-threads=1"].map(str::to_owned);
     let payload = Payload { program: &program, arguments: &arguments };
     let label = format!("{}-{}", kernel.name, hazard.name);
-    let outcome = lab.boot(&image, true, &payload, &label)?;
+    let outcome = lab.boot(&image, Variant::Usual, &payload, &label)?;
     match outcome.log.offences()[..] {
         [] => println!("the kernel said nothing"),
         ref offences => println!("the kernel said:\n{}", offences.join("\n")),

@@ -23,7 +23,7 @@ const VFIO: &str = "vfio-pci";
 const SERIAL: &str = "serial";
 
 /// Each is alone in its IOMMU group, except for crowded and neighbour.
-pub const DEVICES: [Device; 11] = [
+pub const DEVICES: [Device; 12] = [
     Device {
         name: "nvme",
         address: "0000:00:03.0",
@@ -101,10 +101,21 @@ pub const DEVICES: [Device; 11] = [
         about: "an e1000e behind a root port with native PCIe hotplug, to unplug",
         qemu: "e1000e,netdev=net-hot,romfile=",
     },
+    Device {
+        name: "errant",
+        address: "0000:02:00.0",
+        driver: VFIO,
+        about: "a virtio device behind a root port, that can be made to report errors (AER)",
+        qemu: "virtio-rng-pci,aer=on",
+    },
 ];
 
-/// The root port above `hot`: the only bridge, hence bus 1.
-const ROOT_PORT: &str = "pcie-root-port,id=root-port,chassis=1,slot=1,bus=pcie.0,addr=0c.0";
+/// The root ports, in the order in which the firmware numbers the buses below
+/// them: bus 1 is `hot`'s, bus 2 is `errant`'s.
+const ROOT_PORTS: [&str; 2] = [
+    "pcie-root-port,id=root-port,chassis=1,slot=1,bus=pcie.0,addr=0c.0",
+    "pcie-root-port,id=errant-port,chassis=3,slot=3,hotplug=off,bus=pcie.0,addr=0e.0",
+];
 
 /// What the devices lean on.
 const BACKENDS: [(&str, &str); 8] = [
@@ -118,11 +129,51 @@ const BACKENDS: [(&str, &str); 8] = [
     ("-chardev", "null,id=nowhere-spare"),
 ];
 
-/// QEMU's arguments for the machine, but for kernel, initramfs and serial
-/// ports.
+/// The guest's way to have QEMU do things, such as unplug a device: its third
+/// serial port is connected to QEMU's monitor (QMP).
+///
+/// A serial port and a monitor cannot share a character device, so QEMU listens
+/// on a socket, in its working directory, and connects to it itself. The
+/// interrupt is not the third port's usual one, which is the console's.
+const CONTROL: [(&str, &str); 4] = [
+    ("-chardev", "socket,id=monitor,path=monitor,server=on,wait=off"),
+    ("-mon", "chardev=monitor,mode=control"),
+    ("-chardev", "socket,id=to-monitor,path=monitor"),
+    ("-device", "isa-serial,chardev=to-monitor,index=2,iobase=0x3e8,irq=5"),
+];
+
+/// The same devices, in machines that differ in one thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variant {
+    /// With an IOMMU, and hotplug by the guest's pciehp, as on real hardware:
+    /// seconds of blinking go by before a device that is asked for goes.
+    Usual,
+    WithoutIommu,
+    /// With an IOMMU, and hotplug by ACPI, as in most virtual machines: what is
+    /// asked for happens at once.
+    AcpiHotplug,
+}
+
+impl Variant {
+    pub fn has_iommu(self) -> bool {
+        self != Self::WithoutIommu
+    }
+
+    /// What sets it apart, to follow the kernel's name.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Usual => "",
+            Self::WithoutIommu => " without an IOMMU",
+            Self::AcpiHotplug => " with hotplug by ACPI",
+        }
+    }
+}
+
+/// QEMU's arguments for the machine, but for kernel, initramfs and the first
+/// two serial ports.
 ///
 /// TCG, always: a /dev/kvm that opens may still not run a stock kernel.
-pub fn qemu_arguments(iommu: bool) -> Vec<String> {
+pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     let mut arguments: Vec<String> = [
         "-nodefaults",
         "-no-user-config",
@@ -139,34 +190,41 @@ pub fn qemu_arguments(iommu: bool) -> Vec<String> {
         "2",
         "-m",
         "2G",
-        // Leaves hotplug to the guest's pciehp, as on real hardware.
-        "-global",
-        "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
     ]
     .map(str::to_owned)
     .into();
     let mut add =
         |option: &str, value: &str| arguments.extend([option.to_owned(), value.to_owned()]);
-    if iommu {
+    let by_acpi = if variant == Variant::AcpiHotplug { "on" } else { "off" };
+    add("-global", &format!("ICH9-LPC.acpi-pci-hotplug-with-bridge-support={by_acpi}"));
+    if variant.has_iommu() {
         // Before the devices: QEMU wants it so.
         add("-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on");
     }
     for (option, value) in BACKENDS {
         add(option, value);
     }
-    add("-device", ROOT_PORT);
+    for port in ROOT_PORTS {
+        add("-device", port);
+    }
     for device in &DEVICES {
         add("-device", &device.qemu_device());
+    }
+    for (option, value) in CONTROL {
+        add(option, value);
     }
     arguments
 }
 
 /// The kernel's command line. Everything goes to the log, and nothing is lost
 /// from it: neither to its level, nor to its size, nor to the rate limit on
-/// what init writes to it.
-pub fn kernel_command_line(iommu: bool) -> String {
-    let iommu = if iommu { "intel_iommu=on iommu=pt " } else { "" };
-    format!("console=ttyS0 {iommu}panic=-1 ignore_loglevel log_buf_len=4M printk.devkmsg=on")
+/// what init writes to it. There are more serial ports than a kernel counts on.
+pub fn kernel_command_line(variant: Variant) -> String {
+    let iommu = if variant.has_iommu() { "intel_iommu=on iommu=pt " } else { "" };
+    format!(
+        "console=ttyS0 {iommu}panic=-1 ignore_loglevel log_buf_len=4M printk.devkmsg=on \
+         8250.nr_uarts=8"
+    )
 }
 
 /// `LAB_DEVICES`: each device's name and address.
@@ -203,9 +261,13 @@ pub fn with_addresses(argument: &str) -> Result<String> {
 
 impl Device {
     fn qemu_device(&self) -> String {
-        let bus = if self.address.starts_with("0000:00:") { "pcie.0" } else { "root-port" };
+        let bus = match &self.address[.."0000:00".len()] {
+            "0000:00" => "pcie.0",
+            "0000:01" => "root-port",
+            _ => "errant-port",
+        };
         let slot = &self.address["0000:00:".len()..];
-        format!("{},bus={bus},addr={slot}", self.qemu)
+        format!("{},id={},bus={bus},addr={slot}", self.qemu, self.name)
     }
 }
 
@@ -230,7 +292,10 @@ mod tests {
     #[test]
     fn a_device_is_placed_where_its_address_says() {
         let hot = DEVICES.iter().find(|device| device.name == "hot").unwrap();
-        assert_eq!(hot.qemu_device(), "e1000e,netdev=net-hot,romfile=,bus=root-port,addr=00.0");
+        assert_eq!(
+            hot.qemu_device(),
+            "e1000e,netdev=net-hot,romfile=,id=hot,bus=root-port,addr=00.0"
+        );
         let neighbour = DEVICES.iter().find(|device| device.name == "neighbour").unwrap();
         assert!(neighbour.qemu_device().ends_with(",bus=pcie.0,addr=0a.1"));
     }

@@ -44,6 +44,7 @@ use cache::Store;
 use guest::Payload;
 use hazard::Hazard;
 use kernels::{KERNELS, Kernel, NEWEST};
+use machine::Variant;
 
 /// Boots stock kernels and a patched one with VFIO and an IOMMU in QEMU, and
 /// runs vfio-remap's tests, examples and benchmarks in them.
@@ -60,7 +61,9 @@ enum Task {
     /// VFIO, in each kernel.
     ///
     /// Those with `without_iommu` in their names run in one more boot of the
-    /// newest kernel, on a machine without an IOMMU; what the patches of the
+    /// newest kernel, on a machine without an IOMMU; those with `acpi_hotplug`
+    /// in one more boot of each, on a machine where ACPI plugs and unplugs, and
+    /// not the slot's own controller; what the patches of the
     /// patched kernel promise is tested in one more boot of that. Fails if a
     /// test fails, or if a kernel complains in its log while the tests run.
     Test {
@@ -238,7 +241,7 @@ fn run(
         bail!("the mirror does not have kernel {} any more", kernel.name);
     };
     let payload = Payload { program, arguments };
-    let outcome = lab.boot(&image, true, &payload, &format!("{}-{name}", kernel.name))?;
+    let outcome = lab.boot(&image, Variant::Usual, &payload, &format!("{}-{name}", kernel.name))?;
     let complaints = outcome.complaints();
     let log = format!("the kernel log is {}", outcome.log_path.display());
     let Ending::Exited(status) = outcome.ending else {

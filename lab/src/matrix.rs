@@ -10,6 +10,7 @@ use crate::boot::{Ending, Lab};
 use crate::cache::Store;
 use crate::guest::Payload;
 use crate::kernels::KERNELS;
+use crate::machine::Variant;
 use crate::payload;
 use crate::ui;
 
@@ -45,7 +46,8 @@ pub fn write(lab: &Lab, store: &Store) -> Result<()> {
             bail!("the mirror does not have kernel {} any more", kernel.name);
         };
         let payload = Payload { program: &program, arguments: &arguments };
-        let outcome = lab.boot(&image, true, &payload, &format!("{}-matrix", kernel.name))?;
+        let outcome =
+            lab.boot(&image, Variant::Usual, &payload, &format!("{}-matrix", kernel.name))?;
         let complaints = outcome.complaints();
         ensure!(
             matches!(outcome.ending, Ending::Exited(0)) && complaints.is_empty(),

@@ -9,25 +9,33 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use crate::kernels::Image;
-use crate::machine;
+use crate::machine::{self, Variant};
 
 pub const PROGRAM: &str = "qemu-system-x86_64";
 
 /// The QEMU command line. The kernel log goes to the first serial port; the
-/// payload writes to the second, which is QEMU's standard output.
+/// payload writes to the second, which is QEMU's standard output. QEMU runs in
+/// `work`, for its own files.
 ///
 /// QEMU does not end with the process that started it; `setpriv` (of
 /// util-linux, so always there) has the kernel see to that.
-pub fn command(image: &Image, iommu: bool, initramfs: &Path, console: &Path) -> Command {
+pub fn command(
+    image: &Image,
+    variant: Variant,
+    work: &Path,
+    initramfs: &Path,
+    console: &Path,
+) -> Command {
     let mut command = Command::new("setpriv");
     command
+        .current_dir(work)
         .args(["--pdeathsig", "KILL", PROGRAM])
-        .args(machine::qemu_arguments(iommu))
+        .args(machine::qemu_arguments(variant))
         .arg("-kernel")
         .arg(image.vmlinux())
         .arg("-initrd")
         .arg(initramfs)
-        .args(["-append", &machine::kernel_command_line(iommu)])
+        .args(["-append", &machine::kernel_command_line(variant)])
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
         .args(["-serial", "file:/dev/stdout"])

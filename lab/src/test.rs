@@ -10,6 +10,7 @@ use crate::cache::Store;
 use crate::command;
 use crate::guest::Payload;
 use crate::kernels::{KERNELS, Kernel, NEWEST, PATCHED};
+use crate::machine::Variant;
 use crate::payload;
 use crate::report::{self, Row};
 use crate::ui;
@@ -18,11 +19,14 @@ use crate::ui;
 /// want one with.
 const WITHOUT_IOMMU: &str = "without_iommu";
 
+/// In the name of each test that wants hotplug by ACPI.
+const ACPI_HOTPLUG: &str = "acpi_hotplug";
+
 /// Where `tests/hazards` says what the lab's kernel patches promise.
 const SERIES: &str = "series::";
 
-/// Boots each kernel with the guest tests, `newest` once more without an
-/// IOMMU, and `patched` once more with the tests of its patches. Whether all
+/// Boots each kernel with the guest tests, once more with hotplug by ACPI,
+/// `newest` once more without an IOMMU, and `patched` once more with the tests of its patches. Whether all
 /// that the mirror still has passed.
 pub fn guest(
     lab: &Lab,
@@ -33,7 +37,9 @@ pub fn guest(
     let program = payload::guest_tests()?;
     // All before the first boot: what is missing for one is then known early.
     let images = kernels.iter().map(|kernel| kernel.image(store)).collect::<Result<Vec<_>>>()?;
-    let with_iommu = arguments(["--test-threads=1", "--skip", WITHOUT_IOMMU], libtest);
+    let special = |name: &str| name.contains(WITHOUT_IOMMU) || name.contains(ACPI_HOTPLUG);
+    let usual = only(&program, libtest, |name| !special(name))?;
+    let acpi_hotplug = only(&program, libtest, |name| name.contains(ACPI_HOTPLUG))?;
     let mut rows = Vec::new();
     for (kernel, image) in kernels.iter().zip(images) {
         let Some(image) = image else {
@@ -45,24 +51,30 @@ pub fn guest(
             });
             continue;
         };
-        let mut boot = |iommu, program: &Path, arguments: &[String], label| -> Result<()> {
+        let mut boot = |variant, program: &Path, arguments: &[String], label: &str| -> Result<()> {
             let payload = Payload { program, arguments };
-            let outcome = lab.boot(&image, iommu, &payload, label)?;
+            let outcome = lab.boot(&image, variant, &payload, label)?;
             let result = report::Result::Ran { version: image.version.clone(), outcome };
             rows.push(Row { label: label.to_owned(), result });
             Ok(())
         };
-        boot(true, &program, &with_iommu, kernel.name)?;
+        if let Some(arguments) = &usual {
+            boot(Variant::Usual, &program, arguments, kernel.name)?;
+        }
+        if let Some(arguments) = &acpi_hotplug {
+            let label = format!("{}-acpi-hotplug", kernel.name);
+            boot(Variant::AcpiHotplug, &program, arguments, &label)?;
+        }
         if kernel.name == NEWEST {
             let some = only(&program, libtest, |name| name.contains(WITHOUT_IOMMU))?;
             if let Some(arguments) = some {
-                boot(false, &program, &arguments, "newest-without-iommu")?;
+                boot(Variant::WithoutIommu, &program, &arguments, "newest-without-iommu")?;
             }
         }
         if kernel.name == PATCHED {
             let hazards = payload::hazards()?;
             if let Some(arguments) = only(&hazards, libtest, |name| name.starts_with(SERIES))? {
-                boot(true, &hazards, &arguments, "patched-series")?;
+                boot(Variant::Usual, &hazards, &arguments, "patched-series")?;
             }
         }
     }
@@ -81,7 +93,7 @@ pub fn guest(
 fn only(
     program: &Path,
     libtest: &[String],
-    wanted: fn(&str) -> bool,
+    wanted: impl Fn(&str) -> bool,
 ) -> Result<Option<Vec<String>>> {
     let mut list = Command::new(program);
     list.args(["--list", "--format", "terse"]).args(libtest);
