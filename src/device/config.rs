@@ -14,12 +14,18 @@ const STATUS: u64 = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const BAR0: u64 = 0x10;
 const CAPABILITIES: u64 = 0x34;
+const EXPRESS: u8 = 0x10;
 const MSIX: u8 = 0x11;
 const MSIX_ENTRY: u64 = 16;
 
 /// Bits of the command register (PCI 3.0 §6.2.2).
 const MEMORY_SPACE: u16 = 1 << 1;
 const BUS_MASTER: u16 = 1 << 2;
+
+/// The device control register in the PCI Express capability, and its bits that enable the reporting
+/// of non-fatal and of fatal errors (PCIe 5.0 §7.5.3.4).
+const DEVICE_CONTROL: u64 = 8;
+const REPORT_UNCORRECTABLE: u16 = 1 << 1 | 1 << 2;
 
 /// Configuration space of a PCI device, through its transport. Offsets are in bytes; values are in
 /// the machine's byte order.
@@ -151,6 +157,20 @@ impl<'d> Config<'d> {
         self.set_command(BUS_MASTER, on)
     }
 
+    /// Makes the device report uncorrectable errors to the root port above it, or not. Where the kernel
+    /// handles them (AER), [`Event::Error`](super::Event::Error) follows. Resets may switch it off.
+    ///
+    /// # Errors
+    /// `Unsupported` where the device is not PCI Express; as [`read_u8`](Self::read_u8).
+    pub fn set_error_reporting(&self, on: bool) -> Result<()> {
+        let Some(capability) = self.capability(EXPRESS)? else {
+            let object = format!("the errors of {}", self.device.name());
+            return Err(Error::new(ErrorKind::Unsupported, "have reported", object)
+                .because("the device is not PCI Express"));
+        };
+        self.set_bits(capability + DEVICE_CONTROL, REPORT_UNCORRECTABLE, on)
+    }
+
     /// The offset of the first capability with this ID (PCI 3.0 §6.7); `None` where there is none.
     ///
     /// # Errors
@@ -202,9 +222,13 @@ impl<'d> Config<'d> {
     }
 
     fn set_command(&self, bit: u16, on: bool) -> Result<()> {
-        let _one = self.device.command_lock();
-        let command = self.read_u16(COMMAND)?;
-        self.write_u16(COMMAND, if on { command | bit } else { command & !bit })
+        self.set_bits(COMMAND, bit, on)
+    }
+
+    fn set_bits(&self, register: u64, bits: u16, on: bool) -> Result<()> {
+        let _one = self.device.control_lock();
+        let value = self.read_u16(register)?;
+        self.write_u16(register, if on { value | bits } else { value & !bits })
     }
 
     fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {

@@ -46,8 +46,8 @@ struct Inner {
     msix: OnceLock<Option<config::Msix>>,
     dma: OnceLock<DmaSpace>,
     dma_lock: Mutex<()>,
-    /// Held while the command register is read, changed and written.
-    command: Mutex<()>,
+    /// Held while a control register is read, changed and written.
+    control: Mutex<()>,
     /// What holds the device: each knows its place here.
     notes: Mutex<Slab<Note>>,
     info: DeviceInfo,
@@ -103,7 +103,7 @@ impl Device {
                 msix: OnceLock::new(),
                 dma: OnceLock::new(),
                 dma_lock: Mutex::new(()),
-                command: Mutex::new(()),
+                control: Mutex::new(()),
                 notes: Mutex::default(),
                 info,
                 transport,
@@ -204,8 +204,8 @@ impl Device {
         }
     }
 
-    fn command_lock(&self) -> MutexGuard<'_, ()> {
-        self.inner.command.lock().unwrap_or_else(PoisonError::into_inner)
+    fn control_lock(&self) -> MutexGuard<'_, ()> {
+        self.inner.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn page_size(&self) -> u64 {

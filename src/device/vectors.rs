@@ -326,7 +326,8 @@ fn take(eventfd: &EventFd, name: impl Fn() -> String) -> Result<u64> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     /// The device has reported an uncorrectable error (PCIe AER). What it does from here on is not to
-    /// be trusted; reset it.
+    /// be trusted; reset it. It reports where that is switched on:
+    /// [`Config::set_error_reporting`](super::Config::set_error_reporting).
     Error,
     /// Somebody wants the device back: it is being unbound or removed. Let go of it: drop windows,
     /// buffers and vectors, and [`Device::close`] it. The kernel repeats this every ten seconds.

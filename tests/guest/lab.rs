@@ -1,9 +1,12 @@
 //! The lab's devices, and children of the test program.
 
 use std::process::{Command, ExitStatus};
+use std::time::{Duration, Instant};
 
 use vfio_remap::transport::{PciDevice, Sysfs};
 use vfio_remap::{Bar, Device, PciAddress, Placement, Window};
+
+use crate::machine::Machine;
 
 /// What edu's first register reads (QEMU, docs/specs/edu).
 pub const EDU_ID: u32 = 0x0100_00ed;
@@ -83,6 +86,38 @@ pub fn open(name: &str) -> Device {
     let device = Device::open(address(name)).unwrap();
     device.config().unwrap().set_memory_decoding(true).unwrap();
     device
+}
+
+/// Waits until a device that was unplugged is gone.
+pub fn until_gone(name: &str) {
+    until(name, false);
+}
+
+/// Plugs `hot` in again, as the lab's machine has it, and binds it.
+pub fn plug_hot_in(machine: &mut Machine) {
+    machine.plug(serde_json::json!({
+        "driver": "e1000e", "id": "hot", "bus": "root-port", "netdev": "net-hot", "romfile": "",
+    }));
+    until("hot", true);
+    // It is in sysfs before the kernel has finished with it.
+    let end = Instant::now() + Duration::from_secs(20);
+    let binding = loop {
+        match sysfs("hot").bind_vfio_pci() {
+            Ok(binding) => break binding,
+            Err(error) => assert!(Instant::now() < end, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    binding.keep();
+}
+
+fn until(name: &str, there: bool) {
+    let path = format!("/sys/bus/pci/devices/{}", address(name));
+    let end = Instant::now() + Duration::from_secs(20);
+    while std::path::Path::new(&path).exists() != there {
+        assert!(Instant::now() < end, "{path} is there: {}", !there);
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// Maps all of a BAR that can be mapped as one window.

@@ -5,11 +5,13 @@ mod binding;
 mod driver;
 #[path = "../support/edu_driver.rs"]
 mod edu_driver;
+mod events;
 #[path = "../support/hole.rs"]
 mod hole;
 mod lab;
 #[path = "../support/leftovers.rs"]
 mod leftovers;
+mod machine;
 #[path = "../support/reach.rs"]
 mod reach;
 mod remap;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use vfio_remap::{Device, Placement};
 
 use crate::lab;
+use crate::machine::Machine;
 
 /// The PCIe slot registers of the root port above a device (PCIe 5.0 §7.5.3.10), written as a pull
 /// and a power-off look to pciehp; two writes back to back.
@@ -62,10 +63,11 @@ fn verbs_on_a_device_that_was_pulled_answer_and_leave_nothing() {
     assert!(reset.to_string().contains(&format!("cannot reset {address}: E")), "{reset}");
     drop(window);
     device.close().unwrap();
-    let path = format!("/sys/bus/pci/devices/{address}");
-    while std::path::Path::new(&path).exists() && Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    lab::until_gone("hot");
     let gone = Device::open(address).unwrap_err();
     assert_eq!(gone.kind(), vfio_remap::ErrorKind::NotFound, "{gone}");
+    // The slot stays without power for a second (PCIe 5.0 §6.7.1.8).
+    std::thread::sleep(Duration::from_millis(1200));
+    lab::plug_hot_in(&mut Machine::open());
+    lab::open("hot").close().unwrap();
 }
