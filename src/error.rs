@@ -45,7 +45,7 @@ pub enum ErrorKind {
     ReservationLost,
     /// The kernel or a peer sent something that makes no sense.
     Malformed,
-    /// The process may not have more mappings (`vm.max_map_count`).
+    /// The process may not have more mappings (`vm.max_map_count`), or the IOMMU not (`dma_entry_limit`).
     TooManyMappings,
     /// The process may not lock more memory (RLIMIT_MEMLOCK).
     LockedMemory,

@@ -9,6 +9,7 @@ mod shared;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use vfio_remap::device::Interrupt;
 use vfio_remap::transport::{Bus, Edu, Emulated, Model, RegionInfo, Shape, Transport, irq_index};
 use vfio_remap::{Device, ErrorKind, Result};
 
@@ -72,6 +73,27 @@ fn bus_mastering_must_be_on_for_transfers() {
         edu.read_at(0, 0x4_0000, &mut data).unwrap();
         assert_eq!(data, expected, "bus mastering: {on}");
     }
+}
+
+#[test]
+fn a_device_that_tells_of_no_events_says_so_and_what_to_do() {
+    let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
+    let error = device.events().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(!error.advice().is_empty(), "{error}");
+    // Nothing is half-done.
+    device.close().unwrap();
+}
+
+#[test]
+fn what_a_transport_cannot_unmask_by_an_eventfd_it_leaves_to_be_unmasked_by_a_call() {
+    let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
+    let mut vectors = device.vectors(Interrupt::Intx, 1).unwrap();
+    let error = vectors.enable_resample().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(error.advice().contains("set_masked"), "{error}");
+    assert!(vectors.resample_fd().is_none());
+    vectors.set_masked(0, false).unwrap();
 }
 
 /// A model whose mapped part leaves its region.

@@ -8,7 +8,7 @@ use crate::ui;
 /// Runs them all; stops at the first that fails.
 pub fn test() -> Result<()> {
     let steps: &[(&str, Option<&str>)] = &[
-        ("test --workspace", None),
+        ("test --workspace --features vfio-remap/vm-memory", None),
         ("test --release --test codegen", Some("tests/codegen.rs")),
         ("run --release --example tour", Some("examples/tour.rs")),
     ];

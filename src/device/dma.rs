@@ -170,17 +170,21 @@ impl Inner {
         let page = self.limits.page_size;
         let error = |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes"));
         if size == 0 {
-            return Err(error(ErrorKind::OutOfRange));
+            return Err(error(ErrorKind::OutOfRange)
+                .because("there is nothing to map")
+                .remedy("map one page or more"));
         }
         if !size.is_multiple_of(page) || !(memory.address() as u64).is_multiple_of(page) {
             return Err(error(ErrorKind::Unaligned)
-                .because(format!("the IOMMU maps pages of {page:#x} bytes")));
+                .because(format!("the IOMMU maps pages of {page:#x} bytes"))
+                .remedy("map whole pages"));
         }
         let start = match placement {
             IovaPlacement::Anywhere { alignment, limit } => {
                 if !alignment.is_power_of_two() {
                     return Err(error(ErrorKind::Unaligned)
-                        .because(format!("{alignment:#x} is not a power of two")));
+                        .because(format!("an alignment of {alignment:#x} is no power of two"))
+                        .remedy("ask for 1, or a power of two"));
                 }
                 let found = self.state().free.allocate(size, alignment.max(page), limit);
                 return found.map(Iova).ok_or_else(|| {
@@ -198,7 +202,8 @@ impl Inner {
             |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes at {start:#x}"));
         if !start.is_multiple_of(page) {
             return Err(error(ErrorKind::Unaligned)
-                .because(format!("the IOMMU maps pages of {page:#x} bytes")));
+                .because(format!("the IOMMU maps pages of {page:#x} bytes"))
+                .remedy("map at a multiple of that"));
         }
         let inside = start.checked_add(size - 1).is_some_and(|end| {
             self.limits.ranges.iter().any(|range| range.contains(&start) && range.contains(&end))
@@ -211,12 +216,15 @@ impl Inner {
                 .map(|r| format!("{:#x}..={:#x}", r.start(), r.end()))
                 .collect();
             return Err(error(ErrorKind::OutOfRange)
-                .because(format!("the IOMMU maps {}", ranges.join(", "))));
+                .because(format!("the IOMMU maps {}", ranges.join(", ")))
+                .remedy("map it inside one of those ranges, or anywhere"));
         }
         if self.state().free.allocate_at(start, size) {
             return Ok(Iova(start));
         }
-        Err(error(ErrorKind::AddressTaken).because("a part of it is mapped already"))
+        Err(error(ErrorKind::AddressTaken)
+            .because("a part of it is mapped already")
+            .remedy("unmap that first, or map it anywhere"))
     }
 }
 

@@ -42,8 +42,9 @@ impl BufferRequest {
         Self { placement, ..self }
     }
 
-    /// Of pages of 2 MiB, if there are any in the pool (`vm.nr_hugepages`); otherwise of ordinary ones:
-    /// see [`DmaBuffer::has_huge_pages`].
+    /// Of pages of 2 MiB, if there are any in the pool (`vm.nr_hugepages`), and then at a multiple of
+    /// 2 MiB where the place is free to choose; otherwise of ordinary ones:
+    /// [`DmaBuffer::huge_pages_refused`] says why.
     #[must_use]
     pub fn huge_pages(self) -> Self {
         Self { huge_pages: true, ..self }
@@ -72,6 +73,8 @@ struct Whole {
 struct Memory {
     at: NonNull<u8>,
     size: usize,
+    /// Why it has no huge pages, where they were asked for.
+    refused: Option<Error>,
     huge: bool,
 }
 
@@ -93,7 +96,16 @@ impl Memory {
     /// A sealed memory file of `size` bytes, mapped. The file's length cannot change: no access to the
     /// mapping ever faults.
     fn new(size: usize, huge: bool) -> Result<(Self, OwnedFd)> {
-        let failed = |errno| Error::os(errno, "allocate", format!("{size:#x} bytes for DMA"));
+        let failed = |errno| {
+            let error = Error::os(errno, "allocate", format!("{size:#x} bytes for DMA"));
+            if !huge {
+                return error;
+            }
+            let pages = size / HUGE_PAGE;
+            error
+                .because(format!("there are not {pages} free pages of 2 MiB"))
+                .remedy(format!("reserve some: sysctl vm.nr_hugepages={pages}, or more"))
+        };
         let huge_flags =
             if huge { MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB } else { MFdFlags::empty() };
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge_flags;
@@ -106,7 +118,7 @@ impl Memory {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: the kernel chooses a range that nobody uses.
         let at = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, fd.as_fd(), 0) };
-        Ok((Self { at: at.map_err(failed)?.cast(), size, huge }, fd))
+        Ok((Self { at: at.map_err(failed)?.cast(), size, refused: None, huge }, fd))
     }
 }
 
@@ -115,25 +127,36 @@ impl DmaBuffer {
         let object = || format!("{:#x} bytes for DMA", request.size);
         let round = |page: usize| {
             let size = request.size.checked_next_multiple_of(page).filter(|size| *size > 0);
-            size.filter(|size| *size < isize::MAX as usize)
-                .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "allocate", object()))
+            size.filter(|size| *size < isize::MAX as usize).ok_or_else(|| {
+                Error::new(ErrorKind::OutOfRange, "allocate", object())
+                    .because("a buffer has one byte or more, and fits into memory")
+                    .remedy("ask for a size that does")
+            })
         };
         let page = sys::page_size().max(space.limits().page_size as usize);
         let huge = request.huge_pages.then(|| round(HUGE_PAGE)).transpose()?;
-        let made = huge.and_then(|size| {
-            let made = Memory::new(size, true);
-            made.inspect_err(|error| log::info!("ordinary pages instead: {error}")).ok()
-        });
-        let (memory, fd) = match made {
-            Some(made) => made,
+        let (memory, fd) = match huge.map(|size| Memory::new(size, true)) {
+            Some(Ok(made)) => made,
+            Some(Err(refused)) => {
+                log::info!("ordinary pages instead: {refused}");
+                let (mut memory, fd) = Memory::new(round(page)?, false)?;
+                memory.refused = Some(refused);
+                (memory, fd)
+            }
             None => Memory::new(round(page)?, false)?,
+        };
+        let placement = match request.placement {
+            IovaPlacement::Anywhere { alignment, limit } if memory.huge => {
+                IovaPlacement::Anywhere { alignment: alignment.max(HUGE_PAGE as u64), limit }
+            }
+            other => other,
         };
         let (address, size) = (memory.at.as_ptr() as usize, memory.size);
         let memory = Arc::new(memory);
         // SAFETY: mapped as long as `memory` lives; reached by single accesses only, below.
         let shared =
             unsafe { DmaMemory::new(address, size, Some((Arc::new(fd), 0)), memory.clone()) };
-        let mapping = space.map(shared, request.placement, Access::ReadWrite)?;
+        let mapping = space.map(shared, placement, Access::ReadWrite)?;
         Ok(Self { whole: Arc::new(Whole { mapping, memory }), offset: 0, size })
     }
 
@@ -155,6 +178,11 @@ impl DmaBuffer {
     /// Whether it consists of pages of 2 MiB.
     pub fn has_huge_pages(&self) -> bool {
         self.whole.memory.huge
+    }
+
+    /// Why it consists of ordinary pages although huge ones were asked for, and what to do about it.
+    pub fn huge_pages_refused(&self) -> Option<&Error> {
+        self.whole.memory.refused.as_ref()
     }
 
     /// Points to its first byte. What is read or written there is to be read or written by atomic or

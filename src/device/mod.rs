@@ -4,6 +4,8 @@ mod bar;
 mod config;
 mod dma;
 mod dma_buffer;
+#[cfg(feature = "vm-memory")]
+mod dma_guest;
 mod iova;
 mod layout;
 mod register;
@@ -26,6 +28,8 @@ pub use bar::Bar;
 pub use config::Config;
 pub use dma::{DmaMapping, DmaSpace, IovaPlacement};
 pub use dma_buffer::{BufferRequest, DmaBuffer};
+#[cfg(feature = "vm-memory")]
+pub use dma_guest::GuestMapping;
 pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
 pub use register::{IoRegister, Mode, ReadOnly, ReadWrite, Register, Registers, Width};

@@ -54,6 +54,8 @@ pub struct Vectors {
     info: IrqInfo,
     /// `None` is a hole: a vector that is not set up.
     eventfds: Vec<Option<EventFd>>,
+    /// What unmasks an INTx, beside [`set_masked`](Self::set_masked).
+    resample: Option<EventFd>,
     slot: usize,
     /// The process that set them up: see [`fork::generation`].
     generation: u32,
@@ -83,7 +85,8 @@ impl Device {
             return Err(error);
         }
         let generation = fork::generation();
-        Ok(Vectors { device: self.inner.clone(), kind, info, eventfds, slot, generation })
+        let device = self.inner.clone();
+        Ok(Vectors { device, kind, info, eventfds, resample: None, slot, generation })
     }
 }
 
@@ -111,14 +114,21 @@ impl Inner {
 }
 
 fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()> {
-    let refuse = |reason: String| {
+    let refuse = |reason: String, remedy: String| {
         let object = format!("{count} vectors of {kind:?} of {name}");
-        Err(Error::new(ErrorKind::OutOfRange, "set up", object).because(reason))
+        Err(Error::new(ErrorKind::OutOfRange, "set up", object).because(reason).remedy(remedy))
     };
     match info.count as usize {
-        0 => refuse(format!("the device has no {kind:?}")),
-        most if count == 0 || count > most => refuse(format!("the device has {most}")),
-        _ if !info.eventfd => refuse("they cannot signal an eventfd".to_owned()),
+        0 => refuse(
+            format!("the device has no {kind:?}"),
+            "use another kind: Device::interrupt tells what it has".to_owned(),
+        ),
+        most if count == 0 || count > most => {
+            refuse(format!("the device has {most}"), format!("ask for 1 to {most}"))
+        }
+        _ if !info.eventfd => {
+            refuse("they cannot signal an eventfd".to_owned(), "use another kind".to_owned())
+        }
         _ => Ok(()),
     }
 }
@@ -238,6 +248,35 @@ impl Vectors {
     pub fn set_masked(&self, vector: usize, masked: bool) -> Result<()> {
         let vectors = self.one(vector, "mask")?;
         self.device.transport.mask_irqs(self.kind.index(), vectors, masked)
+    }
+
+    /// Has an INTx unmasked whenever an eventfd is written, in place of [`set_masked`](Self::set_masked):
+    /// see [`resample_fd`](Self::resample_fd).
+    ///
+    /// # Errors
+    /// `Unsupported` where vectors are not masked when they fire, as MSI and MSI-X are not, or the
+    /// transport cannot do it.
+    pub fn enable_resample(&mut self) -> Result<()> {
+        if !self.info.automasked {
+            return Err(Error::new(ErrorKind::Unsupported, "unmask by an eventfd", self.name(0))
+                .because("it is not masked when it fires")
+                .remedy("nothing needs to be done between one interrupt and the next"));
+        }
+        if self.resample.is_none() {
+            let eventfd = eventfd()?;
+            let fd = Some(eventfd.as_fd());
+            self.device.transport.unmask_irq_by(self.kind.index(), 0, fd)?;
+            self.resample = Some(eventfd);
+        }
+        Ok(())
+    }
+
+    /// The eventfd that unmasks the INTx when it is written; `None` before
+    /// [`enable_resample`](Self::enable_resample). A hypervisor gives it to KVM with that of the vector,
+    /// as `resamplefd` of `KVM_IRQFD`: its guest's end of interrupt then unmasks the device's, and what
+    /// is still asserted fires again.
+    pub fn resample_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.resample.as_ref().map(EventFd::as_fd)
     }
 
     /// Fires a vector as the device would: for tests.
@@ -370,7 +409,8 @@ impl Device {
         events.release = connect(irq_index::REQ)?;
         if events.error.is_none() && events.release.is_none() {
             return Err(Error::new(ErrorKind::Unsupported, "watch", self.name())
-                .because("it tells neither of errors nor of requests to release it"));
+                .because("it tells neither of errors nor of requests to release it")
+                .remedy("do without: its registers tell of errors, and nobody asks for it"));
         }
         Ok(events)
     }

@@ -261,7 +261,9 @@ impl Window {
         let addresses = self.addresses();
         // SAFETY: mapped while the window's shared part lives, which it is given; no reference to
         // device memory is ever made.
-        unsafe { DmaMemory::new(addresses.start, addresses.len(), None, self.inner.clone()) }
+        let memory =
+            unsafe { DmaMemory::new(addresses.start, addresses.len(), None, self.inner.clone()) };
+        memory.of_device()
     }
 
     /// Where `size` bytes at `offset` lie, aligned and within the window.

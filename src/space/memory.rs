@@ -20,6 +20,7 @@ pub struct DmaMemory {
     address: usize,
     size: usize,
     file: Option<(Arc<OwnedFd>, u64)>,
+    of_device: bool,
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
@@ -37,7 +38,16 @@ impl DmaMemory {
         file: Option<(Arc<OwnedFd>, u64)>,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { address, size, file, _owner: owner }
+        Self { address, size, file, of_device: false, _owner: owner }
+    }
+
+    /// The same, where the pages are a device's: an IOMMU is told of them without locking anything.
+    pub(crate) fn of_device(self) -> Self {
+        Self { of_device: true, ..self }
+    }
+
+    pub(crate) fn is_of_device(&self) -> bool {
+        self.of_device
     }
 
     /// The first address.

@@ -106,6 +106,17 @@ pub trait Transport: Send + Sync + Debug {
         Err(unsupported(self.info(), format!("mask interrupt {index} of")))
     }
 
+    /// Has a vector unmasked whenever the eventfd `fd` is written, or with `None` no longer. A hypervisor
+    /// has its guest's end of interrupt written there by the kernel (`resamplefd` of `KVM_IRQFD`).
+    ///
+    /// # Errors
+    /// `Unsupported`, by default.
+    fn unmask_irq_by(&self, index: u32, vector: u32, fd: Option<BorrowedFd<'_>>) -> Result<()> {
+        let _ = (vector, fd);
+        Err(unsupported(self.info(), format!("unmask by an eventfd interrupt {index} of"))
+            .remedy("unmask it by mask_irqs (Vectors::set_masked)"))
+    }
+
     /// Fires vectors as the device would: for tests.
     ///
     /// # Errors

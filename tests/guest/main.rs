@@ -2,10 +2,13 @@
 
 mod bad_input;
 mod binding;
+mod dma;
 mod driver;
 #[path = "../support/edu_driver.rs"]
 mod edu_driver;
 mod events;
+#[path = "../support/guest_memory.rs"]
+mod guest_memory;
 #[path = "../support/hole.rs"]
 mod hole;
 mod lab;

@@ -1,5 +1,8 @@
 //! A driver for QEMU's edu device (QEMU, docs/specs/edu), as much of it as tests and examples need.
 
+// Each test file uses a part of it.
+#![allow(dead_code)]
+
 use std::time::Duration;
 
 use vfio_remap::device::{BufferRequest, DmaBuffer, Interrupt, IovaPlacement, Vectors};

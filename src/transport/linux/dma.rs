@@ -4,7 +4,6 @@ use std::mem::offset_of;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use vfio_bindings::bindings::vfio::{
     VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
     VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, vfio_iommu_type1_info, vfio_iommu_type1_info_cap_iova_range,
@@ -13,6 +12,7 @@ use vfio_bindings::bindings::vfio::{
 
 use super::cdev::Ioas;
 use super::group::Group;
+use super::locked::{Exceeded, Locked};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{self, vfio_dma};
@@ -46,23 +46,32 @@ impl AddressSpace {
         }
     }
 
-    /// Maps `memory` at `iova`.
+    /// Maps `memory` at `iova`; counts as locked as long as what it gives lives.
     pub(super) fn map(
         &self,
         iova: u64,
         memory: &DmaMemory,
         access: Access,
         name: &str,
-    ) -> Result<()> {
+    ) -> Result<Locked> {
         let size = memory.size();
         let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
-        check_locked_memory(size as u64, &object)?;
-        match self {
+        let exceeded = |exceeded: Exceeded| exceeded.error(object());
+        // A device's pages are not locked.
+        let lock = if memory.is_of_device() { 0 } else { size as u64 };
+        let locked = Locked::new(lock).map_err(exceeded)?;
+        let done = match self {
             Self::Group(group) => memory.map_in_container(group.container(), iova, access),
             Self::Ioas(ioas) => ioas.map(iova, memory, access),
             Self::Elsewhere => return Err(elsewhere(name)),
+        };
+        match done {
+            Ok(()) => Ok(locked),
+            Err(Errno::ENOMEM) => Err(locked
+                .refused()
+                .map_or_else(|| self.refused(Errno::ENOMEM, object()), exceeded)),
+            Err(errno) => Err(self.refused(errno, object())),
         }
-        .map_err(|errno| self.refused(errno, object()))
     }
 
     /// Unmaps exactly `size` bytes at `iova`.
@@ -73,12 +82,7 @@ impl AddressSpace {
             Self::Ioas(ioas) => ioas.unmap(iova, size),
             Self::Elsewhere => return Err(elsewhere(name)),
         };
-        match done {
-            Ok(done) if done == size => Ok(()),
-            Ok(done) => Err(Error::new(ErrorKind::Os, "unmap from DMA", object())
-                .because(format!("the kernel unmapped {done:#x} bytes"))),
-            Err(errno) => Err(Error::os(errno, "unmap from DMA", object())),
-        }
+        whole(done, size, object)
     }
 
     fn refused(&self, errno: Errno, object: String) -> Error {
@@ -90,14 +94,13 @@ impl AddressSpace {
             (Errno::EINVAL, _) => error.into_kind(ErrorKind::OutOfRange).because(
                 "address, size and IOVA must be multiples of the IOMMU's page size, and lie in its ranges",
             ),
+            // The process's own use is below the limit; iommufd counts that of all the user's processes.
             (Errno::ENOMEM, _) => error
                 .into_kind(ErrorKind::LockedMemory)
-                .because("memory is short, or the limit on locked memory is reached (RLIMIT_MEMLOCK)")
+                .because("memory is short, or the user's limit on locked memory is reached (RLIMIT_MEMLOCK)")
                 .remedy("raise it: ulimit -l, or LimitMEMLOCK= of the unit"),
-            (Errno::ENOSPC, Self::Group(_)) => error
-                .into_kind(ErrorKind::TooManyMappings)
-                .because("the container has no room for another mapping")
-                .remedy("unmap some, or raise dma_entry_limit of vfio_iommu_type1"),
+            (Errno::ENOSPC, Self::Group(_)) => full(error.into_kind(ErrorKind::TooManyMappings))
+                .because("the container has no room for another mapping"),
             (Errno::EFAULT, Self::Ioas(_)) => error.because(
                 "a part of the memory is not there, or is a device's, which iommufd does not map by address",
             ).remedy("for peer-to-peer, open both devices by their groups: Vfio::open_by_group"),
@@ -107,6 +110,38 @@ impl AddressSpace {
             _ => error,
         }
     }
+}
+
+/// An unmap is done when the kernel has unmapped all that was asked for, and not less: what it has left
+/// the device still reaches, and the next mapping there answers EEXIST.
+fn whole(
+    done: std::result::Result<u64, Errno>,
+    size: u64,
+    object: impl Fn() -> String,
+) -> Result<()> {
+    match done {
+        Ok(done) if done == size => Ok(()),
+        Ok(done) => Err(Error::new(ErrorKind::Os, "unmap from DMA", object())
+            .because(format!("the kernel unmapped {done:#x} bytes"))),
+        Err(errno) => Err(Error::os(errno, "unmap from DMA", object())),
+    }
+}
+
+/// There is no room for another mapping beside `mapped`.
+pub(super) fn too_many(mapped: usize, size: usize, iova: u64) -> Error {
+    full(Error::new(
+        ErrorKind::TooManyMappings,
+        "map for DMA",
+        format!("{size:#x} bytes at IOVA {iova:#x}"),
+    ))
+    .because(format!("{mapped} mappings are there, and the container has no room for another"))
+}
+
+fn full(error: Error) -> Error {
+    error.remedy(
+        "unmap some; or, before it is opened, raise the limit: \
+         /sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
+    )
 }
 
 fn elsewhere(name: &str) -> Error {
@@ -149,38 +184,6 @@ fn read(answer: &Answer<'_>) -> Result<DmaLimits> {
     Ok(limits)
 }
 
-/// Names the limit on locked memory before the kernel answers a bare ENOMEM.
-///
-/// Pages that are mapped for DMA count against RLIMIT_MEMLOCK, but for processes with CAP_IPC_LOCK.
-fn check_locked_memory(size: u64, object: &dyn Fn() -> String) -> Result<()> {
-    const CAP_IPC_LOCK: u32 = 14;
-    let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((RLIM_INFINITY, RLIM_INFINITY));
-    if limit == RLIM_INFINITY {
-        return Ok(());
-    }
-    let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return Ok(()) };
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-    let capabilities = field("CapEff:").and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
-    if capabilities.is_some_and(|set| set & 1 << CAP_IPC_LOCK != 0) {
-        return Ok(());
-    }
-    let locked =
-        field("VmLck:").and_then(|text| text.split_ascii_whitespace().next()?.parse().ok());
-    let need = locked.unwrap_or(0u64).saturating_mul(1024).saturating_add(size);
-    if need <= limit {
-        return Ok(());
-    }
-    Err(Error::new(ErrorKind::LockedMemory, "map for DMA", object())
-        .with_errno(Errno::ENOMEM)
-        .because(format!(
-            "the process would have {need} bytes of memory locked, and may have {limit} (RLIMIT_MEMLOCK)"
-        ))
-        .remedy(format!(
-            "raise it: prlimit --pid {} --memlock={need}, ulimit -l, or LimitMEMLOCK= of its unit",
-            std::process::id()
-        )))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -214,6 +217,19 @@ mod tests {
         let limits = read(&Answer::new(&bytes, "test")).unwrap();
         assert_eq!(limits.ranges, [0x1000..=0xffff]);
         assert_eq!((limits.page_size, limits.mappings), (4096, Some(65535)));
+    }
+
+    #[test]
+    fn an_unmap_of_fewer_bytes_than_were_mapped_is_an_error() {
+        let object = || "0x2000 bytes at IOVA 0x1000".to_owned();
+        whole(Ok(0x2000), 0x2000, object).unwrap();
+        for done in [0, 0x1000, 0x3000] {
+            let error = whole(Ok(done), 0x2000, object).unwrap_err();
+            let words = format!("0x2000 bytes at IOVA 0x1000: the kernel unmapped {done:#x} bytes");
+            assert!(error.to_string().contains(&words), "{error}");
+        }
+        let error = whole(Err(Errno::EINVAL), 0x2000, object).unwrap_err();
+        assert_eq!(error.errno(), Some(libc::EINVAL));
     }
 
     #[test]

@@ -73,6 +73,18 @@ pub(super) fn act(
         .map_err(|errno| failed(errno, operation, index, vectors, name))
 }
 
+/// Has a vector unmasked whenever `fd` is written.
+pub(super) fn unmask_by(
+    device: BorrowedFd<'_>,
+    index: u32,
+    vector: u32,
+    fd: Option<BorrowedFd<'_>>,
+    name: &str,
+) -> Result<()> {
+    vfio_irq::set_eventfds(device, index, vector, Action::Unmask, &[fd])
+        .map_err(|errno| failed(errno, "unmask by an eventfd", index, vector..vector + 1, name))
+}
+
 fn failed(
     errno: Errno,
     operation: &'static str,

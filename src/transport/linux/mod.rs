@@ -7,6 +7,7 @@ mod cdev;
 mod dma;
 mod group;
 mod irq;
+mod locked;
 mod sysfs;
 mod vfio;
 

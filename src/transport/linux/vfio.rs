@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -11,8 +12,9 @@ use nix::sys::uio::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET};
 
 use super::cdev::{self, Ioas};
-use super::dma::AddressSpace;
+use super::dma::{self, AddressSpace};
 use super::group::Group;
+use super::locked::Locked;
 use super::{PciAddress, PciDevice, Sysfs, irq};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
@@ -35,7 +37,9 @@ pub struct Vfio {
     space: AddressSpace,
     /// What is mapped for DMA, by IOVA. Windows of other devices are not pinned by that: kept here, they
     /// keep their device open.
-    mapped: Mutex<BTreeMap<u64, DmaMemory>>,
+    mapped: Mutex<BTreeMap<u64, (DmaMemory, Locked)>>,
+    /// How many mappings that can be, as far as was known when the limits were last asked for.
+    most: AtomicUsize,
 }
 
 struct Region {
@@ -155,6 +159,7 @@ impl Vfio {
             by_vfio_pci,
             space,
             mapped: Mutex::default(),
+            most: AtomicUsize::new(usize::MAX),
         })
     }
 
@@ -179,7 +184,7 @@ impl Vfio {
             })
     }
 
-    fn mapped(&self) -> MutexGuard<'_, BTreeMap<u64, DmaMemory>> {
+    fn mapped(&self) -> MutexGuard<'_, BTreeMap<u64, (DmaMemory, Locked)>> {
         self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -296,17 +301,30 @@ impl Transport for Vfio {
         irq::act(self.device.as_fd(), index, vectors, action, &self.info.name)
     }
 
+    fn unmask_irq_by(&self, index: u32, vector: u32, fd: Option<BorrowedFd<'_>>) -> Result<()> {
+        irq::unmask_by(self.device.as_fd(), index, vector, fd, &self.info.name)
+    }
+
     fn trigger_irqs(&self, index: u32, vectors: Range<u32>) -> Result<()> {
         irq::act(self.device.as_fd(), index, vectors, Action::Trigger, &self.info.name)
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
-        self.space.limits(&self.info.name)
+        let limits = self.space.limits(&self.info.name)?;
+        if let Some(more) = limits.mappings {
+            self.most.store(self.mapped().len().saturating_add(more as usize), Ordering::Relaxed);
+        }
+        Ok(limits)
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
-        self.space.map(iova, memory, access, &self.info.name)?;
-        self.mapped().insert(iova, memory.clone());
+        let mapped = self.mapped().len();
+        // Devices of one container share the limit: what another has unmapped meanwhile is asked for.
+        if mapped >= self.most.load(Ordering::Relaxed) && self.dma_limits()?.mappings == Some(0) {
+            return Err(dma::too_many(mapped, memory.size(), iova));
+        }
+        let locked = self.space.map(iova, memory, access, &self.info.name)?;
+        self.mapped().insert(iova, (memory.clone(), locked));
         Ok(())
     }
 

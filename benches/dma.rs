@@ -1,0 +1,166 @@
+//! Mapping for DMA and unmapping, against the same ioctls by hand on the same container.
+//!
+//! In the lab: `cargo lab bench dma --kernel NAME`. Elsewhere only the library's own part is timed, with
+//! a transport that does nothing.
+
+use std::hint::black_box;
+use std::os::fd::RawFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_TYPE,
+    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+};
+use vfio_remap::device::{DmaSpace, Iova, IovaPlacement};
+use vfio_remap::space::{Access, DmaMemory};
+use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionInfo, Transport, Vfio};
+use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
+
+/// Calls in a batch, and batches of each side.
+const BATCH: usize = 50;
+const BATCHES: usize = 41;
+
+/// What the library may cost above the ioctls.
+const SHARE: f64 = 0.05;
+
+/// Where the mappings made by hand go, out of the library's way.
+const BY_HAND: u64 = 1 << 30;
+
+fn main() -> ExitCode {
+    let Some(edu) = lab_device("edu") else {
+        let space = Device::new(Arc::new(Nothing)).dma().expect("it maps");
+        let memory = space.buffer(4096).expect("memory").memory().clone();
+        row("the library alone", || {}, || through(&space, &memory, IovaPlacement::default()));
+        return ExitCode::SUCCESS;
+    };
+    let device = Device::new(Arc::new(Vfio::open_by_group(edu).expect("a group")));
+    let space = device.dma().expect("edu does DMA");
+    // Room in the allocator is in pieces, as in a driver at work.
+    let held: Vec<_> = (0..64).map(|_| space.buffer(4096).expect("memory")).collect();
+    let held: Vec<_> = held.into_iter().enumerate().filter(|(index, _)| index % 2 == 0).collect();
+    let container = container().expect("the group's container is open");
+    println!("map and unmap\n  {:<22} {:>9} {:>9} {:>9}", "", "by hand", "library", "over");
+    let mut good = true;
+    for size in [4 << 10, 64 << 10, 2 << 20] {
+        let memory = space.buffer(size).expect("memory").memory().clone();
+        let by_hand = || by_hand(container, &memory);
+        good &= row(&format!("{} KiB, anywhere", size >> 10), by_hand, || {
+            through(&space, &memory, IovaPlacement::default())
+        });
+        good &= row(&format!("{} KiB, fixed", size >> 10), by_hand, || {
+            through(&space, &memory, IovaPlacement::At(Iova(2 * BY_HAND)))
+        });
+    }
+    drop((held, space));
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn lab_device(name: &str) -> Option<PciAddress> {
+    let devices = std::env::var("LAB_DEVICES").ok()?;
+    let address = devices
+        .split_ascii_whitespace()
+        .find_map(|entry| entry.strip_prefix(name)?.strip_prefix('='))?;
+    address.parse().ok()
+}
+
+/// One line: medians of alternating batches.
+fn row(name: &str, mut by_hand: impl FnMut(), mut by_library: impl FnMut()) -> bool {
+    let batch = |f: &mut dyn FnMut()| {
+        let start = Instant::now();
+        for _ in 0..BATCH {
+            f();
+        }
+        start.elapsed().as_nanos() as f64 / BATCH as f64
+    };
+    let (mut hand, mut library) = (Vec::new(), Vec::new());
+    // The first few pay for what all of them need.
+    for round in 0..BATCHES + BATCHES / 4 {
+        let (one, other) = (batch(&mut by_hand), batch(&mut by_library));
+        if round >= BATCHES / 4 {
+            hand.push(one);
+            library.push(other);
+        }
+    }
+    let (hand, library) = (median(hand), median(library));
+    let (over, share) = (library - hand, 100.0 * (library - hand) / hand);
+    println!("  {name:<22} {hand:>6.0} ns {library:>6.0} ns {over:>6.0} ns {share:>5.1} %");
+    over <= hand * SHARE
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn through(space: &DmaSpace, memory: &DmaMemory, placement: IovaPlacement) {
+    drop(black_box(space.map(memory.clone(), placement, Access::ReadWrite).expect("a mapping")));
+}
+
+/// The descriptor that the library has of the container, which it does not give away.
+fn container() -> Option<RawFd> {
+    std::fs::read_dir("/proc/self/fd").ok()?.flatten().find_map(|entry| {
+        let is_container = std::fs::read_link(entry.path()).ok()?.ends_with("vfio/vfio");
+        is_container.then(|| entry.file_name().to_str()?.parse().ok())?
+    })
+}
+
+fn by_hand(container: RawFd, memory: &DmaMemory) {
+    let mut map = vfio_iommu_type1_dma_map {
+        argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
+        flags: VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE,
+        vaddr: memory.address() as u64,
+        iova: BY_HAND,
+        size: memory.size() as u64,
+    };
+    let mut unmap = vfio_iommu_type1_dma_unmap {
+        argsz: size_of::<vfio_iommu_type1_dma_unmap>() as u32,
+        iova: map.iova,
+        size: map.size,
+        ..Default::default()
+    };
+    let request = |number: u32| nix::request_code_none!(VFIO_TYPE, VFIO_BASE + number);
+    // SAFETY: the structures are as long as they say, and the memory lives longer than the mapping.
+    let done = unsafe {
+        [
+            libc::ioctl(container, request(13), &raw mut map),
+            libc::ioctl(container, request(14), &raw mut unmap),
+        ]
+    };
+    assert_eq!((done, unmap.size), ([0, 0], map.size));
+}
+
+/// Maps all and does nothing.
+#[derive(Debug)]
+struct Nothing;
+
+impl Transport for Nothing {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo::new("nothing", 0)
+    }
+
+    fn region(&self, _: u32) -> Result<RegionInfo> {
+        Err(Error::new(ErrorKind::NotFound, "find", "a region of nothing"))
+    }
+
+    fn read_at(&self, region: u32, _: u64, _: &mut [u8]) -> Result<()> {
+        self.region(region).map(drop)
+    }
+
+    fn write_at(&self, region: u32, _: u64, _: &[u8]) -> Result<()> {
+        self.region(region).map(drop)
+    }
+
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        Ok(DmaLimits::new(vec![0..=0xfedf_ffff, 0xfef0_0000..=(1 << 48) - 1], 4096))
+    }
+
+    fn dma_map(&self, _: u64, _: &DmaMemory, _: Access) -> Result<()> {
+        Ok(())
+    }
+
+    fn dma_unmap(&self, _: u64, _: u64) -> Result<()> {
+        Ok(())
+    }
+}

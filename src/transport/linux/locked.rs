@@ -1,0 +1,122 @@
+//! The limit on locked memory (RLIMIT_MEMLOCK), named before the kernel answers a bare ENOMEM.
+//!
+//! Pages that are mapped for DMA count against it, but for processes with CAP_IPC_LOCK. Asking for the
+//! limit takes longer than mapping a page, so it is asked for once, and again when what is mapped has
+//! reached it, or when the kernel knew better.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::errno::Errno;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+
+use crate::error::{Error, ErrorKind};
+
+/// `capabilities(7)`
+const CAP_IPC_LOCK: u32 = 14;
+
+/// The bytes that this process has mapped for DMA.
+static MAPPED: AtomicU64 = AtomicU64::new(0);
+
+/// How many that may become, as far as was known when it was last asked for.
+static ALLOWED: AtomicU64 = AtomicU64::new(0);
+
+/// Bytes that are mapped, as long as this lives.
+pub(super) struct Locked(u64);
+
+/// More than the limit allows.
+pub(super) struct Exceeded {
+    /// What the process would have locked, in bytes.
+    need: u64,
+    limit: u64,
+}
+
+impl Locked {
+    /// `size` bytes more.
+    pub(super) fn new(size: u64) -> Result<Self, Exceeded> {
+        let locked = Self(size);
+        let mapped = MAPPED.fetch_add(size, Ordering::Relaxed).saturating_add(size);
+        if mapped <= ALLOWED.load(Ordering::Relaxed) {
+            return Ok(locked);
+        }
+        let Some(limit) = Limit::ask() else {
+            ALLOWED.store(u64::MAX, Ordering::Relaxed);
+            return Ok(locked);
+        };
+        let before = mapped - size;
+        // What iommufd maps is not in the process's own figure; what others have locked is in no other.
+        let others = limit.locked.saturating_sub(before);
+        ALLOWED.store(limit.limit.saturating_sub(others), Ordering::Relaxed);
+        let need = mapped.saturating_add(others);
+        if need <= limit.limit { Ok(locked) } else { Err(Exceeded { need, limit: limit.limit }) }
+    }
+
+    /// The kernel has refused to lock them for want of memory: the limit, if it is that.
+    pub(super) fn refused(self) -> Option<Exceeded> {
+        let size = self.0;
+        drop(self);
+        ALLOWED.store(0, Ordering::Relaxed);
+        Self::new(size).err()
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        MAPPED.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
+impl Exceeded {
+    pub(super) fn error(&self, object: String) -> Error {
+        let Self { need, limit } = self;
+        Error::new(ErrorKind::LockedMemory, "map for DMA", object)
+            .with_errno(Errno::ENOMEM)
+            .because(format!(
+                "the process would have {need} bytes of memory locked, and may have {limit} (RLIMIT_MEMLOCK)"
+            ))
+            .remedy(format!(
+                "raise it: prlimit --pid {} --memlock={need}, ulimit -l, or LimitMEMLOCK= of its unit",
+                std::process::id()
+            ))
+    }
+}
+
+struct Limit {
+    limit: u64,
+    /// What the process has locked, as the kernel counts it.
+    locked: u64,
+}
+
+impl Limit {
+    /// `None` where there is none, or it does not hold for this process.
+    fn ask() -> Option<Self> {
+        let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
+        if limit == RLIM_INFINITY {
+            return None;
+        }
+        Self::read(limit, &std::fs::read_to_string("/proc/self/status").ok()?)
+    }
+
+    fn read(limit: u64, status: &str) -> Option<Self> {
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+        let capabilities = u64::from_str_radix(field("CapEff:")?.trim(), 16).ok()?;
+        if capabilities & 1 << CAP_IPC_LOCK != 0 {
+            return None;
+        }
+        let kibibytes: u64 = field("VmLck:")?.split_ascii_whitespace().next()?.parse().ok()?;
+        Some(Self { limit, locked: kibibytes.saturating_mul(1024) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_locked_is_read_and_a_privileged_process_has_no_limit() {
+        let status = "Name:\tx\nVmLck:\t      64 kB\nCapEff:\t0000000000000400\n";
+        let limit = Limit::read(1 << 20, status).unwrap();
+        assert_eq!((limit.limit, limit.locked), (1 << 20, 64 << 10));
+        assert!(Limit::read(1 << 20, &status.replace("0400", "4000")).is_none());
+        assert!(Limit::read(1 << 20, "").is_none());
+    }
+}

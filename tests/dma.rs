@@ -1,0 +1,63 @@
+//! Memory for DMA, with a transport that answers by a script.
+
+#[path = "support/scripted.rs"]
+mod scripted;
+
+use std::sync::Arc;
+
+use vfio_remap::device::{BufferRequest, Iova, IovaPlacement};
+use vfio_remap::space::Access;
+use vfio_remap::{Device, Error, ErrorKind};
+
+use scripted::Scripted;
+
+#[test]
+fn what_is_unmapped_short_stays_the_devices_memory_and_addresses() {
+    let transport = Arc::new(Scripted::default());
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let here = IovaPlacement::At(Iova(0x10_0000));
+    let buffer = space.buffer_with(BufferRequest::new(4096).placement(here)).unwrap();
+    let address = buffer.as_ptr() as usize;
+    let short = Error::new(ErrorKind::Os, "unmap from DMA", "0x1000 bytes at IOVA 0x100000")
+        .because("the kernel unmapped 0x0 bytes");
+    transport.unmaps.lock().unwrap().push(Some(short));
+    drop(buffer);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(maps.contains(&format!("{address:x}-")), "the device may still write to it");
+    assert_eq!(space.mappings(), 1);
+    let again = space.buffer_with(BufferRequest::new(4096).placement(here));
+    assert_eq!(again.unwrap_err().kind(), ErrorKind::AddressTaken);
+    // Others come and go as ever.
+    drop(space.buffer(4096).unwrap());
+    assert_eq!(transport.mapped(), [(0x10_0000, 0x1000)]);
+}
+
+#[test]
+fn placements_that_make_no_sense_are_refused_with_a_remedy_before_the_transport_is_asked() {
+    let transport = Arc::new(Scripted::default());
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let page = space.buffer(4096).unwrap();
+    let taken = transport.mapped();
+    let anywhere = |alignment, limit| IovaPlacement::Anywhere { alignment, limit };
+    for (placement, kind) in [
+        (IovaPlacement::At(Iova(0xfee0_0000)), ErrorKind::OutOfRange),
+        (IovaPlacement::At(Iova(0xfedf_f800)), ErrorKind::Unaligned),
+        (IovaPlacement::At(Iova(1 << 48)), ErrorKind::OutOfRange),
+        (IovaPlacement::At(Iova(u64::MAX - 0xfff)), ErrorKind::OutOfRange),
+        (IovaPlacement::At(page.iova()), ErrorKind::AddressTaken),
+        (anywhere(3, u64::MAX), ErrorKind::Unaligned),
+        (anywhere(0, u64::MAX), ErrorKind::Unaligned),
+        (anywhere(1, 0xffe), ErrorKind::OutOfRange),
+        (anywhere(1 << 63, u64::MAX), ErrorKind::OutOfRange),
+    ] {
+        let error = space.map(page.memory().clone(), placement, Access::ReadWrite).unwrap_err();
+        assert_eq!(error.kind(), kind, "{placement:?}: {error}");
+        assert!(!error.advice().is_empty(), "{error}");
+        assert_eq!((transport.mapped(), space.mappings()), (taken.clone(), 1));
+    }
+    for size in [0, usize::MAX, isize::MAX as usize] {
+        let error = space.buffer(size).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
+        assert!(!error.advice().is_empty(), "{error}");
+    }
+}

@@ -1,0 +1,166 @@
+//! The limits of DMA: locked memory, the number of mappings, huge pages; and a guest's memory.
+
+use std::os::unix::fs::chown;
+use std::sync::Arc;
+
+use nix::sys::resource::{Resource, setrlimit};
+use vfio_remap::device::{BufferRequest, DmaBuffer, Interrupt, IovaPlacement};
+use vfio_remap::space::Access;
+use vfio_remap::transport::Vfio;
+use vfio_remap::{Device, ErrorKind};
+
+use crate::edu_driver::Edu;
+use crate::{guest_memory, lab, leftovers};
+
+const NOBODY: u32 = 65534;
+
+#[test]
+fn a_guests_memory_is_mapped_whole_at_its_own_addresses_or_not_at_all() {
+    leftovers::none_of(|| guest_memory::is_reached_whole_or_not_at_all(lab::open("edu")));
+}
+
+/// A number in `/proc` or `/sys`, set to a value while this lives.
+struct Setting {
+    path: &'static str,
+    before: String,
+}
+
+impl Setting {
+    fn set(path: &'static str, value: u32) -> Self {
+        let before = std::fs::read_to_string(path).unwrap();
+        std::fs::write(path, value.to_string()).unwrap();
+        Self { path, before }
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        std::fs::write(self.path, self.before.trim()).unwrap();
+    }
+}
+
+#[test]
+fn the_limit_on_locked_memory_is_named_with_the_need_and_the_command_that_raises_it() {
+    // By its group, and by its own file where there is one, the device is given to nobody.
+    let group = lab::sysfs("edu").iommu_group().unwrap();
+    let mut files = vec![(format!("/dev/vfio/{group}"), "dma::by_group_nobody_locks_too_much")];
+    if lab::kernel() == "patched" {
+        let own = std::fs::read_dir(lab::sysfs("edu").path().join("vfio-dev")).unwrap();
+        let own = own.flatten().next().unwrap().file_name();
+        let file = format!("/dev/vfio/devices/{}", own.display());
+        files.push((file, "dma::by_cdev_nobody_locks_too_much"));
+        chown("/dev/iommu", Some(NOBODY), None).unwrap();
+    }
+    for (file, test) in files {
+        chown(&file, Some(NOBODY), None).unwrap();
+        let status = lab::child(test, &[], Some(NOBODY));
+        chown(&file, Some(0), None).unwrap();
+        assert!(status.success(), "{test}: {status}");
+    }
+}
+
+#[test]
+#[ignore = "a child of the test above: it runs as nobody"]
+fn by_group_nobody_locks_too_much() {
+    locks_too_much(|| Vfio::open_by_group(lab::address("edu")).unwrap());
+}
+
+#[test]
+#[ignore = "a child of the test above: it runs as nobody"]
+fn by_cdev_nobody_locks_too_much() {
+    locks_too_much(|| Vfio::open_by_cdev(lab::address("edu")).unwrap());
+}
+
+fn locks_too_much(open: impl Fn() -> Vfio) {
+    const LIMIT: usize = 64 << 10;
+    setrlimit(Resource::RLIMIT_MEMLOCK, LIMIT as u64, LIMIT as u64).unwrap();
+    leftovers::none_of(|| {
+        let device = Device::new(Arc::new(open()));
+        let space = device.dma().unwrap();
+        let refused = |size: usize, need: usize| {
+            let error = leftovers::none_of(|| space.buffer(size).map(|_| ()).unwrap_err());
+            assert_eq!(error.kind(), ErrorKind::LockedMemory, "{error}");
+            for words in [
+                format!("{need} bytes of memory locked, and may have {LIMIT}"),
+                format!("prlimit --pid {} --memlock={need}", std::process::id()),
+            ] {
+                assert!(error.to_string().contains(&words), "{error}");
+            }
+        };
+        refused(LIMIT + 4096, LIMIT + 4096);
+        // What has been mapped counts, and what was unmapped does not.
+        for _ in 0..3 {
+            let half = space.buffer(LIMIT / 2).unwrap();
+            refused(LIMIT / 2 + 4096, LIMIT + 4096);
+            let rest = space.buffer(LIMIT / 2).unwrap();
+            refused(4096, LIMIT + 4096);
+            drop((half, rest));
+        }
+        // A limit that has changed is asked for again.
+        setrlimit(Resource::RLIMIT_MEMLOCK, 4096, LIMIT as u64).unwrap();
+        let error = space.buffer(8192).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::LockedMemory, "{error}");
+        setrlimit(Resource::RLIMIT_MEMLOCK, LIMIT as u64, LIMIT as u64).unwrap();
+        drop(space.buffer(8192).unwrap());
+    });
+}
+
+#[test]
+fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
+    const LIMIT: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
+    const MOST: u32 = 100;
+    leftovers::none_of(|| {
+        let _limit = Setting::set(LIMIT, MOST);
+        let device = Device::new(Arc::new(Vfio::open_by_group(lab::address("edu")).unwrap()));
+        let space = device.dma().unwrap();
+        assert_eq!(space.limits().mappings, Some(MOST));
+        let buffer = space.buffer(4096).unwrap();
+        let map = || space.map(buffer.memory().clone(), IovaPlacement::default(), Access::ReadOnly);
+        let mut mappings: Vec<_> = (1..MOST).map(|_| map().unwrap()).collect();
+        for _ in 0..2 {
+            let error = map().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::TooManyMappings, "{error}");
+            assert!(error.to_string().contains(&format!("{MOST} mappings are there")), "{error}");
+            assert!(error.advice().contains("dma_entry_limit"), "{error}");
+            mappings.pop();
+            mappings.push(map().unwrap());
+        }
+        assert_eq!(space.mappings(), MOST as usize);
+    });
+}
+
+#[test]
+fn huge_pages_are_had_where_there_are_any_and_otherwise_the_buffer_says_why_not() {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    const HUGE: usize = 2 << 20;
+    let device = lab::open("edu");
+    let space = device.dma().unwrap();
+    // edu has 28 address bits.
+    let request =
+        BufferRequest::new(HUGE + 1).placement(IovaPlacement::below_bits(28)).huge_pages();
+    let made = |pages: u32| -> DmaBuffer {
+        let _pool = Setting::set(POOL, pages);
+        space.buffer_with(request).unwrap()
+    };
+    let ordinary = made(0);
+    assert!(!ordinary.has_huge_pages());
+    assert_eq!(ordinary.size(), HUGE + 4096);
+    let refused = ordinary.huge_pages_refused().unwrap();
+    assert_eq!(refused.errno(), Some(libc::ENOMEM), "{refused}");
+    assert!(refused.to_string().contains("sysctl vm.nr_hugepages=2"), "{refused}");
+    drop(ordinary);
+
+    let huge = made(2);
+    assert!(huge.has_huge_pages() && huge.huge_pages_refused().is_none());
+    assert_eq!((huge.size(), huge.iova().0 % HUGE as u64), (2 * HUGE, 0));
+    huge.write(HUGE - 2048, &[0x77; 4096]);
+    let base = huge.iova().0;
+    let edu = Edu::new(device, Interrupt::Msi).unwrap();
+    edu.transfer(base + HUGE as u64 - 2048, 0x4_0000, 4096, 0).unwrap();
+    edu.transfer(0x4_0000, base, 4096, 2).unwrap();
+    let mut bytes = vec![0; 4096];
+    huge.read(0, &mut bytes);
+    assert!(bytes.iter().all(|byte| *byte == 0x77));
+    drop((huge, space));
+    edu.close().unwrap();
+}

@@ -1,0 +1,72 @@
+//! A transport that maps for DMA what it is told to, and remembers it.
+
+// Each test file uses a part of it.
+#![allow(dead_code)]
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use nix::sys::stat::fstat;
+use vfio_remap::space::{Access, DmaMemory};
+use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionInfo, Transport};
+use vfio_remap::{Error, ErrorKind, Result};
+
+/// Inode and offset.
+type FilePart = (u64, u64);
+
+/// It maps below and above the addresses of interrupts, and answers as the script says.
+#[derive(Debug, Default)]
+pub struct Scripted {
+    /// By IOVA: size, and the file that came along.
+    mapped: Mutex<BTreeMap<u64, (u64, Option<FilePart>)>>,
+    /// Answers to the next unmaps, last first; none is success.
+    pub unmaps: Mutex<Vec<Option<Error>>>,
+}
+
+impl Scripted {
+    /// What is mapped: address and size.
+    pub fn mapped(&self) -> Vec<(u64, u64)> {
+        self.mapped.lock().unwrap().iter().map(|(iova, (size, _))| (*iova, *size)).collect()
+    }
+
+    /// The files that came along, in the order of addresses.
+    pub fn files(&self) -> Vec<Option<FilePart>> {
+        self.mapped.lock().unwrap().values().map(|(_, file)| *file).collect()
+    }
+}
+
+impl Transport for Scripted {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo::new("scripted", 0)
+    }
+
+    fn region(&self, _: u32) -> Result<RegionInfo> {
+        Err(Error::new(ErrorKind::NotFound, "find", "a region"))
+    }
+
+    fn read_at(&self, region: u32, _: u64, _: &mut [u8]) -> Result<()> {
+        self.region(region).map(drop)
+    }
+
+    fn write_at(&self, region: u32, _: u64, _: &[u8]) -> Result<()> {
+        self.region(region).map(drop)
+    }
+
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        Ok(DmaLimits::new(vec![0..=0xfedf_ffff, 0xfef0_0000..=(1 << 48) - 1], 4096))
+    }
+
+    fn dma_map(&self, iova: u64, memory: &DmaMemory, _: Access) -> Result<()> {
+        let file = memory.file().map(|(fd, offset)| (fstat(fd).unwrap().st_ino, offset));
+        self.mapped.lock().unwrap().insert(iova, (memory.size() as u64, file));
+        Ok(())
+    }
+
+    fn dma_unmap(&self, iova: u64, _: u64) -> Result<()> {
+        if let Some(Some(error)) = self.unmaps.lock().unwrap().pop() {
+            return Err(error);
+        }
+        self.mapped.lock().unwrap().remove(&iova);
+        Ok(())
+    }
+}
