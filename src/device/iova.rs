@@ -23,13 +23,17 @@ impl fmt::Display for Iova {
 
 /// Free addresses in ranges: best fit, aligned or fixed, joined again when they are freed.
 ///
-/// Ranges are kept by their first and last address, so that all 2^64 addresses can be free.
+/// Ranges are kept by their first and last address, so that all 2^64 addresses can be free. What was freed
+/// last is kept as it is until something else is done: a driver that maps, unmaps and maps again gets it
+/// back without a search.
 #[derive(Debug, Default)]
 pub(super) struct IovaAllocator {
     /// First address to last.
     free: BTreeMap<u64, u64>,
     /// The same by size: last less first, and first.
     by_size: BTreeSet<(u64, u64)>,
+    /// First and last address of what was freed last, not joined with its neighbours yet.
+    recent: Option<(u64, u64)>,
 }
 
 impl IovaAllocator {
@@ -56,9 +60,19 @@ impl IovaAllocator {
     }
 
     /// Takes `size` bytes at a multiple of `alignment`, no byte above `limit`, from the smallest free
-    /// range that has them; the lowest addresses of it. `size` is not 0, `alignment` a power of two.
+    /// range that has them; the lowest addresses of it. What was freed last comes first if it is exactly
+    /// that. `size` is not 0, `alignment` a power of two.
     pub(super) fn allocate(&mut self, size: u64, alignment: u64, limit: u64) -> Option<u64> {
         let extent = size.checked_sub(1)?;
+        if let Some((first, last)) = self.recent
+            && last - first == extent
+            && first.is_multiple_of(alignment)
+            && last <= limit
+        {
+            self.recent = None;
+            return Some(first);
+        }
+        self.settle();
         let (first, last, start) =
             self.by_size.range((extent, 0)..).find_map(|&(free, first)| {
                 let last = first + free;
@@ -75,6 +89,11 @@ impl IovaAllocator {
         let Some(end) = size.checked_sub(1).and_then(|extent| start.checked_add(extent)) else {
             return false;
         };
+        if self.recent == Some((start, end)) {
+            self.recent = None;
+            return true;
+        }
+        self.settle();
         match self.free.range(..=start).next_back() {
             Some((&first, &last)) if end <= last => {
                 self.take(first, last, start, end);
@@ -84,12 +103,18 @@ impl IovaAllocator {
         }
     }
 
-    /// Frees what was taken, and joins it with its neighbours.
+    /// Frees what was taken.
     pub(super) fn free(&mut self, start: u64, size: u64) {
         let Some(extent) = size.checked_sub(1) else { return };
-        let (mut first, mut last) = (start, start.saturating_add(extent));
-        if let Some((&before, &end)) = self.free.range(..start).next_back()
-            && end.checked_add(1) == Some(start)
+        self.settle();
+        self.recent = Some((start, start.saturating_add(extent)));
+    }
+
+    /// Joins what was freed last with its neighbours.
+    fn settle(&mut self) {
+        let Some((mut first, mut last)) = self.recent.take() else { return };
+        if let Some((&before, &end)) = self.free.range(..first).next_back()
+            && end.checked_add(1) == Some(first)
         {
             self.remove(before, end);
             first = before;
@@ -104,7 +129,8 @@ impl IovaAllocator {
     }
 
     /// The free ranges, in order.
-    pub(super) fn ranges(&self) -> impl Iterator<Item = RangeInclusive<u64>> + '_ {
+    pub(super) fn ranges(&mut self) -> impl Iterator<Item = RangeInclusive<u64>> + '_ {
+        self.settle();
         self.free.iter().map(|(&first, &last)| first..=last)
     }
 
@@ -146,6 +172,26 @@ mod tests {
             iova.free(start, size);
         }
         assert_eq!(iova.ranges().collect::<Vec<_>>(), [0..=0xffff, 0x2_0000..=0x2_2fff]);
+    }
+
+    #[test]
+    fn what_was_freed_last_comes_back_first_and_is_lost_to_nobody() {
+        let mut iova = IovaAllocator::new(&[0..=0xffff]);
+        let (first, second) =
+            (iova.allocate(0x1000, 1, u64::MAX), iova.allocate(0x1000, 1, u64::MAX));
+        assert_eq!((first, second), (Some(0), Some(0x1000)));
+        iova.free(0x1000, 0x1000);
+        assert_eq!(iova.allocate(0x1000, 0x2000, u64::MAX), Some(0x2000), "it is not aligned");
+        assert_eq!(iova.allocate(0x1000, 1, u64::MAX), Some(0x1000));
+        iova.free(0x1000, 0x1000);
+        assert_eq!(iova.allocate(0x1000, 1, 0x1ffe), None, "its last byte is above the limit");
+        assert!(iova.allocate_at(0x1000, 0x800), "a part of it");
+        iova.free(0x1000, 0x800);
+        iova.free(0, 0x1000);
+        assert_eq!(iova.allocate(0x2000, 1, u64::MAX), Some(0), "joined");
+        iova.free(0, 0x2000);
+        iova.free(0x2000, 0x1000);
+        assert_eq!(iova.ranges().collect::<Vec<_>>(), [0..=0xffff]);
     }
 
     #[test]

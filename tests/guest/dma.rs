@@ -45,7 +45,9 @@ fn the_limit_on_locked_memory_is_named_with_the_need_and_the_command_that_raises
     let group = lab::sysfs("edu").iommu_group().unwrap();
     let mut files = vec![(format!("/dev/vfio/{group}"), "dma::by_group_nobody_locks_too_much")];
     if lab::kernel() == "patched" {
-        let own = std::fs::read_dir(lab::sysfs("edu").path().join("vfio-dev")).unwrap();
+        let own =
+            std::fs::read_dir(format!("/sys/bus/pci/devices/{}/vfio-dev", lab::address("edu")))
+                .unwrap();
         let own = own.flatten().next().unwrap().file_name();
         let file = format!("/dev/vfio/devices/{}", own.display());
         files.push((file, "dma::by_cdev_nobody_locks_too_much"));
