@@ -8,6 +8,7 @@ mod dma;
 mod group;
 mod irq;
 mod locked;
+mod mapped;
 mod sysfs;
 mod vfio;
 

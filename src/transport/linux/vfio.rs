@@ -1,6 +1,5 @@
 //! One device through Linux VFIO.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,7 +13,7 @@ use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RES
 use super::cdev::{self, Ioas};
 use super::dma::{self, AddressSpace};
 use super::group::Group;
-use super::locked::Locked;
+use super::mapped::Mapped;
 use super::{PciAddress, PciDevice, Sysfs, irq};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
@@ -35,9 +34,7 @@ pub struct Vfio {
     /// Whether sysfs says that the driver is vfio-pci itself, whose mappings refault.
     by_vfio_pci: bool,
     space: AddressSpace,
-    /// What is mapped for DMA, by IOVA. Windows of other devices are not pinned by that: kept here, they
-    /// keep their device open.
-    mapped: Mutex<BTreeMap<u64, (DmaMemory, Locked)>>,
+    mapped: Mutex<Mapped>,
     /// How many mappings that can be, as far as was known when the limits were last asked for.
     most: AtomicUsize,
 }
@@ -184,7 +181,7 @@ impl Vfio {
             })
     }
 
-    fn mapped(&self) -> MutexGuard<'_, BTreeMap<u64, (DmaMemory, Locked)>> {
+    fn mapped(&self) -> MutexGuard<'_, Mapped> {
         self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
