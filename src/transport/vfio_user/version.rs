@@ -6,8 +6,10 @@ use super::wire::{MAJOR, MINOR, Version};
 
 /// The most data that one message may carry where the peer does not say, and what we say, in bytes.
 pub(crate) const MAX_TRANSFER: usize = 1 << 20;
-/// How many file descriptors we take with one message.
+/// How many file descriptors we take with one message: as many as clients send that do not care.
 pub(crate) const MAX_FDS: usize = 64;
+/// How many we say that we take: QEMU (10.1 to 11.1) refuses a server that says more.
+const SAID_FDS: usize = 16;
 /// How many mappings for DMA there may be where the peer does not say, and what we say.
 pub(crate) const MAX_DMA_MAPS: u32 = 65535;
 
@@ -28,7 +30,7 @@ impl Capabilities {
     /// Ours, as the body of a `VERSION` message.
     pub(crate) fn ours() -> Vec<u8> {
         let capabilities = json!({"capabilities": {
-            "max_msg_fds": MAX_FDS,
+            "max_msg_fds": SAID_FDS,
             "max_data_xfer_size": MAX_TRANSFER,
             "max_dma_maps": MAX_DMA_MAPS,
             "pgsizes": 4096,
@@ -94,7 +96,7 @@ mod tests {
     #[test]
     fn what_we_say_is_what_we_understand() {
         let ours = Capabilities::read(&Capabilities::ours()).unwrap();
-        assert_eq!((ours.fds, ours.transfer, ours.page_size), (MAX_FDS, MAX_TRANSFER, 4096));
+        assert_eq!((ours.fds, ours.transfer, ours.page_size), (SAID_FDS, MAX_TRANSFER, 4096));
     }
 
     #[test]
