@@ -1,29 +1,21 @@
-//! What a hostile client sends to our server: `cargo +nightly fuzz run vfio_user_server`.
+//! What a hostile client sends to our server.
 //!
-//! The input is a list of commands: a command, flags, a length, a body. All of them wait in the socket
-//! before the server reads.
+//! The input is a list of commands, and of replies to the server's own. Where the first is not `VERSION`,
+//! that comes before it.
 
 #![no_main]
 
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use vfio_remap::transport::{Edu, Emulated, Namespace, Nvme, Server, Transport};
-use vfio_remap_fuzz::{eventfd, memory, send};
+use vfio_remap_fuzz::messages::{Message, Said, decode, flag};
+use vfio_remap_fuzz::{eventfd, memory, seeds, start};
 
 const TIME: Duration = Duration::from_millis(1);
-
-const REPLY: u8 = 1;
-const WRONG_SIZE: u8 = 2;
-const NO_REPLY: u8 = 4;
-const WITH_FILE: u8 = 8;
-const WITH_EVENTFD: u8 = 16;
-const NO_GREETING: u8 = 32;
-/// In the first command: it is nvme that is served, not edu.
-const TO_NVME: u8 = 64;
+const VERSION: u8 = 1;
 
 static EDU: LazyLock<Emulated> = LazyLock::new(|| Emulated::new(Edu::new()).expect("a device"));
 
@@ -32,41 +24,36 @@ static NVME: LazyLock<Emulated> = LazyLock::new(|| {
     Emulated::new(Nvme::new(vec![namespace])).expect("a device")
 });
 
-fn commands(mut input: &[u8], stream: &UnixStream) {
-    if input.get(1).is_none_or(|flags| flags & NO_GREETING == 0) {
-        let greeting = [0, 0, 1, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
-        send(stream, &greeting, &[]);
-    }
-    while let [command, flags, len, rest @ ..] = input {
-        let has = |flag| flags & flag != 0;
-        let body;
-        (body, input) = rest.split_at((*len as usize).min(rest.len()));
-        let size = if has(WRONG_SIZE) { u32::from(*len) << 16 } else { 16 + body.len() as u32 };
-        let kind = u32::from(has(REPLY)) | u32::from(has(NO_REPLY)) << 4;
-        let mut bytes = 0u16.to_ne_bytes().to_vec();
-        bytes.extend(u16::from(*command).to_ne_bytes());
-        for field in [size, kind, 0] {
-            bytes.extend(field.to_ne_bytes());
-        }
-        bytes.extend(body);
-        let mut fds = Vec::new();
-        if has(WITH_FILE) {
-            fds.push(memory(0x1000));
-        }
-        if has(WITH_EVENTFD) {
-            fds.push(eventfd());
-        }
-        send(stream, &bytes, &fds);
+/// Memory, and an eventfd.
+static FILES: LazyLock<[OwnedFd; 2]> = LazyLock::new(|| [memory(0x1_0000), eventfd()]);
+
+fn commands(input: &[u8], client: &Said) {
+    let honest = Message { command: VERSION, flags: 0, body: &[0, 0, 1, 0] };
+    let greeting = input.first().is_some_and(|command| *command != VERSION).then_some(honest);
+    let mut replies = 0;
+    for message in greeting.into_iter().chain(decode(input)) {
+        let is_reply = message.has(flag::WRONG_TYPE);
+        let kind = u32::from(is_reply) | u32::from(message.has(flag::SPECIAL)) << 4;
+        let bytes = message.encode(if is_reply { replies } else { 0 }, kind, 0);
+        let [memory, eventfd] = FILES.each_ref().map(AsRawFd::as_raw_fd);
+        let fds = match (message.has(flag::WITH_MEMORY), message.has(flag::WITH_OTHER)) {
+            (false, false) => &[][..],
+            (true, false) => &[memory],
+            (false, true) => &[eventfd],
+            (true, true) => &[memory, eventfd],
+        };
+        client.say_message(message, &bytes, fds);
+        replies = replies.wrapping_add(is_reply.into());
     }
 }
 
-fuzz_target!(|input: &[u8]| {
-    let (ours, theirs) = UnixStream::pair().expect("a socket pair");
-    commands(input, &ours);
-    ours.shutdown(Shutdown::Write).expect("a shutdown");
-    let nvme = input.get(1).is_some_and(|flags| flags & TO_NVME != 0);
+fuzz_target!(init: start(seeds::of_server), |input: &[u8]| {
+    let (client, stream) = Said::pair();
+    commands(input, &client);
+    client.ends();
+    let nvme = decode(input).next().is_some_and(|first| first.has(flag::CHOICE));
     let device = if nvme { &*NVME } else { &*EDU };
-    let _ = Server::serve_stream(device, theirs, TIME);
+    let _ = Server::serve_stream(device, stream, TIME);
     assert_eq!(device.dma_limits().expect("limits").mappings, Some(65535), "mappings are left");
     device.reset().expect("a reset");
 });

@@ -1,13 +1,18 @@
-//! What the targets share.
+//! What the targets share: inputs that are lists of messages, and conversations to start from.
+
+mod conversation;
+pub mod messages;
+pub mod seeds;
+
+pub use conversation::drive;
 
 use std::fs::File;
-use std::io::IoSlice;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::resource::{Resource, setrlimit};
 
 /// Shared memory.
 pub fn memory(size: u64) -> OwnedFd {
@@ -21,11 +26,15 @@ pub fn eventfd() -> OwnedFd {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd").into()
 }
 
-/// Sends what the socket has room for.
-pub fn send(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) {
-    let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-    let rights = [ControlMessage::ScmRights(&fds)];
-    let control = if fds.is_empty() { &[][..] } else { &rights };
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    let _ = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None);
+/// Readies a target's process. Where the environment names a directory by `FUZZ_SEEDS`, inputs to start
+/// from are written there, and that is all.
+pub fn start(seeds: fn() -> Vec<(String, Vec<u8>)>) {
+    if let Some(directory) = std::env::var_os("FUZZ_SEEDS") {
+        for (name, seed) in seeds() {
+            std::fs::write(Path::new(&directory).join(name), seed).expect("a seed");
+        }
+        std::process::exit(0);
+    }
+    // So few that an input which loses descriptors is found when it has run a hundred times.
+    setrlimit(Resource::RLIMIT_NOFILE, 256, 256).expect("a limit");
 }
