@@ -85,17 +85,35 @@ impl Image {
 
     /// The modules to load, in order.
     pub fn modules(&self) -> Result<Vec<PathBuf>> {
-        let mut modules = fs::read_dir(self.directory.join("modules"))?
-            .map(|entry| Ok(entry?.path()))
-            .collect::<Result<Vec<_>>>()?;
-        modules.sort();
-        Ok(modules)
+        sorted_entries(&self.directory.join("modules"))
+    }
+
+    /// The modules that a payload may load, in order: none where all is built
+    /// in.
+    pub fn modules_on_demand(&self) -> Result<Vec<PathBuf>> {
+        let directory = self.directory.join("on-demand");
+        if directory.exists() { sorted_entries(&directory) } else { Ok(Vec::new()) }
     }
 
     fn cached(name: &'static str, directory: PathBuf) -> Option<Self> {
         let version = fs::read_to_string(directory.join("version")).ok()?;
         Some(Self { name, version, directory })
     }
+
+    /// As [`cached`](Self::cached), with all the modules that this lab wants.
+    fn cached_with_modules(name: &'static str, directory: PathBuf) -> Option<Self> {
+        let selection = fs::read_to_string(directory.join("selection")).ok()?;
+        if selection == modules::selection() { Self::cached(name, directory) } else { None }
+    }
+}
+
+fn sorted_entries(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut entries = fs::read_dir(directory)
+        .with_context(|| format!("cannot list {}", directory.display()))?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<Vec<_>>>()?;
+    entries.sort();
+    Ok(entries)
 }
 
 /// Looks a kernel up by its name on the command line.
@@ -115,12 +133,12 @@ impl Kernel {
             let built = patched::ensure(store, &directory).context("cannot build kernel patched");
             return Ok(if built? { Image::cached(self.name, directory) } else { None });
         };
-        let cached = Image::cached(self.name, directory.clone());
+        let cached = Image::cached_with_modules(self.name, directory.clone());
         if cached.is_some() && !(moves && is_old(&directory)) {
             return Ok(cached);
         }
-        match fetch(suite, store, &directory) {
-            Ok(true) => Ok(Image::cached(self.name, directory)),
+        match fetch(suite, store, &directory, cached.as_ref()) {
+            Ok(true) => Ok(Image::cached_with_modules(self.name, directory)),
             Ok(false) => Ok(cached),
             Err(error) if cached.is_some() => {
                 ui::warning(&format!(
@@ -140,9 +158,9 @@ pub fn is_old(directory: &Path) -> bool {
         .is_ok_and(|checked| SystemTime::now().duration_since(checked).is_ok_and(|age| age > FRESH))
 }
 
-/// Fetches a suite's kernel into `directory`, unless what is there is it.
-/// `false` if the mirror does not have it.
-fn fetch(suite: &str, store: &Store, directory: &Path) -> Result<bool> {
+/// Fetches a suite's kernel into `directory`, unless what is cached there is
+/// it. `false` if the mirror does not have it.
+fn fetch(suite: &str, store: &Store, directory: &Path, cached: Option<&Image>) -> Result<bool> {
     let stage = Stage::new("Fetching", &format!("the kernel of {suite}"));
     let Some(suite) = Suite::open(suite, store)? else {
         return Ok(false);
@@ -151,7 +169,7 @@ fn fetch(suite: &str, store: &Store, directory: &Path) -> Result<bool> {
         return Ok(false);
     };
     let version = metapackage.version().context("a package has a version")?;
-    if fs::read_to_string(directory.join("version")).is_ok_and(|cached| cached == version) {
+    if cached.is_some_and(|cached| cached.version == version) {
         // Written again to count as checked today.
         fs::write(directory.join("version"), version)?;
         return Ok(true);
@@ -169,6 +187,7 @@ fn fetch(suite: &str, store: &Store, directory: &Path) -> Result<bool> {
         let tree = tempfile::tempdir_in(&store.directory)?;
         suite.unpack(&packages, tree.path())?;
         keep(tree.path(), new)?;
+        fs::write(new.join("selection"), modules::selection())?;
         Ok(fs::write(new.join("version"), version)?)
     })?;
     stage.done("Fetched", &format!("linux {version}"));
@@ -200,7 +219,7 @@ fn keep(tree: &Path, new: &Path) -> Result<()> {
         bail!("the packages hold no vmlinuz");
     };
     fs::write(new.join("vmlinux"), decompress::kernel(&fs::read(image)?)?)?;
-    modules::install(&modules, &new.join("modules"))
+    modules::install(&modules, &new.join("modules"), &new.join("on-demand"))
 }
 
 fn only_entry(directory: &Path) -> Option<PathBuf> {

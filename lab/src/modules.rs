@@ -17,16 +17,28 @@ use crate::decompress;
 /// modprobe for it.
 const WANTED: [&str; 2] = ["vfio_iommu_type1", "vfio_pci"];
 
-/// Writes the wanted modules and what they depend on into a directory,
-/// decompressed, and numbered in the order in which to load them.
-pub fn install(tree: &Path, into: &Path) -> Result<()> {
+/// What a payload may load when it wants the kernel's own drivers. ext4 asks
+/// the kernel for a checksum that, up to 6.13, is a module of its own.
+const ON_DEMAND: [&str; 3] = ["nvme", "crc32c_generic", "ext4"];
+const GONE_FROM_SOME: [&str; 1] = ["crc32c_generic"];
+
+/// What [`install`] installs, to tell what an earlier lab has kept that
+/// installed less.
+pub fn selection() -> String {
+    [&WANTED[..], &ON_DEMAND].concat().join(" ")
+}
+
+/// Writes the wanted modules and what they depend on into `loaded`,
+/// decompressed, and numbered in the order in which to load them; what is only
+/// there on demand, and not in `loaded`, in the same way into `on_demand`.
+pub fn install(tree: &Path, loaded: &Path, on_demand: &Path) -> Result<()> {
     let mut files = Vec::new();
     find(tree, &mut files)?;
+    let path =
+        |name: &str| files.iter().find(|path| module_name(path).is_some_and(|found| found == name));
     let read = |name: &str| -> Result<Vec<u8>> {
-        let path = files
-            .iter()
-            .find(|path| module_name(path).is_some_and(|found| found == name))
-            .with_context(|| format!("{} has no module {name}", tree.display()))?;
+        let path =
+            path(name).with_context(|| format!("{} has no module {name}", tree.display()))?;
         decompress::elf(fs::read(path)?).with_context(|| format!("cannot read {}", path.display()))
     };
     let mut order = Vec::new();
@@ -34,8 +46,17 @@ pub fn install(tree: &Path, into: &Path) -> Result<()> {
         load_order(wanted, &read, &mut order)?;
     }
 
-    fs::create_dir(into)?;
+    let first_on_demand = order.len();
+    for wanted in ON_DEMAND {
+        if path(wanted).is_some() || !GONE_FROM_SOME.contains(&wanted) {
+            load_order(wanted, &read, &mut order)?;
+        }
+    }
+
+    fs::create_dir(loaded)?;
+    fs::create_dir(on_demand)?;
     for (number, (name, content)) in order.iter().enumerate() {
+        let into = if number < first_on_demand { loaded } else { on_demand };
         fs::write(into.join(format!("{number:02}-{name}.ko")), content)?;
     }
     Ok(())
