@@ -23,17 +23,28 @@ impl Suite {
     /// Updates the list of a suite's packages. `None` if the mirror has no such
     /// suite (any more).
     pub fn open(name: &str, store: &Store) -> Result<Option<Self>> {
+        Self::open_all(&[name], store)
+    }
+
+    /// As [`open`](Self::open), of suites that need one another. What several
+    /// have is taken from the first, where it is asked for by
+    /// [`closure`](Self::closure).
+    pub fn open_all(names: &[&str], store: &Store) -> Result<Option<Self>> {
+        let [first, ..] = names else { bail!("no suite is named") };
         ensure!(
             Path::new(KEYRING).exists(),
             "{KEYRING} is missing: install the package debian-archive-keyring"
         );
         let mirror = mirror(store)?;
-        let directory = store.directory.join("apt").join(name);
+        let all = names.join("+");
+        let directory = store.directory.join("apt").join(&all);
         fs::create_dir_all(directory.join("lists/partial"))?;
         fs::create_dir_all(directory.join("archives/partial"))?;
         let sources = directory.join("sources.list");
-        fs::write(&sources, sources_line(name, &mirror))?;
-        let suite = Self { name: name.to_owned(), options: private_options(&directory, &sources) };
+        let lines: String = names.iter().map(|name| sources_line(name, &mirror)).collect();
+        fs::write(&sources, lines)?;
+        let options = private_options(&directory, &sources);
+        let suite = Self { name: (*first).to_owned(), options };
 
         let update = command::unchecked(suite.tool("apt-get").args(["update", "--error-on=any"]))?;
         let said = String::from_utf8_lossy(&update.stderr);
@@ -42,8 +53,18 @@ impl Suite {
         } else if is_gone(&said) {
             Ok(None)
         } else {
-            bail!("cannot read the packages of {name} from {mirror}:\n{said}");
+            bail!("cannot read the packages of {all} from {mirror}:\n{said}");
         }
+    }
+
+    /// Packages and all that they depend on, as apt would install them where
+    /// nothing is installed: names with versions, as [`unpack`](Self::unpack)
+    /// takes them.
+    pub fn closure(&self, packages: &[&str]) -> Result<Vec<String>> {
+        let mut install = self.tool("apt-get");
+        install.args(["--simulate", "--no-install-recommends", "-t", &self.name, "install"]);
+        let said = command::output(install.args(packages))?;
+        Ok(said.lines().filter_map(simulated_install).collect())
     }
 
     /// A package's control fields. `None` if the suite has no such package.
@@ -108,6 +129,13 @@ fn private_options(directory: &Path, sources: &Path) -> Vec<String> {
 /// opposed to a mirror that cannot be reached.
 fn is_gone(said: &str) -> bool {
     said.contains("does not have a Release file") || said.contains("404 ")
+}
+
+/// The package of a line that apt writes of one that it would install:
+/// `Inst libc6 (2.41-12 Debian:13.8/stable [amd64])`.
+fn simulated_install(line: &str) -> Option<String> {
+    let (name, rest) = line.strip_prefix("Inst ")?.split_once(" (")?;
+    Some(format!("{name}={}", rest.split_whitespace().next()?))
 }
 
 /// The control fields of a package.
@@ -179,6 +207,13 @@ mod tests {
         );
         assert_eq!(control.version(), Some("7.3.4-1~bpo13+1"));
         assert_eq!(control.depends(), ["dracut", "linux-binary-7", "perl"]);
+    }
+
+    #[test]
+    fn what_would_be_installed_is_read_with_its_version() {
+        let line = "Inst libc6 (2.41-12+deb13u5 Debian:13.8/stable [amd64]) []";
+        assert_eq!(simulated_install(line).as_deref(), Some("libc6=2.41-12+deb13u5"));
+        assert_eq!(simulated_install("Conf libc6 (2.41-12+deb13u5 Debian [amd64])"), None);
     }
 
     #[test]

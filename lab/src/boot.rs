@@ -3,7 +3,8 @@
 use std::fmt;
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -69,10 +70,23 @@ impl Lab {
         fs::write(&initramfs, guest::initramfs(image, variant, &self.busybox, payload)?)?;
 
         let what = format!("linux {}{}", image.version, variant.suffix());
-        let stage = Stage::new("Booting", &what);
-        let started = Instant::now();
-        let errors = fs::File::create(work.path().join("qemu"))?;
         let mut command = qemu::command(image, variant, work.path(), &initramfs, &console);
+        self.run(&mut command, work.path(), &console, &what, label)
+    }
+
+    /// Runs a QEMU, whose guest has the markers of `guest/init` in its log, to
+    /// its end. `work` is for what it leaves, `what` is what the user is told.
+    pub fn run(
+        &self,
+        command: &mut Command,
+        work: &Path,
+        console: &Path,
+        what: &str,
+        label: &str,
+    ) -> Result<Outcome> {
+        let stage = Stage::new("Booting", what);
+        let started = Instant::now();
+        let errors = fs::File::create(work.join("qemu"))?;
         let mut qemu = Qemu::start(command.stderr(errors))?;
         let (output, in_time) = self.stream(&qemu.output, started, &stage)?;
         if in_time {
@@ -81,7 +95,7 @@ impl Lab {
         drop(qemu);
         let took = started.elapsed();
 
-        let log = KernelLog::new(&fs::read(&console).unwrap_or_default());
+        let log = KernelLog::new(&fs::read(console).unwrap_or_default());
         let log_path = self.logs.join(format!("{label}.kernel.log"));
         fs::write(&log_path, log.as_str())?;
         fs::write(self.logs.join(format!("{label}.output")), &output)?;
@@ -94,7 +108,7 @@ impl Lab {
         } else if let Some(status) = log.payload_status() {
             Ending::Exited(status)
         } else {
-            let qemu_said = fs::read_to_string(work.path().join("qemu"))?;
+            let qemu_said = fs::read_to_string(work.join("qemu"))?;
             Ending::Died { qemu_said }
         };
         let output = String::from_utf8_lossy(&output).into_owned();

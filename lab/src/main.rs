@@ -1,10 +1,11 @@
 //! `cargo lab`: boots real kernels with real VFIO in QEMU and runs the
 //! crate's tests, examples and benchmarks there.
 //!
-//! From the top: [`mod@test`], [`hazard`], [`matrix`] and this file are the
-//! commands, [`boot`] is one boot of one kernel; [`kernels`], [`patched`],
-//! [`busybox`], [`payload`] and [`guest`] make what is booted, [`machine`] what
-//! it is booted on; [`klog`], [`libtest`] and [`report`] judge what came of it.
+//! From the top: [`mod@test`], [`vfio_user`], [`hazard`], [`matrix`] and this
+//! file are the commands, [`boot`] is one boot of one kernel; [`kernels`],
+//! [`patched`], [`busybox`], [`payload`] and [`guest`] make what is booted,
+//! [`machine`] and [`newer_qemu`] what it is booted on; [`klog`], [`libtest`] and
+//! [`report`] judge what came of it.
 
 #![forbid(unsafe_code)]
 
@@ -24,6 +25,7 @@ mod libtest;
 mod machine;
 mod matrix;
 mod modules;
+mod newer_qemu;
 mod patched;
 mod payload;
 mod qemu;
@@ -31,6 +33,7 @@ mod report;
 mod test;
 mod tools;
 mod ui;
+mod vfio_user;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -66,6 +69,7 @@ enum Task {
     /// not the slot's own controller; what the patches of the
     /// patched kernel promise is tested in one more boot of that. Fails if a
     /// test fails, or if a kernel complains in its log while the tests run.
+    /// What `vfio-user` does is done, too.
     Test {
         /// Only the guest tests, in this kernel; may be given several times.
         #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::by_name)]
@@ -78,6 +82,18 @@ enum Task {
         /// For the guest tests, such as a part of a test's name.
         #[arg(last = true, value_name = "LIBTEST-ARGS")]
         libtest: Vec<String>,
+    },
+    /// Have the kernel's own nvme driver make, write and check file systems on our
+    /// emulated controller, through QEMU's vfio-user-pci: part of `test`, too.
+    ///
+    /// That QEMU is newer than the machine's: it is fetched into the cache with
+    /// all that it needs.
+    VfioUser {
+        /// The kernel with the driver.
+        #[arg(long, value_name = "NAME", default_value = NEWEST, value_parser = kernels::by_name)]
+        kernel: &'static Kernel,
+        #[command(flatten)]
+        common: Common,
     },
     /// Run an example in a guest; its exit status becomes the lab's.
     Run {
@@ -181,8 +197,17 @@ fn perform(task: Task) -> Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             let (lab, store) = ready(common)?;
+            // Whatever comes of one, the other is run, too.
+            let all = kernels.is_empty() && libtest.is_empty();
+            let newest = kernels::by_name(NEWEST).map_err(Error::msg)?;
+            let on_ours = !all || vfio_user::test(&lab, &store, newest)?;
             let kernels = test::selected(&kernels);
-            let passed = test::guest(&lab, &store, &kernels, &libtest)?;
+            let passed = test::guest(&lab, &store, &kernels, &libtest)? && on_ours;
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::VfioUser { kernel, common } => {
+            let (lab, store) = ready(common)?;
+            let passed = vfio_user::test(&lab, &store, kernel)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Run { kernel, common, command } => {

@@ -56,20 +56,38 @@ pub fn benchmark(name: &str) -> Result<PathBuf> {
     build(name, &["bench", "--no-run", "--bench", name])
 }
 
-/// Runs cargo and gives the executable that it built for a target.
+/// An example for this machine, not for a guest.
+pub fn host_example(name: &str) -> Result<PathBuf> {
+    executable(name, cargo().args(["build", "--release", "--example", name]))
+}
+
+/// Builds a target for guests.
 fn build(target: &str, arguments: &[&str]) -> Result<PathBuf> {
     let host = host_triple()?;
     let rustflags = format!("target.{host}.rustflags=['-C', 'target-feature=+crt-static']");
-    let mut child = cargo()
+    let mut command = cargo();
+    command
         .args(arguments)
         // With a target named, build scripts and macros are not built static.
         .args(["--target", &host, "--config", &rustflags])
         .arg("--target-dir")
         .arg(target_directory())
-        .arg("--message-format=json-render-diagnostics")
         // These would take the place of the flags above.
         .env_remove("RUSTFLAGS")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    let executable = executable(target, &mut command)?;
+    ensure!(
+        is_static(&executable)?,
+        "{} is not static: the guest has no libraries for it",
+        executable.display()
+    );
+    Ok(executable)
+}
+
+/// Runs cargo and gives the executable that it built for a target.
+fn executable(target: &str, cargo: &mut Command) -> Result<PathBuf> {
+    let mut child = cargo
+        .arg("--message-format=json-render-diagnostics")
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot run cargo")?;
@@ -86,13 +104,7 @@ fn build(target: &str, arguments: &[&str]) -> Result<PathBuf> {
     if !child.wait()?.success() {
         bail!("cannot build {target}");
     }
-    let executable = executable.with_context(|| format!("cargo built no {target}"))?;
-    ensure!(
-        is_static(&executable)?,
-        "{} is not static: the guest has no libraries for it",
-        executable.display()
-    );
-    Ok(executable)
+    executable.with_context(|| format!("cargo built no {target}"))
 }
 
 fn host_triple() -> Result<String> {

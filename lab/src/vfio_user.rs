@@ -1,0 +1,221 @@
+//! `cargo lab vfio-user`: Linux's own nvme driver on our emulated controller,
+//! through QEMU's vfio-user-pci.
+//!
+//! `examples/serve.rs` serves the controller, its first namespace being a file;
+//! the guest's `lab/guest/vfio-user` uses it; at the end the server is killed, so
+//! that what it has not been told to keep is lost, and the file is looked at.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::boot::{Ending, Lab};
+use crate::cache::{self, Store};
+use crate::command;
+use crate::cpio::Archive;
+use crate::kernels::{Image, Kernel};
+use crate::newer_qemu::Root;
+use crate::payload;
+use crate::ui;
+
+const INIT: &str = include_str!("../guest/vfio-user");
+/// What the guest writes, into a directory of the root of each file system.
+const DATA: &str = "data";
+/// The first namespace, in bytes.
+const DISK: u64 = 64 << 20;
+/// Everything goes to the log, and nothing is lost from it.
+const KERNEL_COMMAND_LINE: &str =
+    "console=ttyS0 panic=-1 ignore_loglevel log_buf_len=4M printk.devkmsg=on";
+
+/// Runs it all in one boot. Whether it went well, or there is no QEMU for it.
+pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
+    let Some(root) = Root::ensure(store)? else {
+        ui::warning("skipped: vfio-user, since the mirror has no QEMU of 10.1 or newer");
+        return Ok(true);
+    };
+    let Some(image) = kernel.image(store)? else {
+        ui::warning(&format!(
+            "skipped: vfio-user, since the mirror does not have kernel {} any more",
+            kernel.name
+        ));
+        return Ok(true);
+    };
+    let program = payload::host_example("serve")?;
+    // In /tmp: a socket's path is short.
+    let short = tempfile::tempdir()?;
+    let socket = short.path().join("nvme");
+    let disk = short.path().join("disk");
+    File::create(&disk)?.set_len(DISK)?;
+
+    fs::create_dir_all(&lab.logs)?;
+    let work = cache::work_directory(&lab.logs, "boot-of-")?;
+    let initramfs = work.path().join("initramfs");
+    let console = work.path().join("console");
+    fs::write(&initramfs, guest(&image, &lab.busybox, &root)?)?;
+    let server = Server::start(&program, &socket, &disk)?;
+    let mut qemu = qemu(&root, &image, &initramfs, &console, &socket);
+    let what = format!("linux {} with vfio-user-pci of QEMU {}", image.version, root.version);
+    let label = format!("{}-vfio-user", kernel.name);
+    let outcome = lab.run(&mut qemu, work.path(), &console, &what, &label)?;
+    // SIGKILL: no cache is written back.
+    drop(server);
+
+    let complaints = outcome.complaints();
+    if !matches!(outcome.ending, Ending::Exited(0)) || !complaints.is_empty() {
+        let log = outcome.log_path.display();
+        ui::error(&format!("{}: {complaints}the kernel log is {log}", outcome.ending));
+        return Ok(false);
+    }
+    inspect(&root, &disk, short.path()).context("the guest has left a bad disk")?;
+    let seconds = outcome.took.as_secs_f32();
+    ui::status("Passed", &format!("vfio-user: {what} in {seconds:.1} s"));
+    Ok(true)
+}
+
+/// Our server, which ends when this is dropped.
+struct Server(Child);
+
+impl Server {
+    /// Starts it, and waits until it listens.
+    fn start(program: &Path, socket: &Path, disk: &Path) -> Result<Self> {
+        let mut child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL"])
+            .arg(program)
+            .args(["nvme", "--socket"])
+            .arg(socket)
+            .arg("--file")
+            .arg(disk)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot run setpriv (package util-linux)")?;
+        let stdout = child.stdout.take().context("standard output is a pipe")?;
+        let server = Self(child);
+        // One line, when it listens; none, if it ends before.
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        ensure!(line.contains("is served at"), "the server does not start: {line}");
+        Ok(server)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Both fail only for a child that has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The machine: like that of all guests, but memory has to be shared with the
+/// server.
+fn qemu(root: &Root, image: &Image, initramfs: &Path, console: &Path, socket: &Path) -> Command {
+    let path = socket.display();
+    let device = format!(
+        r#"{{"driver":"vfio-user-pci","socket":{{"type":"unix","path":"{path}"}},"addr":"04.0"}}"#
+    );
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--pdeathsig", "KILL"])
+        .args(root.command_line("usr/bin/qemu-system-x86_64"))
+        // Else it would look for modules and firmware where the machine's own are.
+        .env("QEMU_MODULE_DIR", root.library("qemu"))
+        .arg("-L")
+        .arg(root.path("usr/share/qemu"))
+        .arg("-L")
+        .arg(root.path("usr/share/seabios"))
+        .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
+        .args(["-M", "q35,memory-backend=memory", "-accel", "tcg,thread=multi", "-cpu", "max"])
+        .args(["-smp", "2", "-m", "512M"])
+        .args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on"])
+        .args(["-device", &device])
+        .arg("-kernel")
+        .arg(image.vmlinux())
+        .arg("-initrd")
+        .arg(initramfs)
+        .args(["-append", KERNEL_COMMAND_LINE])
+        .arg("-serial")
+        .arg(format!("file:{}", console.display()))
+        .args(["-serial", "file:/dev/stdout"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    command
+}
+
+/// What the guest boots into.
+fn guest(image: &Image, busybox: &Path, root: &Root) -> Result<Vec<u8>> {
+    let read =
+        |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let mut archive = Archive::default();
+    for directory in
+        ["bin", "data", "dev", "lab", "lab/bin", "lab/modules", "lib", "lib64", "mnt", "proc"]
+    {
+        archive.directory(directory);
+    }
+    for directory in ["lib/x86_64-linux-gnu", "sys", "tmp"] {
+        archive.directory(directory);
+    }
+    archive.file("init", INIT.as_bytes());
+    archive.file("bin/busybox", &read(busybox)?);
+    archive.file("lab/bin/mke2fs", &read(&root.path("usr/sbin/mke2fs"))?);
+    archive.file("lib64/ld-linux-x86-64.so.2", &read(&root.loader())?);
+    for library in LIBRARIES {
+        let path = format!("lib/x86_64-linux-gnu/{library}");
+        archive.file(&path, &read(&root.library(library))?);
+    }
+    for module in image.modules_on_demand()? {
+        let name = module.file_name().context("a module is a file")?.to_string_lossy();
+        archive.file(&format!("lab/modules/{name}"), &read(&module)?);
+    }
+    for (name, size) in FILES {
+        archive.file(&format!("{DATA}/{name}"), &content(size));
+    }
+    Ok(archive.finish())
+}
+
+/// What mke2fs needs.
+const LIBRARIES: [&str; 6] = [
+    "libblkid.so.1",
+    "libc.so.6",
+    "libcom_err.so.2",
+    "libe2p.so.2",
+    "libext2fs.so.2",
+    "libuuid.so.1",
+];
+
+/// What is written: less than a block, more than one, more than one transfer.
+const FILES: [(&str, usize); 3] = [("small", 100), ("middle", 5000), ("large", 10 << 20)];
+
+/// Bytes that do not repeat, for a file of that size.
+fn content(size: usize) -> Vec<u8> {
+    // Marsaglia's xorshift.
+    let mut state = size as u64 | 1;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.flatten().take(size).collect()
+}
+
+/// Checks the file system of the first namespace, and what is in it.
+fn inspect(root: &Root, disk: &Path, directory: &Path) -> Result<()> {
+    command::output(root.command("usr/sbin/e2fsck").args(["-f", "-n"]).arg(disk))?;
+    for copy in [DATA, "copy"] {
+        for (name, size) in FILES {
+            let into: PathBuf = directory.join("found");
+            let request = format!("dump /{copy}/{name} {}", into.display());
+            command::output(root.command("usr/sbin/debugfs").arg("-R").arg(request).arg(disk))?;
+            let found = fs::read(&into).with_context(|| format!("there is no {copy}/{name}"))?;
+            if found != content(size) {
+                bail!("{copy}/{name} holds other data than was written");
+            }
+            fs::remove_file(into)?;
+        }
+    }
+    Ok(())
+}
