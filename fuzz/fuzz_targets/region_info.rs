@@ -1,4 +1,4 @@
-//! What a kernel or a peer answers about a region: `cargo +nightly fuzz run region_info`.
+//! What a kernel or a peer answers about a region.
 
 #![no_main]
 

@@ -1,11 +1,11 @@
 //! `cargo lab`: boots real kernels with real VFIO in QEMU and runs the
 //! crate's tests, examples and benchmarks there.
 //!
-//! From the top: [`mod@test`], [`vfio_user`], [`hazard`], [`matrix`] and this
-//! file are the commands, [`boot`] is one boot of one kernel; [`kernels`],
-//! [`patched`], [`busybox`], [`payload`] and [`guest`] make what is booted,
-//! [`machine`] and [`newer_qemu`] what it is booted on; [`klog`], [`libtest`] and
-//! [`report`] judge what came of it.
+//! From the top: [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
+//! [`matrix`] and this file are the commands, [`boot`] is one boot of one kernel;
+//! [`kernels`], [`patched`], [`busybox`], [`payload`] and [`guest`] make what is
+//! booted, [`machine`] and [`newer_qemu`] what it is booted on; [`klog`],
+//! [`libtest`] and [`report`] judge what came of it.
 
 #![forbid(unsafe_code)]
 
@@ -16,6 +16,7 @@ mod cache;
 mod command;
 mod cpio;
 mod decompress;
+mod fuzz;
 mod guest;
 mod hazard;
 mod host;
@@ -30,6 +31,7 @@ mod patched;
 mod payload;
 mod qemu;
 mod report;
+mod soak;
 mod test;
 mod tools;
 mod ui;
@@ -92,6 +94,20 @@ enum Task {
         /// The kernel with the driver.
         #[arg(long, value_name = "NAME", default_value = NEWEST, value_parser = kernels::by_name)]
         kernel: &'static Kernel,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Send nonsense to our vfio-user client and server, and see that they bear it:
+    /// part of `test`, too.
+    Fuzz {
+        /// How long to go on.
+        #[arg(long, value_name = "SECONDS", default_value_t = fuzz::SECONDS)]
+        seconds: u64,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Run what takes too long for `test`: ten million runs of each fuzz target.
+    Soak {
         #[command(flatten)]
         common: Common,
     },
@@ -192,6 +208,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Test { kernels, host_only, common, libtest } => {
             if kernels.is_empty() {
                 host::test()?;
+                fuzz::briefly(&Store::open(common.mirror.clone())?)?;
             }
             if host_only {
                 return Ok(ExitCode::SUCCESS);
@@ -208,6 +225,15 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::VfioUser { kernel, common } => {
             let (lab, store) = ready(common)?;
             let passed = vfio_user::test(&lab, &store, kernel)?;
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Fuzz { seconds, common } => {
+            let limit = fuzz::Limit::Time(Duration::from_secs(seconds));
+            let passed = fuzz::run(&Store::open(common.mirror)?, limit)?;
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Soak { common } => {
+            let passed = soak::run(&Store::open(common.mirror)?)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Run { kernel, common, command } => {

@@ -107,7 +107,8 @@ fn executable(target: &str, cargo: &mut Command) -> Result<PathBuf> {
     executable.with_context(|| format!("cargo built no {target}"))
 }
 
-fn host_triple() -> Result<String> {
+/// The machine that cargo builds for unless told otherwise.
+pub fn host_triple() -> Result<String> {
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let version = command::output(Command::new(rustc).arg("-vV"))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));

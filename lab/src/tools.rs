@@ -21,6 +21,11 @@ pub fn ensure_for_booting(store: &Store) -> Result<()> {
     ensure(store, missing_for_booting)
 }
 
+/// The same for building fuzz targets.
+pub fn ensure_for_fuzzing(store: &Store) -> Result<()> {
+    ensure(store, || missing_programs(&[("c++", "g++")]))
+}
+
 /// The same for building a kernel.
 pub fn ensure_for_building(store: &Store) -> Result<()> {
     ensure(store, missing_for_building)

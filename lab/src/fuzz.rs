@@ -1,0 +1,227 @@
+//! `cargo lab fuzz`: what peers that are not trusted may send, by libFuzzer with
+//! AddressSanitizer.
+//!
+//! The targets are built without cargo-fuzz, so that nothing has to be installed
+//! but a C++ compiler: its flags are below. A stable compiler takes all but the
+//! sanitizer's, for which it is told to pass for a nightly one.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cache::Store;
+use crate::command;
+use crate::klog::tail;
+use crate::payload::{self, workspace};
+use crate::tools;
+use crate::ui::{self, Stage};
+
+/// A binary of `fuzz/`.
+struct Target {
+    name: &'static str,
+    /// Whether it writes inputs to start from where it is asked to.
+    seeds: bool,
+}
+
+const TARGETS: [Target; 3] = [
+    Target { name: "region_info", seeds: false },
+    Target { name: "vfio_user_client", seeds: true },
+    Target { name: "vfio_user_server", seeds: true },
+];
+
+/// What makes LLVM count the blocks that are reached and the operands that are
+/// compared, for libFuzzer to read.
+const FLAGS: [&str; 9] = [
+    "--cfg=fuzzing",
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "-Ccodegen-units=1",
+    "-Cdebug-assertions",
+    "-Zsanitizer=address",
+];
+
+/// How long to go on with each target.
+#[derive(Clone, Copy)]
+pub enum Limit {
+    Runs(u64),
+    Time(Duration),
+}
+
+/// How long `cargo lab test` goes on.
+pub const SECONDS: u64 = 30;
+
+/// Fuzzes all targets for a short time; an error where one has found something.
+pub fn briefly(store: &Store) -> Result<()> {
+    ensure!(run(store, Limit::Time(Duration::from_secs(SECONDS)))?, "fuzzing has found something");
+    Ok(())
+}
+
+/// Fuzzes all targets at once. Whether none has found anything.
+pub fn run(store: &Store, limit: Limit) -> Result<bool> {
+    tools::ensure_for_fuzzing(store)?;
+    let programs = build()?;
+    let mut running = TARGETS
+        .iter()
+        .map(|target| Running::start(target, &programs.join(target.name), limit))
+        .collect::<Result<Vec<_>>>()?;
+    let what = match limit {
+        Limit::Runs(runs) => format!("{} targets, {runs} runs of each", TARGETS.len()),
+        Limit::Time(time) => format!("{} targets for {} s", TARGETS.len(), time.as_secs()),
+    };
+    let mut stage = Stage::new("Fuzzing", &what);
+    while running.iter_mut().try_fold(false, |any, one| one.runs().map(|runs| any | runs))? {
+        thread::sleep(Duration::from_millis(200));
+        let done: Vec<_> = running.iter().map(Running::progress).collect();
+        stage.progress(&done.join(", "));
+    }
+    drop(stage);
+    running.iter_mut().try_fold(true, |all, one| Ok(one.judge()? && all))
+}
+
+/// Builds all targets; where they are.
+fn build() -> Result<PathBuf> {
+    let (host, directory) = (payload::host_triple()?, directory());
+    let stage = Stage::new("Building", "fuzz targets");
+    let mut cargo = payload::cargo();
+    cargo
+        .args(["build", "--release", "--locked", "--manifest-path", "fuzz/Cargo.toml"])
+        // With a target named, build scripts and macros do without the flags.
+        .args(["--target", &host, "--target-dir"])
+        .arg(&directory)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("RUSTFLAGS", FLAGS.join(" "))
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    command::output(&mut cargo)?;
+    stage.done("Built", "fuzz targets");
+    Ok(directory.join(host).join("release"))
+}
+
+/// For builds, for inputs that reach something new, and for findings.
+fn directory() -> PathBuf {
+    workspace().join("target/fuzz")
+}
+
+/// A target at work; it ends when this is dropped.
+struct Running {
+    name: &'static str,
+    child: Child,
+    ended: Option<ExitStatus>,
+    log: PathBuf,
+}
+
+impl Running {
+    fn start(target: &Target, program: &Path, limit: Limit) -> Result<Self> {
+        let Target { name, seeds } = *target;
+        let corpus = directory().join("corpus").join(name);
+        let findings = directory().join("findings");
+        fs::create_dir_all(&corpus)?;
+        fs::create_dir_all(&findings)?;
+        fs::create_dir_all(payload::logs())?;
+        if seeds {
+            command::output(Command::new(program).env("FUZZ_SEEDS", &corpus))?;
+        }
+        let log = payload::logs().join(format!("fuzz-{name}.log"));
+        let limit = match limit {
+            Limit::Runs(runs) => format!("-runs={runs}"),
+            Limit::Time(time) => format!("-max_total_time={}", time.as_secs()),
+        };
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL"])
+            .arg(program)
+            .arg(&corpus)
+            // A run takes less than a millisecond; the machine may be busy.
+            .args([&limit, "-max_len=800", "-timeout=60", "-print_final_stats=1"])
+            .arg(format!("-artifact_prefix={}/{name}-", findings.display()))
+            // The stacks of what is freed cost more than they tell.
+            .env("ASAN_OPTIONS", "detect_stack_use_after_return=0:quarantine_size_mb=8")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log)?)
+            .spawn()
+            .context("cannot run setpriv (package util-linux)")?;
+        Ok(Self { name, child, ended: None, log })
+    }
+
+    /// Whether it still does.
+    fn runs(&mut self) -> Result<bool> {
+        if self.ended.is_none() {
+            self.ended = self.child.try_wait()?;
+        }
+        Ok(self.ended.is_none())
+    }
+
+    fn said(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    fn progress(&self) -> String {
+        let said = self.said();
+        let runs = said.lines().rev().find_map(|line| line.strip_prefix('#')?.split('\t').next());
+        format!("{} {}", self.name, runs.unwrap_or("0"))
+    }
+
+    /// Whether it has ended without a finding; says so.
+    fn judge(&mut self) -> Result<bool> {
+        let said = self.said();
+        let log = self.log.display();
+        if !self.ended.is_some_and(|status| status.success()) {
+            ui::error(&format!(
+                "{} has found something, see {log}:\n{}",
+                self.name,
+                tail(&said, 40)
+            ));
+            return Ok(false);
+        }
+        let (runs, blocks) = summary(&said).with_context(|| format!("{log} has no result"))?;
+        ensure!(runs > 100, "{} has hardly run, see {log}", self.name);
+        ui::status("Fuzzed", &format!("{}: {runs} runs, {blocks} blocks reached", self.name));
+        Ok(true)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only for a child that has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// How many runs libFuzzer says that it has made, and how many blocks they
+/// reached.
+fn summary(said: &str) -> Option<(u64, u64)> {
+    let number = |text: &str| text.split_whitespace().next()?.parse().ok();
+    let runs = said.lines().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
+    let done = said.lines().rev().find(|line| line.starts_with('#') && line.contains("cov: "))?;
+    Some((number(runs?)?, number(done.split_once("cov: ")?.1)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_targets_are_those_of_the_manifest() {
+        let manifest = fs::read_to_string(workspace().join("fuzz/Cargo.toml")).unwrap();
+        let names = manifest.lines().filter_map(|line| line.strip_prefix("name = "));
+        let mut names: Vec<_> = names.map(|name| name.trim_matches('"')).skip(1).collect();
+        names.sort_unstable();
+        assert_eq!(names, TARGETS.map(|target| target.name));
+    }
+
+    #[test]
+    fn the_result_is_read_from_what_libfuzzer_says() {
+        let said = "#7\tINITED cov: 844 ft: 1047 corp: 5/2712b exec/s: 0\n\
+                    #15000\tDONE   cov: 1434 ft: 2808 corp: 207/65Kb lim: 754\n\
+                    Done 15000 runs in 6 second(s)\nstat::number_of_executed_units: 15000\n";
+        assert_eq!(summary(said), Some((15000, 1434)));
+        assert_eq!(summary("#7\tINITED cov: 844"), None);
+    }
+}
