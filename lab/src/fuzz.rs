@@ -91,7 +91,7 @@ fn build() -> Result<PathBuf> {
     let stage = Stage::new("Building", "fuzz targets");
     let mut cargo = payload::cargo();
     cargo
-        .args(["build", "--release", "--locked", "--manifest-path", "fuzz/Cargo.toml"])
+        .args(["build", "--release", "--manifest-path", "fuzz/Cargo.toml"])
         // With a target named, build scripts and macros do without the flags.
         .args(["--target", &host, "--target-dir"])
         .arg(&directory)
