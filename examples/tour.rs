@@ -90,8 +90,8 @@ fn tour(options: &Options) -> Result<()> {
         let (window, cost) = measured(|| bar.map(part.clone(), Placement::Anywhere))?;
         story.map(&bar, &window, &cost);
         let scratch = scratch(&device, &bar, &window);
-        let _copy = duplicate(&mut story, &window, scratch.as_ref(), options.strategy)?;
-        relocate(&mut story, window, scratch.as_ref(), options.strategy)?;
+        let copy = duplicate(&mut story, &window, scratch.as_ref(), options.strategy)?;
+        relocate(&mut story, window, copy.as_ref(), scratch.as_ref(), options.strategy)?;
     }
     let name = device.name().to_owned();
     device.close()?;
@@ -133,21 +133,31 @@ fn duplicate(
     let ((copy, report), cost) = measured(|| window.duplicate(request(Placement::Anywhere, pin)))?;
     story.verb("duplicate", &report, &cost);
     match scratch {
-        Some(Scratch { offset, answer_at, what, values, answer }) => {
-            let (one, other) =
-                (window.register::<u32>(*offset)?, copy.register::<u32>(*answer_at)?);
-            for &value in values {
-                one.write(value);
-                let read = patiently(&other, answer(value));
-                story.proof(
-                    format!("wrote {value:#x} to {what} through the first, read {read:#x} through the second"),
-                    read == answer(value),
-                )?;
-            }
-        }
+        Some(scratch) => scratch.prove(story, [window, &copy], ["the first", "the second"])?,
         None => same(story, window, &copy)?,
     }
     Ok(Some(copy))
+}
+
+impl Scratch {
+    /// Writes through one window, and reads through the other.
+    fn prove(&self, story: &mut Story, windows: [&Window; 2], names: [&str; 2]) -> Result<()> {
+        let (one, other) =
+            (windows[0].register::<u32>(self.offset)?, windows[1].register::<u32>(self.answer_at)?);
+        for value in self.values {
+            one.write(value);
+            let read = patiently(&other, (self.answer)(value));
+            let [through, back] = names;
+            story.proof(
+                format!(
+                    "wrote {value:#x} to {} through {through}, read {read:#x} through {back}",
+                    self.what
+                ),
+                read == (self.answer)(value),
+            )?;
+        }
+        Ok(())
+    }
 }
 
 /// Reads a register until it answers as it should, for up to a second.
@@ -174,17 +184,22 @@ fn same(story: &mut Story, one: &Window, other: &Window) -> Result<()> {
 fn relocate(
     story: &mut Story,
     mut window: Window,
+    copy: Option<&Window>,
     scratch: Option<&Scratch>,
     pin: Option<Pin>,
 ) -> Result<()> {
     let size = window.addresses().len();
     let place = Reservation::congruent(size, 2 << 20, window.region_range().start & !0xfff)?;
-    let offset = scratch.map_or(0, |scratch| scratch.offset);
-    let before = window.read_only_register::<u32>(offset)?.read();
+    let before = window.read_only_register::<u32>(0)?.read();
     let (relocation, cost) = measured(|| window.relocate(request(Placement::In(place), pin)))?;
     story.verb("relocate", &relocation.report, &cost);
-    let after = window.read_only_register::<u32>(offset)?.read();
+    let after = window.read_only_register::<u32>(0)?.read();
     story.proof(format!("read {before:#x} before and {after:#x} after"), before == after)?;
+    if let Some(scratch) = scratch {
+        let moved = "the one that moved";
+        let (one, name) = copy.map_or((&window, moved), |copy| (copy, "its duplicate"));
+        scratch.prove(story, [one, &window], [name, moved])?;
+    }
     if let Some(old) = relocation.old {
         let start = format!("{:x}-", old.address());
         let maps = std::fs::read_to_string(PathBuf::from("/proc/self/maps")).unwrap_or_default();
