@@ -22,8 +22,8 @@ const VFIO: &str = "vfio-pci";
 /// Built into Debian's kernels, so it takes its devices before we could.
 const SERIAL: &str = "serial";
 
-/// Each is alone in its IOMMU group, except for crowded and neighbour.
-pub const DEVICES: [Device; 12] = [
+/// Each is alone in its IOMMU group, except for crowded and neighbour, and for the twins.
+pub const DEVICES: [Device; 14] = [
     Device {
         name: "nvme",
         address: "0000:00:03.0",
@@ -50,7 +50,8 @@ pub const DEVICES: [Device; 12] = [
         address: "0000:00:06.0",
         driver: VFIO,
         about: "QEMU's educational device: DMA, INTx and MSI",
-        qemu: "edu",
+        // Without an IOMMU it is given physical addresses, which 28 bits do not hold.
+        qemu: "edu,dma_mask=0xffffffffff",
     },
     Device {
         name: "testdev",
@@ -102,8 +103,22 @@ pub const DEVICES: [Device; 12] = [
         qemu: "e1000e,netdev=net-hot,romfile=",
     },
     Device {
-        name: "errant",
+        name: "twin0",
         address: "0000:02:00.0",
+        driver: VFIO,
+        about: "an e1000e, the first function behind a root port of its own: a bus to reset",
+        qemu: "e1000e,netdev=net-twin0,romfile=,multifunction=on",
+    },
+    Device {
+        name: "twin1",
+        address: "0000:02:00.1",
+        driver: VFIO,
+        about: "an e1000e, the second function there",
+        qemu: "e1000e,netdev=net-twin1,romfile=",
+    },
+    Device {
+        name: "errant",
+        address: "0000:03:00.0",
         driver: VFIO,
         about: "a virtio device behind a root port, that can be made to report errors (AER)",
         qemu: "virtio-rng-pci,aer=on",
@@ -111,18 +126,21 @@ pub const DEVICES: [Device; 12] = [
 ];
 
 /// The root ports, in the order in which the firmware numbers the buses below
-/// them: bus 1 is `hot`'s, bus 2 is `errant`'s.
-const ROOT_PORTS: [&str; 2] = [
+/// them: above `hot`, bus 1; above the twins, bus 2; above `errant`, bus 3.
+const ROOT_PORTS: [&str; 3] = [
     "pcie-root-port,id=root-port,chassis=1,slot=1,bus=pcie.0,addr=0c.0",
+    "pcie-root-port,id=twin-port,chassis=2,slot=2,hotplug=off,bus=pcie.0,addr=0d.0",
     "pcie-root-port,id=errant-port,chassis=3,slot=3,hotplug=off,bus=pcie.0,addr=0e.0",
 ];
 
 /// What the devices lean on.
-const BACKENDS: [(&str, &str); 8] = [
+const BACKENDS: [(&str, &str); 10] = [
     ("-blockdev", "driver=null-co,node-name=null,size=1073741824,read-zeroes=on"),
     ("-netdev", "user,id=net-e1000e"),
     ("-netdev", "user,id=net-igb"),
     ("-netdev", "user,id=net-hot"),
+    ("-netdev", "user,id=net-twin0"),
+    ("-netdev", "user,id=net-twin1"),
     ("-object", "memory-backend-memfd,id=memory-64m,size=64M,share=on"),
     ("-object", "memory-backend-memfd,id=memory-4g,size=4G,share=on"),
     ("-chardev", "null,id=nowhere-neighbour"),
@@ -264,6 +282,7 @@ impl Device {
         let bus = match &self.address[.."0000:00".len()] {
             "0000:00" => "pcie.0",
             "0000:01" => "root-port",
+            "0000:02" => "twin-port",
             _ => "errant-port",
         };
         let slot = &self.address["0000:00:".len()..];
@@ -296,6 +315,8 @@ mod tests {
             hot.qemu_device(),
             "e1000e,netdev=net-hot,romfile=,id=hot,bus=root-port,addr=00.0"
         );
+        let twin = DEVICES.iter().find(|device| device.name == "twin1").unwrap();
+        assert!(twin.qemu_device().ends_with(",bus=twin-port,addr=00.1"));
         let neighbour = DEVICES.iter().find(|device| device.name == "neighbour").unwrap();
         assert!(neighbour.qemu_device().ends_with(",bus=pcie.0,addr=0a.1"));
     }
