@@ -23,6 +23,10 @@ pub enum ErrorKind {
     PermissionDenied,
     /// The device has no IOMMU in front of it.
     NoIommu,
+    /// The VF token of an SR-IOV function is missing, wrong, or given where none is taken.
+    VfToken,
+    /// A hot reset would reset devices that this process does not have, or has and did not name.
+    NotOwned,
     /// A range is empty, wraps around, or leaves its region or window.
     OutOfRange,
     /// An address, offset or length is not a multiple of what it must be.

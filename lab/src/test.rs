@@ -15,8 +15,9 @@ use crate::payload;
 use crate::report::{self, Row};
 use crate::ui;
 
-/// In the name of each test that wants a machine without an IOMMU. All others
-/// want one with.
+/// In the name of each test that wants a machine without an IOMMU: run on
+/// `newest`, which then has no VFIO either, and on `patched`, which has VFIO's
+/// no-IOMMU mode. All others want one with.
 const WITHOUT_IOMMU: &str = "without_iommu";
 
 /// In the name of each test that wants hotplug by ACPI.
@@ -25,9 +26,9 @@ const ACPI_HOTPLUG: &str = "acpi_hotplug";
 /// Where `tests/hazards` says what the lab's kernel patches promise.
 const SERIES: &str = "series::";
 
-/// Boots each kernel with the guest tests, once more with hotplug by ACPI,
-/// `newest` once more without an IOMMU, and `patched` once more with the tests of its patches. Whether all
-/// that the mirror still has passed.
+/// Boots each kernel with the guest tests, and once more with hotplug by ACPI;
+/// `newest` and `patched` once more without an IOMMU, and `patched` once more
+/// with the tests of its patches. Whether all that the mirror still has passed.
 pub fn guest(
     lab: &Lab,
     store: &Store,
@@ -65,10 +66,11 @@ pub fn guest(
             let label = format!("{}-acpi-hotplug", kernel.name);
             boot(Variant::AcpiHotplug, &program, arguments, &label)?;
         }
-        if kernel.name == NEWEST {
+        if [NEWEST, PATCHED].contains(&kernel.name) {
             let some = only(&program, libtest, |name| name.contains(WITHOUT_IOMMU))?;
             if let Some(arguments) = some {
-                boot(Variant::WithoutIommu, &program, &arguments, "newest-without-iommu")?;
+                let label = format!("{}-without-iommu", kernel.name);
+                boot(Variant::WithoutIommu, &program, &arguments, &label)?;
             }
         }
         if kernel.name == PATCHED {

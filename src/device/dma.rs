@@ -54,6 +54,18 @@ impl IovaPlacement {
         let limit = 1u64.checked_shl(bits).map_or(u64::MAX, |end| end - 1);
         Self::Anywhere { alignment: 1, limit }
     }
+
+    /// Whether memory that is at `address`, and cannot be elsewhere, is where this wants it.
+    fn admits(self, address: Iova, size: u64) -> bool {
+        match self {
+            Self::Anywhere { alignment, limit } => {
+                let last = address.0.checked_add(size - 1);
+                address.0.is_multiple_of(alignment) && last.is_some_and(|last| last <= limit)
+            }
+            Self::At(wanted) => address == wanted,
+            Self::SameAsAddress => false,
+        }
+    }
 }
 
 impl Default for IovaPlacement {
@@ -117,8 +129,8 @@ impl DmaSpace {
                 Ok(iova) => iova,
                 Err(error) => break Err(error),
             };
-            match self.inner.transport.dma_map(iova.0, &memory, access) {
-                Ok(()) => break Ok(iova),
+            match self.inner.map(iova, &memory, placement, access) {
+                Ok(device) => break Ok((iova, device)),
                 Err(error) => {
                     refused.push(iova);
                     // A device that shares the address space has mapped something there: others are tried.
@@ -133,11 +145,11 @@ impl DmaSpace {
         for iova in refused {
             state.free.free(iova.0, size);
         }
-        let iova = result?;
+        let (mapped_at, iova) = result?;
         let slot = state.mapped.insert((iova, size));
         drop(state);
         let generation = fork::generation();
-        Ok(DmaMapping { space: self.clone(), memory, iova, slot, generation })
+        Ok(DmaMapping { space: self.clone(), memory, mapped_at, iova, slot, generation })
     }
 
     /// What is mapped, for errors: the first few.
@@ -162,6 +174,35 @@ impl DmaSpace {
 impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Maps `memory` at `iova`: the address by which the device reaches it, which is the same where an
+    /// IOMMU translates, and where it must be as `placement` wants it.
+    fn map(
+        &self,
+        iova: Iova,
+        memory: &DmaMemory,
+        placement: IovaPlacement,
+        access: Access,
+    ) -> Result<Iova> {
+        let size = memory.size() as u64;
+        self.transport.dma_map(iova.0, memory, access)?;
+        let found = self.transport.dma_address(iova.0, size).map(Iova).and_then(|device| {
+            if device == iova || placement.admits(device, size) {
+                return Ok(device);
+            }
+            Err(Error::new(ErrorKind::OutOfRange, "map for DMA", format!("{size:#x} bytes"))
+                .because(format!(
+                    "no IOMMU translates the device's addresses, and the memory is at {device}"
+                ))
+                .remedy("take the memory where it is: IovaPlacement::default"))
+        });
+        found.inspect_err(|_| {
+            if let Err(error) = self.transport.dma_unmap(iova.0, size) {
+                log::error!("leaked what the device may still reach: {error}");
+                std::mem::forget(memory.clone());
+            }
+        })
     }
 
     /// Takes addresses for `memory`.
@@ -232,6 +273,9 @@ impl Inner {
 pub struct DmaMapping {
     space: DmaSpace,
     memory: DmaMemory,
+    /// What it is unmapped by.
+    mapped_at: Iova,
+    /// What the device is given.
     iova: Iova,
     slot: usize,
     /// The process that made it: see [`fork::generation`].
@@ -239,7 +283,8 @@ pub struct DmaMapping {
 }
 
 impl DmaMapping {
-    /// Where the device finds its first byte.
+    /// Where the device finds its first byte: a physical address where no IOMMU translates
+    /// ([`Vfio::open_noiommu`](crate::transport::Vfio::open_noiommu)).
     pub fn iova(&self) -> Iova {
         self.iova
     }
@@ -263,7 +308,7 @@ impl Drop for DmaMapping {
         }
         let size = self.memory.size() as u64;
         let inner = &self.space.inner;
-        if let Err(error) = inner.transport.dma_unmap(self.iova.0, size) {
+        if let Err(error) = inner.transport.dma_unmap(self.mapped_at.0, size) {
             log::error!("leaked what the device may still reach: {error}");
             // Neither the memory nor the addresses may become anybody else's.
             std::mem::forget(self.memory.clone());
@@ -271,7 +316,7 @@ impl Drop for DmaMapping {
         }
         let mut state = inner.state();
         state.mapped.try_remove(self.slot);
-        state.free.free(self.iova.0, size);
+        state.free.free(self.mapped_at.0, size);
     }
 }
 

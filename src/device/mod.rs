@@ -8,6 +8,7 @@ mod dma_buffer;
 mod dma_guest;
 mod iova;
 mod layout;
+mod power;
 mod register;
 mod register_access;
 mod vectors;
@@ -22,7 +23,7 @@ use slab::Slab;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::Backing;
 use crate::sys;
-use crate::transport::{DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
+use crate::transport::{AffectedDevice, DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
 
 pub use bar::Bar;
 pub use config::Config;
@@ -32,6 +33,7 @@ pub use dma_buffer::{BufferRequest, DmaBuffer};
 pub use dma_guest::GuestMapping;
 pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
+pub use power::LowPower;
 pub use register::{IoRegister, Mode, ReadOnly, ReadWrite, Register, Registers, Width};
 pub use vectors::{Event, Events, Growth, Interrupt, Vectors};
 pub use window::Window;
@@ -77,6 +79,8 @@ enum Note {
     Vectors { kind: Interrupt, count: usize },
     /// Events that are watched.
     Events,
+    /// The device sleeps.
+    LowPower,
 }
 
 /// Where a trapped register is.
@@ -180,12 +184,36 @@ impl Device {
         Ok(self.inner.dma.get_or_init(|| space).clone())
     }
 
-    /// Resets the device. Windows stay, and reach it again afterwards.
+    /// Resets the device, and it alone (PCIe 5.0 §6.6.2, or by its power state). Windows stay, and reach it again afterwards.
     ///
     /// # Errors
-    /// `Unsupported` where it cannot be reset; what the kernel answers.
+    /// `Unsupported` where it cannot be reset, for which [`hot_reset`](Self::hot_reset) may be a way; what
+    /// the kernel answers.
     pub fn reset(&self) -> Result<()> {
         self.inner.transport.reset()
+    }
+
+    /// The devices that [`hot_reset`](Self::hot_reset) would reset, this one among them.
+    ///
+    /// # Errors
+    /// `Unsupported` where there is no such reset: no bridge above the device, or a transport without.
+    pub fn affected_by_hot_reset(&self) -> Result<Vec<AffectedDevice>> {
+        self.inner.transport.affected_by_hot_reset()
+    }
+
+    /// Resets the bus or slot that the device sits on, and with it every device there: the way to reset a
+    /// device that has no reset of its own. Windows stay, and reach their devices again afterwards.
+    ///
+    /// `others` are the affected devices besides this one that this process has open: their drivers find
+    /// them reset. Affected devices that are not open must at least be bound to vfio-pci, and their IOMMU
+    /// groups be open here.
+    ///
+    /// # Errors
+    /// `NotOwned`, naming the devices that stand in the way and why; nothing is reset then. `Unsupported`
+    /// where there is no such reset; `InUse` where a device was being accessed; what the kernel answers.
+    pub fn hot_reset(&self, others: &[&Device]) -> Result<()> {
+        let others: Vec<_> = others.iter().map(|device| device.transport()).collect();
+        self.inner.transport.hot_reset(&others)
     }
 
     /// Closes the device, so that it can be bound to another driver.
@@ -296,6 +324,7 @@ impl Inner {
             }
             Note::Vectors { kind, count } => format!("{count} vectors of {kind:?}"),
             Note::Events => "its events".to_owned(),
+            Note::LowPower => "its low power state".to_owned(),
         }
     }
 

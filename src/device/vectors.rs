@@ -91,8 +91,8 @@ impl Device {
 }
 
 impl Inner {
-    /// Notes what there can be one of: vectors of any kind, events.
-    fn only(&self, note: Note) -> Result<usize> {
+    /// Notes what there can be one of: vectors of any kind, events, a low power state.
+    pub(super) fn only(&self, note: Note) -> Result<usize> {
         let mut notes = self.notes();
         let alike = notes
             .iter()
@@ -133,7 +133,7 @@ fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()
     }
 }
 
-fn eventfd() -> Result<EventFd> {
+pub(super) fn eventfd() -> Result<EventFd> {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
         .map_err(|errno| Error::os(errno, "make", "an eventfd"))
 }
@@ -335,7 +335,7 @@ impl fmt::Debug for Vectors {
 }
 
 /// The counter of an eventfd, once it is not zero or the time is over.
-fn wait(eventfd: &EventFd, timeout: Duration, name: impl Fn() -> String) -> Result<u64> {
+pub(super) fn wait(eventfd: &EventFd, timeout: Duration, name: impl Fn() -> String) -> Result<u64> {
     let end = Instant::now().checked_add(timeout);
     loop {
         let count = take(eventfd, &name)?;

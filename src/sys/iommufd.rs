@@ -11,7 +11,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use nix::errno::Errno;
 use nix::request_code_none;
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
+    VFIO_BASE, VFIO_DEVICE_BIND_FLAG_TOKEN, VFIO_TYPE, vfio_device_attach_iommufd_pt,
+    vfio_device_bind_iommufd,
 };
 
 use super::mm::Access;
@@ -65,6 +66,18 @@ struct IoasUnmap {
     length: u64,
 }
 
+#[repr(C)]
+#[derive(Default)]
+struct NoIommuGetPa {
+    size: u32,
+    flags: u32,
+    id: u32,
+    reserved: u32,
+    iova: u64,
+    length: u64,
+    physical: u64,
+}
+
 mod raw {
     use super::*;
 
@@ -72,6 +85,7 @@ mod raw {
     nix::ioctl_readwrite_bad!(iova_ranges, request_code_none!(VFIO_TYPE, 0x84), IovaRanges);
     nix::ioctl_readwrite_bad!(ioas_map, request_code_none!(VFIO_TYPE, 0x85), IoasMap);
     nix::ioctl_readwrite_bad!(ioas_unmap, request_code_none!(VFIO_TYPE, 0x86), IoasUnmap);
+    nix::ioctl_readwrite_bad!(noiommu_get_pa, request_code_none!(VFIO_TYPE, 0x95), NoIommuGetPa);
     nix::ioctl_readwrite_bad!(
         bind,
         request_code_none!(VFIO_TYPE, VFIO_BASE + 18),
@@ -84,14 +98,21 @@ mod raw {
     );
 }
 
-/// `VFIO_DEVICE_BIND_IOMMUFD`
-pub(crate) fn bind(device: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> Result<()> {
+/// `VFIO_DEVICE_BIND_IOMMUFD`, with the token of an SR-IOV function where one is given (Linux 6.17;
+/// EINVAL before).
+pub(crate) fn bind(
+    device: BorrowedFd<'_>,
+    iommufd: BorrowedFd<'_>,
+    token: Option<&[u8; 16]>,
+) -> Result<()> {
     let mut bind = vfio_device_bind_iommufd {
         argsz: size_of::<vfio_device_bind_iommufd>() as u32,
+        flags: token.map_or(0, |_| VFIO_DEVICE_BIND_FLAG_TOKEN),
         iommufd: iommufd.as_raw_fd(),
+        token_uuid_ptr: token.map_or(0, |token| token.as_ptr() as u64),
         ..vfio_device_bind_iommufd::default()
     };
-    // SAFETY: the structure is as long as its argsz says.
+    // SAFETY: the structure is as long as its argsz says; the kernel reads 16 bytes of the token.
     unsafe { raw::bind(device.as_raw_fd(), &mut bind) }.map(drop)
 }
 
@@ -182,4 +203,24 @@ pub(crate) fn unmap(iommufd: BorrowedFd<'_>, ioas: u32, iova: u64, size: u64) ->
     // SAFETY: the structure is as long as its size says.
     unsafe { raw::ioas_unmap(iommufd.as_raw_fd(), &mut unmap) }?;
     Ok(unmap.length)
+}
+
+/// `IOMMU_IOAS_NOIOMMU_GET_PA` (Linux 7.3): the physical address of what is mapped at `iova`, and how
+/// many bytes from there on, up to `size`, are contiguous.
+pub(crate) fn physical_address(
+    iommufd: BorrowedFd<'_>,
+    ioas: u32,
+    iova: u64,
+    size: u64,
+) -> Result<(u64, u64)> {
+    let mut query = NoIommuGetPa {
+        size: size_of::<NoIommuGetPa>() as u32,
+        id: ioas,
+        iova,
+        length: size,
+        ..NoIommuGetPa::default()
+    };
+    // SAFETY: the structure is as long as its size says.
+    unsafe { raw::noiommu_get_pa(iommufd.as_raw_fd(), &mut query) }?;
+    Ok((query.physical, query.length))
 }

@@ -15,7 +15,9 @@ pub(crate) mod socket;
 pub(crate) mod spy;
 pub(crate) mod vfio;
 pub(crate) mod vfio_dma;
+pub(crate) mod vfio_feature;
 pub(crate) mod vfio_irq;
+pub(crate) mod vfio_reset;
 
 /// The size of a page of this machine in bytes: 4, 16 or 64 KiB.
 pub(crate) fn page_size() -> usize {

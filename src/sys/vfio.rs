@@ -11,7 +11,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::request_code_none;
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_TYPE, VFIO_TYPE1v2_IOMMU, vfio_device_info, vfio_group_status, vfio_region_info,
+    VFIO_API_VERSION, VFIO_BASE, VFIO_NOIOMMU_IOMMU, VFIO_TYPE, VFIO_TYPE1v2_IOMMU,
+    vfio_device_info, vfio_group_status, vfio_region_info,
 };
 use vfio_ioctls::VfioContainer;
 
@@ -23,6 +24,7 @@ const MAX_ANSWER: usize = 1 << 20;
 mod raw {
     use super::*;
 
+    nix::ioctl_none_bad!(get_api_version, request_code_none!(VFIO_TYPE, VFIO_BASE));
     nix::ioctl_write_int_bad!(set_iommu, request_code_none!(VFIO_TYPE, VFIO_BASE + 2));
     nix::ioctl_readwrite_bad!(
         group_get_status,
@@ -49,7 +51,6 @@ mod raw {
         request_code_none!(VFIO_TYPE, VFIO_BASE + 8),
         vfio_region_info
     );
-    nix::ioctl_none_bad!(device_reset, request_code_none!(VFIO_TYPE, VFIO_BASE + 11));
 }
 
 fn argsz<T>() -> u32 {
@@ -62,6 +63,19 @@ pub(crate) fn set_iommu_type1v2(container: &VfioContainer) -> Result<()> {
     unsafe { raw::set_iommu(container.as_raw_fd(), VFIO_TYPE1v2_IOMMU as libc::c_int) }.map(drop)
 }
 
+/// `VFIO_GET_API_VERSION`: whether a container speaks the one that there has been since Linux 3.6.
+pub(crate) fn is_known_version(container: BorrowedFd<'_>) -> Result<bool> {
+    // SAFETY: the ioctl takes no argument.
+    let version = unsafe { raw::get_api_version(container.as_raw_fd()) }?;
+    Ok(version.cast_unsigned() == VFIO_API_VERSION)
+}
+
+/// `VFIO_SET_IOMMU(VFIO_NOIOMMU_IOMMU)`: the container translates nothing (Linux 4.5).
+pub(crate) fn set_no_iommu(container: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: the ioctl takes a number.
+    unsafe { raw::set_iommu(container.as_raw_fd(), VFIO_NOIOMMU_IOMMU as libc::c_int) }.map(drop)
+}
+
 /// `VFIO_GROUP_GET_STATUS`: the flags of the group.
 pub(crate) fn group_flags(group: BorrowedFd<'_>) -> Result<u32> {
     let mut status = vfio_group_status { argsz: argsz::<vfio_group_status>(), flags: 0 };
@@ -71,7 +85,7 @@ pub(crate) fn group_flags(group: BorrowedFd<'_>) -> Result<u32> {
 }
 
 /// `VFIO_GROUP_SET_CONTAINER`
-pub(crate) fn set_container(group: BorrowedFd<'_>, container: &VfioContainer) -> Result<()> {
+pub(crate) fn set_container(group: BorrowedFd<'_>, container: &impl AsRawFd) -> Result<()> {
     // SAFETY: the kernel reads one int.
     unsafe { raw::group_set_container(group.as_raw_fd(), &container.as_raw_fd()) }.map(drop)
 }
@@ -126,10 +140,4 @@ pub(super) fn answer(
         // At most a few rounds, since what is wanted grows to a bound.
         len = wanted;
     }
-}
-
-/// `VFIO_DEVICE_RESET`
-pub(crate) fn reset(device: BorrowedFd<'_>) -> Result<()> {
-    // SAFETY: the ioctl takes no argument.
-    unsafe { raw::device_reset(device.as_raw_fd()) }.map(drop)
 }

@@ -10,6 +10,7 @@ mod irq;
 mod linux;
 mod memory;
 mod region;
+mod reset;
 #[cfg(feature = "vfio-user")]
 mod vfio_user;
 
@@ -27,9 +28,12 @@ pub use emulated::{
     Activity, Bus, Edu, Emulated, Memory, Model, Namespace, Nvme, PciConfig, Power, Server, Shape,
 };
 pub use irq::{IrqInfo, irq_index};
-pub use linux::{Binding, ParseAddressError, PciAddress, PciDevice, Sysfs, Vfio};
+pub use linux::{
+    Binding, ParseAddressError, PciAddress, PciDevice, Sysfs, VfToken, Vfio, VfioOptions,
+};
 pub use memory::MemoryDevice;
 pub use region::RegionInfo;
+pub use reset::AffectedDevice;
 #[cfg(feature = "vfio-user")]
 pub use vfio_user::VfioUser;
 
@@ -77,6 +81,42 @@ pub trait Transport: Send + Sync + Debug {
     /// `Unsupported` where it cannot be reset; that is the default.
     fn reset(&self) -> Result<()> {
         Err(unsupported(self.info(), "reset".to_owned()))
+    }
+
+    /// The devices that a hot reset of this one resets, itself among them: all on its bus, or in its slot.
+    ///
+    /// # Errors
+    /// `Unsupported` where there is no such reset; that is the default.
+    fn affected_by_hot_reset(&self) -> Result<Vec<AffectedDevice>> {
+        Err(unsupported(self.info(), "hot reset".to_owned()))
+    }
+
+    /// Resets the bus or slot that the device sits on. `others` are affected devices that this process has
+    /// open besides, by which it shows that it means them, too.
+    ///
+    /// # Errors
+    /// `NotOwned`, naming the devices that stand in the way; `Unsupported`, by default.
+    fn hot_reset(&self, others: &[&dyn Transport]) -> Result<()> {
+        let _ = others;
+        Err(unsupported(self.info(), "hot reset".to_owned()))
+    }
+
+    /// Lets the device sleep: until [`exit_low_power`](Self::exit_low_power), or with an eventfd until
+    /// something wakes it, which signals that.
+    ///
+    /// # Errors
+    /// `Unsupported`, by default.
+    fn enter_low_power(&self, wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
+        let _ = wakeup;
+        Err(unsupported(self.info(), "save the power of".to_owned()))
+    }
+
+    /// Wakes the device. Does nothing to one that is awake.
+    ///
+    /// # Errors
+    /// `Unsupported`, by default.
+    fn exit_low_power(&self) -> Result<()> {
+        Err(unsupported(self.info(), "wake".to_owned()))
     }
 
     /// What an interrupt index ([`irq_index`]) offers.
@@ -142,6 +182,17 @@ pub trait Transport: Send + Sync + Debug {
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
         let _ = (iova, memory, access);
         Err(unsupported(self.info(), "map memory for DMA by".to_owned()))
+    }
+
+    /// The address by which the device reaches the `size` bytes that were mapped at `iova`: that same
+    /// address, which is the default, unless nothing translates the device's addresses. It is then that of
+    /// the memory, wherever that happens to be.
+    ///
+    /// # Errors
+    /// `Unsupported` where nothing translates them, and the memory is not contiguous.
+    fn dma_address(&self, iova: u64, size: u64) -> Result<u64> {
+        let _ = size;
+        Ok(iova)
     }
 
     /// Takes a mapping away again; `iova` and `size` are those of one that was made.

@@ -2,8 +2,9 @@
 
 use std::fs;
 
+use super::PciDevice;
+use super::noiommu::unconfined;
 use super::sysfs::write;
-use super::{PciAddress, PciDevice};
 use crate::error::{Error, ErrorKind, Result};
 
 const VFIO_PCI: &str = "vfio-pci";
@@ -36,8 +37,9 @@ impl PciDevice {
     /// of its kind is taken.
     ///
     /// # Errors
-    /// `NotFound` where vfio-pci is not loaded, `NoIommu` where no IOMMU confines the device,
-    /// `PermissionDenied`, and whatever vfio-pci answered. The device is then as it was.
+    /// `NotFound` where vfio-pci is not loaded; `NoIommu` where no IOMMU confines the device, unless VFIO's
+    /// no-IOMMU mode is on ([`Vfio::open_noiommu`](super::Vfio::open_noiommu)); `PermissionDenied`; and
+    /// whatever vfio-pci answered. The device is then as it was.
     pub fn bind_vfio_pci(&self) -> Result<Binding> {
         let driver = self.driver();
         if driver.as_deref() == Some(VFIO_PCI) {
@@ -57,7 +59,7 @@ impl PciDevice {
         self.set_override(VFIO_PCI)?;
         self.leave_driver()?;
         write(&vfio_pci.join("bind"), &self.address().to_string(), "bind").map_err(|error| {
-            if self.iommu_group().is_none() { no_iommu("bind", self.address()) } else { error }
+            if self.iommu_group().is_none() { unconfined("bind", self.address()) } else { error }
         })?;
         Ok(binding)
     }
@@ -129,14 +131,4 @@ impl Drop for Binding {
             log::error!("{} keeps another driver than it had: {error}", self.device.address());
         }
     }
-}
-
-/// There is no IOMMU group, so VFIO does not touch the device.
-pub(super) fn no_iommu(operation: &'static str, address: PciAddress) -> Error {
-    Error::new(ErrorKind::NoIommu, operation, address)
-        .because("no IOMMU confines it: it is in no IOMMU group")
-        .remedy(
-            "switch on VT-d or AMD-Vi in the firmware, and boot with intel_iommu=on where the kernel \
-             leaves it off",
-        )
 }

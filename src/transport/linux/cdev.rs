@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use nix::errno::Errno;
 
-use super::PciDevice;
-use super::binding::no_iommu;
 use super::group::in_the_way;
+use super::noiommu;
+use super::token::{self, VfToken};
+use super::{Confinement, PciDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::iommufd;
@@ -22,14 +23,21 @@ const IOMMU: &str = "/dev/iommu";
 pub(super) struct Ioas {
     file: OwnedFd,
     id: u32,
+    confinement: Confinement,
 }
 
 impl Ioas {
-    fn new() -> Result<Self> {
+    fn new(confinement: Confinement) -> Result<Self> {
         let file = open(Path::new(IOMMU))?;
         let id = iommufd::ioas_alloc(file.as_fd())
             .map_err(|errno| Error::os(errno, "make an address space in", IOMMU))?;
-        Ok(Self { file: file.into(), id })
+        Ok(Self { file: file.into(), id, confinement })
+    }
+
+    /// What confines its devices. Without an IOMMU it pins memory and knows where that is, and the
+    /// device's addresses are physical ones.
+    pub(super) fn confinement(&self) -> Confinement {
+        self.confinement
     }
 
     pub(super) fn ranges(&self) -> std::result::Result<(Vec<RangeInclusive<u64>>, u64), Errno> {
@@ -48,58 +56,110 @@ impl Ioas {
     pub(super) fn unmap(&self, iova: u64, size: u64) -> std::result::Result<u64, Errno> {
         iommufd::unmap(self.file.as_fd(), self.id, iova, size)
     }
+
+    /// Where what is mapped at `iova` is, and how much of it lies there in one piece.
+    pub(super) fn physical(&self, iova: u64, size: u64) -> std::result::Result<(u64, u64), Errno> {
+        iommufd::physical_address(self.file.as_fd(), self.id, iova, size)
+    }
 }
 
-/// The device's own file, if the kernel has made one: `/dev/vfio/devices/vfioN`. Kernels that make none
-/// name the device in sysfs all the same, without a device number.
-pub(super) fn path(device: &PciDevice) -> Option<PathBuf> {
+/// The device's own file, if the kernel has made one: `/dev/vfio/devices/vfioN`, or `noiommu-vfioN`.
+/// Kernels that make none name the device in sysfs all the same, without a device number.
+pub(super) fn path(device: &PciDevice, confinement: Confinement) -> Option<PathBuf> {
+    let prefix = match confinement {
+        Confinement::Iommu => "vfio",
+        Confinement::None => "noiommu-vfio",
+    };
     let entries = fs::read_dir(device.path().join("vfio-dev")).ok()?;
     let entry = entries.flatten().find(|entry| {
-        let is_device = entry.file_name().to_str().is_some_and(|name| name.starts_with("vfio"));
+        let is_device = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
         is_device && entry.path().join("dev").exists()
     })?;
     Some(Path::new("/dev/vfio/devices").join(entry.file_name()))
 }
 
 /// Whether a device can be opened so.
-pub(super) fn is_offered(device: &PciDevice) -> bool {
-    path(device).is_some_and(|path| path.exists()) && Path::new(IOMMU).exists()
+pub(super) fn is_offered(device: &PciDevice, confinement: Confinement) -> bool {
+    path(device, confinement).is_some_and(|path| path.exists()) && Path::new(IOMMU).exists()
 }
 
 /// Opens the device in an address space: that of `beside`, or of its group's devices that this process
 /// has open already, or one of its own.
 pub(super) fn open_device(
     device: &PciDevice,
+    confinement: Confinement,
     beside: Option<Arc<Ioas>>,
+    token: Option<VfToken>,
 ) -> Result<(OwnedFd, Arc<Ioas>)> {
     static OPEN: Mutex<BTreeMap<u32, Weak<Ioas>>> = Mutex::new(BTreeMap::new());
-    let address = device.address();
-    let id = device.iommu_group().ok_or_else(|| no_iommu("open", address))?;
-    let path = path(device).ok_or_else(|| {
-        Error::new(ErrorKind::Unsupported, "open", address)
-            .because(
-                "the kernel makes no file for each device (CONFIG_VFIO_DEVICE_CDEV, Linux 6.6)",
-            )
-            .remedy("open it by its group")
-    })?;
+    let path = path(device, confinement).ok_or_else(|| not_made(device, confinement))?;
     let file = open(&path)?;
     let mut spaces = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
     spaces.retain(|_, space| space.strong_count() > 0);
-    let ioas = match beside.or_else(|| spaces.get(&id)?.upgrade()) {
+    // The kernel lets the devices of a group have one address space only.
+    let group = device.iommu_group().filter(|_| confinement == Confinement::Iommu);
+    let ioas = match beside.or_else(|| spaces.get(&group?)?.upgrade()) {
         Some(ioas) => ioas,
-        None => Arc::new(Ioas::new()?),
+        None => Arc::new(Ioas::new(confinement)?),
     };
-    iommufd::bind(file.as_fd(), ioas.file.as_fd())
-        .and_then(|()| iommufd::attach(file.as_fd(), ioas.id))
-        .map_err(|errno| refused(errno, device, &path))?;
-    spaces.insert(id, Arc::downgrade(&ioas));
+    iommufd::bind(file.as_fd(), ioas.file.as_fd(), token.as_ref().map(|VfToken(uuid)| uuid))
+        .map_err(|errno| {
+            token_refused(errno, device, token, &path)
+                .unwrap_or_else(|| refused(errno, device, &path))
+        })?;
+    iommufd::attach(file.as_fd(), ioas.id).map_err(|errno| refused(errno, device, &path))?;
+    if let Some(group) = group {
+        spaces.insert(group, Arc::downgrade(&ioas));
+    }
     Ok((file.into(), ioas))
+}
+
+/// There is no file for this device.
+fn not_made(device: &PciDevice, confinement: Confinement) -> Error {
+    let error = Error::new(ErrorKind::Unsupported, "open", device.address());
+    match confinement {
+        Confinement::Iommu => error
+            .because(
+                "the kernel makes no file for each device (CONFIG_VFIO_DEVICE_CDEV, Linux 6.6)",
+            )
+            .remedy("open it by its group: Vfio::open_by_group, or Vfio::open, which finds a way"),
+        Confinement::None => error
+            .because(
+                "the kernel makes no file for a device without an IOMMU (CONFIG_VFIO_DEVICE_CDEV and \
+                 CONFIG_VFIO_NOIOMMU, Linux 7.3)",
+            )
+            .remedy("open it by its group: VfioOptions::by_group"),
+    }
+}
+
+/// EINVAL is also how a device answers that is bound already, and a kernel that knows no tokens here.
+fn token_refused(
+    errno: Errno,
+    device: &PciDevice,
+    token: Option<VfToken>,
+    path: &Path,
+) -> Option<Error> {
+    if errno == Errno::EINVAL && token.is_some() && token::is_taken(device) {
+        let path = path.display();
+        return Some(
+            Error::os(errno, "open", &path)
+                .into_kind(ErrorKind::InUse)
+                .because(
+                    "it is open already, or the kernel takes VF tokens by group only (Linux 6.17)",
+                )
+                .remedy(format!("find out who: fuser -v {path}; or open it by its group")),
+        );
+    }
+    token::refused(errno, device, token)
 }
 
 fn open(path: &Path) -> Result<File> {
     OpenOptions::new().read(true).write(true).open(path).map_err(|error| {
         let error = Error::io(&error, "open", path.display());
         match error.kind() {
+            ErrorKind::PermissionDenied if error.errno() == Some(Errno::EPERM as i32) => {
+                noiommu::not_capable(error)
+            }
             ErrorKind::PermissionDenied => {
                 error.remedy(format!("give it to your user: chown $USER {}", path.display()))
             }

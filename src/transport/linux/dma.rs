@@ -9,10 +9,12 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, vfio_iommu_type1_info, vfio_iommu_type1_info_cap_iova_range,
     vfio_iommu_type1_info_dma_avail, vfio_iova_range,
 };
+use vfio_ioctls::VfioContainer;
 
 use super::cdev::Ioas;
 use super::group::Group;
 use super::locked::{Exceeded, Locked};
+use super::{Confinement, noiommu};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{self, vfio_dma};
@@ -30,12 +32,21 @@ pub(super) enum AddressSpace {
 }
 
 impl AddressSpace {
+    /// What confines the device, where that is known.
+    pub(super) fn confinement(&self) -> Option<Confinement> {
+        match self {
+            Self::Group(group) => Some(group.confinement()),
+            Self::Ioas(ioas) => Some(ioas.confinement()),
+            Self::Elsewhere => None,
+        }
+    }
+
     /// What the IOMMU maps.
     pub(super) fn limits(&self, name: &str) -> Result<DmaLimits> {
         let failed = |errno| Error::os(errno, "query the IOMMU of", name);
         match self {
             Self::Group(group) => {
-                let bytes = vfio_dma::info(group.container()).map_err(failed)?;
+                let bytes = vfio_dma::info(container(group, name)?).map_err(failed)?;
                 read(&Answer::new(&bytes, "IOMMU information"))
             }
             Self::Ioas(ioas) => {
@@ -61,7 +72,7 @@ impl AddressSpace {
         let lock = if memory.is_of_device() { 0 } else { size as u64 };
         let locked = Locked::new(lock).map_err(exceeded)?;
         let done = match self {
-            Self::Group(group) => memory.map_in_container(group.container(), iova, access),
+            Self::Group(group) => memory.map_in_container(container(group, name)?, iova, access),
             Self::Ioas(ioas) => ioas.map(iova, memory, access),
             Self::Elsewhere => return Err(elsewhere(name)),
         };
@@ -78,11 +89,34 @@ impl AddressSpace {
     pub(super) fn unmap(&self, iova: u64, size: u64, name: &str) -> Result<()> {
         let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
         let done = match self {
-            Self::Group(group) => vfio_dma::unmap(group.container(), iova, size),
+            Self::Group(group) => vfio_dma::unmap(container(group, name)?, iova, size),
             Self::Ioas(ioas) => ioas.unmap(iova, size),
             Self::Elsewhere => return Err(elsewhere(name)),
         };
         whole(done, size, object)
+    }
+
+    /// The address by which the device reaches the `size` bytes that are mapped at `iova`.
+    pub(super) fn device_address(&self, iova: u64, size: u64) -> Result<u64> {
+        let Self::Ioas(ioas) = self else { return Ok(iova) };
+        if ioas.confinement() == Confinement::Iommu {
+            return Ok(iova);
+        }
+        let object = || format!("{size:#x} bytes of memory");
+        let (physical, contiguous) = ioas
+            .physical(iova, size)
+            .map_err(|errno| Error::os(errno, "find the physical address of", object()))?;
+        if contiguous >= size {
+            return Ok(physical);
+        }
+        Err(Error::new(ErrorKind::Unsupported, "map for DMA", object())
+            .because(format!(
+                "no IOMMU makes them contiguous for the device, and only the first {contiguous:#x} are"
+            ))
+            .remedy(
+                "map each page by itself, or ask for huge pages: BufferRequest::huge_pages, \
+                 vm.nr_hugepages",
+            ))
     }
 
     fn refused(&self, errno: Errno, object: String) -> Error {
@@ -142,6 +176,10 @@ fn full(error: Error) -> Error {
         "unmap some; or, before it is opened, raise the limit: \
          /sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
     )
+}
+
+fn container<'g>(group: &'g Group, name: &str) -> Result<&'g VfioContainer> {
+    group.container().ok_or_else(|| noiommu::no_addresses(name))
 }
 
 fn elsewhere(name: &str) -> Error {

@@ -3,44 +3,72 @@
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::OpenOptions;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 use vfio_ioctls::{VfioContainer, VfioError};
 
-use super::PciDevice;
-use super::binding::no_iommu;
+use super::noiommu;
+use super::token::{self, VfToken};
+use super::{Confinement, PciDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::vfio;
+
+const CONTAINER: &str = "/dev/vfio/vfio";
 
 /// The groups that this process has open.
 static OPEN: Mutex<BTreeMap<u32, Weak<Group>>> = Mutex::new(BTreeMap::new());
 
-/// An open IOMMU group in a container of its own, which is its address space for DMA.
+/// An open IOMMU group in a container, which is its address space for DMA.
 pub(super) struct Group {
     fd: OwnedFd,
-    /// Closed after the group.
-    container: VfioContainer,
+    /// Closed after the group. Groups of one address space share it.
+    container: Container,
+}
+
+#[derive(Clone)]
+enum Container {
+    /// An IOMMU translates.
+    Type1(Arc<VfioContainer>),
+    /// There is none, and the container is a formality.
+    NoIommu(Arc<OwnedFd>),
 }
 
 impl Group {
-    /// The group of `device`, opened and attached. A group can be open once: all devices of it that
-    /// this process opens share what is returned here.
-    pub(super) fn of(device: &PciDevice) -> Result<Arc<Self>> {
-        let id = device.iommu_group().ok_or_else(|| no_iommu("open", device.address()))?;
-        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The group of `device`, opened and attached: to the container of `beside`, or one of its own. A
+    /// group can be open once: all devices of it that this process opens share what is returned here.
+    pub(super) fn of(
+        device: &PciDevice,
+        confinement: Confinement,
+        beside: Option<&Self>,
+    ) -> Result<Arc<Self>> {
+        let address = device.address();
+        let id = device.iommu_group().ok_or_else(|| noiommu::unconfined("open", address))?;
+        let mut open = open_groups();
         let known = open.get(&id);
         if let Some(group) = known.and_then(Weak::upgrade) {
-            return Ok(group);
+            if beside.is_none_or(|beside| beside.container.is(&group.container)) {
+                return Ok(group);
+            }
+            return Err(Error::new(ErrorKind::InUse, "open", address)
+                .because(format!(
+                    "its IOMMU group {id} is open here already, in an address space of its own"
+                ))
+                .remedy("close its devices first, or open it before, and the others beside it"));
         }
         // Another thread may be about to close it: it is no longer to be had, and not yet closed.
         let mut patience = if known.is_some() { 100 } else { 0 };
         let group = loop {
-            match Self::new(device, id) {
+            let made = match confinement {
+                Confinement::Iommu => Self::confined(device, id, beside),
+                Confinement::None => Self::unconfined(id, beside),
+            };
+            match made {
                 Err(error) if error.kind() == ErrorKind::InUse && patience > 0 => {
                     patience -= 1;
                     std::thread::sleep(Duration::from_millis(1));
@@ -53,54 +81,131 @@ impl Group {
         Ok(group)
     }
 
-    /// Whether this process has the group of `device` open.
-    pub(super) fn is_open(device: &PciDevice) -> bool {
-        let open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        device.iommu_group().and_then(|id| open.get(&id)?.upgrade()).is_some()
+    /// The group of this number, if this process has it open.
+    pub(super) fn open_here(id: u32) -> Option<Arc<Self>> {
+        open_groups().get(&id)?.upgrade()
     }
 
-    fn new(device: &PciDevice, id: u32) -> Result<Self> {
-        let container = VfioContainer::new(None).map_err(|error| container_error(&error))?;
-        let fd = open(id)?;
+    fn confined(device: &PciDevice, id: u32, beside: Option<&Self>) -> Result<Self> {
+        let known = beside.and_then(|group| match &group.container {
+            Container::Type1(container) => Some(container.clone()),
+            Container::NoIommu(_) => None,
+        });
+        let container = match &known {
+            Some(container) => container.clone(),
+            None => Arc::new(VfioContainer::new(None).map_err(|error| container_error(&error))?),
+        };
+        let fd = open(&PathBuf::from(format!("/dev/vfio/{id}")))?;
         check_viable(fd.as_fd(), id, device)?;
         let object = format!("IOMMU group {id}");
-        vfio::set_container(fd.as_fd(), &container).map_err(|errno| {
-            let error = Error::os(errno, "attach", &object);
-            match errno {
-                Errno::EINVAL => error.because("the group has a container already"),
-                _ => error,
-            }
-        })?;
-        vfio::set_iommu_type1v2(&container).map_err(|errno| set_iommu_error(errno, &object))?;
-        Ok(Self { fd, container })
+        vfio::set_container(fd.as_fd(), &*container)
+            .map_err(|errno| set_container_error(errno, &object, known.is_some()))?;
+        // A container that has a group has its address space.
+        if known.is_none() {
+            vfio::set_iommu_type1v2(&container).map_err(|errno| set_iommu_error(errno, &object))?;
+        }
+        Ok(Self { fd, container: Container::Type1(container) })
     }
 
-    /// The container, for DMA.
-    pub(super) fn container(&self) -> &VfioContainer {
-        &self.container
+    fn unconfined(id: u32, beside: Option<&Self>) -> Result<Self> {
+        let known = beside.and_then(|group| match &group.container {
+            Container::NoIommu(container) => Some(container.clone()),
+            Container::Type1(_) => None,
+        });
+        let object = format!("IOMMU group noiommu-{id}");
+        let container = match &known {
+            Some(container) => container.clone(),
+            None => Arc::new(open_container()?),
+        };
+        let fd = open(&PathBuf::from(format!("/dev/vfio/noiommu-{id}")))?;
+        vfio::set_container(fd.as_fd(), &*container)
+            .map_err(|errno| set_container_error(errno, &object, known.is_some()))?;
+        if known.is_none() {
+            vfio::set_no_iommu(container.as_fd())
+                .map_err(|errno| Error::os(errno, "do without IOMMU for", &object))?;
+        }
+        Ok(Self { fd, container: Container::NoIommu(container) })
+    }
+
+    /// The container that maps memory for DMA; `None` where no IOMMU does.
+    pub(super) fn container(&self) -> Option<&VfioContainer> {
+        match &self.container {
+            Container::Type1(container) => Some(container),
+            Container::NoIommu(_) => None,
+        }
+    }
+
+    /// What confines its devices.
+    pub(super) fn confinement(&self) -> Confinement {
+        match self.container {
+            Container::Type1(_) => Confinement::Iommu,
+            Container::NoIommu(_) => Confinement::None,
+        }
     }
 
     /// The device's own file.
-    pub(super) fn device_fd(&self, device: &PciDevice) -> Result<OwnedFd> {
+    pub(super) fn device_fd(&self, device: &PciDevice, token: Option<VfToken>) -> Result<OwnedFd> {
         let address = device.address();
-        let name = CString::new(address.to_string())
-            .map_err(|_| Error::new(ErrorKind::NotFound, "open", address))?;
+        let name = match token {
+            Some(token) => format!("{address} vf_token={token}"),
+            None => address.to_string(),
+        };
+        let name =
+            CString::new(name).map_err(|_| Error::new(ErrorKind::NotFound, "open", address))?;
         vfio::device_fd(self.fd.as_fd(), &name).map_err(|errno| {
+            if let Some(error) = token::refused(errno, device, token) {
+                return error;
+            }
             let error = Error::os(errno, "open", address);
             match errno {
                 Errno::ENODEV => error.because("it has left its VFIO driver meanwhile"),
                 Errno::EINVAL => error.because("its driver refuses to open it so"),
+                Errno::EPERM if self.container().is_none() => noiommu::not_capable(error),
                 _ => error,
             }
         })
     }
 }
 
-fn open(id: u32) -> Result<OwnedFd> {
-    let path = PathBuf::from(format!("/dev/vfio/{id}"));
-    let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|error| {
+impl AsFd for Group {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Container {
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Type1(one), Self::Type1(other)) => Arc::ptr_eq(one, other),
+            (Self::NoIommu(one), Self::NoIommu(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        }
+    }
+}
+
+fn open_groups() -> MutexGuard<'static, BTreeMap<u32, Weak<Group>>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A container for groups without an IOMMU. `vfio-ioctls` opens only those that type 1 drives.
+fn open_container() -> Result<OwnedFd> {
+    let opened = OpenOptions::new().read(true).write(true).open(CONTAINER);
+    let fd = OwnedFd::from(opened.map_err(|error| container_io_error(&error))?);
+    match vfio::is_known_version(fd.as_fd()) {
+        Ok(true) => Ok(fd),
+        Ok(false) => Err(Error::new(ErrorKind::Unsupported, "open", CONTAINER)
+            .because("it speaks a version of VFIO that is not known")),
+        Err(errno) => Err(Error::os(errno, "query", CONTAINER)),
+    }
+}
+
+fn open(path: &Path) -> Result<OwnedFd> {
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|error| {
         let error = Error::io(&error, "open", path.display());
         match error.kind() {
+            ErrorKind::PermissionDenied if error.errno() == Some(Errno::EPERM as i32) => {
+                noiommu::not_capable(error)
+            }
             ErrorKind::PermissionDenied => error.remedy(format!(
                 "give it to your user: chown $USER {}, or by a udev rule for SUBSYSTEM==\"vfio\"",
                 path.display()
@@ -112,6 +217,17 @@ fn open(id: u32) -> Result<OwnedFd> {
         }
     })?;
     Ok(file.into())
+}
+
+fn set_container_error(errno: Errno, object: &str, beside: bool) -> Error {
+    let error = Error::os(errno, "attach", object);
+    match errno {
+        Errno::EINVAL => error.because("the group has a container already"),
+        _ if beside => error
+            .because("the other device's address space does not take it")
+            .remedy("open it with an address space of its own: Vfio::open_by_group"),
+        _ => error,
+    }
 }
 
 fn check_viable(group: BorrowedFd<'_>, id: u32, device: &PciDevice) -> Result<()> {
@@ -154,23 +270,24 @@ fn set_iommu_error(errno: Errno, object: &str) -> Error {
 }
 
 fn container_error(error: &VfioError) -> Error {
-    const PATH: &str = "/dev/vfio/vfio";
     match error {
-        VfioError::OpenContainer(io) => {
-            let error = Error::io(io, "open", PATH);
-            match error.kind() {
-                ErrorKind::NotFound | ErrorKind::Gone => error
-                    .because("the kernel has no VFIO, or it is not loaded")
-                    .remedy("load it: modprobe vfio-pci"),
-                ErrorKind::PermissionDenied => {
-                    error.remedy(format!("chmod 666 {PATH}: by itself it gives nothing"))
-                }
-                _ => error,
-            }
-        }
-        VfioError::VfioExtension => Error::new(ErrorKind::NoIommu, "open", PATH)
+        VfioError::OpenContainer(error) => container_io_error(error),
+        VfioError::VfioExtension => Error::new(ErrorKind::NoIommu, "open", CONTAINER)
             .because("VFIO finds no IOMMU that it can use (type1 v2)")
             .remedy("load the driver: modprobe vfio_iommu_type1"),
-        other => Error::new(ErrorKind::Unsupported, "open", PATH).because(other.to_string()),
+        other => Error::new(ErrorKind::Unsupported, "open", CONTAINER).because(other.to_string()),
+    }
+}
+
+fn container_io_error(error: &io::Error) -> Error {
+    let error = Error::io(error, "open", CONTAINER);
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::Gone => error
+            .because("the kernel has no VFIO, or it is not loaded")
+            .remedy("load it: modprobe vfio-pci"),
+        ErrorKind::PermissionDenied => {
+            error.remedy(format!("chmod 666 {CONTAINER}: by itself it gives nothing"))
+        }
+        _ => error,
     }
 }

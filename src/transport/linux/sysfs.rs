@@ -55,7 +55,11 @@ impl Sysfs {
             .remedy("list what there is: ls /sys/bus/pci/devices, or lspci -D"))
     }
 
-    fn entry(&self, address: PciAddress) -> PciDevice {
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(super) fn entry(&self, address: PciAddress) -> PciDevice {
         PciDevice { sysfs: self.clone(), address }
     }
 
@@ -130,6 +134,12 @@ impl PciDevice {
             .collect();
         members.sort();
         Ok(members.into_iter().map(|address| self.sysfs.entry(address)).collect())
+    }
+
+    /// The physical function that it is a virtual one of (SR-IOV); `None` where it is none.
+    pub fn physical_function(&self) -> Option<PciDevice> {
+        let address = self.link("physfn")?.parse().ok()?;
+        Some(self.sysfs.entry(address))
     }
 
     pub(super) fn sysfs(&self) -> &Sysfs {

@@ -10,16 +10,17 @@ use nix::errno::Errno;
 use nix::sys::uio::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET};
 
-use super::cdev::{self, Ioas};
 use super::dma::{self, AddressSpace};
-use super::group::Group;
+use super::hot_reset::{self, OpenHere};
 use super::mapped::Mapped;
-use super::{PciAddress, PciDevice, Sysfs, irq};
+use super::{PciAddress, PciDevice, Sysfs, VfToken, VfioOptions, irq};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
-use crate::sys::vfio;
 use crate::sys::vfio_irq::Action;
-use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
+use crate::sys::{vfio, vfio_feature, vfio_reset};
+use crate::transport::{
+    AffectedDevice, DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport,
+};
 
 /// More regions than any device has; the kernel would have to be wrong.
 const MAX_REGIONS: u32 = 1024;
@@ -37,6 +38,7 @@ pub struct Vfio {
     mapped: Mutex<Mapped>,
     /// How many mappings that can be, as far as was known when the limits were last asked for.
     most: AtomicUsize,
+    _open: Option<OpenHere>,
 }
 
 struct Region {
@@ -48,28 +50,19 @@ struct Region {
 impl Vfio {
     /// Opens the device at `address`: by a file of its own and iommufd where the kernel offers that, else
     /// by its IOMMU group. Devices of one group that are open in this process share an address space for
-    /// DMA; others have one each.
+    /// DMA; others have one each. [`options`](Self::options) has other ways.
     ///
     /// # Errors
     /// `NotFound`; `NotBound` where a kernel driver has the device, or none; `NoIommu`;
     /// `GroupNotViable`, naming the devices in the way; `PermissionDenied`; `InUse` where the group is
-    /// open already. Each says what to do.
+    /// open already; `VfToken` for an SR-IOV function that wants one. Each says what to do.
     pub fn open(address: PciAddress) -> Result<Self> {
-        Self::open_in(&Sysfs::default(), address)
+        Self::options().open(address)
     }
 
-    fn open_in(sysfs: &Sysfs, address: PciAddress) -> Result<Self> {
-        let device = bound(sysfs, address)?;
-        if !cdev::is_offered(&device) || Group::is_open(&device) {
-            return Self::by_group(&device);
-        }
-        match Self::by_cdev(&device, None) {
-            // A user may have been given the group's file, and neither the device's nor iommufd's.
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                Self::by_group(&device).map_err(|_| error)
-            }
-            other => other,
-        }
+    /// Other ways to open a device: forced, beside another one, with a VF token, without an IOMMU.
+    pub fn options<'a>() -> VfioOptions<'a> {
+        VfioOptions::default()
     }
 
     /// Opens the device by its IOMMU group (`/dev/vfio/N`), whatever else the kernel offers.
@@ -77,38 +70,66 @@ impl Vfio {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_by_group(address: PciAddress) -> Result<Self> {
-        Self::by_group(&bound(&Sysfs::default(), address)?)
+        Self::options().by_group().open(address)
     }
 
     /// Opens the device by a file of its own (`/dev/vfio/devices/vfioN`) and iommufd.
     ///
     /// # Errors
-    /// As [`open`](Self::open); `Unsupported` where the kernel offers none.
+    /// As [`open`](Self::open); `Unsupported` where the kernel offers none; `NotFound` where it has no
+    /// iommufd.
     pub fn open_by_cdev(address: PciAddress) -> Result<Self> {
-        Self::by_cdev(&bound(&Sysfs::default(), address)?, None)
+        Self::options().by_cdev().open(address)
     }
 
-    /// Opens another device in the same address space: what is mapped for one, the other reaches, too.
+    /// Opens another device in the same address space, and the same way: what is mapped for one, the other
+    /// reaches, too. See [`VfioOptions::beside`].
     ///
     /// # Errors
-    /// As [`open_by_cdev`](Self::open_by_cdev); `Unsupported` where this device is not opened by iommufd.
+    /// As [`VfioOptions::open`].
     pub fn open_beside(&self, address: PciAddress) -> Result<Self> {
-        let AddressSpace::Ioas(ioas) = &self.space else {
-            return Err(Error::new(ErrorKind::Unsupported, "open", address)
-                .because(format!("the address space of {} is not iommufd's", self.info.name)));
-        };
-        Self::by_cdev(&bound(&Sysfs::default(), address)?, Some(ioas.clone()))
+        Self::options().beside(self).open(address)
     }
 
-    fn by_group(device: &PciDevice) -> Result<Self> {
-        let group = Group::of(device)?;
-        let fd = group.device_fd(device)?;
-        Self::new(fd, Some(device), AddressSpace::Group(group))
+    /// Opens the device at `address`, which no IOMMU confines (Linux 4.5, a kernel with
+    /// CONFIG_VFIO_NOIOMMU): by a file of its own where the kernel makes one for such devices (Linux 7.3),
+    /// else by its group (`/dev/vfio/noiommu-N`).
+    ///
+    /// Registers, interrupts and resets work as ever. For DMA the device is given physical addresses: by a
+    /// file of its own, memory that is mapped for DMA is pinned, and
+    /// [`DmaMapping::iova`](crate::device::DmaMapping::iova) is where it physically is. It has to be
+    /// contiguous for that: a buffer of one page is, and one of huge pages. By its group, VFIO neither pins
+    /// memory nor tells where it is: `Device::dma` answers `Unsupported`.
+    ///
+    /// # Errors
+    /// `Unsupported` where an IOMMU confines the device after all, or the kernel has no such mode;
+    /// `NotBound` where the mode was off when the device was bound; `PermissionDenied` without
+    /// CAP_SYS_RAWIO; as [`open`](Self::open) besides.
+    ///
+    /// # Safety
+    /// The device can read and write all of the machine's memory, and raise interrupts by that. Whatever
+    /// this process, safe code included, makes it do is answered for by the caller. In particular it is
+    /// told of no addresses but those of live mappings for DMA, and it is made to stop, by a reset or by
+    /// bus mastering, before a mapping that it was told of is dropped.
+    pub unsafe fn open_noiommu(address: PciAddress) -> Result<Self> {
+        Self::options().open_unconfined(address)
     }
 
-    fn by_cdev(device: &PciDevice, beside: Option<Arc<Ioas>>) -> Result<Self> {
-        let (fd, ioas) = cdev::open_device(device, beside)?;
-        Self::new(fd, Some(device), AddressSpace::Ioas(ioas))
+    /// Sets the token that whoever opens a virtual function of this device must give, and this device
+    /// anew while one is open (Linux 5.7). It holds until it is set again. Nobody can read it.
+    ///
+    /// # Errors
+    /// `Unsupported` where this is no physical function of an SR-IOV device.
+    pub fn set_vf_token(&self, token: VfToken) -> Result<()> {
+        vfio_feature::set_vf_token(self.device.as_fd(), token.0).map_err(|errno| {
+            let error = Error::os(errno, "set the VF token of", &self.info.name);
+            match errno {
+                Errno::ENOTTY => error.because(
+                    "it is no physical function of an SR-IOV device, or its driver keeps none",
+                ),
+                _ => error,
+            }
+        })
     }
 
     /// Takes over a device file that somebody else has opened, such as a parent that passed it on.
@@ -126,7 +147,11 @@ impl Vfio {
         Self::new(fd, device.as_ref(), AddressSpace::Elsewhere)
     }
 
-    fn new(fd: OwnedFd, device: Option<&PciDevice>, space: AddressSpace) -> Result<Self> {
+    pub(super) fn new(
+        fd: OwnedFd,
+        device: Option<&PciDevice>,
+        space: AddressSpace,
+    ) -> Result<Self> {
         let name = match device {
             Some(device) => device.address().to_string(),
             None => format!("the device of file descriptor {}", fd.as_raw_fd()),
@@ -157,7 +182,16 @@ impl Vfio {
             space,
             mapped: Mutex::default(),
             most: AtomicUsize::new(usize::MAX),
+            _open: device.map(|device| OpenHere::note(device.address())),
         })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.info.name
+    }
+
+    pub(super) fn address_space(&self) -> &AddressSpace {
+        &self.space
     }
 
     fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
@@ -209,22 +243,6 @@ impl Vfio {
     }
 }
 
-/// The device at `address`, which a VFIO driver holds; variant drivers (`mlx5_vfio_pci`, `nvgrace_gpu_vfio_pci`) do, too.
-fn bound(sysfs: &Sysfs, address: PciAddress) -> Result<PciDevice> {
-    let device = sysfs.device(address)?;
-    let driver = device.driver();
-    if driver.as_deref().is_some_and(|name| name.contains("vfio")) {
-        return Ok(device);
-    }
-    let reason = match driver {
-        Some(driver) => format!("it is bound to {driver}"),
-        None => "no driver is bound to it".to_owned(),
-    };
-    Err(Error::new(ErrorKind::NotBound, "open", address).because(reason).remedy(format!(
-        "bind it to vfio-pci: PciDevice::bind_vfio_pci, or driverctl set-override {address} vfio-pci"
-    )))
-}
-
 /// `None` where the index is vacant, which the kernel tells by EINVAL or a size of zero.
 fn read_region(fd: &OwnedFd, index: u32, name: &str) -> Result<Option<Region>> {
     match vfio::region_info(fd.as_fd(), index) {
@@ -274,7 +292,7 @@ impl Transport for Vfio {
     }
 
     fn reset(&self) -> Result<()> {
-        vfio::reset(self.device.as_fd()).map_err(|errno| {
+        vfio_reset::reset(self.device.as_fd()).map_err(|errno| {
             let error = Error::os(errno, "reset", &self.info.name);
             match errno {
                 Errno::EINVAL | Errno::ENOTTY => error
@@ -283,6 +301,49 @@ impl Transport for Vfio {
                 _ => error,
             }
         })
+    }
+
+    fn affected_by_hot_reset(&self) -> Result<Vec<AffectedDevice>> {
+        hot_reset::affected(self.device.as_fd(), &self.info.name)
+    }
+
+    fn hot_reset(&self, others: &[&dyn Transport]) -> Result<()> {
+        let others: Vec<_> = others.iter().map(|other| other.info().name).collect();
+        let by_group = match self.space {
+            AddressSpace::Group(_) => true,
+            AddressSpace::Ioas(_) => false,
+            AddressSpace::Elsewhere => {
+                return Err(Error::new(ErrorKind::Unsupported, "hot reset", &self.info.name)
+                    .because("its file came from elsewhere, and its group is not known to be ours")
+                    .remedy("reset it where it was opened"));
+            }
+        };
+        hot_reset::perform(self.device.as_fd(), &self.info.name, &others, by_group)
+    }
+
+    fn enter_low_power(&self, wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
+        let device = self.device.as_fd();
+        match wakeup {
+            None => vfio_feature::enter_low_power(device),
+            Some(eventfd) => vfio_feature::enter_low_power_until_woken(device, eventfd),
+        }
+        .map_err(|errno| {
+            let error = Error::os(errno, "save the power of", &self.info.name);
+            match errno {
+                Errno::ENOTTY => error.because(
+                    "the kernel does not offer that, or its driver does not (vfio-pci, Linux 6.1)",
+                ),
+                Errno::EINVAL => {
+                    error.into_kind(ErrorKind::InUse).because("it is in low power already")
+                }
+                _ => error,
+            }
+        })
+    }
+
+    fn exit_low_power(&self) -> Result<()> {
+        vfio_feature::exit_low_power(self.device.as_fd())
+            .map_err(|errno| Error::os(errno, "wake", &self.info.name))
     }
 
     fn irq(&self, index: u32) -> Result<IrqInfo> {
@@ -325,6 +386,10 @@ impl Transport for Vfio {
         Ok(())
     }
 
+    fn dma_address(&self, iova: u64, size: u64) -> Result<u64> {
+        self.space.device_address(iova, size)
+    }
+
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
         self.space.unmap(iova, size, &self.info.name)?;
         self.mapped().remove(&iova);
@@ -335,56 +400,5 @@ impl Transport for Vfio {
 impl fmt::Debug for Vfio {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Vfio({})", self.info.name)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-    use std::path::{Path, PathBuf};
-
-    use super::*;
-
-    /// A copy of what sysfs shows of one device.
-    struct Tree(PathBuf);
-
-    impl Tree {
-        fn new(driver: Option<&str>) -> Self {
-            let name = format!("vfio-remap-{}-{}", std::process::id(), driver.unwrap_or("none"));
-            let root = std::env::temp_dir().join(name);
-            let device = root.join("bus/pci/devices/0000:00:03.0");
-            std::fs::create_dir_all(&device).unwrap();
-            if let Some(driver) = driver {
-                symlink(Path::new("../../drivers").join(driver), device.join("driver")).unwrap();
-            }
-            Self(root)
-        }
-
-        fn open(&self) -> Error {
-            let address = "0000:00:03.0".parse().unwrap();
-            Vfio::open_in(&Sysfs::at(&self.0), address).unwrap_err()
-        }
-    }
-
-    impl Drop for Tree {
-        fn drop(&mut self) {
-            std::fs::remove_dir_all(&self.0).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_device_without_an_iommu_is_refused_with_what_switches_one_on() {
-        let error = Tree::new(Some("vfio-pci")).open();
-        assert_eq!(error.kind(), ErrorKind::NoIommu);
-        assert!(error.to_string().contains("intel_iommu=on"), "{error}");
-    }
-
-    #[test]
-    fn a_device_of_another_driver_or_none_is_refused_by_name() {
-        let error = Tree::new(Some("nvme")).open();
-        assert_eq!(error.kind(), ErrorKind::NotBound);
-        assert!(error.to_string().contains("bound to nvme"), "{error}");
-        let error = Tree::new(None).open();
-        assert!(error.to_string().contains("no driver"), "{error}");
     }
 }

@@ -1,0 +1,131 @@
+//! The token by which the driver of an SR-IOV physical function lets others open its virtual
+//! functions (Linux 5.7).
+
+use std::fmt;
+use std::str::FromStr;
+
+use nix::errno::Errno;
+
+use super::PciDevice;
+use crate::error::{Error, ErrorKind};
+
+/// A VF token: a UUID that whoever has the physical function shares with whom it trusts with the
+/// virtual ones, as 16 bytes in the order in which it is written.
+///
+/// ```
+/// use vfio_remap::transport::VfToken;
+/// let token: VfToken = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3".parse()?;
+/// assert_eq!(token.to_string(), "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3");
+/// # Ok::<(), vfio_remap::Error>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct VfToken(pub [u8; 16]);
+
+/// Where a written UUID has its hyphens (RFC 9562 §4).
+const HYPHENS: [usize; 4] = [8, 13, 18, 23];
+
+impl FromStr for VfToken {
+    type Err = Error;
+
+    /// A UUID as it is written: 32 hexadecimal digits in five groups.
+    fn from_str(text: &str) -> Result<Self, Error> {
+        parse(text).ok_or_else(|| {
+            Error::new(ErrorKind::Malformed, "read", format!("the VF token {text:?}"))
+                .because("it is no UUID")
+                .remedy("write it like bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3; uuidgen makes one")
+        })
+    }
+}
+
+fn parse(text: &str) -> Option<VfToken> {
+    if text.len() != 36 || HYPHENS.iter().any(|&at| text.as_bytes()[at] != b'-') {
+        return None;
+    }
+    let digits: String = text.split('-').collect();
+    // A hyphen elsewhere, a sign, or what is no ASCII.
+    if digits.len() != 32 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        return None;
+    }
+    Some(VfToken(u128::from_str_radix(&digits, 16).ok()?.to_be_bytes()))
+}
+
+impl fmt::Display for VfToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, byte) in self.0.iter().enumerate() {
+            let hyphen = if matches!(index, 4 | 6 | 8 | 10) { "-" } else { "" };
+            write!(f, "{hyphen}{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A token is a secret: logs do not get it.
+impl fmt::Debug for VfToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("VfToken(..)")
+    }
+}
+
+/// Whether the device takes a token: a physical function, or a virtual one whose physical one VFIO has.
+pub(super) fn is_taken(device: &PciDevice) -> bool {
+    match device.physical_function() {
+        Some(physical) => physical.driver().is_some_and(|driver| driver.contains("vfio")),
+        None => device.path().join("sriov_totalvfs").exists(),
+    }
+}
+
+/// What EACCES and EINVAL mean where a device is opened with a token or without one; `None` for what
+/// is about something else.
+pub(super) fn refused(errno: Errno, device: &PciDevice, token: Option<VfToken>) -> Option<Error> {
+    let (reason, remedy) = match (errno, token) {
+        (Errno::EACCES, None) => (
+            "it is a function of an SR-IOV device whose other functions VFIO has, too: it wants \
+             their VF token",
+            "open it with the token that the driver of the physical function has set: \
+             VfioOptions::vf_token",
+        ),
+        (Errno::EACCES, Some(_)) => (
+            "the VF token is not the one that the driver of the physical function has set",
+            "ask that driver for it; Vfio::set_vf_token sets it",
+        ),
+        (Errno::EINVAL, Some(_)) => (
+            "it takes no VF token: it is no function of an SR-IOV device whose physical function is \
+             bound to vfio-pci",
+            "open it without one",
+        ),
+        _ => return None,
+    };
+    Some(
+        Error::os(errno, "open", device.address())
+            .into_kind(ErrorKind::VfToken)
+            .because(reason)
+            .remedy(remedy),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_read_as_it_is_written_and_nothing_else_is_one() {
+        let text = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+        let token: VfToken = text.parse().unwrap();
+        assert_eq!((token.0[0], token.0[15], token.to_string()), (0xbd, 0xf3, text.to_owned()));
+        assert_eq!(text.to_uppercase().parse::<VfToken>().unwrap(), token);
+        assert_eq!(format!("{token:?}"), "VfToken(..)");
+        for bad in [
+            "",
+            "bd8d9d2b5a5f4f5aa211f591514ba1f3",
+            "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f",
+            "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f33",
+            "bd8d9d2b-5a5f-4f5a-a211-+591514ba1f3",
+            "bd8d9d2b-5a5f-4f5a-a211-f59151-ba1f3",
+            "bd8d9d2b-5a5f-4f5a-a211-f591514bé1f3",
+            "éd8d9d2b-5a5f-4f5a-a211-f591514ba1f3",
+        ] {
+            let error = bad.parse::<VfToken>().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Malformed, "{bad}");
+        }
+    }
+}
