@@ -1,5 +1,6 @@
 //! What needs a kernel with VFIO and real devices: run by `cargo lab test` in its guests.
 
+mod address_spaces;
 mod bad_input;
 mod binding;
 mod dma;
@@ -14,13 +15,17 @@ mod hole;
 mod lab;
 #[path = "../support/leftovers.rs"]
 mod leftovers;
+mod low_power;
 mod machine;
+mod noiommu;
 #[path = "../support/reach.rs"]
 mod reach;
 mod remap;
 mod removal;
+mod reset;
 mod revocation;
 mod scale;
+mod sriov;
 
 use vfio_remap::Device;
 

@@ -34,13 +34,22 @@ pub struct Edu {
 
 impl Edu {
     pub fn new(device: Device, interrupt: Interrupt) -> Result<Self> {
+        // The device has 28 address bits.
+        let buffer = BufferRequest::new(8192).placement(IovaPlacement::below_bits(28));
+        Self::with_buffer(device, interrupt, buffer)
+    }
+
+    /// With a buffer of 8192 bytes that is asked for so.
+    pub fn with_buffer(
+        device: Device,
+        interrupt: Interrupt,
+        buffer: BufferRequest,
+    ) -> Result<Self> {
         if let Ok(config) = device.config() {
             config.set_memory_decoding(true)?;
             config.set_bus_mastering(true)?;
         }
-        // The device has 28 address bits.
-        let request = BufferRequest::new(8192).placement(IovaPlacement::below_bits(28));
-        let buffer = device.dma()?.buffer_with(request)?;
+        let buffer = device.dma()?.buffer_with(buffer)?;
         let vectors = device.vectors(interrupt, 1)?;
         Ok(Self { device, buffer, vectors })
     }

@@ -1,0 +1,121 @@
+//! Several devices in one address space, and the ways to get there.
+
+use std::sync::Arc;
+
+use vfio_remap::device::{BufferRequest, Interrupt, Iova, IovaPlacement};
+use vfio_remap::transport::{Vfio, VfioOptions};
+use vfio_remap::{Device, ErrorKind};
+
+use crate::edu_driver::Edu;
+use crate::{lab, leftovers};
+
+fn ways() -> Vec<VfioOptions<'static>> {
+    let mut ways = vec![Vfio::options().by_group()];
+    if lab::kernel() == "patched" {
+        ways.push(Vfio::options().by_cdev());
+    }
+    ways
+}
+
+#[test]
+fn devices_of_several_groups_share_an_address_space_until_each_is_closed() {
+    for way in ways() {
+        leftovers::none_of(|| {
+            let igb = way.open(lab::address("igb")).unwrap();
+            let edu = igb.open_beside(lab::address("edu")).unwrap();
+            let nvme = way.beside(&edu).open(lab::address("nvme")).unwrap();
+            let [igb, edu, nvme] = [igb, edu, nvme].map(|vfio| Device::new(Arc::new(vfio)));
+            // What one has mapped is taken for the others, and edu reaches it.
+            let at = |iova| BufferRequest::new(8192).placement(IovaPlacement::At(Iova(iova)));
+            let theirs = igb.dma().unwrap().buffer_with(at(0x10_0000)).unwrap();
+            for other in [&edu, &nvme] {
+                let error = other.dma().unwrap().buffer_with(at(0x10_0000)).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
+            }
+            theirs.write(0, b"written by the processor");
+            let edu = Edu::new(edu, Interrupt::Msi).unwrap();
+            assert_ne!(edu.buffer.iova(), theirs.iova());
+            edu.transfer(theirs.iova().0, 0x4_0000, 4096, 0).unwrap();
+            edu.transfer(0x4_0000, theirs.iova().0 + 4096, 4096, 2).unwrap();
+            let mut copy = [0; 24];
+            theirs.read(4096, &mut copy);
+            assert_eq!(&copy, b"written by the processor");
+            // One leaves; for the others nothing changes. It comes back, and finds what they have mapped.
+            nvme.close().unwrap();
+            edu.there_and_back(0, 4096, 4096).unwrap();
+            edu.close().unwrap();
+            drop(theirs);
+            igb.close().unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_device_that_has_an_address_space_of_its_own_is_not_taken_into_another() {
+    let (edu, igb) = (lab::address("edu"), lab::address("igb"));
+    leftovers::none_of(|| {
+        let alone = Vfio::open_by_group(edu).unwrap();
+        let other = Vfio::open_by_group(igb).unwrap();
+        let error = other.open_beside(edu).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+        assert!(error.to_string().contains("an address space of its own"), "{error}");
+        drop(alone);
+        drop(other.open_beside(edu).unwrap());
+        let error = Vfio::options().by_cdev().beside(&other).open(edu).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        assert!(error.to_string().contains("opened by its group"), "{error}");
+    });
+    if lab::kernel() == "patched" {
+        leftovers::none_of(|| {
+            let other = Vfio::open_by_cdev(igb).unwrap();
+            let error = Vfio::options().by_group().beside(&other).open(edu).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            assert!(error.to_string().contains("opened by iommufd"), "{error}");
+        });
+    }
+}
+
+#[test]
+fn a_file_of_its_own_is_taken_where_there_is_one_and_a_group_else() {
+    let edu = lab::address("edu");
+    let held = |what: &str| {
+        let files = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        files
+            .filter_map(|file| std::fs::read_link(file.path()).ok())
+            .any(|file| file.starts_with(what))
+    };
+    let by_cdev = lab::kernel() == "patched";
+    leftovers::none_of(|| {
+        let device = Vfio::open(edu).unwrap();
+        assert_eq!((held("/dev/iommu"), held("/dev/vfio/vfio")), (by_cdev, !by_cdev));
+        // What is open by its group is opened by that once more.
+        drop(device);
+        let first = Vfio::open_by_group(edu).unwrap();
+        let second = Vfio::open(edu).unwrap();
+        assert!(held("/dev/vfio/vfio") && !held("/dev/iommu"));
+        drop((first, second));
+    });
+    if !by_cdev {
+        return;
+    }
+    // Without iommufd it is the group again, and who insists is told what is missing.
+    std::fs::rename("/dev/iommu", "/dev/iommu.away").unwrap();
+    let (either, forced) =
+        leftovers::none_of(|| (Vfio::open(edu).map(drop), Vfio::open_by_cdev(edu).map(drop)));
+    std::fs::rename("/dev/iommu.away", "/dev/iommu").unwrap();
+    either.unwrap();
+    let error = forced.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    for words in ["/dev/iommu", "modprobe iommufd", "by its group"] {
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    // A device that somebody has open by a file of its own.
+    leftovers::none_of(|| {
+        let _first = Vfio::open_by_cdev(edu).unwrap();
+        let error = Vfio::open_by_cdev(edu).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+        assert!(error.to_string().contains("fuser"), "{error}");
+        let error = Vfio::open_by_group(edu).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+    });
+}

@@ -1,0 +1,100 @@
+//! Virtual functions, and the token that opens them.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use vfio_remap::transport::{VfToken, Vfio, VfioOptions};
+use vfio_remap::{Device, Error, ErrorKind, PciAddress};
+
+use crate::{lab, leftovers};
+
+const SWITCH: &str = "/sys/module/vfio_pci/parameters/enable_sriov";
+const TOKEN: VfToken = VfToken(*b"vfio-remap guest");
+const ANOTHER: VfToken = VfToken(*b"another token...");
+
+/// The virtual functions of igb, which vfio-pci takes as soon as they are there.
+struct Functions(PathBuf);
+
+impl Functions {
+    fn new(count: usize) -> Self {
+        fs::write(SWITCH, "Y").unwrap();
+        let device = PathBuf::from(format!("/sys/bus/pci/devices/{}", lab::address("igb")));
+        fs::write(device.join("sriov_numvfs"), count.to_string()).unwrap();
+        Self(device)
+    }
+
+    fn address(&self, index: usize) -> PciAddress {
+        let target = fs::read_link(self.0.join(format!("virtfn{index}"))).unwrap();
+        target.file_name().unwrap().to_str().unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Functions {
+    fn drop(&mut self) {
+        fs::write(self.0.join("sriov_numvfs"), "0").unwrap();
+        fs::write(SWITCH, "N").unwrap();
+    }
+}
+
+/// The ways to open a device on this kernel.
+fn ways() -> Vec<VfioOptions<'static>> {
+    let mut ways = vec![Vfio::options().by_group(), Vfio::options()];
+    if lab::kernel() == "patched" {
+        ways.push(Vfio::options().by_cdev());
+    }
+    ways
+}
+
+#[test]
+fn a_virtual_function_opens_with_the_token_of_its_physical_one_and_with_no_other() {
+    let functions = Functions::new(2);
+    let igb = lab::address("igb");
+    let function = functions.address(1);
+    for way in ways() {
+        leftovers::none_of(|| {
+            let refused = |result: Result<Vfio, Error>, words: &str| {
+                let error = result.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::VfToken, "{error}");
+                assert_eq!(error.errno(), Some(libc::EACCES), "{error}");
+                assert!(error.to_string().contains(words), "{error}");
+                assert!(!error.advice().is_empty());
+            };
+            refused(way.open(function), "VfioOptions::vf_token");
+            refused(way.vf_token(ANOTHER).open(function), "not the one");
+            let physical = way.open(igb).unwrap();
+            physical.set_vf_token(TOKEN).unwrap();
+            refused(way.open(function), "VfioOptions::vf_token");
+            refused(way.vf_token(ANOTHER).open(function), "not the one");
+            let virtual_function = Arc::new(way.vf_token(TOKEN).open(function).unwrap());
+            let device = Device::new(virtual_function);
+            assert!(device.bar(0).unwrap().size() > 0);
+            // While it is open, the physical one wants the token, too.
+            drop(physical);
+            refused(way.open(igb), "VfioOptions::vf_token");
+            drop(way.vf_token(TOKEN).open(igb).unwrap());
+            device.close().unwrap();
+            // Now it sets it.
+            drop(way.vf_token(ANOTHER).open(igb).unwrap());
+            refused(way.vf_token(TOKEN).open(function), "not the one");
+            drop(way.vf_token(ANOTHER).open(function).unwrap());
+        });
+    }
+}
+
+#[test]
+fn a_token_for_a_device_that_takes_none_is_refused_with_what_to_do() {
+    let edu = lab::address("edu");
+    for way in ways() {
+        leftovers::none_of(|| {
+            let error = way.vf_token(TOKEN).open(edu).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::VfToken, "{error}");
+            assert!(error.to_string().contains("takes no VF token"), "{error}");
+            assert!(error.to_string().contains("open it without one"), "{error}");
+            let vfio = way.open(edu).unwrap();
+            let error = vfio.set_vf_token(TOKEN).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            assert!(error.to_string().contains("no physical function"), "{error}");
+        });
+    }
+}
