@@ -1,8 +1,9 @@
 //! What goes wrong says what, on which object, why, and what to do; and leaves nothing behind.
 
+use vfio_remap::transport::Vfio;
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Placement, Reservation};
 
-use crate::{lab, leftovers};
+use crate::{lab, leftovers, noiommu_mode};
 
 /// Runs `f`, which must fail with `kind` and mention `words`, and leave nothing behind.
 fn refused<T: std::fmt::Debug>(
@@ -166,4 +167,20 @@ fn the_limit_on_mappings_is_named_and_leaves_every_window_as_it_was() {
     assert_eq!(window.register::<u32>(0).unwrap().read(), lab::EDU_ID);
     drop((duplicates, window));
     device.close().unwrap();
+}
+
+#[test]
+fn without_iommu_a_kernel_without_the_mode_or_a_device_not_in_it_is_refused_with_what_is_missing() {
+    let refused =
+        |kind, words: &[&str]| refused(kind, words, || noiommu_mode::open(Vfio::options()));
+    if lab::kernel() != "patched" {
+        refused(ErrorKind::Unsupported, &["CONFIG_VFIO_NOIOMMU", "switch on the IOMMU"]);
+        return;
+    }
+    refused(ErrorKind::NotBound, &["mode is off", "echo Y", noiommu_mode::SWITCH]);
+    let error = lab::sysfs("edu").bind_vfio_pci().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoIommu, "{error}");
+    std::fs::write(noiommu_mode::SWITCH, "Y").unwrap();
+    refused(ErrorKind::NotBound, &["bind it to vfio-pci"]);
+    std::fs::write(noiommu_mode::SWITCH, "N").unwrap();
 }

@@ -45,9 +45,10 @@ fn a_sleeping_device_is_reached_through_the_kernel_only_until_it_is_woken() {
         let device = lab::open("e1000e");
         let window = lab::map_all(&device, 0);
         let at = window.addresses().start + STATUS as usize;
+        let register = window.register::<u32>(STATUS as usize).unwrap();
         if is_offered(&device) {
             for _ in 0..3 {
-                let awake = reach::load(at).unwrap();
+                let awake = register.read();
                 assert_ne!(awake, 0);
                 let low_power = device.low_power().unwrap();
                 becomes(&device, "suspended");
@@ -61,12 +62,12 @@ fn a_sleeping_device_is_reached_through_the_kernel_only_until_it_is_woken() {
                 let error = device.low_power().unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
                 low_power.wake().unwrap();
-                assert_eq!(reach::load(at), Some(awake));
+                assert_eq!(register.read(), awake);
             }
             drop(device.low_power().unwrap());
             assert!(reach::load(at).is_some());
         }
-        drop(window);
+        drop((register, window));
         device.close().unwrap();
     });
 }

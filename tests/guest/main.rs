@@ -17,7 +17,7 @@ mod lab;
 mod leftovers;
 mod low_power;
 mod machine;
-mod noiommu;
+mod noiommu_mode;
 #[path = "../support/reach.rs"]
 mod reach;
 mod remap;

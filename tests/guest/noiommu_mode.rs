@@ -1,7 +1,7 @@
-//! A machine without an IOMMU, and VFIO's mode for that: on `patched` with it, on `newest` without.
+//! VFIO's mode for machines without an IOMMU: `patched` has it.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,19 +12,15 @@ use vfio_remap::{Device, Error, ErrorKind};
 use crate::edu_driver::Edu;
 use crate::{lab, leftovers};
 
-const SWITCH: &str = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode";
+pub const SWITCH: &str = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode";
 
-/// The mode is on, and edu bound in it, as long as this lives. `None` where the kernel has no such mode.
+/// The mode is on, and edu bound in it, as long as this lives.
 struct Mode(Option<Binding>);
 
 impl Mode {
-    fn enter() -> Option<Self> {
-        if !Path::new(SWITCH).exists() {
-            assert_ne!(lab::kernel(), "patched");
-            return None;
-        }
+    fn enter() -> Self {
         fs::write(SWITCH, "Y").unwrap();
-        Some(Self(Some(lab::sysfs("edu").bind_vfio_pci().unwrap())))
+        Self(Some(lab::sysfs("edu").bind_vfio_pci().unwrap()))
     }
 }
 
@@ -35,7 +31,7 @@ impl Drop for Mode {
     }
 }
 
-fn open(options: VfioOptions<'_>) -> Result<Vfio, Error> {
+pub fn open(options: VfioOptions<'_>) -> Result<Vfio, Error> {
     // SAFETY: the tests tell edu of no addresses but those of live mappings, and wait until it has done
     // what it was told.
     unsafe { options.open_noiommu(lab::address("edu")) }
@@ -46,29 +42,8 @@ fn device(options: VfioOptions<'_>) -> Device {
 }
 
 #[test]
-fn without_iommu_a_kernel_without_the_mode_or_a_device_not_in_it_is_refused_with_what_is_missing() {
-    let refused = |kind, words: &[&str]| {
-        let error = leftovers::none_of(|| open(Vfio::options()).unwrap_err());
-        assert_eq!(error.kind(), kind, "{error}");
-        for word in words {
-            assert!(error.to_string().contains(word), "{error} does not say {word}");
-        }
-    };
-    if !Path::new(SWITCH).exists() {
-        refused(ErrorKind::Unsupported, &["CONFIG_VFIO_NOIOMMU", "switch on the IOMMU"]);
-        return;
-    }
-    refused(ErrorKind::NotBound, &["mode is off", "echo Y", SWITCH]);
-    let error = lab::sysfs("edu").bind_vfio_pci().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::NoIommu, "{error}");
-    fs::write(SWITCH, "Y").unwrap();
-    refused(ErrorKind::NotBound, &["bind it to vfio-pci"]);
-    fs::write(SWITCH, "N").unwrap();
-}
-
-#[test]
 fn without_iommu_safe_code_does_not_get_the_device() {
-    let Some(_mode) = Mode::enter() else { return };
+    let _mode = Mode::enter();
     let edu = lab::address("edu");
     leftovers::none_of(|| {
         for way in [Vfio::options(), Vfio::options().by_group(), Vfio::options().by_cdev()] {
@@ -83,7 +58,7 @@ fn without_iommu_safe_code_does_not_get_the_device() {
 
 #[test]
 fn without_iommu_edu_works_by_its_group_with_interrupts_and_without_dma() {
-    let Some(_mode) = Mode::enter() else { return };
+    let _mode = Mode::enter();
     for interrupt in [Interrupt::Intx, Interrupt::Msi] {
         leftovers::none_of(|| {
             let edu = device(Vfio::options().by_group());
@@ -134,7 +109,7 @@ impl Drop for HugePages {
 
 #[test]
 fn without_iommu_edu_does_dma_by_physical_addresses_through_a_file_of_its_own() {
-    let Some(_mode) = Mode::enter() else { return };
+    let _mode = Mode::enter();
     let _pages = HugePages::new();
     // It is the way that is taken unasked, too.
     for (way, interrupt) in
@@ -158,7 +133,7 @@ fn without_iommu_edu_does_dma_by_physical_addresses_through_a_file_of_its_own() 
 
 #[test]
 fn without_iommu_memory_is_where_it_is_and_a_wish_for_another_place_is_refused() {
-    let Some(_mode) = Mode::enter() else { return };
+    let _mode = Mode::enter();
     leftovers::none_of(|| {
         let edu = device(Vfio::options());
         let space: DmaSpace = edu.dma().unwrap();
@@ -193,7 +168,7 @@ fn without_iommu_memory_is_where_it_is_and_a_wish_for_another_place_is_refused()
 
 #[test]
 fn without_iommu_a_user_without_the_capability_is_refused() {
-    let Some(_mode) = Mode::enter() else { return };
+    let _mode = Mode::enter();
     let mut nodes: Vec<PathBuf> = vec!["/dev/vfio/vfio".into(), "/dev/iommu".into()];
     for directory in ["/dev/vfio", "/dev/vfio/devices"] {
         let entries = fs::read_dir(directory).unwrap().flatten().map(|entry| entry.path());
@@ -204,7 +179,7 @@ fn without_iommu_a_user_without_the_capability_is_refused() {
         use std::os::unix::fs::PermissionsExt;
         fs::set_permissions(node, fs::Permissions::from_mode(0o666)).unwrap();
     }
-    let status = lab::child("noiommu::is_not_capable", &[], Some(65534));
+    let status = lab::child("noiommu_mode::is_not_capable", &[], Some(65534));
     assert!(status.success(), "{status}");
 }
 
