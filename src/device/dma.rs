@@ -55,15 +55,15 @@ impl IovaPlacement {
         Self::Anywhere { alignment: 1, limit }
     }
 
-    /// Whether memory that is at `address`, and cannot be elsewhere, is where this wants it.
-    fn admits(self, address: Iova, size: u64) -> bool {
+    /// Whether memory that the device finds at `at`, and cannot elsewhere, is where this wants it.
+    fn admits(self, at: Iova, memory: &DmaMemory) -> bool {
         match self {
             Self::Anywhere { alignment, limit } => {
-                let last = address.0.checked_add(size - 1);
-                address.0.is_multiple_of(alignment) && last.is_some_and(|last| last <= limit)
+                let last = (memory.size() as u64).checked_sub(1).and_then(|n| at.checked_add(n));
+                at.0.is_multiple_of(alignment) && last.is_some_and(|last| last.0 <= limit)
             }
-            Self::At(wanted) => address == wanted,
-            Self::SameAsAddress => false,
+            Self::At(wanted) => at == wanted,
+            Self::SameAsAddress => at.0 == memory.address() as u64,
         }
     }
 }
@@ -176,8 +176,8 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Maps `memory` at `iova`: the address by which the device reaches it, which is the same where an
-    /// IOMMU translates, and where it must be as `placement` wants it.
+    /// Maps `memory` at `iova`: the address by which the device reaches it, which is the same where it is
+    /// translated, and else what `placement` is about.
     fn map(
         &self,
         iova: Iova,
@@ -188,7 +188,7 @@ impl Inner {
         let size = memory.size() as u64;
         self.transport.dma_map(iova.0, memory, access)?;
         let found = self.transport.dma_address(iova.0, size).map(Iova).and_then(|device| {
-            if device == iova || placement.admits(device, size) {
+            if self.limits.translated || placement.admits(device, memory) {
                 return Ok(device);
             }
             Err(Error::new(ErrorKind::OutOfRange, "map for DMA", format!("{size:#x} bytes"))
@@ -220,13 +220,17 @@ impl Inner {
                 .because(format!("the IOMMU maps pages of {page:#x} bytes"))
                 .remedy("map whole pages"));
         }
+        if let IovaPlacement::Anywhere { alignment, .. } = placement
+            && !alignment.is_power_of_two()
+        {
+            return Err(error(ErrorKind::Unaligned)
+                .because(format!("an alignment of {alignment:#x} is no power of two"))
+                .remedy("ask for 1, or a power of two"));
+        }
+        // Where nothing translates, the address is a key to the mapping and no more.
+        let placement = if self.limits.translated { placement } else { IovaPlacement::default() };
         let start = match placement {
             IovaPlacement::Anywhere { alignment, limit } => {
-                if !alignment.is_power_of_two() {
-                    return Err(error(ErrorKind::Unaligned)
-                        .because(format!("an alignment of {alignment:#x} is no power of two"))
-                        .remedy("ask for 1, or a power of two"));
-                }
                 let found = self.state().free.allocate(size, alignment.max(page), limit);
                 return found.map(Iova).ok_or_else(|| {
                     error(ErrorKind::OutOfRange)

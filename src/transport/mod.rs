@@ -185,8 +185,8 @@ pub trait Transport: Send + Sync + Debug {
     }
 
     /// The address by which the device reaches the `size` bytes that were mapped at `iova`: that same
-    /// address, which is the default, unless nothing translates the device's addresses. It is then that of
-    /// the memory, wherever that happens to be.
+    /// address, which is the default, unless nothing translates the device's addresses
+    /// ([`DmaLimits::translated`]). It is then that of the memory, wherever that happens to be.
     ///
     /// # Errors
     /// `Unsupported` where nothing translates them, and the memory is not contiguous.
@@ -215,12 +215,15 @@ pub struct DmaLimits {
     pub page_size: u64,
     /// How many more mappings can be made, where that is limited.
     pub mappings: Option<u32>,
+    /// Whether the device's addresses are translated, by an IOMMU or whatever stands for one. Where they
+    /// are not, mapped memory is reached where it is: see [`Transport::dma_address`].
+    pub translated: bool,
 }
 
 impl DmaLimits {
-    /// Mappings of `page_size` in `ranges`, as many as one likes.
+    /// Mappings of `page_size` in `ranges`, as many as one likes, translated.
     pub fn new(ranges: Vec<RangeInclusive<u64>>, page_size: u64) -> Self {
-        Self { ranges, page_size, mappings: None }
+        Self { ranges, page_size, mappings: None, translated: true }
     }
 }
 

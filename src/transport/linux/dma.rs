@@ -51,7 +51,8 @@ impl AddressSpace {
             }
             Self::Ioas(ioas) => {
                 let (ranges, alignment) = ioas.ranges().map_err(failed)?;
-                Ok(DmaLimits::new(ranges, alignment.max(sys::page_size() as u64)))
+                let limits = DmaLimits::new(ranges, alignment.max(sys::page_size() as u64));
+                Ok(DmaLimits { translated: ioas.confinement() == Confinement::Iommu, ..limits })
             }
             Self::Elsewhere => Err(elsewhere(name)),
         }
