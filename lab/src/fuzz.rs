@@ -175,7 +175,7 @@ impl Running {
             ui::error(&format!(
                 "{} has found something, see {log}:\n{}",
                 self.name,
-                tail(&said, 40)
+                finding(&said)
             ));
             return Ok(false);
         }
@@ -192,6 +192,16 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What a target says of a finding: how it began, without the stack, and where
+/// the input is.
+fn finding(said: &str) -> String {
+    let begins = |line: &&str| line.contains("panicked at") || line.contains("ERROR: ");
+    let first = said.lines().skip_while(|line| !begins(line)).take(3);
+    let input = said.lines().filter(|line| line.contains("Test unit written to"));
+    let lines: Vec<_> = first.chain(input).collect();
+    if lines.is_empty() { tail(said, 20) } else { lines.join("\n") }
 }
 
 /// How many runs libFuzzer says that it has made, and how many blocks they
@@ -223,5 +233,15 @@ mod tests {
                     Done 15000 runs in 6 second(s)\nstat::number_of_executed_units: 15000\n";
         assert_eq!(summary(said), Some((15000, 1434)));
         assert_eq!(summary("#7\tINITED cov: 844"), None);
+    }
+
+    #[test]
+    fn a_finding_is_told_without_the_stack() {
+        let said = "#7\tINITED\nthread 'main' panicked at lib.rs:1:\nmappings are left\nstack:\n \
+                    #0 raise\n #1 abort\nartifact_prefix='/x/'; Test unit written to /x/crash-1\n";
+        let told = finding(said);
+        assert!(told.contains("mappings are left") && told.ends_with("/x/crash-1"), "{told}");
+        assert!(!told.contains("abort"), "{told}");
+        assert_eq!(finding("killed"), "killed");
     }
 }
