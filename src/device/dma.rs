@@ -289,6 +289,7 @@ pub struct DmaMapping {
 impl DmaMapping {
     /// Where the device finds its first byte: a physical address where no IOMMU translates
     /// ([`Vfio::open_noiommu`](crate::transport::Vfio::open_noiommu)).
+    #[inline]
     pub fn iova(&self) -> Iova {
         self.iova
     }

@@ -161,11 +161,13 @@ impl DmaBuffer {
     }
 
     /// The size in bytes.
+    #[inline]
     pub fn size(&self) -> usize {
         self.size
     }
 
     /// Where the device finds its first byte.
+    #[inline]
     pub fn iova(&self) -> Iova {
         Iova(self.whole.mapping.iova().0 + self.offset as u64)
     }

@@ -3,6 +3,7 @@
 mod bar;
 mod config;
 mod dma;
+mod dma_array;
 mod dma_buffer;
 #[cfg(feature = "vm-memory")]
 mod dma_guest;
@@ -28,6 +29,7 @@ use crate::transport::{AffectedDevice, DeviceInfo, PciAddress, RegionInfo, Trans
 pub use bar::Bar;
 pub use config::Config;
 pub use dma::{DmaMapping, DmaSpace, IovaPlacement};
+pub use dma_array::DmaArray;
 pub use dma_buffer::{BufferRequest, DmaBuffer};
 #[cfg(feature = "vm-memory")]
 pub use dma_guest::GuestMapping;

@@ -53,6 +53,43 @@ impl Emulated {
     /// `Os` where the kernel has no memory or thread to give; `OutOfRange` where the model's regions
     /// have mapped parts that leave them.
     pub fn new(model: impl Model + 'static) -> Result<Self> {
+        let core = Core::new(model)?;
+        let thread = thread::Builder::new().name(core.info.name.clone());
+        let thread = thread
+            .spawn({
+                let core = core.clone();
+                move || core.work()
+            })
+            .map_err(|error| Error::io(&error, "start a thread for", &core.info.name))?;
+        core.bus.set_worker(thread.thread().clone());
+        let worker = Arc::new(Worker { core: core.clone(), thread: Some(thread) });
+        Ok(Self { core, _worker: worker })
+    }
+
+    /// Brings a model to life, reset, without a thread: its work is done in [`poll`](Self::poll), when
+    /// the caller says so. For measurements and tests that want nothing to happen meanwhile.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn polled(model: impl Model + 'static) -> Result<Self> {
+        let core = Core::new(model)?;
+        let worker = Arc::new(Worker { core: core.clone(), thread: None });
+        Ok(Self { core, _worker: worker })
+    }
+
+    /// Has the model do what is to be done now, in this thread ([`Model::poll`]), whether or not it has
+    /// one of its own.
+    pub fn poll(&self) -> Activity {
+        self.core.model().poll(&self.core.bus)
+    }
+}
+
+fn check_areas(region: &RegionInfo) -> bool {
+    region.areas.iter().flatten().all(|area| area.start < area.end && area.end <= region.size)
+}
+
+impl Core {
+    fn new(model: impl Model + 'static) -> Result<Arc<Self>> {
         let shape = model.shape();
         let info = DeviceInfo {
             name: format!("emulated:{}", shape.name),
@@ -78,24 +115,9 @@ impl Emulated {
             stop: AtomicBool::new(false),
         });
         core.model().reset(&core.bus);
-        let thread = thread::Builder::new().name(core.info.name.clone());
-        let thread = thread
-            .spawn({
-                let core = core.clone();
-                move || core.work()
-            })
-            .map_err(|error| Error::io(&error, "start a thread for", &core.info.name))?;
-        core.bus.set_worker(thread.thread().clone());
-        let worker = Arc::new(Worker { core: core.clone(), thread: Some(thread) });
-        Ok(Self { core, _worker: worker })
+        Ok(core)
     }
-}
 
-fn check_areas(region: &RegionInfo) -> bool {
-    region.areas.iter().flatten().all(|area| area.start < area.end && area.end <= region.size)
-}
-
-impl Core {
     pub(super) fn model(&self) -> MutexGuard<'_, Box<dyn Model>> {
         self.model.lock().unwrap_or_else(PoisonError::into_inner)
     }

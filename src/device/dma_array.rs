@@ -1,0 +1,201 @@
+//! DMA memory as entries of words: rings, lists, descriptors.
+//!
+//! `unsafe` is here because an entry is reached by a raw pointer with a proof made once: when the array
+//! was made, all of its entries lay within a buffer and were aligned, and the buffer, which it owns,
+//! neither moves nor goes while the array lives.
+
+use std::fmt;
+use std::ptr::NonNull;
+
+use super::dma_buffer::DmaBuffer;
+use super::iova::Iova;
+use super::register_access::Width;
+
+/// A [`DmaBuffer`] as entries of `N` words of `T`: a ring of commands, a list of pages.
+///
+/// What [`DmaBuffer::store`] checks at each word is checked here once for an entry, which a driver's
+/// hot path notices: an entry of eight words is eight stores and one comparison. Words are
+/// little-endian.
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use vfio_remap::{Device, device::DmaArray, transport::{Edu, Emulated}};
+/// # let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
+/// let ring = DmaArray::<u64, 8>::new(device.dma()?.buffer(4096)?).expect("it is aligned");
+/// assert_eq!(ring.len(), 64);
+/// ring.store_entry(3, [1, 2, 3, 4, 5, 6, 7, 8]);
+/// assert_eq!(ring.load(3, 7), 8);
+/// # Ok::<(), vfio_remap::Error>(())
+/// ```
+pub struct DmaArray<T: Width, const N: usize> {
+    first: NonNull<T>,
+    len: usize,
+    buffer: DmaBuffer,
+}
+
+// SAFETY: as its buffer, it is reached by single accesses in assembly only, which may race.
+unsafe impl<T: Width, const N: usize> Send for DmaArray<T, N> {}
+// SAFETY: as above.
+unsafe impl<T: Width, const N: usize> Sync for DmaArray<T, N> {}
+
+impl<T: Width, const N: usize> DmaArray<T, N> {
+    const ENTRY: usize = {
+        assert!(N > 0, "an entry has a word at least");
+        N * size_of::<T>()
+    };
+
+    /// As many whole entries as the buffer has room for.
+    ///
+    /// # Errors
+    /// The buffer, where it does not begin at a multiple of a word's size, or is shorter than an entry.
+    pub fn new(buffer: DmaBuffer) -> std::result::Result<Self, DmaBuffer> {
+        let len = buffer.size() / Self::ENTRY;
+        match NonNull::new(buffer.as_ptr().cast::<T>()) {
+            Some(first) if first.is_aligned() && len > 0 => Ok(Self { first, len, buffer }),
+            _ => Err(buffer),
+        }
+    }
+
+    /// How many entries there are: one at least.
+    #[expect(clippy::len_without_is_empty, reason = "it never is")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Where the device finds an entry.
+    ///
+    /// # Panics
+    /// Where `index` is past the last, as slices do.
+    #[track_caller]
+    pub fn iova(&self, index: usize) -> Iova {
+        self.check(index);
+        Iova(self.buffer.iova().0 + (index * Self::ENTRY) as u64)
+    }
+
+    /// Reads a word of an entry, by one access; those that follow are made after it.
+    ///
+    /// # Panics
+    /// Where `index` or `word` is past the last, as slices do.
+    #[inline(always)]
+    #[track_caller]
+    pub fn load(&self, index: usize, word: usize) -> T {
+        // SAFETY: `at` points into the buffer, which is mapped while `self` lives.
+        unsafe { T::load(self.at(index, word).as_ptr()) }
+    }
+
+    /// Writes a word of an entry, by one access, in no order with others but those of
+    /// [`Register::write`](super::Register::write).
+    ///
+    /// # Panics
+    /// As [`load`](Self::load).
+    #[inline(always)]
+    #[track_caller]
+    pub fn store(&self, index: usize, word: usize, value: T) {
+        // SAFETY: `at` points into the buffer, which is mapped while `self` lives.
+        unsafe { T::store_relaxed(self.at(index, word).as_ptr(), value) }
+    }
+
+    /// Writes all words of an entry, each as [`store`](Self::store) does.
+    ///
+    /// # Panics
+    /// Where `index` is past the last, as slices do.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_entry(&self, index: usize, words: [T; N]) {
+        self.check(index);
+        for (word, value) in words.into_iter().enumerate() {
+            // SAFETY: the entry lies within the buffer, as just checked, and `word` is below `N`.
+            unsafe { T::store_relaxed(self.first.add(index * N + word).as_ptr(), value) }
+        }
+    }
+
+    /// Writes zero to all words of all entries.
+    pub fn clear(&self)
+    where
+        T: Default,
+    {
+        for index in 0..self.len {
+            self.store_entry(index, [T::default(); N]);
+        }
+    }
+
+    /// The buffer again.
+    pub fn into_buffer(self) -> DmaBuffer {
+        self.buffer
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn check(&self, index: usize) {
+        let len = self.len;
+        assert!(index < len, "entry {index} of {len}");
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn at(&self, index: usize, word: usize) -> NonNull<T> {
+        self.check(index);
+        assert!(word < N, "word {word} of {N}");
+        // SAFETY: `len` entries of `N` words lie within the buffer since `new`, and this is one of them;
+        // a buffer is smaller than `isize::MAX`, so nothing overflows.
+        unsafe { self.first.add(index * N + word) }
+    }
+}
+
+impl<T: Width, const N: usize> fmt::Debug for DmaArray<T, N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bits = 8 * size_of::<T>();
+        write!(f, "DmaArray({} × {N} × {bits} bits at {})", self.len, self.buffer.iova())
+    }
+}
+
+#[cfg(all(test, feature = "emulated"))]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::Device;
+    use crate::transport::{Edu, Emulated};
+
+    fn buffer() -> DmaBuffer {
+        let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
+        device.dma().unwrap().buffer(4096).unwrap()
+    }
+
+    #[test]
+    fn entries_lie_where_the_device_is_told() {
+        let buffer = buffer();
+        let start = buffer.iova().0;
+        let ring = DmaArray::<u32, 4>::new(buffer).unwrap();
+        assert_eq!((ring.len(), ring.iova(255).0), (256, start + 255 * 16));
+        ring.store_entry(1, [1, 2, 3, 0x0403_0201]);
+        ring.store(255, 3, 9);
+        assert_eq!((ring.load(1, 2), ring.load(255, 3)), (3, 9));
+        let buffer = ring.into_buffer();
+        assert_eq!(buffer.load::<u8>(16 + 12), 1, "the lowest byte comes first");
+        assert_eq!(buffer.load::<u32>(4092), 9);
+        let ring = DmaArray::<u32, 4>::new(buffer).unwrap();
+        ring.clear();
+        assert_eq!((ring.load(1, 3), ring.load(255, 3)), (0, 0));
+    }
+
+    #[test]
+    fn what_is_past_the_last_entry_or_word_is_not_reached() {
+        let ring = DmaArray::<u64, 8>::new(buffer()).unwrap();
+        let panics = |access: &dyn Fn()| {
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(access)).is_err()
+        };
+        assert!(panics(&|| ring.store(64, 0, 0)));
+        assert!(panics(&|| ring.store(63, 8, 0)));
+        assert!(panics(&|| _ = ring.load(usize::MAX, 0)));
+        assert!(panics(&|| ring.store_entry(64, [0; 8])));
+        assert!(panics(&|| _ = ring.iova(64)));
+    }
+
+    #[test]
+    fn a_part_that_is_not_aligned_or_too_short_comes_back() {
+        let (odd, rest) = buffer().split_at(4).unwrap();
+        assert_eq!(DmaArray::<u64, 1>::new(odd).unwrap_err().size(), 4, "too short");
+        assert_eq!(DmaArray::<u64, 1>::new(rest).unwrap_err().size(), 4092, "not aligned");
+    }
+}
