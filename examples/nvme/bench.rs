@@ -1,0 +1,244 @@
+//! `nvme bench`: random reads and writes by one or more threads.
+
+use std::sync::Barrier;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use vfio_remap::device::DmaBuffer;
+use vfio_remap::{Error, ErrorKind, Result};
+
+use crate::driver::{Done, IoQueue, Namespace, Settings};
+use crate::histogram::Latencies;
+use crate::options::{Bench, Options};
+use crate::session::Session;
+
+/// Of so many requests of a thread, the latency of one is taken.
+pub const SAMPLE: u64 = 64;
+
+/// What a thread has done.
+struct Tally {
+    operations: u64,
+    elapsed: Duration,
+    latencies: Latencies,
+}
+
+/// Measures, and prints what was measured.
+pub fn run(options: &Options, bench: &Bench) -> Result<()> {
+    let settings = Settings {
+        queues: bench.threads.max(1),
+        entries: u16::try_from(bench.depth + 1).unwrap_or(u16::MAX).max(64),
+        interrupts: bench.interrupts,
+        ..Settings::default()
+    };
+    let session = Session::open(&options.common, settings)?;
+    check(bench, &session)?;
+    let queues = (0..bench.threads.max(1)).map(|_| session.controller.queue());
+    let queues = queues.collect::<Result<Vec<_>>>()?;
+    if !options.common.json {
+        introduce(bench, &session, &queues);
+    }
+    let time = Duration::from_secs(bench.seconds.max(1));
+    let start = Barrier::new(queues.len());
+    let (namespace, start) = (session.namespace, &start);
+    let tallies = thread::scope(|scope| {
+        let threads = queues.into_iter().map(|queue| {
+            scope.spawn(move || Worker::new(queue, namespace, bench)?.run(time, start))
+        });
+        let threads: Vec<_> = threads.collect();
+        let joined = threads.into_iter().map(|thread| {
+            thread.join().unwrap_or_else(|_| {
+                Err(Error::new(ErrorKind::Os, "run", "a thread").because("it has panicked"))
+            })
+        });
+        joined.collect::<Result<Vec<Tally>>>()
+    })?;
+    report(options, bench, &tallies);
+    session.close()
+}
+
+fn check(bench: &Bench, session: &Session) -> Result<()> {
+    let Session { controller, namespace, .. } = session;
+    let refuse =
+        |kind, reason: String| Err(Error::new(kind, "measure", controller.name()).because(reason));
+    let size = bench.block_size;
+    if size == 0 || !size.is_multiple_of(namespace.block_size()) || size as u64 > namespace.size() {
+        let block = namespace.block_size();
+        return refuse(
+            ErrorKind::Unaligned,
+            format!("requests of {size} bytes are no whole number of its blocks of {block}"),
+        );
+    }
+    if size > controller.identity().max_transfer {
+        let most = controller.identity().max_transfer;
+        return refuse(ErrorKind::OutOfRange, format!("a request has {most} bytes at most"));
+    }
+    if bench.depth == 0 {
+        return refuse(ErrorKind::OutOfRange, "a depth of 0 measures nothing".to_owned());
+    }
+    Ok(())
+}
+
+fn introduce(bench: &Bench, session: &Session, queues: &[IoQueue]) {
+    let Bench { depth, block_size, read_percent, threads, seconds, .. } = bench;
+    println!(
+        "{}: {read_percent} % reads, {block_size} bytes at random places, {depth} at a time, \
+         {threads} threads, {seconds} s",
+        session.controller.name()
+    );
+    let (_, pairs) = session.controller.doorbells();
+    for queue in queues {
+        match queue.doorbell_range() {
+            Some(range) => println!(
+                "queue {}: doorbells at {:#x}..{:#x} of BAR 0, in a window of their own",
+                queue.id(),
+                range.start,
+                range.end
+            ),
+            None => println!("queue {}: its doorbells cannot be mapped", queue.id()),
+        }
+    }
+    if pairs > 1 {
+        println!("  (the page that such a window maps holds the doorbells of {pairs} pairs)");
+    }
+}
+
+fn report(options: &Options, bench: &Bench, tallies: &[Tally]) {
+    let operations: u64 = tallies.iter().map(|tally| tally.operations).sum();
+    let seconds = tallies.iter().map(|tally| tally.elapsed.as_secs_f64()).fold(0.0, f64::max);
+    let mut latencies = Latencies::new();
+    tallies.iter().for_each(|tally| latencies.add(&tally.latencies));
+    let iops = operations as f64 / seconds;
+    if options.common.json {
+        let completion = if bench.interrupts { "interrupts" } else { "polled" };
+        println!(
+            "{}",
+            json!({
+                "iops": iops, "depth": bench.depth, "block_size": bench.block_size,
+                "read_percent": bench.read_percent, "threads": tallies.len(),
+                "completion": completion, "seconds": seconds, "operations": operations,
+                "latency_ns": latencies.as_json(),
+            })
+        );
+        return;
+    }
+    let rate = iops * bench.block_size as f64 / 1e6;
+    println!("{operations} requests in {seconds:.2} s: {iops:.0} a second, {rate:.1} MB/s");
+    latencies.print();
+}
+
+/// One thread: a queue, and as many requests in it as the depth says.
+struct Worker {
+    queue: IoQueue,
+    namespace: Namespace,
+    /// Blocks of a request, and requests that the namespace has room for.
+    blocks: u64,
+    places: u64,
+    /// Of 2^32 random numbers, those below this read.
+    reads_below: u64,
+    random: u64,
+    submitted: u64,
+    /// When a request was submitted whose latency is taken; a request's tag is its place here.
+    since: Vec<Option<Instant>>,
+    buffers: Vec<DmaBuffer>,
+}
+
+impl Worker {
+    fn new(queue: IoQueue, namespace: Namespace, bench: &Bench) -> Result<Self> {
+        let depth = bench.depth.min(queue.depth());
+        // Each request's data begin at a page, so that as few pages as can be are listed.
+        let spacing = bench.block_size.next_multiple_of(4096);
+        let mut rest = queue.controller().buffer(depth * spacing)?;
+        let mut buffers = Vec::with_capacity(depth);
+        for _ in 1..depth {
+            let (buffer, after) = split(rest, spacing)?;
+            buffers.push(cut(buffer, bench.block_size)?);
+            rest = after;
+        }
+        buffers.push(cut(rest, bench.block_size)?);
+        let blocks = (bench.block_size >> namespace.block_shift) as u64;
+        Ok(Self {
+            // Different for each thread, the same in each run.
+            random: 0x9e37_79b9_7f4a_7c15 ^ u64::from(queue.id()) << 32,
+            queue,
+            namespace,
+            blocks,
+            places: namespace.blocks / blocks,
+            reads_below: (u64::from(bench.read_percent) << 32) / 100,
+            submitted: 0,
+            since: vec![None; depth],
+            buffers,
+        })
+    }
+
+    fn run(mut self, time: Duration, start: &Barrier) -> Result<Tally> {
+        let mut latencies = Latencies::new();
+        let mut operations = 0;
+        start.wait();
+        let start = Instant::now();
+        for (tag, buffer) in std::mem::take(&mut self.buffers).into_iter().enumerate() {
+            self.submit(tag as u64, buffer)?;
+        }
+        let mut now = start;
+        while now - start < time {
+            // What has come is taken, and as much submitted, before the controller is told.
+            let mut done = self.queue.wait();
+            while let Some(Done { tag, status, buffer, .. }) = done {
+                status.check("read or write", || format!("namespace {}", self.namespace.id))?;
+                operations += 1;
+                if let Some(since) = self.since[tag as usize].take() {
+                    now = Instant::now();
+                    latencies.record(now - since);
+                }
+                if let Some(buffer) = buffer {
+                    self.submit(tag, buffer)?;
+                }
+                done = self.queue.pop();
+            }
+        }
+        let elapsed = start.elapsed();
+        // Those that are still with the controller do not count.
+        while let Some(done) = self.queue.wait() {
+            drop(done);
+        }
+        Ok(Tally { operations, elapsed, latencies })
+    }
+
+    #[inline]
+    fn submit(&mut self, tag: u64, buffer: DmaBuffer) -> Result<()> {
+        let random = self.random();
+        // The high half chooses the place, the low half the kind.
+        let place = ((u128::from(random) * u128::from(self.places)) >> 64) as u64;
+        let block = place * self.blocks;
+        if self.submitted.is_multiple_of(SAMPLE) {
+            self.since[tag as usize] = Some(Instant::now());
+        }
+        self.submitted += 1;
+        if random & 0xffff_ffff < self.reads_below {
+            self.queue.read(&self.namespace, block, buffer, tag)?;
+        } else {
+            self.queue.write(&self.namespace, block, buffer, tag)?;
+        }
+        Ok(())
+    }
+
+    /// xorshift64* (Vigna 2014): three shifts and a product.
+    #[inline]
+    fn random(&mut self) -> u64 {
+        self.random ^= self.random >> 12;
+        self.random ^= self.random << 25;
+        self.random ^= self.random >> 27;
+        self.random.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+fn split(buffer: DmaBuffer, size: usize) -> Result<(DmaBuffer, DmaBuffer)> {
+    buffer.split_at(size).map_err(|buffer| {
+        Error::new(ErrorKind::OutOfRange, "split", format!("{buffer:?} at {size:#x}"))
+    })
+}
+
+/// The first `size` bytes of a buffer.
+fn cut(buffer: DmaBuffer, size: usize) -> Result<DmaBuffer> {
+    if buffer.size() == size { Ok(buffer) } else { Ok(split(buffer, size)?.0) }
+}

@@ -1,0 +1,90 @@
+//! A controller from whatever state it is in to ready (NVMe Base 1.4 §7.6.1), and back to quiet.
+
+use std::sync::Arc;
+
+use vfio_remap::{Device, Error, ErrorKind, Result};
+
+use super::admin::Admin;
+use super::registers::{Capabilities, Registers};
+
+/// Mass storage, non-volatile memory, NVMe (PCI code and ID assignment, class 01h).
+const CLASS: u32 = 0x01_0802;
+
+/// A device that is an NVMe controller. Dropped, it is left quiet: disabled, and without leave to start
+/// accesses of its own, so that whoever opens it next finds it as after power on.
+#[derive(Debug)]
+pub struct Hardware {
+    pub device: Arc<Device>,
+    pub registers: Registers,
+    pub capabilities: Capabilities,
+}
+
+impl Hardware {
+    /// Looks at a device without changing anything but its memory decoding.
+    pub fn find(device: Device) -> Result<Self> {
+        let config = device.config()?;
+        if config.vendor()? == u16::MAX {
+            return Err(Error::new(ErrorKind::Gone, "find", device.name())
+                .because("its vendor ID reads all ones"));
+        }
+        let class = config.read_u32(0x08)? >> 8;
+        if class != CLASS {
+            return Err(Error::new(ErrorKind::Unsupported, "drive", device.name()).because(
+                format!(
+                    "it is not an NVMe controller: its class is {class:#08x}, not {CLASS:#08x}"
+                ),
+            ));
+        }
+        config.set_memory_decoding(true)?;
+        let registers = Registers::new(&device)?;
+        let capabilities = registers.capabilities()?;
+        let hardware = Self { device: Arc::new(device), registers, capabilities };
+        let name = hardware.device.name();
+        if !capabilities.has_nvm_commands() {
+            return Err(Error::new(ErrorKind::Unsupported, "drive", name)
+                .because("it does not have the NVM command set (CAP.CSS)"));
+        }
+        if capabilities.entries() < 2 {
+            return Err(Error::new(ErrorKind::Malformed, "drive", name)
+                .because("its queues have one entry (CAP.MQES is 0), of which none can be used"));
+        }
+        Ok(hardware)
+    }
+
+    /// Brings the controller up with empty admin queues. `quiet` becomes true once it is disabled: from
+    /// then on it reaches no memory that it was told of earlier.
+    pub fn bring_up(&self, admin: &mut Admin, quiet: &mut bool) -> Result<()> {
+        let timeout = self.capabilities.timeout();
+        let config = self.device.config()?;
+        // A reset of the function has cleared both.
+        config.set_memory_decoding(true)?;
+        self.registers.disable(timeout)?;
+        *quiet = true;
+        config.set_bus_mastering(true)?;
+        admin.reset()?;
+        let (entries, submissions, completions) = admin.place();
+        let page_shift = self.capabilities.page_shift();
+        self.registers.enable(page_shift, entries, submissions, completions, timeout)
+    }
+
+    /// Takes the controller, which may have failed, to where nothing that it was told of matters: by
+    /// its own reset, or else by that of the function.
+    pub fn disable(&self) -> Result<()> {
+        let timeout = self.capabilities.timeout();
+        let Err(error) = self.registers.disable(timeout) else { return Ok(()) };
+        log::warn!("nvme: {error}; the function is reset");
+        self.device.reset()?;
+        self.device.config()?.set_memory_decoding(true)?;
+        self.registers.disable(timeout)
+    }
+}
+
+impl Drop for Hardware {
+    fn drop(&mut self) {
+        let disabled = self.registers.disable(self.capabilities.timeout());
+        let muted = self.device.config().and_then(|config| config.set_bus_mastering(false));
+        for error in [disabled, muted].into_iter().filter_map(Result::err) {
+            log::info!("nvme: {error}");
+        }
+    }
+}

@@ -1,0 +1,505 @@
+//! A controller: what there is one of, whichever threads do I/O with it.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vfio_remap::device::{BufferRequest, DmaBuffer, DmaSpace, Interrupt, IovaPlacement, Vectors};
+use vfio_remap::{Device, Error, ErrorKind, Result};
+
+use super::admin::{Admin, PAGE, Question};
+use super::bring_up::Hardware;
+use super::command::{Command, admin, feature};
+use super::doorbells;
+use super::events::AsyncEvent;
+use super::identify::{self, Identity, Namespace};
+use super::log_page::{ERROR_ENTRY, ERRORS, ErrorEntry, HEALTH, Health};
+use super::pair::QueuePair;
+use super::queue::IoQueue;
+
+/// How long a shutdown may take where a controller does not say (NVMe Base 1.4 §7.6.2 leaves it to us).
+const SHUTDOWN: Duration = Duration::from_secs(10);
+/// Everywhere that a namespace's number may mean all of them.
+const ALL: u32 = u32::MAX;
+
+/// How a controller is to be used.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// I/O queues to ask for: one for each thread.
+    pub queues: u16,
+    /// Entries of an I/O queue, of which all but one can be used at a time.
+    pub entries: u16,
+    /// Whether completions are waited for by MSI-X, rather than by polling.
+    pub interrupts: bool,
+    /// After which a command is aborted, and the controller reset if that is in vain.
+    pub timeout: Duration,
+    /// After which a command of the admin queue has failed.
+    pub admin_timeout: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            queues: 1,
+            entries: 256,
+            interrupts: false,
+            timeout: Duration::from_secs(10),
+            admin_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+/// An NVMe controller, ready. Threads share it and have an [`IoQueue`] each.
+///
+/// When it fails, or a command is lost, whoever notices first [recovers](Self::recover) it; the others
+/// see a new generation and make their queues anew.
+pub struct Controller {
+    /// Left quiet before anything that it was told of goes.
+    hardware: Hardware,
+    identity: Identity,
+    settings: Settings,
+    /// Queues that can be made.
+    queues: u16,
+    vectors: Option<Vectors>,
+    space: DmaSpace,
+    /// Counts resets.
+    generation: AtomicU32,
+    state: Mutex<State>,
+}
+
+struct State {
+    admin: Admin,
+    /// Numbers of queues that are not in use.
+    free: Vec<u16>,
+    /// What was asked for the write cache: a reset forgets it.
+    write_cache: Option<bool>,
+    /// Why the controller could not be brought up again.
+    failed: Option<Error>,
+    /// Whether the controller was disabled since it was told of memory last.
+    quiet: bool,
+}
+
+/// What a queue finds after a reset.
+pub(super) struct Condition {
+    pub generation: u32,
+    pub quiet: bool,
+    pub failed: Option<Error>,
+}
+
+impl Controller {
+    /// Brings a controller up, whatever state it is in.
+    ///
+    /// # Errors
+    /// Where the device is none, does not become ready, or says what makes no sense. It is then left
+    /// disabled.
+    pub fn new(device: Device, settings: Settings) -> Result<Arc<Self>> {
+        let hardware = Hardware::find(device)?;
+        let device = &hardware.device;
+        let capabilities = hardware.capabilities;
+        let stride = capabilities.doorbell_stride();
+        let space = device.dma()?;
+        let page_shift = capabilities.page_shift();
+        let most = capabilities.entries();
+        let mut admin =
+            Admin::new(device, &space, stride, page_shift, most, settings.admin_timeout)?;
+        hardware.bring_up(&mut admin, &mut false)?;
+        let identity = identify(&hardware, &mut admin)?;
+        let places = doorbells::room(stride, device.bar(0)?.size());
+        let room = u16::try_from(places.saturating_sub(1)).unwrap_or(u16::MAX);
+        if room == 0 {
+            return Err(doorbells::outside(device, 1, stride, device.bar(0)?.size()));
+        }
+        let mut queues = queue_count(device, &mut admin, settings.queues.max(1))?.min(room);
+        let vectors = if settings.interrupts {
+            // One for the admin queue, though it is polled, and one for each of the others.
+            let there = device.interrupt(Interrupt::MsiX)?.count.min(u16::MAX.into()) as u16;
+            queues = queues.min(there.saturating_sub(1).max(1));
+            Some(device.vectors(Interrupt::MsiX, usize::from(queues + 1).min(there.into()))?)
+        } else {
+            None
+        };
+        admin.request_events(identity.event_limit)?;
+        let free = (1..=queues).rev().collect();
+        let state = State { admin, free, write_cache: None, failed: None, quiet: false };
+        Ok(Arc::new(Self {
+            hardware,
+            identity,
+            settings,
+            queues,
+            vectors,
+            space,
+            generation: AtomicU32::new(0),
+            state: Mutex::new(state),
+        }))
+    }
+
+    /// How errors and logs name it.
+    pub fn name(&self) -> &str {
+        self.hardware.device.name()
+    }
+
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// How many I/O queues there can be.
+    pub fn queues(&self) -> u16 {
+        self.queues
+    }
+
+    /// The version of the specification that it follows.
+    pub fn version(&self) -> Result<String> {
+        self.hardware.registers.version()
+    }
+
+    /// From one doorbell to the next, in bytes; and how many pairs of queues share a page for theirs.
+    pub fn doorbells(&self) -> (u64, u64) {
+        let stride = self.hardware.capabilities.doorbell_stride();
+        let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten();
+        (stride, doorbells::pairs_sharing_a_page(stride, page.unwrap_or(4096) as u64))
+    }
+
+    /// Entries of an I/O queue, and the controller's page size as a power of two.
+    pub(super) fn queue_shape(&self) -> (u16, u32) {
+        let capabilities = self.hardware.capabilities;
+        let most = capabilities.entries().min(1 << 15) as u16;
+        (self.settings.entries.clamp(2, most), capabilities.page_shift())
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        &self.hardware.device
+    }
+
+    pub(super) fn space(&self) -> &DmaSpace {
+        &self.space
+    }
+
+    pub(super) fn stride(&self) -> u64 {
+        self.hardware.capabilities.doorbell_stride()
+    }
+
+    /// Memory for data, at the beginning of a page.
+    pub fn buffer(&self, size: usize) -> Result<DmaBuffer> {
+        let alignment = 1 << self.hardware.capabilities.page_shift();
+        let placement = IovaPlacement::Anywhere { alignment, limit: u64::MAX };
+        self.space.buffer_with(BufferRequest::new(size).placement(placement))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The admin queue, of a controller that has not failed.
+    fn admin<T>(&self, f: impl FnOnce(&mut Admin) -> Result<T>) -> Result<T> {
+        let mut state = self.state();
+        match &state.failed {
+            Some(error) => Err(error.clone()),
+            None => f(&mut state.admin),
+        }
+    }
+
+    /// The numbers of the namespaces that can be used.
+    pub fn namespaces(&self) -> Result<Vec<u32>> {
+        let mut ids: Vec<u32> = Vec::new();
+        loop {
+            let after = ids.last().copied().unwrap_or(0);
+            let page = self.admin(|admin| inquire(admin, 0x02, after))?;
+            let before = ids.len();
+            // In order, each once: whatever the controller makes of it, this ends.
+            for id in identify::list(&page) {
+                if ids.last().is_none_or(|last| *last < id) && id <= self.identity.namespaces {
+                    ids.push(id);
+                }
+            }
+            if ids.len() - before < PAGE / 4 {
+                return Ok(ids);
+            }
+        }
+    }
+
+    /// A namespace.
+    ///
+    /// # Errors
+    /// `NotFound` where there is none of this number, naming those that there are; `Malformed` and
+    /// `Unsupported` for one that makes no sense or has metadata.
+    pub fn namespace(&self, id: u32) -> Result<Namespace> {
+        let there = self.namespaces()?;
+        if !there.contains(&id) {
+            let object = format!("namespace {id} of {}", self.name());
+            return Err(Error::new(ErrorKind::NotFound, "find", object)
+                .because(format!("there are {there:?}")));
+        }
+        let page = self.admin(|admin| inquire(admin, 0x00, id))?;
+        Namespace::parse(&page, id, self.name(), self.identity.max_transfer)
+    }
+
+    /// Its health, of all namespaces together.
+    pub fn health(&self) -> Result<Health> {
+        let page = self.admin(|admin| read_log(admin, HEALTH, 512))?;
+        Ok(Health::parse(&page))
+    }
+
+    /// The errors that it has noted, the latest first.
+    pub fn errors(&self) -> Result<Vec<ErrorEntry>> {
+        let len = (self.identity.error_entries * ERROR_ENTRY).min(PAGE);
+        let page = self.admin(|admin| read_log(admin, ERRORS, len))?;
+        Ok(ErrorEntry::parse(&page, len))
+    }
+
+    /// What the controller has told unasked since this was called last. It tells the next of a kind once
+    /// that is done.
+    pub fn events(&self) -> Result<Vec<AsyncEvent>> {
+        let limit = self.identity.event_limit;
+        self.admin(|admin| {
+            let events: Vec<_> = admin.events().into_iter().map(AsyncEvent::new).collect();
+            for event in &events {
+                // Reading the page is what lets the next one come; there may be none to read.
+                if let Err(error) = read_log(admin, event.log_page, 512) {
+                    log::info!("nvme: after {event}: {error}");
+                }
+            }
+            if !events.is_empty() {
+                admin.request_events(limit)?;
+            }
+            Ok(events)
+        })
+    }
+
+    /// Switches the volatile write cache, and again whenever the controller was reset.
+    ///
+    /// # Errors
+    /// `Unsupported` where it has none; what the controller answers.
+    pub fn set_write_cache(&self, on: bool) -> Result<()> {
+        if !self.identity.has_write_cache {
+            return Err(Error::new(ErrorKind::Unsupported, "switch", "the write cache")
+                .because(format!("{} has none", self.name())));
+        }
+        self.admin(|admin| set_write_cache(admin, on))?;
+        self.state().write_cache = Some(on);
+        Ok(())
+    }
+
+    /// Whether the volatile write cache is on.
+    pub fn write_cache(&self) -> Result<bool> {
+        let command =
+            Command::new(admin::GET_FEATURES, 0).dwords_10(feature::VOLATILE_WRITE_CACHE.into(), 0);
+        let operation = "get the features of";
+        let question = Question { operation, command, with_data: false };
+        Ok(self.identity.has_write_cache && self.admin(|admin| admin.execute(&question))? & 1 != 0)
+    }
+
+    /// A pair of queues for I/O, and the doorbells that go with it, for one thread.
+    ///
+    /// # Errors
+    /// `InUse` where there are as many as there can be; what the controller answers.
+    pub fn queue(self: &Arc<Self>) -> Result<IoQueue> {
+        let id = self.state().free.pop().ok_or_else(|| {
+            Error::new(ErrorKind::InUse, "make", format!("a queue of {}", self.name()))
+                .because(format!("all {} are in use", self.queues))
+        })?;
+        IoQueue::new(self.clone(), id).inspect_err(|_| self.state().free.push(id))
+    }
+
+    /// The vector of a queue; `None` where it is polled.
+    pub(super) fn vector(&self, queue: u16) -> Option<usize> {
+        let vectors = self.vectors.as_ref()?;
+        Some(usize::from(queue).min(vectors.count() - 1))
+    }
+
+    pub(super) fn wait(&self, vector: usize, time: Duration) -> Result<u64> {
+        self.vectors.as_ref().map_or(Ok(0), |vectors| vectors.wait(vector, time))
+    }
+
+    /// Tells the controller of a pair of queues (NVMe Base 1.4 §5.3, §5.4). The generation that knows it.
+    pub(super) fn attach(&self, pair: &QueuePair, id: u16) -> Result<u32> {
+        let mut state = self.state();
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        let (submissions, completions) = pair.places();
+        let size = u32::from(pair.entries() - 1) << 16 | u32::from(id);
+        let interrupt = self.vector(id).map_or(0, |vector| (vector as u32) << 16 | 1 << 1);
+        state.quiet = false;
+        let create = |opcode, iova, flags| Question {
+            operation: "create a queue of",
+            command: Command::new(opcode, 0).address(iova).dwords_10(size, flags | 1),
+            with_data: false,
+        };
+        let first = create(admin::CREATE_COMPLETION_QUEUE, completions, interrupt);
+        state.admin.execute(&first)?;
+        let second = create(admin::CREATE_SUBMISSION_QUEUE, submissions, u32::from(id) << 16);
+        if let Err(error) = state.admin.execute(&second) {
+            delete(&mut state.admin, &[admin::DELETE_COMPLETION_QUEUE], id)?;
+            return Err(error);
+        }
+        Ok(self.generation())
+    }
+
+    /// Has the controller forget a pair of queues, if it has not been reset meanwhile.
+    pub(super) fn detach(&self, id: u16, generation: u32) {
+        let mut state = self.state();
+        if self.generation() == generation && state.failed.is_none() {
+            let opcodes = [admin::DELETE_SUBMISSION_QUEUE, admin::DELETE_COMPLETION_QUEUE];
+            if let Err(error) = delete(&mut state.admin, &opcodes, id) {
+                // Its memory goes: the IOMMU keeps the controller from it. Its number is not used again.
+                log::warn!("nvme: queue {id} stays: {error}");
+                return;
+            }
+        }
+        state.free.push(id);
+    }
+
+    /// Asks for a command to be aborted (NVMe Base 1.4 §5.1). It may end otherwise all the same.
+    pub(super) fn abort(&self, queue: u16, command: u16) -> Result<()> {
+        let which = u32::from(command) << 16 | u32::from(queue);
+        let command = Command::new(admin::ABORT, 0).dwords_10(which, 0);
+        let question = Question { operation: "abort a command of", command, with_data: false };
+        self.admin(|admin| admin.execute(&question)).map(drop)
+    }
+
+    /// An error where the controller does not work any more.
+    pub(super) fn check(&self) -> Result<()> {
+        self.hardware.registers.check()
+    }
+
+    /// How often the controller was reset.
+    #[inline]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    pub(super) fn condition(&self) -> Condition {
+        let state = self.state();
+        let (quiet, failed) = (state.quiet, state.failed.clone());
+        Condition { generation: self.generation(), quiet, failed }
+    }
+
+    /// Resets the controller, unless that was done since generation `seen`.
+    pub(super) fn recover(&self, seen: u32) {
+        let mut state = self.state();
+        if self.generation() == seen
+            && let Err(error) = self.reset_locked(&mut state)
+        {
+            log::error!("nvme: {error}");
+        }
+    }
+
+    /// Resets the controller, and brings it up again: also one that has failed to be, such as a card
+    /// that was gone and is back. Commands that are with it end as aborted by the host.
+    ///
+    /// # Errors
+    /// What it fails of. The controller cannot be used until this succeeds.
+    pub fn reset(&self) -> Result<()> {
+        self.reset_locked(&mut self.state())
+    }
+
+    fn reset_locked(&self, state: &mut State) -> Result<()> {
+        state.quiet = false;
+        let result = self.hardware.disable().and_then(|()| {
+            self.hardware.bring_up(&mut state.admin, &mut state.quiet)?;
+            self.prepare(state)
+        });
+        state.failed = result.as_ref().err().cloned();
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        result
+    }
+
+    /// What is said to a controller that was brought up again.
+    fn prepare(&self, state: &mut State) -> Result<()> {
+        let error = |reason: String| {
+            Err(Error::new(ErrorKind::Gone, "go on with", self.name()).because(reason))
+        };
+        let found = identify(&self.hardware, &mut state.admin)?;
+        if (&found.model, &found.serial) != (&self.identity.model, &self.identity.serial) {
+            return error(format!("another one is there: {} {}", found.model, found.serial));
+        }
+        let queues = queue_count(&self.hardware.device, &mut state.admin, self.queues)?;
+        if queues < self.queues {
+            return error(format!("it has {queues} queues now, and had {}", self.queues));
+        }
+        if let Some(on) = state.write_cache {
+            set_write_cache(&mut state.admin, on)?;
+        }
+        state.admin.request_events(found.event_limit)
+    }
+
+    /// Shuts the controller down in good order, so that all that was written lasts, and closes the
+    /// device.
+    ///
+    /// # Errors
+    /// `InUse` while queues are alive; what the controller fails of. It is left quiet anyway.
+    pub fn close(self: Arc<Self>) -> Result<()> {
+        let name = self.name().to_owned();
+        let controller = Arc::try_unwrap(self).map_err(|_| {
+            Error::new(ErrorKind::InUse, "shut down", &name)
+                .because("queues of it are alive")
+                .remedy("drop them first")
+        })?;
+        let device = controller.hardware.device.clone();
+        let shut_down = controller.hardware.registers.shut_down(SHUTDOWN);
+        drop(controller);
+        shut_down?;
+        // Nobody else has been given it.
+        Arc::into_inner(device).map_or(Ok(()), |device| Ok(device.close()?))
+    }
+}
+
+fn inquire(admin: &mut Admin, what: u32, namespace: u32) -> Result<[u8; PAGE]> {
+    let command = Command::new(admin::IDENTIFY, namespace).dwords_10(what, 0);
+    admin.execute(&Question { operation: "identify", command, with_data: true })?;
+    admin.data()
+}
+
+fn identify(hardware: &Hardware, admin: &mut Admin) -> Result<Identity> {
+    let page = inquire(admin, 0x01, 0)?;
+    let capabilities = hardware.capabilities;
+    Identity::parse(&page, hardware.device.name(), capabilities, 1 << capabilities.page_shift())
+}
+
+/// Asks for I/O queues (NVMe Base 1.4 §5.21.1.7): how many of both sorts there are.
+fn queue_count(device: &Device, admin: &mut Admin, wanted: u16) -> Result<u16> {
+    let last = u32::from(wanted - 1);
+    let command = Command::new(admin::SET_FEATURES, 0)
+        .dwords_10(feature::NUMBER_OF_QUEUES.into(), last << 16 | last);
+    let operation = "ask for I/O queues of";
+    let result = admin.execute(&Question { operation, command, with_data: false })?;
+    let (submission, completion) = (result as u16, (result >> 16) as u16);
+    // Counted from zero on; the specification has no 65536.
+    match submission.min(completion).checked_add(1) {
+        Some(count) if submission.max(completion) != u16::MAX => Ok(count.min(wanted)),
+        _ => Err(Error::new(ErrorKind::Malformed, operation, device.name()).because(format!(
+            "it has {submission:#x} and {completion:#x}, which are no counts of queues"
+        ))),
+    }
+}
+
+fn set_write_cache(admin: &mut Admin, on: bool) -> Result<()> {
+    let command = Command::new(admin::SET_FEATURES, 0)
+        .dwords_10(feature::VOLATILE_WRITE_CACHE.into(), on.into());
+    let operation = "switch the write cache of";
+    admin.execute(&Question { operation, command, with_data: false }).map(drop)
+}
+
+/// Reads the first `len` bytes of a log page, of which there may be fewer: the rest is zero.
+fn read_log(admin: &mut Admin, page: u8, len: usize) -> Result<[u8; PAGE]> {
+    let words = (len.min(PAGE) / 4) as u32;
+    let command =
+        Command::new(admin::GET_LOG_PAGE, ALL).dwords_10((words - 1) << 16 | u32::from(page), 0);
+    let operation = "read a log page of";
+    admin.clear_data();
+    admin.execute(&Question { operation, command, with_data: true })?;
+    admin.data()
+}
+
+fn delete(admin: &mut Admin, opcodes: &[u8], id: u16) -> Result<()> {
+    for opcode in opcodes {
+        let command = Command::new(*opcode, 0).dwords_10(id.into(), 0);
+        let operation = "delete a queue of";
+        admin.execute(&Question { operation, command, with_data: false })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,76 @@
+//! A queue pair's doorbells, in a window of their own.
+
+use vfio_remap::{Device, Error, ErrorKind, IoRegister, Placement, Result, Window};
+
+use super::registers::DOORBELLS;
+
+/// The doorbells of one pair of queues (NVMe Base 1.4 §3.1.24): the submission queue's tail and the
+/// completion queue's head.
+///
+/// The window shows these eight bytes and, where the stride is larger than four, what lies between.
+/// Whoever holds it can make registers of no others. What the processor maps is the page that they lie
+/// on: see [`pairs_sharing_a_page`].
+#[derive(Debug)]
+pub struct Doorbells {
+    pub tail: IoRegister<u32>,
+    pub head: IoRegister<u32>,
+    window: Option<Window>,
+}
+
+impl Doorbells {
+    pub fn new(device: &Device, queue: u16, stride: u64) -> Result<Self> {
+        let bar = device.bar(0)?;
+        let start = offset(queue, stride);
+        let end = start + stride + 4;
+        if end > bar.size() {
+            return Err(outside(device, queue, stride, bar.size()));
+        }
+        match bar.map(start..end, Placement::Anywhere) {
+            Ok(window) => Ok(Self {
+                tail: window.register(0)?.into(),
+                head: window.register(stride as usize)?.into(),
+                window: Some(window),
+            }),
+            Err(failed) => {
+                // A page that also holds the MSI-X table, for instance.
+                log::info!("doorbells by system calls: {}", Error::from(failed));
+                let register = |offset| bar.trapped(offset);
+                Ok(Self { tail: register(start)?, head: register(start + stride)?, window: None })
+            }
+        }
+    }
+
+    /// The bytes of BAR 0 that the window shows; `None` where they could not be mapped.
+    pub fn range(&self) -> Option<std::ops::Range<u64>> {
+        self.window.as_ref().map(Window::region_range)
+    }
+}
+
+/// How many pairs' doorbells fit in a BAR of `size` bytes.
+pub fn room(stride: u64, size: u64) -> u64 {
+    // The last one needs no space behind it.
+    (size.saturating_sub(DOORBELLS) + stride).saturating_sub(4) / (2 * stride)
+}
+
+/// How many pairs have their doorbells on one page of `page` bytes. A thread whose queue's window maps
+/// that page could reach the others by a stray pointer, though not by a register: hardware that has one
+/// pair a page (CAP.DSTRD of 9 for pages of 4 KiB) draws the border there, too.
+pub fn pairs_sharing_a_page(stride: u64, page: u64) -> u64 {
+    (page / (2 * stride)).max(1)
+}
+
+pub fn outside(device: &Device, queue: u16, stride: u64, size: u64) -> Error {
+    Error::new(
+        ErrorKind::Malformed,
+        "find",
+        format!("the doorbells of queue {queue} of {}", device.name()),
+    )
+    .because(format!(
+        "{stride:#x} bytes apart (CAP.DSTRD), they would lie at {:#x}, but BAR 0 has {size:#x} bytes",
+        offset(queue, stride)
+    ))
+}
+
+fn offset(queue: u16, stride: u64) -> u64 {
+    DOORBELLS + 2 * u64::from(queue) * stride
+}

@@ -1,0 +1,83 @@
+//! Log pages (NVMe Base 1.4 §5.14.1).
+
+use super::admin::PAGE;
+use super::identify::{bytes, u16_at, u32_at};
+use super::status::Status;
+
+/// Errors, and health.
+pub const ERRORS: u8 = 0x01;
+pub const HEALTH: u8 = 0x02;
+
+/// Bytes of an entry of the error log.
+pub const ERROR_ENTRY: usize = 64;
+
+/// How the controller is (SMART / Health Information, log page 02h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// Each bit is a reason for concern: 0 spare, 1 temperature, 2 reliability, 3 read-only, 4 backup of
+    /// the volatile memory.
+    pub warnings: u8,
+    /// In kelvins.
+    pub temperature: u16,
+    /// Of the spare blocks, in per cent; and below how many there is reason for concern.
+    pub spare: u8,
+    pub spare_threshold: u8,
+    /// Of its expected life, in per cent; may exceed 100.
+    pub used: u8,
+    /// In thousands of 512 bytes.
+    pub units_read: u128,
+    pub units_written: u128,
+    pub power_cycles: u128,
+    pub power_on_hours: u128,
+    pub unsafe_shutdowns: u128,
+    pub media_errors: u128,
+}
+
+impl Health {
+    pub(super) fn parse(data: &[u8; PAGE]) -> Self {
+        let wide = |at| u128::from_le_bytes(bytes(data, at));
+        Self {
+            warnings: data[0],
+            temperature: u16_at(data, 1),
+            spare: data[3],
+            spare_threshold: data[4],
+            used: data[5],
+            units_read: wide(32),
+            units_written: wide(48),
+            power_cycles: wide(112),
+            power_on_hours: wide(128),
+            unsafe_shutdowns: wide(144),
+            media_errors: wide(160),
+        }
+    }
+}
+
+/// An error that the controller has noted (log page 01h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ErrorEntry {
+    /// Which error it is, counted from one over the controller's life.
+    pub number: u64,
+    pub queue: u16,
+    pub command: u16,
+    pub status: Status,
+    pub block: u64,
+    pub namespace: u32,
+}
+
+impl ErrorEntry {
+    /// The entries of a page of which `len` bytes were asked for; those of number zero are vacant.
+    pub(super) fn parse(data: &[u8; PAGE], len: usize) -> Vec<Self> {
+        let entries = (0..len.min(PAGE) / ERROR_ENTRY).map(|index| index * ERROR_ENTRY);
+        entries
+            .map(|at| Self {
+                number: u64::from_le_bytes(bytes(data, at)),
+                queue: u16_at(data, at + 8),
+                command: u16_at(data, at + 10),
+                status: Status::from_field(u16_at(data, at + 12) >> 1),
+                block: u64::from_le_bytes(bytes(data, at + 16)),
+                namespace: u32_at(data, at + 24),
+            })
+            .filter(|entry| entry.number != 0)
+            .collect()
+    }
+}

@@ -1,0 +1,363 @@
+//! A pair of queues, and the path that every command takes.
+//!
+//! From submission to completion nothing is allocated, no system call is made, and no data is copied:
+//! entries are stored into a ring that the controller reads, completions are found by the phase bit in
+//! a ring that it writes, and the doorbells are rung once for a batch.
+
+use vfio_remap::device::{BufferRequest, DmaArray, DmaBuffer, DmaSpace, IovaPlacement};
+use vfio_remap::{Error, ErrorKind, Result};
+
+use super::command::Command;
+use super::doorbells::Doorbells;
+use super::status::Status;
+
+/// No slot is free.
+const NONE: u16 = u16::MAX;
+/// Most pages of a transfer that its list describes: one list never leaves a page of 4 KiB.
+pub const LIST: usize = 512;
+
+/// How a pair of queues is to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Of each queue: two at least.
+    pub entries: u16,
+    /// The controller's page size, as a power of two.
+    pub page_shift: u32,
+    /// The largest transfer in bytes: [`LIST`] pages at most.
+    pub max_transfer: usize,
+    /// After how many completions the controller is told that their entries are free again. One, where
+    /// it fires an interrupt for each batch; where they are polled for, half a queue is as good.
+    pub acknowledge_after: u16,
+}
+
+/// A command that is with the controller, or room for one. Its index is the command's identifier.
+#[derive(Debug)]
+struct Slot {
+    /// The controller's until it completes the command or can reach no memory any more.
+    buffer: Option<DmaBuffer>,
+    tag: u64,
+    /// When it was submitted, as the pair's clock had it.
+    since: u32,
+    /// The next free slot.
+    next: u16,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Free,
+    Busy,
+    /// Late, and asked to be aborted.
+    Aborting,
+}
+
+/// A submission queue, its completion queue, and the commands in them.
+#[derive(Debug)]
+pub struct QueuePair {
+    submissions: DmaArray<u64, 8>,
+    completions: DmaArray<u64, 2>,
+    /// Each slot's PRP list: `list_len` entries.
+    lists: DmaArray<u64, 1>,
+    list_len: usize,
+    doorbells: Doorbells,
+    slots: Box<[Slot]>,
+    free: u16,
+    outstanding: usize,
+    entries: usize,
+    tail: usize,
+    /// The tail that the controller knows.
+    told: usize,
+    head: usize,
+    /// What the phase bit of a new completion is.
+    phase: u64,
+    /// Completions that were taken since the controller was told.
+    taken: u16,
+    acknowledge_after: u16,
+    page: u64,
+    now: u32,
+    broken: bool,
+}
+
+/// A command that has ended.
+#[derive(Debug)]
+#[must_use]
+pub struct Done {
+    /// What it was submitted with.
+    pub tag: u64,
+    pub status: Status,
+    /// Double word 0 of the completion.
+    pub result: u32,
+    /// The buffer again. Where the controller might still reach it, it stays with the queue.
+    pub buffer: Option<DmaBuffer>,
+}
+
+/// A command that was not submitted.
+#[derive(Debug)]
+pub struct Refused {
+    pub error: Error,
+    pub buffer: Option<DmaBuffer>,
+}
+
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Self {
+        refused.error
+    }
+}
+
+impl QueuePair {
+    pub fn new(space: &DmaSpace, doorbells: Doorbells, shape: &Shape) -> Result<Self> {
+        let Shape { entries, page_shift, max_transfer, acknowledge_after } = *shape;
+        let page = 1u64 << page_shift;
+        let list_len = (max_transfer >> page_shift).clamp(1, LIST).next_power_of_two();
+        let entries = usize::from(entries);
+        // A queue is full with one entry less than it has.
+        let slots = (0..entries as u16 - 1).map(|index| Slot {
+            buffer: None,
+            tag: 0,
+            since: 0,
+            next: index + 1,
+            state: State::Free,
+        });
+        let mut pair = Self {
+            submissions: array(space, entries * 64, page)?,
+            completions: array(space, entries * 16, page)?,
+            lists: array(space, (entries - 1) * list_len * 8, page)?,
+            list_len,
+            doorbells,
+            slots: slots.collect(),
+            free: NONE,
+            outstanding: 0,
+            entries,
+            tail: 0,
+            told: 0,
+            head: 0,
+            phase: 1,
+            taken: 0,
+            acknowledge_after,
+            page,
+            now: 0,
+            broken: false,
+        };
+        pair.reset();
+        Ok(pair)
+    }
+
+    /// Where the controller finds the submission queue and the completion queue.
+    pub fn places(&self) -> (u64, u64) {
+        (self.submissions.iova(0).0, self.completions.iova(0).0)
+    }
+
+    pub fn entries(&self) -> u16 {
+        self.entries as u16
+    }
+
+    pub fn doorbells(&self) -> &Doorbells {
+        &self.doorbells
+    }
+
+    /// Commands that may be with the controller.
+    #[inline]
+    pub fn outstanding(&self) -> usize {
+        self.outstanding
+    }
+
+    /// How many more commands there is room for.
+    #[inline]
+    pub fn room(&self) -> usize {
+        if self.broken { 0 } else { self.slots.len() - self.outstanding }
+    }
+
+    /// Whether the controller has answered with nonsense, or a doorbell could not be rung.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Nothing can be submitted until [`reset`](Self::reset).
+    pub fn break_off(&mut self) {
+        self.broken = true;
+        self.free = NONE;
+    }
+
+    /// Puts a command into the queue, for [`ring`](Self::ring) to tell the controller of. The buffer is
+    /// the controller's until the command is [done](Self::pop); its parts are described by PRP entries
+    /// (NVMe Base 1.4 §4.3), a list of which belongs to each slot.
+    #[inline]
+    pub fn submit(
+        &mut self,
+        command: Command,
+        buffer: Option<DmaBuffer>,
+        tag: u64,
+    ) -> std::result::Result<u16, Refused> {
+        let id = self.free;
+        if usize::from(id) >= self.slots.len() {
+            return Err(full(buffer));
+        }
+        let prps = match &buffer {
+            None => [0; 2],
+            Some(buffer) => self.describe(id, buffer.iova().0, buffer.size()),
+        };
+        let slot = &mut self.slots[usize::from(id)];
+        self.free = slot.next;
+        slot.buffer = buffer;
+        slot.tag = tag;
+        slot.since = self.now;
+        slot.state = State::Busy;
+        self.submissions.store_entry(self.tail, command.finish(id, prps));
+        self.tail = if self.tail + 1 == self.entries { 0 } else { self.tail + 1 };
+        self.outstanding += 1;
+        Ok(id)
+    }
+
+    /// The two PRP entries for `size` bytes from `iova` on, which lie at consecutive I/O addresses.
+    #[inline]
+    fn describe(&self, id: u16, iova: u64, size: usize) -> [u64; 2] {
+        let first = self.page - (iova & (self.page - 1));
+        let rest = (size as u64).saturating_sub(first);
+        match rest {
+            0 => [iova, 0],
+            _ if rest <= self.page => [iova, iova + first],
+            _ => [iova, self.list(id, iova + first, rest)],
+        }
+    }
+
+    /// A list of the pages from `page` on that hold `rest` bytes.
+    fn list(&self, id: u16, page: u64, rest: u64) -> u64 {
+        let start = usize::from(id) * self.list_len;
+        let pages = (page..page + rest).step_by(self.page as usize);
+        for (index, page) in pages.take(self.list_len).enumerate() {
+            self.lists.store(start + index, 0, page);
+        }
+        self.lists.iova(start).0
+    }
+
+    /// The next command that has ended, if one has.
+    #[inline]
+    pub fn pop(&mut self) -> Option<Done> {
+        // One load gives all that says so: submission queue and its head, identifier, phase, status. What
+        // is loaded later was written before.
+        let word = self.completions.load(self.head, 1);
+        if word >> 48 & 1 != self.phase {
+            return None;
+        }
+        let result = self.completions.load(self.head, 0) as u32;
+        self.head += 1;
+        if self.head == self.entries {
+            self.head = 0;
+            self.phase ^= 1;
+        }
+        self.taken += 1;
+        let id = (word >> 32) as u16;
+        let Some(slot) =
+            self.slots.get_mut(usize::from(id)).filter(|slot| slot.state != State::Free)
+        else {
+            self.nonsense(id);
+            return None;
+        };
+        slot.state = State::Free;
+        slot.next = self.free;
+        self.free = id;
+        self.outstanding -= 1;
+        let buffer = slot.buffer.take();
+        Some(Done {
+            tag: slot.tag,
+            status: Status::from_field((word >> 49) as u16),
+            result,
+            buffer,
+        })
+    }
+
+    #[cold]
+    fn nonsense(&mut self, id: u16) {
+        log::warn!("nvme: a completion of command {id}, which is not outstanding");
+        self.break_off();
+    }
+
+    /// Tells the controller of all that was submitted, by one write, and every so often of the
+    /// completions that were taken, by another.
+    #[inline]
+    pub fn ring(&mut self) {
+        if self.tail != self.told {
+            self.told = self.tail;
+            let rung = self.doorbells.tail.write(self.tail as u32);
+            self.rung(rung);
+        }
+        if self.taken >= self.acknowledge_after {
+            self.taken = 0;
+            let rung = self.doorbells.head.write(self.head as u32);
+            self.rung(rung);
+        }
+    }
+
+    #[inline]
+    fn rung(&mut self, rung: Result<()>) {
+        if let Err(error) = rung {
+            log::warn!("nvme: {error}");
+            self.break_off();
+        }
+    }
+
+    /// Sets the clock by which commands are known to be late, in milliseconds.
+    pub fn set_clock(&mut self, now: u32) {
+        self.now = now;
+    }
+
+    /// A command that was submitted `limit` milliseconds ago, or earlier, and has not ended.
+    pub fn overdue(&self, limit: u32) -> Option<u16> {
+        let late =
+            |slot: &Slot| slot.state != State::Free && self.now.wrapping_sub(slot.since) >= limit;
+        self.slots.iter().position(late).map(|id| id as u16)
+    }
+
+    /// A command that is late is to be aborted, and gets `grace` milliseconds more where `limit` were
+    /// allowed; `false` where that was said before.
+    pub fn abort(&mut self, id: u16, limit: u32, grace: u32) -> bool {
+        let Some(slot) = self.slots.get_mut(usize::from(id)) else { return false };
+        slot.since = self.now.wrapping_sub(limit.saturating_sub(grace));
+        std::mem::replace(&mut slot.state, State::Aborting) == State::Busy
+    }
+
+    /// Ends all commands, in order of their slots. Their buffers come along where the controller can reach
+    /// no memory any more (`quiet`), and stay here otherwise.
+    pub fn end_all(&mut self, quiet: bool, mut done: impl FnMut(Done)) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.state != State::Free) {
+            slot.state = State::Free;
+            let buffer = if quiet { slot.buffer.take() } else { None };
+            done(Done { tag: slot.tag, status: Status::ABORTED_BY_HOST, result: 0, buffer });
+        }
+        self.outstanding = 0;
+        self.break_off();
+    }
+
+    /// Empties both queues, for a controller that knows of neither and reaches no memory.
+    pub fn reset(&mut self) {
+        self.submissions.clear();
+        self.completions.clear();
+        (self.tail, self.told, self.head, self.phase, self.taken) = (0, 0, 0, 1, 0);
+        let last = self.slots.len() - 1;
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            slot.state = State::Free;
+            slot.buffer = None;
+            slot.next = if index == last { NONE } else { index as u16 + 1 };
+        }
+        (self.free, self.outstanding, self.broken) = (0, 0, false);
+    }
+}
+
+#[cold]
+fn full(buffer: Option<DmaBuffer>) -> Refused {
+    let error = Error::new(ErrorKind::InUse, "submit", "a command")
+        .because("the queue is full, or has ended")
+        .remedy("take completions first");
+    Refused { error, buffer }
+}
+
+/// `size` bytes of DMA memory that begin at a page of the controller's, as entries.
+fn array<T: vfio_remap::device::Width, const N: usize>(
+    space: &DmaSpace,
+    size: usize,
+    page: u64,
+) -> Result<DmaArray<T, N>> {
+    let placement = IovaPlacement::Anywhere { alignment: page, limit: u64::MAX };
+    let buffer = space.buffer_with(BufferRequest::new(size).placement(placement))?;
+    DmaArray::new(buffer).map_err(|_| Error::new(ErrorKind::Unaligned, "make", "a queue"))
+}

@@ -1,0 +1,264 @@
+//! What a thread does its I/O with.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vfio_remap::{Error, Result};
+
+use super::controller::{Condition, Controller};
+use super::doorbells::Doorbells;
+use super::pair::{Done, QueuePair, Shape};
+
+/// Empty polls, or batches, after which a polled queue looks at the clock.
+const LOOK: u32 = 1024;
+/// How long an interrupt is waited for before the queue looks whether all is well, and how often it asks
+/// the controller.
+const WATCH: Duration = Duration::from_millis(50);
+/// What a command that is late gets to end in once it was asked to be aborted.
+const GRACE: Duration = Duration::from_secs(1);
+/// How often a controller is reset in a row before it is given up.
+const RESETS: u32 = 3;
+
+/// A pair of queues of a [`Controller`], for one thread; dropped, the controller forgets it.
+///
+/// Requests are put into the queue ([`read`](Self::read), [`write`](Self::write), …), the controller is
+/// told of them once for all ([`ring`](Self::ring)), and they come back when they are done, in any order
+/// ([`pop`](Self::pop), [`wait`](Self::wait)). A request holds its buffer until then.
+///
+/// A command that does not end within [`Settings::timeout`](super::Settings::timeout) is aborted, and if
+/// that is in vain, or the controller has failed, the controller is reset. All commands that were with
+/// it end as [aborted by the host](super::Status::ABORTED_BY_HOST), and the queue goes on. Whatever
+/// happens, [`wait`](Self::wait) gives an answer within that time, a second for the abort, the time-out of
+/// the admin queue, and three times what a reset may take (CAP.TO, twice).
+pub struct IoQueue {
+    pub(super) pair: QueuePair,
+    /// Commands that a reset has ended.
+    ended: VecDeque<Done>,
+    pub(super) controller: Arc<Controller>,
+    pub(super) max_transfer: usize,
+    id: u16,
+    vector: Option<usize>,
+    /// The generation of the controller that knows the queue.
+    generation: u32,
+    /// Why the queue could not be made anew.
+    pub(super) failed: Option<Error>,
+    born: Instant,
+    /// Since the clock was looked at.
+    polls: u32,
+    /// When the controller was asked how it is, in milliseconds since the queue was made.
+    checked: u32,
+}
+
+impl IoQueue {
+    pub(super) fn new(controller: Arc<Controller>, id: u16) -> Result<Self> {
+        let (entries, page_shift) = controller.queue_shape();
+        let max_transfer = controller.identity().max_transfer;
+        let vector = controller.vector(id);
+        // An interrupt may be held back until what it told of before is acknowledged.
+        let acknowledge_after = if vector.is_some() { 1 } else { entries.div_ceil(2) };
+        let shape = Shape { entries, page_shift, max_transfer, acknowledge_after };
+        let doorbells = Doorbells::new(controller.device(), id, controller.stride())?;
+        let pair = QueuePair::new(controller.space(), doorbells, &shape)?;
+        let generation = controller.attach(&pair, id)?;
+        Ok(Self {
+            ended: VecDeque::with_capacity(usize::from(entries)),
+            pair,
+            controller,
+            max_transfer,
+            id,
+            vector,
+            generation,
+            failed: None,
+            born: Instant::now(),
+            polls: 0,
+            checked: 0,
+        })
+    }
+
+    /// The queue's number.
+    pub fn id(&self) -> u16 {
+        self.id
+    }
+
+    pub fn controller(&self) -> &Arc<Controller> {
+        &self.controller
+    }
+
+    /// The bytes of BAR 0 that this queue's window shows; `None` where doorbells are no memory.
+    pub fn doorbell_range(&self) -> Option<std::ops::Range<u64>> {
+        self.pair.doorbells().range()
+    }
+
+    /// Which generation of the controller knows the queue: another one than before means that what was
+    /// written since the last flush may be lost.
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// How many commands can be with the controller at a time.
+    pub fn depth(&self) -> usize {
+        usize::from(self.pair.entries()) - 1
+    }
+
+    /// Commands that have not come back.
+    #[inline]
+    pub fn outstanding(&self) -> usize {
+        self.pair.outstanding() + self.ended.len()
+    }
+
+    /// How many more can be submitted.
+    #[inline]
+    pub fn room(&self) -> usize {
+        self.pair.room()
+    }
+
+    /// Tells the controller of all that was submitted.
+    #[inline]
+    pub fn ring(&mut self) {
+        if self.generation == self.controller.generation() {
+            self.pair.ring();
+        }
+        self.polls += 1;
+        if self.polls >= LOOK {
+            self.look();
+        }
+    }
+
+    /// The next command that is done, if one is.
+    #[inline]
+    pub fn pop(&mut self) -> Option<Done> {
+        match self.pair.pop() {
+            None if !self.ended.is_empty() => self.ended.pop_front(),
+            done => done,
+        }
+    }
+
+    /// The next command that is done; `None` where none is outstanding. Rings.
+    #[inline]
+    pub fn wait(&mut self) -> Option<Done> {
+        self.ring();
+        loop {
+            if let Some(done) = self.pop() {
+                return Some(done);
+            }
+            if self.outstanding() == 0 {
+                return None;
+            }
+            self.pause();
+        }
+    }
+
+    /// Nothing was done: polls on, or sleeps until an interrupt.
+    #[inline]
+    fn pause(&mut self) {
+        if let Some(vector) = self.vector {
+            self.sleep(vector);
+            return;
+        }
+        self.polls += 1;
+        if self.polls >= LOOK {
+            self.look();
+            self.pair.ring();
+            // Others may need the processor to get on: an emulated controller, for one.
+            std::thread::yield_now();
+        }
+    }
+
+    fn sleep(&mut self, vector: usize) {
+        self.pair.ring();
+        match self.controller.wait(vector, WATCH) {
+            Ok(0) => self.look(),
+            Ok(_) => {}
+            Err(error) => {
+                log::warn!("nvme: polling instead: {error}");
+                self.vector = None;
+            }
+        }
+    }
+
+    /// Whether all is well: no command late, the controller working and the same as before.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn look(&mut self) {
+        self.polls = 0;
+        let now = self.born.elapsed().as_millis() as u32;
+        self.pair.set_clock(now);
+        if self.generation != self.controller.generation() {
+            return self.rebuild();
+        }
+        if self.failed.is_some() {
+            return;
+        }
+        if self.pair.is_broken() {
+            return self.recover();
+        }
+        let limit = millis(self.controller.settings().timeout);
+        if let Some(command) = self.pair.overdue(limit) {
+            return self.late(command, limit);
+        }
+        if now.wrapping_sub(self.checked) >= millis(WATCH) {
+            self.checked = now;
+            if self.pair.outstanding() > 0
+                && let Err(error) = self.controller.check()
+            {
+                log::warn!("nvme: {error}");
+                self.recover();
+            }
+        }
+    }
+
+    /// A command is late: it is aborted, and if it was before, the controller is reset.
+    fn late(&mut self, command: u16, limit: u32) {
+        let first = self.pair.abort(command, limit, millis(GRACE));
+        log::warn!("nvme: command {command} of queue {} is late", self.id);
+        if !first {
+            return self.recover();
+        }
+        if let Err(error) = self.controller.abort(self.id, command) {
+            log::warn!("nvme: {error}");
+            self.recover();
+        }
+    }
+
+    fn recover(&mut self) {
+        self.controller.recover(self.generation);
+        self.rebuild();
+    }
+
+    /// The controller was reset: all commands have ended, and the queue is made anew.
+    fn rebuild(&mut self) {
+        for _ in 0..RESETS {
+            let Condition { generation, quiet, failed } = self.controller.condition();
+            self.pair.end_all(quiet, |done| self.ended.push_back(done));
+            self.generation = generation;
+            self.failed = failed;
+            if self.failed.is_some() {
+                return;
+            }
+            self.pair.reset();
+            match self.controller.attach(&self.pair, self.id) {
+                Ok(generation) => {
+                    self.generation = generation;
+                    return;
+                }
+                Err(error) => {
+                    log::warn!("nvme: {error}");
+                    self.pair.break_off();
+                    self.failed = Some(error);
+                    self.controller.recover(generation);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for IoQueue {
+    fn drop(&mut self) {
+        self.controller.detach(self.id, self.generation);
+    }
+}
+
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,98 @@
+//! What became of a command (NVMe Base 1.4 §4.6.1).
+
+use std::fmt;
+
+use vfio_remap::{Error, ErrorKind, Result};
+
+/// A command's status: the type in bits 10:8, the code in bits 7:0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status(u16);
+
+impl Status {
+    pub const SUCCESS: Self = Self(0);
+    /// It was aborted because we asked for that.
+    pub const ABORT_REQUESTED: Self = Self(0x007);
+    /// We have ended it: the controller was reset, or has gone (NVMe Base 2.0 §3.3.3.2.1, figure 100).
+    pub const ABORTED_BY_HOST: Self = Self(0x371);
+
+    /// From bits 63:49 of a completion's last quarter words, where two more bits say whether there is more
+    /// in the error log, and whether trying again is in vain.
+    #[inline]
+    pub fn from_field(field: u16) -> Self {
+        Self(field & 0x7ff)
+    }
+
+    #[inline]
+    pub fn is_success(self) -> bool {
+        self == Self::SUCCESS
+    }
+
+    /// Whether the controller never said what became of the command, so that it is to be asked again.
+    pub fn is_undecided(self) -> bool {
+        [Self::ABORTED_BY_HOST, Self::ABORT_REQUESTED].contains(&self)
+    }
+
+    /// An error that says what was tried on which object, unless it is a success.
+    pub fn check(self, operation: &'static str, object: impl FnOnce() -> String) -> Result<()> {
+        if self.is_success() {
+            return Ok(());
+        }
+        let kind = match self.0 {
+            0x001 => ErrorKind::Unsupported,
+            0x00b => ErrorKind::NotFound,
+            0x080 => ErrorKind::OutOfRange,
+            _ => ErrorKind::Os,
+        };
+        Err(Error::new(kind, operation, object()).because(self.to_string()))
+    }
+
+    fn text(self) -> &'static str {
+        match self.0 {
+            0x000 => "success",
+            0x001 => "invalid command opcode",
+            0x002 => "invalid field in command",
+            0x004 => "data transfer error",
+            0x005 => "aborted: power loss",
+            0x006 => "internal error",
+            0x007 => "aborted at our request",
+            0x008 => "aborted: the submission queue was deleted",
+            0x00b => "invalid namespace or format",
+            0x00c => "command sequence error",
+            0x013 => "invalid PRP offset",
+            0x01c => "sanitize failed",
+            0x01d => "sanitize in progress",
+            0x020 => "namespace is write-protected",
+            0x080 => "block out of range",
+            0x081 => "capacity exceeded",
+            0x082 => "namespace not ready",
+            0x100 => "invalid completion queue",
+            0x101 => "invalid queue identifier",
+            0x102 => "invalid queue size",
+            0x103 => "abort command limit exceeded",
+            0x105 => "too many asynchronous event requests",
+            0x108 => "invalid interrupt vector",
+            0x109 => "invalid log page",
+            0x180 => "conflicting attributes",
+            0x182 => "write to a read-only range",
+            0x280 => "write fault",
+            0x281 => "unrecovered read error",
+            0x285 => "compare failure",
+            0x286 => "access denied",
+            0x287 => "block deallocated or never written",
+            0x371 => "ended by the driver: the controller was reset or has gone",
+            _ => match self.0 >> 8 {
+                0 => "generic error",
+                1 => "error of this command",
+                2 => "media error",
+                3 => "path error",
+                _ => "vendor's error",
+            },
+        }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (status {:#05x})", self.text(), self.0)
+    }
+}

@@ -1,0 +1,42 @@
+//! A driver for NVMe controllers, in safe Rust, and what can be done with one: look, copy from and to,
+//! verify, measure.
+//!
+//! `cargo run --release --example nvme -- identify`, or `-- bench`; without `--device` on an emulated
+//! controller, in a process of its own.
+
+#![forbid(unsafe_code)]
+
+mod bench;
+#[path = "../common/mod.rs"]
+mod common;
+mod driver;
+mod histogram;
+mod options;
+mod session;
+mod show;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use options::{Options, Task};
+use vfio_remap::Result;
+
+fn main() -> ExitCode {
+    if let Some(served) = common::served() {
+        return served.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
+    match perform(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nvme: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(options: &Options) -> Result<()> {
+    match &options.task {
+        Task::Identify => show::identify(options),
+        Task::Bench(bench) => bench::run(options, bench),
+    }
+}

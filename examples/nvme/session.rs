@@ -1,0 +1,33 @@
+//! A controller that a command works with.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vfio_remap::Result;
+
+use crate::common::{self, Opened, Process};
+use crate::driver::{Controller, Namespace, Settings};
+use crate::options::Common;
+
+/// A controller, one of its namespaces, and the process that emulates it, if one does.
+pub struct Session {
+    pub controller: Arc<Controller>,
+    pub namespace: Namespace,
+    _process: Option<Process>,
+}
+
+impl Session {
+    /// Opens what the user has named.
+    pub fn open(common: &Common, settings: Settings) -> Result<Self> {
+        let Opened { device, process } = common::open(&common.device)?;
+        let timeout = Duration::from_secs(common.timeout.max(1));
+        let controller = Controller::new(device, Settings { timeout, ..settings })?;
+        let namespace = controller.namespace(common.namespace)?;
+        Ok(Self { controller, namespace, _process: process })
+    }
+
+    /// Shuts the controller down.
+    pub fn close(self) -> Result<()> {
+        self.controller.close()
+    }
+}

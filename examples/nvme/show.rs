@@ -1,0 +1,110 @@
+//! `nvme identify`.
+
+use serde_json::{Value, json};
+use vfio_remap::Result;
+
+use crate::driver::{Controller, Health, Identity, Namespace, Settings};
+use crate::options::Options;
+use crate::session::Session;
+
+/// Prints what the controller says of itself.
+pub fn identify(options: &Options) -> Result<()> {
+    let session = Session::open(&options.common, Settings::default())?;
+    let controller = &session.controller;
+    let namespaces: Vec<Result<Namespace>> =
+        controller.namespaces()?.into_iter().map(|id| controller.namespace(id)).collect();
+    let health = controller.health()?;
+    let errors = controller.errors()?.len();
+    if options.common.json {
+        println!("{}", as_json(controller, &namespaces, &health, errors)?);
+    } else {
+        print(controller, &namespaces, &health, errors)?;
+    }
+    session.close()
+}
+
+fn as_json(
+    controller: &Controller,
+    namespaces: &[Result<Namespace>],
+    health: &Health,
+    errors: usize,
+) -> Result<Value> {
+    let Identity { vendor, serial, model, firmware, max_transfer, .. } = controller.identity();
+    let (stride, pairs) = controller.doorbells();
+    let namespaces: Vec<Value> = namespaces
+        .iter()
+        .map(|namespace| match namespace {
+            Ok(Namespace { id, blocks, .. }) => {
+                let block_size = namespace.as_ref().map_or(0, Namespace::block_size);
+                json!({"id": id, "blocks": blocks, "block_size": block_size})
+            }
+            Err(error) => json!({"error": error.to_string()}),
+        })
+        .collect();
+    Ok(json!({
+        "device": controller.name(), "version": controller.version()?, "vendor": vendor,
+        "model": model, "serial": serial, "firmware": firmware, "max_transfer": max_transfer,
+        "write_cache": controller.write_cache()?, "doorbell_stride": stride,
+        "queue_pairs_on_a_doorbell_page": pairs, "namespaces": namespaces,
+        "health": {"warnings": health.warnings, "temperature_kelvin": health.temperature,
+            "spare_percent": health.spare, "used_percent": health.used,
+            "power_on_hours": health.power_on_hours as f64,
+            "unsafe_shutdowns": health.unsafe_shutdowns as f64,
+            "media_errors": health.media_errors as f64},
+        "errors_logged": errors,
+    }))
+}
+
+fn print(
+    controller: &Controller,
+    namespaces: &[Result<Namespace>],
+    health: &Health,
+    errors: usize,
+) -> Result<()> {
+    let identity = controller.identity();
+    let Identity { vendor, serial, model, firmware, max_transfer, .. } = identity;
+    println!("{}: NVMe {}", controller.name(), controller.version()?);
+    println!("  {model}, serial number {serial}, firmware {firmware}, vendor {vendor:#06x}");
+    println!("  a command transfers {} KiB at most", max_transfer >> 10);
+    let offers =
+        [(identity.has_write_zeroes, "Write Zeroes"), (identity.has_deallocate, "Deallocate")];
+    let offered: Vec<_> = offers.iter().filter(|(has, _)| *has).map(|(_, name)| *name).collect();
+    println!("  beyond Read, Write and Flush: {}", or_none(&offered.join(", ")));
+    let cache = match (identity.has_write_cache, controller.write_cache()?) {
+        (false, _) => "none: what is written lasts",
+        (true, true) => "on: what is written lasts once it is flushed",
+        (true, false) => "switched off",
+    };
+    println!("  volatile write cache: {cache}");
+    let (stride, pairs) = controller.doorbells();
+    println!("  doorbells {stride} bytes apart: those of {pairs} pairs of queues share a page");
+    for namespace in namespaces {
+        match namespace {
+            Ok(namespace) => println!(
+                "  namespace {}: {} blocks of {} bytes, {:.1} MiB",
+                namespace.id,
+                namespace.blocks,
+                namespace.block_size(),
+                namespace.size() as f64 / f64::from(1 << 20)
+            ),
+            Err(error) => println!("  {error}"),
+        }
+    }
+    println!(
+        "  health: {} °C, {} % of the spare left, {} % of its life used, {} media errors, {errors} errors logged{}",
+        i32::from(health.temperature) - 273,
+        health.spare,
+        health.used,
+        health.media_errors,
+        if health.warnings == 0 {
+            String::new()
+        } else {
+            format!(", WARNINGS {:#04x}", health.warnings)
+        }
+    );
+    Ok(())
+}
+
+fn or_none(text: &str) -> &str {
+    if text.is_empty() { "nothing" } else { text }
+}
