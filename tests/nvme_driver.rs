@@ -1,0 +1,178 @@
+//! The NVMe driver of `examples/nvme`, on the NVMe model.
+#![cfg(feature = "emulated")]
+
+#[path = "../examples/nvme/driver/mod.rs"]
+mod driver;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use driver::{Controller, Done, IoQueue, Namespace, Settings, Status};
+use vfio_remap::device::DmaBuffer;
+use vfio_remap::transport::{Emulated, Namespace as Storage, Nvme, Power, Transport};
+use vfio_remap::{Device, ErrorKind};
+
+const SETTINGS: Settings = Settings {
+    queues: 4,
+    entries: 64,
+    interrupts: false,
+    timeout: Duration::from_secs(2),
+    admin_timeout: Duration::from_secs(2),
+};
+
+/// Two namespaces: 1 MiB in blocks of 512, 4 MiB in blocks of 4096 bytes.
+fn model() -> (Emulated, Power) {
+    let storage = [(1 << 20, 512), (4 << 20, 4096)];
+    let storage = storage.map(|(size, block)| Storage::memory(size, block).unwrap());
+    let nvme = Nvme::new(storage.into());
+    let power = nvme.power();
+    (Emulated::new(nvme).unwrap(), power)
+}
+
+fn controller(model: &Emulated, settings: Settings) -> Arc<Controller> {
+    Controller::new(Device::new(Arc::new(model.clone())), settings).unwrap()
+}
+
+/// Waits for the one request that is outstanding.
+fn done(queue: &mut IoQueue) -> Done {
+    let done = queue.wait().unwrap();
+    assert_eq!(queue.outstanding(), 0);
+    done
+}
+
+fn write(queue: &mut IoQueue, to: &Namespace, block: u64, buffer: DmaBuffer) -> DmaBuffer {
+    queue.write(to, block, buffer, 7).unwrap();
+    let Done { tag, status, buffer, .. } = done(queue);
+    assert_eq!((tag, status), (7, Status::SUCCESS));
+    buffer.unwrap()
+}
+
+fn read(queue: &mut IoQueue, of: &Namespace, block: u64, buffer: DmaBuffer) -> DmaBuffer {
+    queue.read(of, block, buffer, 8).unwrap();
+    let Done { tag, status, buffer, .. } = done(queue);
+    assert_eq!((tag, status), (8, Status::SUCCESS));
+    buffer.unwrap()
+}
+
+fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    (0..len).map(|n| (n * 7 + n / 251 + seed) as u8).collect()
+}
+
+#[test]
+fn what_is_written_is_read_at_every_length_and_alignment() {
+    let (model, _) = model();
+    let controller = controller(&model, SETTINGS);
+    assert_eq!(controller.namespaces().unwrap(), [1, 2]);
+    let mut queue = controller.queue().unwrap();
+    for id in [1, 2] {
+        let namespace = controller.namespace(id).unwrap();
+        let most = controller.identity().max_transfer;
+        assert_eq!((namespace.block_size(), most), ([512, 4096][id as usize - 1], 128 << 10));
+        let sizes = [1, 2, 3, 8, 9, 17].map(|blocks| blocks * namespace.block_size());
+        for (round, size) in sizes.into_iter().chain([most]).enumerate() {
+            for skip in [0, 4, 512, 2048, 4092] {
+                let part = |size: usize| {
+                    let buffer = controller.buffer(skip + size + 8).unwrap();
+                    let buffer = if skip == 0 { buffer } else { buffer.split_at(skip).unwrap().1 };
+                    buffer.split_at(size).unwrap().0
+                };
+                let data = pattern(size, round + skip);
+                let buffer = part(size);
+                buffer.write(0, &data);
+                write(&mut queue, &namespace, round as u64, buffer);
+                let mut found = vec![0; size];
+                read(&mut queue, &namespace, round as u64, part(size)).read(0, &mut found);
+                assert!(found == data, "{size} bytes, {skip} into a page, namespace {id}");
+            }
+        }
+    }
+    drop(queue);
+    controller.close().unwrap();
+}
+
+#[test]
+fn four_threads_fill_their_queues_by_polling_and_by_interrupts() {
+    for interrupts in [false, true] {
+        let (model, _) = model();
+        let controller = controller(&model, Settings { interrupts, ..SETTINGS });
+        let namespace = controller.namespace(2).unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let mut queue = controller.queue().unwrap();
+                let controller = &controller;
+                scope.spawn(move || {
+                    // Two rounds of more commands than the queue has entries.
+                    for block in 0..200u64 {
+                        while queue.room() == 0 {
+                            assert!(queue.wait().unwrap().status.is_success());
+                        }
+                        let buffer = controller.buffer(4096).unwrap();
+                        buffer.store(0, thread << 32 | block);
+                        queue.write(&namespace, thread * 200 + block, buffer, block).unwrap();
+                    }
+                    while let Some(done) = queue.wait() {
+                        assert!(done.status.is_success());
+                    }
+                    for block in 0..200u64 {
+                        let buffer = controller.buffer(4096).unwrap();
+                        let buffer = read(&mut queue, &namespace, thread * 200 + block, buffer);
+                        assert_eq!(buffer.load::<u64>(0), thread << 32 | block);
+                    }
+                });
+            }
+        });
+        let error = std::iter::repeat_with(|| controller.queue())
+            .take(5)
+            .collect::<Result<Vec<_>, _>>()
+            .map(drop)
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse, "four were asked for: {error}");
+        controller.close().unwrap();
+    }
+}
+
+#[test]
+fn a_loss_of_power_ends_what_is_outstanding_and_keeps_what_was_flushed() {
+    let (model, power) = model();
+    let controller = controller(&model, SETTINGS);
+    let namespace = controller.namespace(1).unwrap();
+    let mut queue = controller.queue().unwrap();
+    let buffer = controller.buffer(512).unwrap().split_at(512).unwrap().0;
+    buffer.write(0, &[0x5a; 512]);
+    let buffer = write(&mut queue, &namespace, 9, buffer);
+    queue.flush(&namespace, 1).unwrap();
+    assert!(done(&mut queue).status.is_success());
+    power.cycle();
+    // Whether it is in time or not, it ends; if it was lost, its buffer is back, and it is asked again.
+    let mut buffer = Some(buffer);
+    let found = loop {
+        queue.read(&namespace, 9, buffer.take().unwrap(), 2).unwrap();
+        let done = done(&mut queue);
+        if done.status.is_success() {
+            break done.buffer.unwrap();
+        }
+        assert_eq!(done.status, Status::ABORTED_BY_HOST);
+        buffer = done.buffer;
+    };
+    assert_eq!(found.load::<u8>(511), 0x5a);
+    drop((queue, found));
+    controller.close().unwrap();
+}
+
+#[test]
+fn a_device_that_was_closed_is_quiet_and_usable_by_the_next() {
+    let (model, _) = model();
+    for _ in 0..2 {
+        let controller = controller(&model, SETTINGS);
+        let queue = controller.queue().unwrap();
+        let error = controller.clone().close().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse);
+        drop(queue);
+        controller.close().unwrap();
+        let mut command = [0; 2];
+        model.read_at(7, 4, &mut command).unwrap();
+        let mut configuration = [0; 4];
+        model.read_at(0, 0x14, &mut configuration).unwrap();
+        assert_eq!((command[0] & 4, configuration[0] & 1), (0, 0), "bus mastering, CC.EN");
+    }
+}
