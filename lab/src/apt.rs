@@ -80,6 +80,15 @@ impl Suite {
             .then(|| Control(String::from_utf8_lossy(&shown.stdout).into_owned())))
     }
 
+    /// The control fields of those packages of a list that the suite has, by their
+    /// names.
+    pub fn show_all(&self, packages: &[String]) -> Result<Vec<(String, Control)>> {
+        let mut show = self.tool("apt-cache");
+        // Its status says whether there were all.
+        let shown = command::unchecked(show.args(["show", "--no-all-versions"]).args(packages))?;
+        Ok(paragraphs(&String::from_utf8_lossy(&shown.stdout)))
+    }
+
     /// Downloads packages and unpacks them, without their scripts, into a
     /// directory.
     pub fn unpack(&self, packages: &[String], into: &Path) -> Result<()> {
@@ -136,6 +145,14 @@ fn is_gone(said: &str) -> bool {
 fn simulated_install(line: &str) -> Option<String> {
     let (name, rest) = line.strip_prefix("Inst ")?.split_once(" (")?;
     Some(format!("{name}={}", rest.split_whitespace().next()?))
+}
+
+/// What `apt-cache show` says of several packages: empty lines are between them.
+fn paragraphs(shown: &str) -> Vec<(String, Control)> {
+    let paragraphs = shown.split("\n\n").map(|text| Control(text.to_owned()));
+    let named =
+        paragraphs.filter_map(|control| Some((control.field("Package")?.to_owned(), control)));
+    named.collect()
 }
 
 /// The control fields of a package.
@@ -214,6 +231,14 @@ mod tests {
         let line = "Inst libc6 (2.41-12+deb13u5 Debian:13.8/stable [amd64]) []";
         assert_eq!(simulated_install(line).as_deref(), Some("libc6=2.41-12+deb13u5"));
         assert_eq!(simulated_install("Conf libc6 (2.41-12+deb13u5 Debian [amd64])"), None);
+    }
+
+    #[test]
+    fn packages_that_are_shown_together_are_told_apart() {
+        let shown = "Package: fio\nDepends: libaio1\n\nPackage: libaio1\nVersion: 0.3\n\n";
+        let [(fio, one), (libaio, other)] = &paragraphs(shown)[..] else { panic!("two packages") };
+        assert_eq!((&**fio, &**libaio), ("fio", "libaio1"));
+        assert_eq!((one.depends(), other.version()), (vec!["libaio1"], Some("0.3")));
     }
 
     #[test]

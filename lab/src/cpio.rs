@@ -1,6 +1,7 @@
 //! The archive format of an initramfs: cpio's "newc", as the kernel's
 //! `Documentation/driver-api/early-userspace/buffer-format.rst` describes it.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 const DIRECTORY: u32 = 0o040_755;
@@ -14,11 +15,24 @@ const EXECUTABLE: u32 = 0o100_755;
 pub struct Archive {
     bytes: Vec<u8>,
     entries: u32,
+    directories: BTreeSet<String>,
 }
 
 impl Archive {
+    /// Nothing where it is there already.
     pub fn directory(&mut self, path: &str) {
-        self.entry(path, DIRECTORY, &[]);
+        if self.directories.insert(path.to_owned()) {
+            self.entry(path, DIRECTORY, &[]);
+        }
+    }
+
+    /// As [`file`](Self::file), after those of the directories it is in that are
+    /// not there yet.
+    pub fn file_in_directories(&mut self, path: &str, content: &[u8]) {
+        for (end, _) in path.match_indices('/') {
+            self.directory(&path[..end]);
+        }
+        self.file(path, content);
     }
 
     /// A file that anyone may read and run.

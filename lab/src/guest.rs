@@ -2,7 +2,7 @@
 //! kernel's modules and the payload.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -16,6 +16,9 @@ const INIT: &str = include_str!("../guest/init");
 pub struct Payload<'a> {
     pub program: &'a Path,
     pub arguments: &'a [String],
+    /// What it needs beside it: paths in the guest, without the leading slash,
+    /// and the files to put there.
+    pub files: &'a [(String, PathBuf)],
 }
 
 /// Packs the initramfs for one boot.
@@ -28,18 +31,25 @@ pub fn initramfs(
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let mut archive = Archive::default();
-    for directory in ["bin", "dev", "lab", "lab/modules", "proc", "sys", "tmp"] {
+    for directory in ["bin", "dev", "lab", "lab/modules", "lab/on-demand", "proc", "sys", "tmp"] {
         archive.directory(directory);
     }
     archive.file("init", INIT.as_bytes());
     archive.file("bin/busybox", &read(busybox)?);
-    for module in image.modules()? {
-        let name = module.file_name().context("a module is a file")?.to_string_lossy();
-        archive.file(&format!("lab/modules/{name}"), &read(&module)?);
+    for (directory, modules) in
+        [("lab/modules", image.modules()?), ("lab/on-demand", image.modules_on_demand()?)]
+    {
+        for module in modules {
+            let name = module.file_name().context("a module is a file")?.to_string_lossy();
+            archive.file(&format!("{directory}/{name}"), &read(&module)?);
+        }
     }
     let program = payload.program.file_name().context("the payload is a file")?.to_string_lossy();
     let program = format!("/lab/{program}");
     archive.file(&program[1..], &read(payload.program)?);
+    for (path, file) in payload.files {
+        archive.file_in_directories(path, &read(file)?);
+    }
     let config = config(image.name, variant, &program, payload.arguments);
     archive.file("lab/config", config.as_bytes());
     Ok(archive.finish())

@@ -87,7 +87,7 @@ pub fn show(lab: &Lab, store: &Store, hazard: &Hazard, kernel: &'static Kernel) 
         bail!("the mirror does not have kernel {} any more", kernel.name);
     };
     let arguments = [hazard.name, "--nocapture", "--test-threads=1"].map(str::to_owned);
-    let payload = Payload { program: &program, arguments: &arguments };
+    let payload = Payload { program: &program, arguments: &arguments, files: &[] };
     let label = format!("{}-{}", kernel.name, hazard.name);
     let outcome = lab.boot(&image, Variant::Usual, &payload, &label)?;
     match outcome.log.offences()[..] {

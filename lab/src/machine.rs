@@ -23,7 +23,7 @@ const VFIO: &str = "vfio-pci";
 const SERIAL: &str = "serial";
 
 /// Each is alone in its IOMMU group, except for crowded and neighbour, and for the twins.
-pub const DEVICES: [Device; 14] = [
+pub const DEVICES: [Device; 15] = [
     Device {
         name: "nvme",
         address: "0000:00:03.0",
@@ -96,6 +96,13 @@ pub const DEVICES: [Device; 14] = [
         qemu: "pci-serial,chardev=nowhere-spare",
     },
     Device {
+        name: "nvme4k",
+        address: "0000:00:0d.0",
+        driver: VFIO,
+        about: "NVMe controller with blocks of 4096 bytes that take no time and keep nothing",
+        qemu: "nvme,drive=null-4k,serial=lab-4k,logical_block_size=4096,physical_block_size=4096",
+    },
+    Device {
         name: "hot",
         address: "0000:01:00.0",
         driver: VFIO,
@@ -134,8 +141,9 @@ const ROOT_PORTS: [&str; 3] = [
 ];
 
 /// What the devices lean on.
-const BACKENDS: [(&str, &str); 10] = [
+const BACKENDS: [(&str, &str); 11] = [
     ("-blockdev", "driver=null-co,node-name=null,size=1073741824,read-zeroes=on"),
+    ("-blockdev", "driver=null-co,node-name=null-4k,size=1073741824"),
     ("-netdev", "user,id=net-e1000e"),
     ("-netdev", "user,id=net-igb"),
     ("-netdev", "user,id=net-hot"),
@@ -170,6 +178,10 @@ pub enum Variant {
     /// With an IOMMU, and hotplug by ACPI, as in most virtual machines: what is
     /// asked for happens at once.
     AcpiHotplug,
+    /// With an IOMMU that translates for all devices (iommu=nopt), where that of
+    /// the others translates for VFIO's only, and those of the kernel's own
+    /// drivers pass (iommu=pt).
+    Translating,
 }
 
 impl Variant {
@@ -183,6 +195,7 @@ impl Variant {
             Self::Usual => "",
             Self::WithoutIommu => " without an IOMMU",
             Self::AcpiHotplug => " with hotplug by ACPI",
+            Self::Translating => " with iommu=nopt",
         }
     }
 }
@@ -240,7 +253,11 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
 /// The boot's test of the timer counts interrupts in real time, and panics where
 /// the host is too busy to emulate enough of them.
 pub fn kernel_command_line(variant: Variant) -> String {
-    let iommu = if variant.has_iommu() { "intel_iommu=on iommu=pt " } else { "" };
+    let iommu = match variant {
+        Variant::WithoutIommu => "",
+        Variant::Usual | Variant::AcpiHotplug => "intel_iommu=on iommu=pt ",
+        Variant::Translating => "intel_iommu=on iommu=nopt ",
+    };
     format!(
         "console=ttyS0 {iommu}panic=-1 no_timer_check ignore_loglevel log_buf_len=4M \
          printk.devkmsg=on 8250.nr_uarts=8"

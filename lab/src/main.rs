@@ -2,10 +2,10 @@
 //! crate's tests, examples and benchmarks there.
 //!
 //! From the top: [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
-//! [`matrix`] and this file are the commands, [`boot`] is one boot of one kernel;
-//! [`kernels`], [`patched`], [`busybox`], [`payload`] and [`guest`] make what is
-//! booted, [`machine`] and [`newer_qemu`] what it is booted on; [`klog`],
-//! [`libtest`] and [`report`] judge what came of it.
+//! [`matrix`], [`performance`] and this file are the commands, [`boot`] is one boot
+//! of one kernel; [`kernels`], [`patched`], [`busybox`], [`payload`] and [`guest`]
+//! make what is booted, [`machine`] and [`newer_qemu`] what it is booted on;
+//! [`klog`], [`libtest`] and [`report`] judge what came of it.
 
 #![forbid(unsafe_code)]
 
@@ -13,9 +13,11 @@ mod apt;
 mod boot;
 mod busybox;
 mod cache;
+mod chart;
 mod command;
 mod cpio;
 mod decompress;
+mod fio;
 mod fuzz;
 mod guest;
 mod hazard;
@@ -29,6 +31,7 @@ mod modules;
 mod newer_qemu;
 mod patched;
 mod payload;
+mod performance;
 mod qemu;
 mod report;
 mod soak;
@@ -145,12 +148,16 @@ enum Task {
         common: Common,
     },
     /// Run a benchmark in a guest.
+    ///
+    /// `nvme` holds the example `nvme` against the kernel's driver under fio, and
+    /// writes down in docs/performance.md what came of it; it fails if the
+    /// example does not reach what it must.
     Bench {
         /// The benchmark.
         name: String,
-        /// The kernel to run it in.
-        #[arg(long, value_name = "NAME", default_value = NEWEST, value_parser = kernels::by_name)]
-        kernel: &'static Kernel,
+        /// The kernel to run it in; newest, or for nvme 6.1, if none is named.
+        #[arg(long, value_name = "NAME", value_parser = kernels::by_name)]
+        kernel: Option<&'static Kernel>,
         #[command(flatten)]
         common: Common,
     },
@@ -260,7 +267,15 @@ fn perform(task: Task) -> Result<ExitCode> {
             matrix::write(&lab, &store)?;
             Ok(ExitCode::SUCCESS)
         }
+        Task::Bench { name, kernel, common } if name == "nvme" => {
+            let (lab, store) = ready(common)?;
+            let kernel = kernel.map_or_else(|| kernels::by_name(performance::KERNEL), Ok);
+            let reached = performance::write(&lab, &store, kernel.map_err(Error::msg)?)?;
+            Ok(if reached { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
         Task::Bench { name, kernel, common } => {
+            let kernel = kernel.map_or_else(|| kernels::by_name(NEWEST), Ok);
+            let kernel = kernel.map_err(Error::msg)?;
             let program = payload::benchmark(&name)?;
             run(kernel, common, &program, &["--bench".to_owned()], &name)
         }
@@ -291,7 +306,7 @@ fn run(
     let Some(image) = kernel.image(&store)? else {
         bail!("the mirror does not have kernel {} any more", kernel.name);
     };
-    let payload = Payload { program, arguments };
+    let payload = Payload { program, arguments, files: &[] };
     let outcome = lab.boot(&image, Variant::Usual, &payload, &format!("{}-{name}", kernel.name))?;
     let complaints = outcome.complaints();
     let log = format!("the kernel log is {}", outcome.log_path.display());

@@ -45,7 +45,7 @@ pub fn write(lab: &Lab, store: &Store) -> Result<()> {
         let Some(image) = kernel.image(store)? else {
             bail!("the mirror does not have kernel {} any more", kernel.name);
         };
-        let payload = Payload { program: &program, arguments: &arguments };
+        let payload = Payload { program: &program, arguments: &arguments, files: &[] };
         let outcome =
             lab.boot(&image, Variant::Usual, &payload, &format!("{}-matrix", kernel.name))?;
         let complaints = outcome.complaints();

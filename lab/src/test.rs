@@ -55,7 +55,7 @@ pub fn guest(
             continue;
         };
         let mut boot = |variant, program: &Path, arguments: &[String], label: &str| -> Result<()> {
-            let payload = Payload { program, arguments };
+            let payload = Payload { program, arguments, files: &[] };
             let outcome = lab.boot(&image, variant, &payload, label)?;
             let result = report::Result::Ran { version: image.version.clone(), outcome };
             rows.push(Row { label: label.to_owned(), result });

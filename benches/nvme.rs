@@ -1,0 +1,284 @@
+//! The example `nvme`, a driver in user space, against the kernel's driver under fio: in turns, in one
+//! boot, on the same device.
+//!
+//! In the lab alone (`cargo lab bench nvme`), which brings fio, the example and the kernel's modules
+//! and reads the rows that this prints.
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use vfio_remap::transport::{PciDevice, Sysfs};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Where the lab puts the example, and modules that are not loaded yet.
+const EXAMPLE: &str = "/lab/examples/nvme";
+const MODULES: &str = "/lab/on-demand";
+
+/// How long the kernel's driver may take to find its namespaces.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Parser)]
+struct Options {
+    /// How often each contender has its turn.
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// How long each turn lasts.
+    #[arg(long, default_value_t = 2)]
+    seconds: u32,
+    /// Leave out writes, smaller blocks, and other ways of completion.
+    #[arg(long)]
+    brief: bool,
+    /// Cargo says so.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What is to be done by one thread, as often as it can.
+#[derive(Clone, Copy)]
+struct Load {
+    write: bool,
+    block_size: u32,
+    depth: u32,
+}
+
+/// Who does it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Contender {
+    /// The kernel's driver, under fio's io_uring as it comes.
+    Kernel,
+    /// The same, with what fio has to make it faster.
+    KernelTuned,
+    /// The same, the kernel polling for completions.
+    KernelPolled,
+    Driver,
+    DriverInterrupts,
+}
+
+impl Contender {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::KernelTuned => "kernel-tuned",
+            Self::KernelPolled => "kernel-polled",
+            Self::Driver => "driver",
+            Self::DriverInterrupts => "driver-interrupts",
+        }
+    }
+
+    fn is_kernel(self) -> bool {
+        !matches!(self, Self::Driver | Self::DriverInterrupts)
+    }
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    if std::env::var_os("LAB_DEVICES").is_none() {
+        println!("nvme: needs a device that both drivers may have: cargo lab bench nvme");
+        return ExitCode::SUCCESS;
+    }
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("nvme: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<()> {
+    let turns = turns(options.brief);
+    load_modules()?;
+    for name in ["nvme4k", "nvme"] {
+        give_to_kernel(&lab_device(name)?)?;
+    }
+    for round in 1..=options.rounds {
+        println!("round {round} of {}", options.rounds);
+        for name in ["nvme4k", "nvme"] {
+            let device = lab_device(name)?;
+            let ours = turns.iter().copied().filter(|(load, _)| device_of(*load) == name);
+            let (kernel, driver): (Vec<_>, Vec<_>) =
+                ours.partition(|(_, contender)| contender.is_kernel());
+            if kernel.is_empty() {
+                continue;
+            }
+            let namespace = namespace(&device)?;
+            for (load, contender) in kernel {
+                report(load, contender, fio(&namespace, load, contender, options.seconds)?);
+            }
+            let binding = device.bind_vfio_pci()?;
+            for (load, contender) in driver {
+                report(load, contender, example(&device, load, contender, options.seconds)?);
+            }
+            binding.restore().map_err(|(_, error)| error)?;
+        }
+    }
+    Ok(())
+}
+
+/// Who has to do what, in each round.
+fn turns(brief: bool) -> Vec<(Load, Contender)> {
+    use Contender::{Driver, DriverInterrupts, Kernel, KernelPolled, KernelTuned};
+    let mut turns = Vec::new();
+    for depth in [1, 32] {
+        let mut add = |write, block_size, contenders: &[Contender]| {
+            let load = Load { write, block_size, depth };
+            turns.extend(contenders.iter().map(|contender| (load, *contender)));
+        };
+        if brief {
+            add(false, 4096, &[Kernel, Driver]);
+            continue;
+        }
+        add(false, 4096, &[Kernel, KernelTuned, KernelPolled, Driver, DriverInterrupts]);
+        add(true, 4096, &[Kernel, Driver]);
+        add(false, 512, &[Kernel, Driver]);
+    }
+    turns
+}
+
+/// The lab's device with blocks of the load's size.
+fn device_of(load: Load) -> &'static str {
+    if load.block_size == 4096 { "nvme4k" } else { "nvme" }
+}
+
+/// What the lab reads.
+fn report(load: Load, contender: Contender, iops: f64) {
+    let Load { write, block_size, depth } = load;
+    let operation = if write { "write" } else { "read" };
+    println!("row\t{operation}\t{block_size}\t{depth}\t{}\t{iops:.0}", contender.name());
+}
+
+fn fio(namespace: &Path, load: Load, contender: Contender, seconds: u32) -> Result<f64> {
+    let mut command = Command::new("fio");
+    command
+        .args(["--name=nvme", "--ioengine=io_uring", "--direct=1", "--numjobs=1", "--thread"])
+        .args(["--time_based", "--ramp_time=500ms", "--output-format=json"])
+        .arg(format!("--runtime={seconds}"))
+        .arg(format!("--filename={}", namespace.display()))
+        .arg(format!("--rw={}", if load.write { "randwrite" } else { "randread" }))
+        .arg(format!("--bs={}", load.block_size))
+        .arg(format!("--iodepth={}", load.depth));
+    if contender != Contender::Kernel {
+        command.args(["--fixedbufs", "--registerfiles", "--norandommap", "--gtod_reduce=1"]);
+    }
+    if contender == Contender::KernelPolled {
+        command.arg("--hipri");
+    }
+    let said = output(&mut command)?;
+    let report: serde_json::Value = serde_json::from_str(from_brace(&said)?)?;
+    let side = &report["jobs"][0][if load.write { "write" } else { "read" }];
+    side["iops"].as_f64().ok_or_else(|| format!("fio gives no IOPS: {said}").into())
+}
+
+fn example(device: &PciDevice, load: Load, contender: Contender, seconds: u32) -> Result<f64> {
+    let mut command = Command::new(EXAMPLE);
+    command
+        .args(["bench", "--namespace=1", "--threads=1", "--json"])
+        .arg(format!("--device={}", device.address()))
+        .arg(format!("--depth={}", load.depth))
+        .arg(format!("--block-size={}", load.block_size))
+        .arg(format!("--seconds={seconds}"));
+    if load.write {
+        command.args(["--read-percent=0", "--yes-destroy-data"]);
+    } else {
+        command.arg("--read-percent=100");
+    }
+    if contender == Contender::DriverInterrupts {
+        command.arg("--interrupts");
+    }
+    let said = output(&mut command)?;
+    let report: serde_json::Value = serde_json::from_str(from_brace(&said)?)?;
+    report["iops"].as_f64().ok_or_else(|| format!("the example gives no IOPS: {said}").into())
+}
+
+/// From where the JSON begins: there may be warnings before it.
+fn from_brace(said: &str) -> Result<&str> {
+    let start = said.find('{').ok_or_else(|| format!("this is no JSON: {said}"))?;
+    Ok(&said[start..])
+}
+
+/// What a program writes to standard output.
+fn output(command: &mut Command) -> Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().map_err(|error| format!("cannot run {program}: {error}"))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        let error = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("{command:?} failed, {}: {said}{error}", output.status).into());
+    }
+    Ok(said)
+}
+
+/// Loads the kernel's NVMe driver and what it needs, with a queue for those who poll.
+fn load_modules() -> Result<()> {
+    let mut modules: Vec<PathBuf> =
+        fs::read_dir(MODULES)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    modules.sort();
+    for module in modules {
+        let is_driver = module.to_string_lossy().ends_with("-nvme.ko");
+        let mut command = Command::new("insmod");
+        command.arg(&module).args(is_driver.then_some("poll_queues=1"));
+        output(&mut command)?;
+        if is_driver {
+            return Ok(());
+        }
+    }
+    Err("this kernel has no NVMe driver".into())
+}
+
+/// Takes a device from vfio-pci, where the lab has put it, and gives it to the kernel's driver.
+fn give_to_kernel(device: &PciDevice) -> Result<()> {
+    let address = device.address().to_string();
+    let sysfs = sysfs_of(device);
+    fs::write(sysfs.join("driver_override"), "nvme")?;
+    fs::write(sysfs.join("driver/unbind"), &address)?;
+    fs::write("/sys/bus/pci/drivers_probe", &address)?;
+    namespace(device).map(drop)
+}
+
+/// The block device of the first namespace, as soon as the kernel's driver has found it.
+fn namespace(device: &PciDevice) -> Result<PathBuf> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = find_namespace(device) {
+            return Ok(found);
+        }
+        if Instant::now() > end {
+            return Err(format!("the kernel finds no namespace of {}", device.address()).into());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn find_namespace(device: &PciDevice) -> Option<PathBuf> {
+    let controller = fs::read_dir(sysfs_of(device).join("nvme")).ok()?.next()?.ok()?;
+    let mut entries = fs::read_dir(controller.path()).ok()?.flatten();
+    let namespace = entries.find_map(|entry| block_device(entry.file_name().to_str()?))?;
+    let node = Path::new("/dev").join(namespace);
+    node.exists().then_some(node)
+}
+
+/// What a namespace's entry of its controller is called as a block device: where the controller is
+/// one path of several (`CONFIG_NVME_MULTIPATH`), its entry has the path in it, `nvme0c1n1`.
+fn block_device(entry: &str) -> Option<String> {
+    let (controller, namespace) = entry.strip_prefix("nvme")?.split_once('n')?;
+    let subsystem = controller.split('c').next()?;
+    Some(format!("nvme{subsystem}n{namespace}"))
+}
+
+fn sysfs_of(device: &PciDevice) -> PathBuf {
+    Path::new("/sys/bus/pci/devices").join(device.address().to_string())
+}
+
+fn lab_device(name: &str) -> Result<PciDevice> {
+    let devices = std::env::var("LAB_DEVICES")?;
+    let address = devices
+        .split_ascii_whitespace()
+        .find_map(|entry| entry.strip_prefix(name)?.strip_prefix('='))
+        .ok_or_else(|| format!("the lab has no device {name}"))?;
+    Ok(Sysfs::default().device(address.parse()?)?)
+}

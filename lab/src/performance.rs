@@ -1,0 +1,325 @@
+//! `cargo lab bench nvme`: the example `nvme` against the kernel's driver, as a
+//! page of the documentation.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::boot::{Ending, Lab};
+use crate::cache::Store;
+use crate::chart::{self, Bar, Panel};
+use crate::command;
+use crate::fio::Fio;
+use crate::guest::Payload;
+use crate::kernels::{Image, Kernel};
+use crate::machine::Variant;
+use crate::payload;
+use crate::qemu;
+use crate::ui;
+
+const PAGE: &str = "docs/performance.md";
+const PLOT: &str = "docs/performance.svg";
+
+/// The kernel that the page is about unless another is named: the figures that
+/// it is held against were taken there.
+pub const KERNEL: &str = "6.1";
+
+/// What the driver must reach when it polls, as a multiple of what the kernel
+/// reaches at that depth, with `iommu=nopt`.
+const TARGETS: [(u32, f64); 2] = [(1, 9.0), (32, 36.0)];
+
+/// How many turns each contender has, and how long one lasts, in seconds.
+const ROUNDS: u32 = 5;
+const SECONDS: u32 = 2;
+
+/// Whom `benches/nvme.rs` lets have their turns, in the order of the tables,
+/// and what the tables call them.
+const CONTENDERS: [(&str, &str); 5] = [
+    ("kernel", "kernel, io_uring"),
+    ("kernel-tuned", "kernel, io_uring tuned"),
+    ("kernel-polled", "kernel, io_uring tuned, polled"),
+    ("driver-interrupts", "`nvme`, interrupts"),
+    ("driver", "`nvme`, polled"),
+];
+
+/// What there was to do. In the order of the tables: reads first, and large
+/// blocks.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Load {
+    write: bool,
+    block_size: Reverse<u32>,
+    depth: u32,
+}
+
+impl Load {
+    fn new(operation: &str, block_size: u32, depth: u32) -> Self {
+        Self { write: operation == "write", block_size: Reverse(block_size), depth }
+    }
+
+    fn reads(depth: u32) -> Self {
+        Self::new("read", 4096, depth)
+    }
+
+    fn words(self) -> String {
+        let Self { write, block_size: Reverse(block_size), depth } = self;
+        let operation = if write { "write" } else { "read" };
+        format!("{operation} | {block_size} | {depth}")
+    }
+}
+
+/// The figures of one boot, I/O operations per second, by load and index of the
+/// contender.
+#[derive(Default)]
+struct Figures(BTreeMap<(Load, usize), Vec<f64>>);
+
+impl Figures {
+    /// From what `benches/nvme.rs` prints.
+    fn parse(output: &str) -> Result<Self> {
+        let mut figures = Self::default();
+        for line in output.lines().filter_map(|line| line.strip_prefix("row\t")) {
+            let (key, iops) = parse_row(line).with_context(|| format!("what is this? {line}"))?;
+            figures.0.entry(key).or_default().push(iops);
+        }
+        ensure!(!figures.0.is_empty(), "the benchmark printed no figures");
+        Ok(figures)
+    }
+
+    fn median(&self, load: Load, contender: &str) -> Option<f64> {
+        Some(median(self.0.get(&(load, index(contender)?))?))
+    }
+
+    /// By how much a contender is above the kernel.
+    fn ratio(&self, load: Load, contender: &str) -> Option<f64> {
+        Some(self.median(load, contender)? / self.median(load, "kernel")?)
+    }
+
+    fn table(&self) -> String {
+        let mut table =
+            "| operation | block, bytes | depth | who | IOPS, median | min–max | × kernel |\n\
+                         |---|---:|---:|---|---:|---:|---:|\n"
+                .to_owned();
+        for ((load, contender), runs) in &self.0 {
+            let (name, shown) = CONTENDERS[*contender];
+            let low = runs.iter().copied().fold(f64::INFINITY, f64::min);
+            let high = runs.iter().copied().fold(0.0, f64::max);
+            let ratio = self.ratio(*load, name).unwrap_or(f64::NAN);
+            writeln!(
+                table,
+                "| {} | {shown} | {} | {}–{} | {ratio:.1} |",
+                load.words(),
+                grouped(median(runs)),
+                grouped(low),
+                grouped(high)
+            )
+            .expect("a string takes all");
+        }
+        table
+    }
+}
+
+/// Boots the kernel twice, writes the page and its plot, and says whether the
+/// driver has reached what it must.
+pub fn write(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
+    let program = payload::benchmark("nvme")?;
+    let example = payload::example("nvme")?;
+    let fio = Fio::ensure(store)?;
+    let Some(image) = kernel.image(store)? else {
+        bail!("the mirror does not have kernel {} any more", kernel.name);
+    };
+    let mut files = fio.files()?;
+    files.push(("lab/examples/nvme".to_owned(), example));
+    let boot = |iommu, arguments: &[&str], label: &str| -> Result<Figures> {
+        let turns = [format!("--rounds={ROUNDS}"), format!("--seconds={SECONDS}")];
+        let arguments: Vec<_> =
+            arguments.iter().map(|&argument| argument.to_owned()).chain(turns).collect();
+        let payload = Payload { program: &program, arguments: &arguments, files: &files };
+        let outcome = lab.boot(&image, iommu, &payload, &format!("{}-{label}", kernel.name))?;
+        let complaints = outcome.complaints();
+        ensure!(
+            matches!(outcome.ending, Ending::Exited(0)) && complaints.is_empty(),
+            "{}\n{complaints}",
+            outcome.ending
+        );
+        Figures::parse(&outcome.output)
+    };
+    let translating = boot(Variant::Translating, &["--bench"], "nvme-nopt")?;
+    let passing = boot(Variant::Usual, &["--bench", "--brief"], "nvme-pt")?;
+
+    let page = page(&facts(&image, &fio)?, &translating, &passing);
+    for (path, content) in [(PAGE, page), (PLOT, plot(&translating))] {
+        fs::write(payload::workspace().join(path), content)?;
+        ui::status("Wrote", path);
+    }
+    let missed = missed(&translating);
+    missed.iter().for_each(|missed| ui::error(missed));
+    Ok(missed.is_empty())
+}
+
+fn page(facts: &str, translating: &Figures, passing: &Figures) -> String {
+    let targets: Vec<_> = TARGETS
+        .iter()
+        .map(|(depth, target)| {
+            let ratio = translating.ratio(Load::reads(*depth), "driver").unwrap_or(f64::NAN);
+            format!("- depth {depth}: **{ratio:.1} times** the kernel's IOPS (at least {target})\n")
+        })
+        .collect();
+    format!(
+        "\
+# The NVMe driver in user space against the kernel's
+
+Written, with its plot, by
+
+```console
+$ cargo lab bench nvme
+```
+
+which boots a kernel in QEMU and there has the example `nvme`, a driver in safe Rust on this crate,
+and fio on the kernel's own driver take turns on one device: random reads and writes, one thread, as
+fast as it goes. Between turns the device changes hands, from vfio-pci to nvme and back. The device
+does nothing: QEMU's nvme on a null back end. So what is measured is the way to the device, and since
+the guest is emulated, every instruction on that way counts. Ratios say how much thinner one way is
+than the other; the absolute figures are of the emulator.
+
+{facts}
+## The IOMMU translates for both (`iommu=nopt`)
+
+Both drivers pay for the same protection. The driver polls and reads blocks of 4096 bytes at
+
+{}
+![IOPS by contender](performance.svg)
+
+{}
+## The kernel's devices pass the IOMMU by (`iommu=pt`)
+
+The kernel gives up protection from its devices; the driver in user space keeps it.
+
+{}",
+        targets.concat(),
+        translating.table(),
+        passing.table()
+    )
+}
+
+/// What the figures depend on.
+fn facts(image: &Image, fio: &Fio) -> Result<String> {
+    let qemu = command::output(Command::new(qemu::PROGRAM).arg("--version"))?;
+    let qemu = qemu.lines().next().unwrap_or_default().trim_start_matches("QEMU emulator version ");
+    let cpus = fs::read_to_string("/proc/cpuinfo")?;
+    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let model = model.map_or("an unknown processor", |(_, model)| model);
+    let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
+    Ok(format!(
+        "\
+| | |
+|---|---|
+| kernel | linux {} of Debian, two processors, intel-iommu |
+| emulator | QEMU {qemu}, TCG, on {count} × {model} |
+| device | QEMU's nvme, `null-co`, blocks of 4096 bytes or of 512 |
+| kernel, io_uring | fio {}: `ioengine=io_uring direct=1 numjobs=1 thread` |
+| tuned | and `fixedbufs registerfiles norandommap gtod_reduce=1` |
+| polled | and `hipri`, on a queue without interrupts (`nvme.poll_queues=1`) |
+| `nvme` | `nvme bench --threads 1`, with `--interrupts` or without |
+| turns | {ROUNDS} of each contender, of {SECONDS} seconds; the median counts |
+",
+        image.version, fio.version
+    ))
+}
+
+fn plot(figures: &Figures) -> String {
+    let panels: Vec<_> = TARGETS
+        .iter()
+        .map(|&(depth, _)| {
+            let load = Load::reads(depth);
+            let bars = CONTENDERS.iter().filter_map(|&(name, shown)| {
+                let value = figures.median(load, name)?;
+                let ratio = figures.ratio(load, name)?;
+                Some(Bar {
+                    label: shown.replace('`', ""),
+                    value,
+                    text: format!("{} (×{ratio:.1})", grouped(value)),
+                    strong: name.starts_with("driver"),
+                })
+            });
+            let title = format!("Random reads of 4096 bytes, depth {depth}: IOPS");
+            Panel { title, bars: bars.collect() }
+        })
+        .collect();
+    chart::svg(&panels)
+}
+
+fn missed(figures: &Figures) -> Vec<String> {
+    let reached = |depth| figures.ratio(Load::reads(depth), "driver").unwrap_or(0.0);
+    TARGETS
+        .iter()
+        .filter(|(depth, target)| reached(*depth) < *target)
+        .map(|(depth, target)| {
+            let ratio = reached(*depth);
+            format!("at depth {depth} the driver reaches {ratio:.1} times the kernel, not {target}")
+        })
+        .collect()
+}
+
+fn parse_row(line: &str) -> Option<((Load, usize), f64)> {
+    let fields: Vec<_> = line.split('\t').collect();
+    let [operation, block_size, depth, contender, iops] = fields[..] else { return None };
+    let load = Load::new(operation, block_size.parse().ok()?, depth.parse().ok()?);
+    Some(((load, index(contender)?), iops.parse().ok()?))
+}
+
+fn index(contender: &str) -> Option<usize> {
+    CONTENDERS.iter().position(|(name, _)| *name == contender)
+}
+
+fn median(runs: &[f64]) -> f64 {
+    let mut sorted = runs.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// A whole number in groups of three digits.
+fn grouped(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let first = digits.len() % 3;
+    let mut groups: Vec<_> =
+        (first..digits.len()).step_by(3).map(|at| &digits[at..at + 3]).collect();
+    if first > 0 {
+        groups.insert(0, &digits[..first]);
+    }
+    groups.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTPUT: &str = "round 1 of 3\n\
+        row\tread\t4096\t1\tkernel\t1000\nrow\tread\t4096\t1\tdriver\t9500\n\
+        row\tread\t4096\t1\tkernel\t900\nrow\tread\t4096\t1\tdriver\t8000\n\
+        row\tread\t4096\t1\tkernel\t1100\nrow\tread\t4096\t1\tdriver\t12345\n\
+        row\tread\t4096\t32\tkernel\t1000\nrow\tread\t4096\t32\tdriver\t35000\n";
+
+    #[test]
+    fn a_table_holds_medians_and_what_they_are_of_the_kernels() {
+        let table = Figures::parse(OUTPUT).unwrap().table();
+        assert!(
+            table.contains("| read | 4096 | 1 | `nvme`, polled | 9 500 | 8 000–12 345 | 9.5 |\n"),
+            "{table}"
+        );
+    }
+
+    #[test]
+    fn a_target_that_is_missed_is_named() {
+        let missed = missed(&Figures::parse(OUTPUT).unwrap());
+        assert_eq!(missed, ["at depth 32 the driver reaches 35.0 times the kernel, not 36"]);
+    }
+
+    #[test]
+    fn an_output_without_figures_is_an_error() {
+        assert!(Figures::parse("round 1 of 3\n").is_err());
+        assert!(Figures::parse("row\tread\t4096\t1\tnobody\t1000\n").is_err());
+    }
+}
