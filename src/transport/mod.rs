@@ -25,7 +25,8 @@ use crate::sys::file;
 
 #[cfg(feature = "emulated")]
 pub use emulated::{
-    Activity, Bus, Edu, Emulated, Memory, Model, Namespace, Nvme, PciConfig, Power, Server, Shape,
+    Activity, Bus, Edu, Emulated, Fault, Faults, Memory, Model, Namespace, Nvme, PciConfig, Power,
+    Server, Shape,
 };
 pub use irq::{IrqInfo, irq_index};
 pub use linux::{

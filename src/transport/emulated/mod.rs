@@ -18,6 +18,6 @@ pub use device::Emulated;
 pub use edu::Edu;
 pub use memory::Memory;
 pub use model::{Activity, Model, Shape};
-pub use nvme::{Namespace, Nvme, Power};
+pub use nvme::{Fault, Faults, Namespace, Nvme, Power};
 pub use pci::PciConfig;
 pub use server::Server;

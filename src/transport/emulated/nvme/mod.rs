@@ -2,6 +2,7 @@
 
 mod admin;
 mod command;
+mod fault;
 mod identify;
 mod queue;
 mod storage;
@@ -11,6 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::command::{Command, Outcome, Status};
+use self::fault::{Completion, Fate};
+pub use self::fault::{Fault, Faults};
 use self::queue::{CompletionQueue, SubmissionQueue, parts};
 pub use self::storage::Namespace;
 use super::bus::Bus;
@@ -76,6 +79,9 @@ pub struct Nvme {
     /// Of submission and completion queues by turns.
     doorbells: Vec<Register<u32>>,
     power_lost: Arc<AtomicBool>,
+    faults: Option<Faults>,
+    pulled: bool,
+    late: Vec<Completion>,
 }
 
 /// Takes a controller's power away for an instant: see [`Nvme::power`].
@@ -113,6 +119,9 @@ impl Nvme {
             events: Vec::new(),
             doorbells: Vec::new(),
             power_lost: Arc::default(),
+            faults: None,
+            pulled: false,
+            late: Vec::new(),
         }
     }
 
@@ -202,6 +211,7 @@ impl Nvme {
         self.completions.clear();
         self.features.clear();
         self.events.clear();
+        self.late.clear();
         self.mask = 0;
         self.status = 0;
         if let Some(memory) = bus.memory(BAR)
@@ -221,8 +231,7 @@ impl Nvme {
 
     fn check_power(&mut self, bus: &Bus) {
         if self.power_lost.swap(false, Ordering::Acquire) {
-            self.namespaces.iter_mut().for_each(Namespace::lose_power);
-            self.reset(bus);
+            self.lose_power(bus);
         }
     }
 
@@ -236,16 +245,15 @@ impl Nvme {
             let Some(queue) = self.submissions.get_mut(&id) else { return Ok(turn > 0) };
             let (size, head, to) = (queue.size, queue.head, queue.completions);
             let tail = self.doorbell(2 * id);
-            let full = match self.completions.get(&to) {
-                Some(queue) => queue.is_full(self.doorbell(2 * to + 1)),
-                None => true,
-            };
-            if tail == u32::from(head) || tail >= u32::from(size) || full {
+            if tail == u32::from(head) || tail >= u32::from(size) || self.is_full(to) {
                 return Ok(turn > 0);
             }
             let Some(queue) = self.submissions.get_mut(&id) else { return Ok(true) };
             let command = queue.pop(bus)?;
-            let head = queue.head;
+            let fate = self.strike(bus);
+            if fate == Fate::Stopped {
+                return Ok(true);
+            }
             let outcome =
                 if id == 0 { self.admin(bus, &command) } else { self.io(bus, &command).map(Some) };
             let (result, status) = match outcome {
@@ -253,26 +261,39 @@ impl Nvme {
                 Ok(Some(result)) => (result, Status::SUCCESS),
                 Err(status) => (0, status),
             };
-            self.complete(bus, to, result, (id, head), command.id(), status)?;
+            let completion = Completion { to, result, queue: id, id: command.id(), status };
+            match fate {
+                Fate::Late => self.late.push(completion),
+                Fate::Lost | Fate::Stopped => {}
+                Fate::Posted => {
+                    self.complete(bus, completion)?;
+                    self.catch_up(bus)?;
+                }
+            }
         }
         Ok(true)
     }
 
-    fn complete(
-        &mut self,
-        bus: &Bus,
-        to: u16,
-        result: u32,
-        from: (u16, u16),
-        id: u16,
-        status: Status,
-    ) -> Result<()> {
+    /// Whether a completion queue has no room, or is not there.
+    fn is_full(&self, id: u16) -> bool {
+        let queue = self.completions.get(&id);
+        queue.is_none_or(|queue| queue.is_full(self.doorbell(2 * id + 1)))
+    }
+
+    fn complete(&mut self, bus: &Bus, completion: Completion) -> Result<()> {
+        let Completion { to, result, queue: from, id, status } = completion;
+        let head = self.submissions.get(&from).map_or(0, |queue| queue.head);
         let Some(queue) = self.completions.get_mut(&to) else { return Ok(()) };
-        queue.push(bus, result, from, id, status)?;
+        queue.push(bus, result, (from, head), id, status)?;
         if let Some(vector) = queue.vector {
             bus.fire(irq_index::MSIX, vector.into());
         }
         Ok(())
+    }
+
+    fn cannot_reach(&mut self, error: &crate::Error) {
+        log::debug!("nvme: a queue cannot be reached: {error}");
+        self.status |= FATAL;
     }
 
     fn namespace(&mut self, id: u32) -> std::result::Result<&mut Namespace, Status> {
@@ -375,6 +396,10 @@ impl Model for Nvme {
 
     fn read(&mut self, bus: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
         self.check_power(bus);
+        if self.is_pulled(bus) {
+            data.fill(0xff);
+            return Ok(());
+        }
         if region == CONFIG {
             self.config.read(offset, data);
             return Ok(());
@@ -393,6 +418,9 @@ impl Model for Nvme {
 
     fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
         self.check_power(bus);
+        if self.is_pulled(bus) {
+            return Ok(());
+        }
         if region == CONFIG {
             self.config.write(offset, data);
             return Ok(());
@@ -435,12 +463,19 @@ impl Model for Nvme {
         }
         let mut busy = false;
         for id in 0..=QUEUES {
+            // A fault may have stopped it.
+            if self.status & (READY | FATAL) != READY {
+                return Activity::Asleep;
+            }
             match self.serve(bus, id) {
                 Ok(served) => busy |= served,
-                Err(error) => {
-                    log::debug!("nvme: a queue cannot be reached: {error}");
-                    self.status |= FATAL;
-                }
+                Err(error) => self.cannot_reach(&error),
+            }
+        }
+        if !busy && !self.late.is_empty() {
+            match self.catch_up(bus) {
+                Ok(caught_up) => busy = caught_up,
+                Err(error) => self.cannot_reach(&error),
             }
         }
         if busy { Activity::Busy } else { Activity::Watching }
