@@ -17,6 +17,7 @@ const SETTINGS: Settings = Settings {
     entries: 64,
     interrupts: false,
     timeout: Duration::from_secs(2),
+    grace: Duration::from_secs(1),
     admin_timeout: Duration::from_secs(2),
 };
 

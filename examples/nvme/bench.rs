@@ -9,7 +9,9 @@ use vfio_remap::device::DmaBuffer;
 use vfio_remap::{Error, ErrorKind, Result};
 
 use crate::driver::{Done, IoQueue, Namespace, Settings};
+use crate::guard;
 use crate::histogram::Latencies;
+use crate::mover::Mover;
 use crate::options::{Bench, Options};
 use crate::session::Session;
 
@@ -33,6 +35,9 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     };
     let session = Session::open(&options.common, settings)?;
     check(bench, &session)?;
+    if bench.read_percent < 100 {
+        guard::permit(&options.common, &session, &mut Mover::new(&session)?)?;
+    }
     let queues = (0..bench.threads.max(1)).map(|_| session.controller.queue());
     let queues = queues.collect::<Result<Vec<_>>>()?;
     if !options.common.json {

@@ -1,19 +1,25 @@
 //! A driver for NVMe controllers, in safe Rust, and what can be done with one: look, copy from and to,
 //! verify, measure.
 //!
-//! `cargo run --release --example nvme -- identify`, or `-- bench`; without `--device` on an emulated
-//! controller, in a process of its own.
+//! `cargo run --release --example nvme -- verify`, or `-- identify`, `-- bench`, `-- read FILE`,
+//! `-- write FILE`; without `--device` on an emulated controller, in a process of its own.
 
 #![forbid(unsafe_code)]
 
 mod bench;
 #[path = "../common/mod.rs"]
 mod common;
+mod copy;
 mod driver;
+mod guard;
 mod histogram;
+mod mover;
 mod options;
+mod pattern;
+mod progress;
 mod session;
 mod show;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -37,6 +43,9 @@ fn main() -> ExitCode {
 fn perform(options: &Options) -> Result<()> {
     match &options.task {
         Task::Identify => show::identify(options),
+        Task::Read(copy) => copy::read(options, copy),
+        Task::Write(copy) => copy::write(options, copy),
+        Task::Verify(verify) => verify::run(options, verify),
         Task::Bench(bench) => bench::run(options, bench),
     }
 }

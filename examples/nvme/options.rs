@@ -1,5 +1,7 @@
 //! The command line.
 
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand};
 
 /// Drives an NVMe controller from user space.
@@ -40,11 +42,39 @@ pub struct Common {
 pub enum Task {
     /// Show the controller, its namespaces, and its health.
     Identify,
+    /// Copy blocks to a file.
+    Read(Copy),
+    /// Copy a file to blocks, and have them last.
+    Write(Copy),
+    /// Write a pattern with checksums to all blocks, and check that all hold it.
+    Verify(Verify),
     /// Measure: random reads and writes, for a while, and the distribution of their latencies.
     ///
     /// Latency is taken of every 64th request of a thread: reading the clock costs more than a request
     /// does of this driver's time.
     Bench(Bench),
+}
+
+#[derive(Args)]
+pub struct Copy {
+    /// The file
+    pub file: PathBuf,
+    /// Where to begin in the namespace, in bytes: a multiple of its block
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub offset: u64,
+    /// How much to copy [default: all of the namespace, or of the file]
+    #[arg(long, value_name = "BYTES")]
+    pub length: Option<u64>,
+}
+
+#[derive(Args)]
+pub struct Verify {
+    /// Note here how far the run has come, and go on from there if it was interrupted
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
+    /// What the pattern is made of [default: the time]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
 }
 
 #[derive(Args)]

@@ -31,8 +31,10 @@ pub struct Settings {
     pub entries: u16,
     /// Whether completions are waited for by MSI-X, rather than by polling.
     pub interrupts: bool,
-    /// After which a command is aborted, and the controller reset if that is in vain.
+    /// After which a command is aborted.
     pub timeout: Duration,
+    /// What it gets to end in after that, before the controller is reset.
+    pub grace: Duration,
     /// After which a command of the admin queue has failed.
     pub admin_timeout: Duration,
 }
@@ -44,6 +46,7 @@ impl Default for Settings {
             entries: 256,
             interrupts: false,
             timeout: Duration::from_secs(10),
+            grace: Duration::from_secs(1),
             admin_timeout: Duration::from_secs(5),
         }
     }

@@ -15,8 +15,6 @@ const LOOK: u32 = 1024;
 /// How long an interrupt is waited for before the queue looks whether all is well, and how often it asks
 /// the controller.
 const WATCH: Duration = Duration::from_millis(50);
-/// What a command that is late gets to end in once it was asked to be aborted.
-const GRACE: Duration = Duration::from_secs(1);
 /// How often a controller is reset in a row before it is given up.
 const RESETS: u32 = 3;
 
@@ -29,7 +27,7 @@ const RESETS: u32 = 3;
 /// A command that does not end within [`Settings::timeout`](super::Settings::timeout) is aborted, and if
 /// that is in vain, or the controller has failed, the controller is reset. All commands that were with
 /// it end as [aborted by the host](super::Status::ABORTED_BY_HOST), and the queue goes on. Whatever
-/// happens, [`wait`](Self::wait) gives an answer within that time, a second for the abort, the time-out of
+/// happens, [`wait`](Self::wait) gives an answer within that time, the grace for the abort, the time-out of
 /// the admin queue, and three times what a reset may take (CAP.TO, twice).
 pub struct IoQueue {
     pub(super) pair: QueuePair,
@@ -210,7 +208,8 @@ impl IoQueue {
 
     /// A command is late: it is aborted, and if it was before, the controller is reset.
     fn late(&mut self, command: u16, limit: u32) {
-        let first = self.pair.abort(command, limit, millis(GRACE));
+        let grace = millis(self.controller.settings().grace);
+        let first = self.pair.abort(command, limit, grace);
         log::warn!("nvme: command {command} of queue {} is late", self.id);
         if !first {
             return self.recover();

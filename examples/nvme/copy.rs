@@ -1,0 +1,113 @@
+//! `nvme read` and `nvme write`: blocks to a file, and back.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use serde_json::json;
+use vfio_remap::{Error, ErrorKind, Result};
+
+use crate::driver::{Namespace, Settings};
+use crate::guard;
+use crate::mover::Mover;
+use crate::options::{Copy, Options};
+use crate::progress::Progress;
+use crate::session::Session;
+
+/// What is written is flushed, and known to last, so often.
+const SEGMENT: u64 = 16 << 20;
+
+/// Copies blocks to a file.
+pub fn read(options: &Options, copy: &Copy) -> Result<()> {
+    let session = Session::open(&options.common, Settings::default())?;
+    let Namespace { block_shift, .. } = session.namespace;
+    let length = copy.length.unwrap_or(session.namespace.size().saturating_sub(copy.offset));
+    let blocks = blocks(&session.namespace, copy.offset, length)?;
+    let failed = |error| about(copy, "write", &error);
+    let file = File::create(&copy.file).map_err(failed)?;
+    let start = Instant::now();
+    let progress = Progress::new(&options.common, "reading", length);
+    Mover::new(&session)?.read(blocks, |block, bytes| {
+        file.write_all_at(bytes, (block << block_shift) - copy.offset).map_err(failed)?;
+        progress.add(bytes.len() as u64);
+        Ok(())
+    })?;
+    file.sync_all().map_err(failed)?;
+    progress.done();
+    report(options, "read", length, start);
+    session.close()
+}
+
+/// Copies a file to blocks.
+pub fn write(options: &Options, copy: &Copy) -> Result<()> {
+    let session = Session::open(&options.common, Settings::default())?;
+    let failed = |error| about(copy, "read", &error);
+    let file = File::open(&copy.file).map_err(failed)?;
+    let there = file.metadata().map_err(failed)?.len();
+    let length = copy.length.unwrap_or(there);
+    if length > there {
+        return Err(Error::new(ErrorKind::OutOfRange, "read", copy.file.display())
+            .because(format!("it has {there} bytes, and {length} were asked for")));
+    }
+    let all = blocks(&session.namespace, copy.offset, length)?;
+    let mut mover = Mover::new(&session)?;
+    guard::permit(&options.common, &session, &mut mover)?;
+    let start = Instant::now();
+    let progress = Progress::new(&options.common, "writing", length);
+    let shift = session.namespace.block_shift;
+    for part in segments(all, SEGMENT >> shift) {
+        let end = (part.end << shift) - copy.offset;
+        mover.write(part, |block, bytes| {
+            file.read_exact_at(bytes, (block << shift) - copy.offset).map_err(failed)
+        })?;
+        progress.set(end);
+    }
+    progress.done();
+    report(options, "written", length, start);
+    drop(mover);
+    session.close()
+}
+
+/// A run of blocks in parts of `size` blocks at most.
+pub fn segments(blocks: Range<u64>, size: u64) -> impl Iterator<Item = Range<u64>> {
+    let (start, end, size) = (blocks.start, blocks.end, size.max(1));
+    (0..(end - start).div_ceil(size)).map(move |index| {
+        let from = start + index * size;
+        from..(from + size).min(end)
+    })
+}
+
+/// The blocks that `length` bytes from `offset` on are.
+fn blocks(namespace: &Namespace, offset: u64, length: u64) -> Result<Range<u64>> {
+    let size = namespace.block_size() as u64;
+    let object = || format!("{length} bytes at {offset} of namespace {}", namespace.id);
+    if !offset.is_multiple_of(size) || !length.is_multiple_of(size) {
+        return Err(Error::new(ErrorKind::Unaligned, "copy", object())
+            .because(format!("a block has {size} bytes"))
+            .remedy("choose multiples of that for --offset and --length, or pad the file"));
+    }
+    match offset.checked_add(length) {
+        Some(end) if end <= namespace.size() && length > 0 => Ok(offset / size..end / size),
+        _ => Err(Error::new(ErrorKind::OutOfRange, "copy", object())
+            .because(format!("it has {} bytes", namespace.size()))),
+    }
+}
+
+fn report(options: &Options, what: &str, bytes: u64, start: Instant) {
+    let seconds = start.elapsed().as_secs_f64();
+    if options.common.json {
+        println!("{}", json!({"bytes": bytes, "seconds": seconds}));
+    } else {
+        let rate = bytes as f64 / 1e6 / seconds;
+        println!("{bytes} bytes {what} in {seconds:.2} s, {rate:.0} MB/s");
+    }
+}
+
+fn about(copy: &Copy, operation: &'static str, error: &std::io::Error) -> Error {
+    let object = copy.file.display();
+    match error.raw_os_error() {
+        Some(errno) => Error::from_errno(errno, operation, object),
+        None => Error::new(ErrorKind::Os, operation, object).because(error.to_string()),
+    }
+}

@@ -1,0 +1,97 @@
+//! What keeps a device's data from being destroyed by mistake.
+
+use vfio_remap::{Error, ErrorKind, Result};
+
+use crate::mover::Mover;
+use crate::options::Common;
+use crate::session::Session;
+
+/// How much of a device is looked at: btrfs has its first superblock at 64 KiB.
+const LOOKED_AT: u64 = 128 << 10;
+
+/// What is known by its first bytes: a name, where they are, and which they are.
+const SIGNATURES: [(&str, usize, &[u8]); 17] = [
+    ("a GUID partition table", 512, b"EFI PART"),
+    ("a GUID partition table", 4096, b"EFI PART"),
+    ("a LUKS volume", 0, b"LUKS\xba\xbe"),
+    ("an XFS file system", 0, b"XFSB"),
+    ("an ext2, ext3 or ext4 file system", 0x438, b"\x53\xef"),
+    ("a btrfs file system", 0x1_0040, b"_BHRfS_M"),
+    ("swap space", 4086, b"SWAPSPACE2"),
+    ("swap space", 4086, b"SWAP-SPACE"),
+    ("swap space", 65526, b"SWAPSPACE2"),
+    ("an LVM physical volume", 0, b"LABELONE"),
+    ("an LVM physical volume", 512, b"LABELONE"),
+    ("an LVM physical volume", 1024, b"LABELONE"),
+    ("an LVM physical volume", 1536, b"LABELONE"),
+    ("a member of an MD array", 4096, b"\xfc\x4e\x2b\xa9"),
+    ("an NTFS file system", 3, b"NTFS    "),
+    ("an exFAT file system", 3, b"EXFAT   "),
+    ("an ISO 9660 file system", 0x8001, b"CD001"),
+];
+
+/// The end of a first block that is a partition table or a boot block: of most FAT file systems, too.
+const BOOT_BLOCK: (&str, usize, &[u8]) =
+    ("a partition table (MBR) or a boot block", 510, b"\x55\xaa");
+
+/// What lies on a device whose first bytes are these.
+pub fn found(start: &[u8]) -> Option<&'static str> {
+    let holds =
+        |&(_, at, magic): &(&str, usize, &[u8])| start.get(at..at + magic.len()) == Some(magic);
+    // The particular before what may mean anything.
+    SIGNATURES
+        .iter()
+        .find(|signature| holds(signature))
+        .or(Some(&BOOT_BLOCK).filter(|s| holds(s)))
+        .map(|(name, ..)| *name)
+}
+
+/// Whether a device may be written to: it is emulated and holds nothing that somebody has put there, or
+/// the user has said so.
+///
+/// # Errors
+/// `InUse`, naming what was found.
+pub fn permit(common: &Common, session: &Session, mover: &mut Mover) -> Result<()> {
+    if common.yes_destroy_data {
+        return Ok(());
+    }
+    let size = session.namespace.size().min(LOOKED_AT);
+    let mut start = vec![0; size as usize];
+    let shift = session.namespace.block_shift;
+    mover.read(0..size >> shift, |block, bytes| {
+        let at = (block << shift) as usize;
+        start[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    })?;
+    let found = found(&start);
+    let object = format!("namespace {} of {}", session.namespace.id, common.device);
+    let refuse = |reason: String| {
+        Err(Error::new(ErrorKind::InUse, "write to", object)
+            .because(reason)
+            .remedy("say --yes-destroy-data if that may be lost"))
+    };
+    match found {
+        Some(what) => refuse(format!("it holds {what}")),
+        None if common.device.starts_with("emulated:") => Ok(()),
+        None => refuse("it is not emulated, and may hold what is not recognized".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_device_holds_is_named() {
+        let mut start = vec![0; LOOKED_AT as usize];
+        assert_eq!(found(&start), None);
+        assert_eq!(found(&[]), None, "a device may be shorter than any of them");
+        start[510..512].copy_from_slice(&[0x55, 0xaa]);
+        assert!(found(&start).unwrap().contains("MBR"));
+        for (name, at, magic) in SIGNATURES {
+            let mut start = start.clone();
+            start[at..at + magic.len()].copy_from_slice(magic);
+            assert_eq!(found(&start), Some(name));
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Moves long runs of blocks, several requests at a time, whatever the controller goes through meanwhile.
+
+use std::ops::Range;
+
+use vfio_remap::device::DmaBuffer;
+use vfio_remap::{Error, ErrorKind, Result};
+
+use crate::driver::{Done, IoQueue, Namespace};
+use crate::session::Session;
+
+/// Requests that are with the controller at a time, and their size unless it takes less.
+const DEPTH: usize = 16;
+const CHUNK: usize = 128 << 10;
+/// How often what a reset has ended is asked again before that is given up.
+const RETRIES: u32 = 16;
+
+/// A queue, and memory for the requests in it.
+pub struct Mover {
+    queue: IoQueue,
+    namespace: Namespace,
+    /// Of a whole chunk each.
+    buffers: Vec<DmaBuffer>,
+    chunk_blocks: u64,
+    /// What goes to or comes from whoever uses it.
+    bytes: Vec<u8>,
+    retries: u32,
+}
+
+impl Mover {
+    pub fn new(session: &Session) -> Result<Self> {
+        let namespace = session.namespace;
+        let queue = session.controller.queue()?;
+        let most = session.controller.identity().max_transfer;
+        let chunk = CHUNK.min(most).max(namespace.block_size());
+        let buffers = (0..DEPTH.min(queue.depth())).map(|_| buffer(&queue, chunk));
+        Ok(Self {
+            buffers: buffers.collect::<Result<_>>()?,
+            queue,
+            namespace,
+            chunk_blocks: (chunk >> namespace.block_shift) as u64,
+            bytes: vec![0; chunk],
+            retries: RETRIES,
+        })
+    }
+
+    /// Reads blocks, and gives each chunk with the number of its first block, in any order.
+    pub fn read(
+        &mut self,
+        blocks: Range<u64>,
+        mut take: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut next = blocks.start;
+        loop {
+            while let Some((part, buffer)) = self.next(&mut next, blocks.end)? {
+                self.queue.read(&self.namespace, part, buffer, part)?;
+            }
+            let Some(Done { tag: block, status, buffer, .. }) = self.queue.wait() else {
+                return Ok(());
+            };
+            let buffer = buffer.ok_or_else(|| self.lost())?;
+            if status.is_undecided() {
+                self.retry()?;
+                self.queue.read(&self.namespace, block, buffer, block)?;
+                continue;
+            }
+            status.check("read", || self.place(block))?;
+            let bytes = &mut self.bytes[..buffer.size()];
+            buffer.read(0, bytes);
+            take(block, bytes)?;
+            self.give_back(buffer);
+        }
+    }
+
+    /// Writes blocks, and has them last: `fill` gives what each chunk holds, whose first block has this
+    /// number. A chunk may be asked for again: what a controller that was reset has not flushed may be
+    /// lost.
+    pub fn write(
+        &mut self,
+        blocks: Range<u64>,
+        mut fill: impl FnMut(u64, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        loop {
+            let generation = self.queue.generation();
+            self.write_once(blocks.clone(), &mut fill)?;
+            if self.flush()? && self.queue.generation() == generation {
+                return Ok(());
+            }
+            self.retry()?;
+        }
+    }
+
+    fn write_once(
+        &mut self,
+        blocks: Range<u64>,
+        fill: &mut impl FnMut(u64, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut next = blocks.start;
+        loop {
+            while let Some((part, buffer)) = self.next(&mut next, blocks.end)? {
+                let bytes = &mut self.bytes[..buffer.size()];
+                fill(part, bytes)?;
+                buffer.write(0, bytes);
+                self.queue.write(&self.namespace, part, buffer, part)?;
+            }
+            let Some(Done { tag: block, status, buffer, .. }) = self.queue.wait() else {
+                return Ok(());
+            };
+            let buffer = buffer.ok_or_else(|| self.lost())?;
+            if status.is_undecided() {
+                self.retry()?;
+                self.queue.write(&self.namespace, block, buffer, block)?;
+                continue;
+            }
+            status.check("write", || self.place(block))?;
+            self.give_back(buffer);
+        }
+    }
+
+    /// `false` where a reset has ended it.
+    fn flush(&mut self) -> Result<bool> {
+        self.queue.flush(&self.namespace, 0)?;
+        let Some(Done { status, .. }) = self.queue.wait() else { return Ok(false) };
+        if status.is_undecided() {
+            return Ok(false);
+        }
+        status.check("flush", || format!("namespace {}", self.namespace.id))?;
+        Ok(true)
+    }
+
+    /// The next part of a run, as large as a chunk where there is as much, and a buffer for it. `None`
+    /// where there is no more, or what is outstanding must come back first.
+    fn next(&mut self, next: &mut u64, end: u64) -> Result<Option<(u64, DmaBuffer)>> {
+        let blocks = (end - *next).min(self.chunk_blocks);
+        if blocks == 0 || self.queue.room() == 0 {
+            return Ok(None);
+        }
+        let buffer = if blocks == self.chunk_blocks {
+            self.buffers.pop()
+        } else {
+            Some(buffer(&self.queue, (blocks as usize) << self.namespace.block_shift)?)
+        };
+        let Some(buffer) = buffer else { return Ok(None) };
+        let part = *next;
+        *next += blocks;
+        Ok(Some((part, buffer)))
+    }
+
+    fn give_back(&mut self, buffer: DmaBuffer) {
+        if buffer.size() == self.bytes.len() {
+            self.buffers.push(buffer);
+        }
+    }
+
+    fn retry(&mut self) -> Result<()> {
+        self.retries = self.retries.checked_sub(1).ok_or_else(|| {
+            Error::new(ErrorKind::Os, "use", self.queue.controller().name())
+                .because(format!("it had to be reset, or commands to be aborted, {RETRIES} times"))
+        })?;
+        Ok(())
+    }
+
+    fn lost(&self) -> Error {
+        Error::new(ErrorKind::Gone, "use", self.queue.controller().name())
+            .because("it has failed, and cannot be brought up again")
+    }
+
+    fn place(&self, block: u64) -> String {
+        format!("block {block} of namespace {}", self.namespace.id)
+    }
+}
+
+/// Memory of `size` bytes, to the byte.
+fn buffer(queue: &IoQueue, size: usize) -> Result<DmaBuffer> {
+    let buffer = queue.controller().buffer(size)?;
+    Ok(buffer.split_at(size).map_or_else(|whole| whole, |(part, _)| part))
+}

@@ -1,0 +1,239 @@
+//! `nvme verify`: writes a pattern to all blocks, and checks that all hold it.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+use vfio_remap::{Error, ErrorKind, Result};
+
+use crate::copy::segments;
+use crate::driver::Settings;
+use crate::guard;
+use crate::mover::Mover;
+use crate::options::{Options, Verify};
+use crate::pattern::{self, Fault};
+use crate::progress::Progress;
+use crate::session::Session;
+
+/// How far it has come is noted so often.
+const SEGMENT: u64 = 16 << 20;
+/// How many faults are told of.
+const TOLD: usize = 8;
+
+/// How far a run has come: all blocks below `written` hold the pattern, those below `checked` were seen
+/// to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct State {
+    /// Which blocks of which controller.
+    subject: String,
+    seed: u64,
+    written: u64,
+    checked: u64,
+}
+
+pub fn run(options: &Options, verify: &Verify) -> Result<()> {
+    let session = Session::open(&options.common, Settings::default())?;
+    let mut mover = Mover::new(&session)?;
+    let mut state = State::begin(verify, &session)?;
+    guard::permit(&options.common, &session, &mut mover)?;
+    if state.written > 0 && !options.common.json {
+        println!("going on after {} of {} blocks", state.written, session.namespace.blocks);
+    }
+    let start = Instant::now();
+    write(options, verify, &session, &mut mover, &mut state)?;
+    let faults = check(options, verify, &session, &mut mover, &mut state)?;
+    State::end(verify)?;
+    report(options, &session, &state, &faults, start);
+    drop(mover);
+    session.close()?;
+    match faults.first() {
+        None => Ok(()),
+        Some((block, fault)) => {
+            let object = format!("{} blocks", faults.len());
+            Err(Error::new(ErrorKind::Malformed, "verify", object)
+                .because(format!("first block {block}: {fault}")))
+        }
+    }
+}
+
+fn write(
+    options: &Options,
+    verify: &Verify,
+    session: &Session,
+    mover: &mut Mover,
+    state: &mut State,
+) -> Result<()> {
+    let namespace = session.namespace;
+    let progress = Progress::new(&options.common, "writing", namespace.size());
+    let seed = state.seed;
+    for part in segments(state.written..namespace.blocks, SEGMENT >> namespace.block_shift) {
+        let end = part.end;
+        mover.write(part, |first, bytes| {
+            let blocks = bytes.chunks_exact_mut(namespace.block_size());
+            blocks.zip(first..).for_each(|(bytes, block)| pattern::fill(bytes, seed, block));
+            Ok(())
+        })?;
+        state.written = end;
+        state.save(verify)?;
+        progress.set(end << namespace.block_shift);
+    }
+    progress.done();
+    Ok(())
+}
+
+fn check(
+    options: &Options,
+    verify: &Verify,
+    session: &Session,
+    mover: &mut Mover,
+    state: &mut State,
+) -> Result<Vec<(u64, Fault)>> {
+    let namespace = session.namespace;
+    let progress = Progress::new(&options.common, "checking", namespace.size());
+    let mut faults = Vec::new();
+    let mut room = vec![0; namespace.block_size()];
+    let seed = state.seed;
+    for part in segments(state.checked..namespace.blocks, SEGMENT >> namespace.block_shift) {
+        let end = part.end;
+        mover.read(part, |first, bytes| {
+            let blocks = bytes.chunks_exact(namespace.block_size());
+            faults.extend(blocks.zip(first..).filter_map(|(bytes, block)| {
+                pattern::check(bytes, seed, block, &mut room).map(|fault| (block, fault))
+            }));
+            Ok(())
+        })?;
+        progress.set(end << namespace.block_shift);
+        // A run that goes on is to see them again.
+        if faults.is_empty() {
+            state.checked = end;
+            state.save(verify)?;
+        }
+    }
+    progress.done();
+    faults.sort_by_key(|(block, _)| *block);
+    Ok(faults)
+}
+
+fn report(
+    options: &Options,
+    session: &Session,
+    state: &State,
+    faults: &[(u64, Fault)],
+    start: Instant,
+) {
+    let seconds = start.elapsed().as_secs_f64();
+    let (blocks, bytes) = (session.namespace.blocks, session.namespace.size());
+    if options.common.json {
+        println!(
+            "{}",
+            json!({"blocks": blocks, "bytes": bytes, "faults": faults.len(), "seed": state.seed,
+                "seconds": seconds})
+        );
+        return;
+    }
+    for (block, fault) in faults.iter().take(TOLD) {
+        println!("block {block}: {fault}");
+    }
+    if faults.len() > TOLD {
+        println!("and {} more", faults.len() - TOLD);
+    }
+    if faults.is_empty() {
+        println!("all {blocks} blocks hold what was written: {bytes} bytes, {seconds:.2} s");
+    }
+}
+
+impl State {
+    /// From the file, where there is one that is about the same blocks.
+    fn begin(verify: &Verify, session: &Session) -> Result<Self> {
+        let identity = session.controller.identity();
+        let namespace = &session.namespace;
+        let subject = format!(
+            "{} {} namespace {}, {} blocks of {}",
+            identity.model,
+            identity.serial,
+            namespace.id,
+            namespace.blocks,
+            namespace.block_size()
+        );
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+        let fresh =
+            Self { subject, seed: verify.seed.unwrap_or(time as u64), written: 0, checked: 0 };
+        let Some(path) = verify.state.as_deref().filter(|path| path.exists()) else {
+            return Ok(fresh);
+        };
+        let text = fs::read_to_string(path).map_err(|error| about(path, "read", &error))?;
+        let refuse = |reason: String| {
+            Error::new(ErrorKind::Malformed, "go on from", path.display())
+                .because(reason)
+                .remedy("remove it to begin anew")
+        };
+        let found =
+            Self::parse(&text).ok_or_else(|| refuse("it is no state of a run".to_owned()))?;
+        if found.subject != fresh.subject {
+            return Err(refuse(format!("it is about {}, not {}", found.subject, fresh.subject)));
+        }
+        if found.written > namespace.blocks || found.checked > found.written {
+            return Err(refuse("it has come further than there are blocks".to_owned()));
+        }
+        Ok(found)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let value: Value = serde_json::from_str(text).ok()?;
+        let number = |name: &str| value.get(name)?.as_u64();
+        Some(Self {
+            subject: value.get("subject")?.as_str()?.to_owned(),
+            seed: number("seed")?,
+            written: number("written")?,
+            checked: number("checked")?,
+        })
+    }
+
+    /// The old one stays until the new one is whole.
+    fn save(&self, verify: &Verify) -> Result<()> {
+        let Some(path) = &verify.state else { return Ok(()) };
+        let Self { subject, seed, written, checked } = self;
+        let text =
+            json!({"subject": subject, "seed": seed, "written": written, "checked": checked});
+        let new = path.with_extension("new");
+        fs::write(&new, text.to_string())
+            .and_then(|()| fs::rename(&new, path))
+            .map_err(|error| about(path, "write", &error))
+    }
+
+    /// There is nothing to go on with.
+    fn end(verify: &Verify) -> Result<()> {
+        match &verify.state {
+            Some(path) if path.exists() => {
+                fs::remove_file(path).map_err(|error| about(path, "remove", &error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn about(path: &Path, operation: &'static str, error: &std::io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(errno) => Error::from_errno(errno, operation, path.display()),
+        None => Error::new(ErrorKind::Os, operation, path.display()).because(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_goes_on_where_it_was_noted() {
+        let path = std::env::temp_dir().join(format!("vfio-remap-verify-{}", std::process::id()));
+        let verify = Verify { state: Some(path.clone()), seed: None };
+        let state = State { subject: "a \"b\"".to_owned(), seed: u64::MAX, written: 9, checked: 3 };
+        state.save(&verify).unwrap();
+        assert_eq!(State::parse(&fs::read_to_string(&path).unwrap()), Some(state));
+        State::end(&verify).unwrap();
+        assert!(!path.exists());
+        State::end(&verify).unwrap();
+        assert_eq!(State::parse("{}"), None);
+    }
+}
