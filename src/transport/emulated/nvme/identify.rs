@@ -39,8 +39,8 @@ pub(super) fn controller(namespaces: u32) -> Vec<u8> {
     data[512] = 0x66;
     data[513] = 0x44;
     put(&mut data, 516, &namespaces.to_le_bytes());
-    // Write Zeroes.
-    put(&mut data, 520, &(1u16 << 3).to_le_bytes());
+    // Dataset Management, Write Zeroes.
+    put(&mut data, 520, &(1u16 << 2 | 1 << 3).to_le_bytes());
     // A volatile write cache, and flushes of all namespaces at once.
     data[525] = 0b111;
     put(&mut data, 768, b"nqn.2024-01.io.github.vfio-remap:emulated");
@@ -52,6 +52,8 @@ pub(super) fn namespace(namespace: &Namespace) -> Vec<u8> {
     for at in [0, 8, 16] {
         put(&mut data, at, &namespace.blocks().to_le_bytes());
     }
+    // Deallocated blocks read zeros.
+    data[33] = 1;
     // One format: no metadata, and the block's size as a power of two.
     data[130] = namespace.shift() as u8;
     data

@@ -57,7 +57,8 @@ const SHUT_DOWN: u32 = 2 << 2;
 /// are trapped, doorbells at page 1 are mapped and polled.
 ///
 /// Admin commands: Identify, creation and deletion of queues, Get and Set Features, Get Log Page, Abort,
-/// Asynchronous Event Request. I/O commands: Read, Write, Flush, Write Zeroes. Data by PRP lists,
+/// Asynchronous Event Request. I/O commands: Read, Write, Flush, Write Zeroes, Dataset Management
+/// (Deallocate). Data by PRP lists,
 /// interrupts by MSI-X. Others are answered with the specification's status codes.
 #[derive(Debug)]
 pub struct Nvme {
@@ -334,21 +335,43 @@ impl Nvme {
                     scatter(bus, command, page, &data)?;
                 }
             }
-            0x08 => {
-                namespace.check(block, count)?;
-                // In parts: there may be 256 MiB.
-                let zeros = vec![0; len.min(MAX_TRANSFER_PAGES * 4096)];
-                let step = zeros.len() >> namespace.shift();
-                for start in (0..count).step_by(step) {
-                    let part = ((count - start) << namespace.shift()).min(zeros.len() as u64);
-                    let part = &zeros[..part as usize];
-                    namespace.write(block + start, part, lasting).map_err(failed)?;
+            0x08 => zero(namespace, block, count, lasting)?,
+            0x09 => {
+                let mut ranges = vec![0; 16 * (command.dword(10) as usize % 256 + 1)];
+                gather(bus, command, page, &mut ranges)?;
+                let (ranges, _) = ranges.as_chunks::<16>();
+                // Other attributes than to deallocate are hints.
+                let deallocate = command.dword(11) & 1 << 2 != 0;
+                for range in ranges.iter().filter(|_| deallocate) {
+                    let [low, high] = [0, 8].map(|at| {
+                        let word: [u8; 8] = std::array::from_fn(|index| range[at + index]);
+                        u64::from_le_bytes(word)
+                    });
+                    zero(namespace, high, low >> 32, lasting)?;
                 }
             }
             _ => return Err(Status::INVALID_OPCODE),
         }
         Ok(0)
     }
+}
+
+/// Writes zeros to blocks, in parts: there may be many.
+fn zero(
+    namespace: &mut Namespace,
+    block: u64,
+    count: u64,
+    lasting: bool,
+) -> std::result::Result<(), Status> {
+    namespace.check(block, count)?;
+    let zeros = vec![0; MAX_TRANSFER_PAGES * 4096];
+    let step = zeros.len() >> namespace.shift();
+    for start in (0..count).step_by(step) {
+        let part = ((count - start) << namespace.shift()).min(zeros.len() as u64);
+        let part = &zeros[..part as usize];
+        namespace.write(block + start, part, lasting).map_err(|_| Status::INTERNAL_ERROR)?;
+    }
+    Ok(())
 }
 
 /// Reads a command's data.
