@@ -177,3 +177,145 @@ fn a_device_that_was_closed_is_quiet_and_usable_by_the_next() {
         assert_eq!((command[0] & 4, configuration[0] & 1), (0, 0), "bus mastering, CC.EN");
     }
 }
+
+#[test]
+fn requests_that_make_no_sense_are_refused_and_the_buffer_comes_back() {
+    let (model, _) = model();
+    let controller = controller(&model, Settings { entries: 4, ..SETTINGS });
+    let namespace = controller.namespace(1).unwrap();
+    let mut queue = controller.queue().unwrap();
+    let whole = |size: usize| controller.buffer(size).unwrap();
+    let part = |skip, size| whole(8192).split_at(skip).unwrap().1.split_at(size).unwrap().0;
+    for (buffer, block, kind, words) in [
+        (whole(4096), 2041, ErrorKind::OutOfRange, "it has 2048 blocks"),
+        (whole(4096), u64::MAX, ErrorKind::OutOfRange, "it has 2048 blocks"),
+        (part(8, 100), 0, ErrorKind::Unaligned, "a block has 512 bytes"),
+        (part(2, 512), 0, ErrorKind::Unaligned, "multiple of four bytes"),
+        (whole(132 << 10), 0, ErrorKind::OutOfRange, "131072 bytes at most"),
+    ] {
+        let (iova, size) = (buffer.iova(), buffer.size());
+        let refused = queue.write(&namespace, block, buffer, 1).unwrap_err();
+        assert_eq!(refused.error.kind(), kind, "{}", refused.error);
+        assert!(refused.error.to_string().contains(words), "{}", refused.error);
+        let buffer = refused.buffer.unwrap();
+        assert_eq!((buffer.iova(), buffer.size()), (iova, size));
+    }
+    for count in [0, 2049, u64::MAX] {
+        let error = queue.write_zeroes(&namespace, 0, count, 1).unwrap_err().error;
+        assert_eq!(error.kind(), ErrorKind::OutOfRange);
+    }
+    // Four entries, of which one stays empty.
+    for block in 0..3 {
+        queue.read(&namespace, block, whole(4096), block).unwrap();
+    }
+    let refused = queue.read(&namespace, 0, whole(4096), 9).unwrap_err();
+    assert_eq!(refused.error.kind(), ErrorKind::InUse, "{}", refused.error);
+    drop(refused);
+    assert_eq!(queue.flush(&namespace, 9).unwrap_err().error.kind(), ErrorKind::InUse);
+    while let Some(done) = queue.wait() {
+        assert!(done.status.is_success());
+    }
+    // What the controller refuses says why: the driver's view of a namespace may be old.
+    let larger = Namespace { blocks: 4096, ..namespace };
+    queue.read(&larger, 3000, whole(4096), 1).unwrap();
+    let error = done(&mut queue).status.check("read", || "block 3000".to_owned()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutOfRange);
+    assert!(error.to_string().contains("block out of range (status 0x080)"), "{error}");
+    drop(queue);
+    controller.close().unwrap();
+}
+
+#[test]
+fn zeroes_and_deallocated_blocks_read_zeros_and_their_neighbours_stay() {
+    let (model, _) = model();
+    let controller = controller(&model, SETTINGS);
+    let namespace = controller.namespace(1).unwrap();
+    let mut queue = controller.queue().unwrap();
+    let data = pattern(4096, 1);
+    for deallocate in [false, true] {
+        let buffer = controller.buffer(4096).unwrap();
+        buffer.write(0, &data);
+        let buffer = write(&mut queue, &namespace, 8, buffer);
+        if deallocate {
+            queue.deallocate(&namespace, 10, 3, controller.buffer(16).unwrap(), 1).unwrap();
+        } else {
+            queue.write_zeroes(&namespace, 10, 3, 1).unwrap();
+        }
+        assert!(done(&mut queue).status.is_success());
+        let mut found = vec![0; 4096];
+        read(&mut queue, &namespace, 8, buffer).read(0, &mut found);
+        let mut expected = data.clone();
+        expected[1024..2560].fill(0);
+        assert!(found == expected);
+    }
+    drop(queue);
+    controller.close().unwrap();
+}
+
+#[test]
+fn a_reset_forgets_neither_the_write_cache_setting_nor_the_queues() {
+    let (model, power) = model();
+    let controller = controller(&model, SETTINGS);
+    let namespace = controller.namespace(1).unwrap();
+    assert!(controller.write_cache().unwrap());
+    controller.set_write_cache(false).unwrap();
+    let mut queue = controller.queue().unwrap();
+    controller.reset().unwrap();
+    assert!(!controller.write_cache().unwrap(), "it is switched off again");
+    let buffer = controller.buffer(512).unwrap();
+    buffer.store(0, 0x55u8);
+    // The queue is made anew at the latest when it is waited for.
+    let mut buffer = Some(buffer);
+    for attempt in 0.. {
+        queue.write(&namespace, 3, buffer.take().unwrap(), 0).unwrap();
+        let done = done(&mut queue);
+        buffer = done.buffer;
+        if done.status.is_success() {
+            break;
+        }
+        assert!(done.status.is_undecided() && attempt == 0);
+    }
+    assert_eq!(queue.generation(), 1);
+    // Not flushed, and yet it lasts.
+    power.cycle();
+    controller.reset().unwrap();
+    let mut buffer = buffer;
+    let found = loop {
+        queue.read(&namespace, 3, buffer.take().unwrap(), 0).unwrap();
+        let done = done(&mut queue);
+        if done.status.is_success() {
+            break done.buffer.unwrap();
+        }
+        buffer = done.buffer;
+    };
+    assert_eq!(found.load::<u8>(0), 0x55);
+    drop((queue, found));
+    controller.close().unwrap();
+}
+
+#[test]
+fn a_controller_says_what_it_is_and_how_it_fares() {
+    let (model, _) = model();
+    let controller = controller(&model, SETTINGS);
+    let identity = controller.identity();
+    assert_eq!((identity.vendor, identity.serial.as_str()), (0x1b36, "1"));
+    assert_eq!(identity.model, "vfio-remap emulated NVMe");
+    assert!(identity.has_write_cache && identity.has_write_zeroes && identity.has_deallocate);
+    assert_eq!(controller.version().unwrap(), "1.4");
+    let health = controller.health().unwrap();
+    assert_eq!((health.warnings, health.temperature, health.spare), (0, 300, 100));
+    assert_eq!(controller.errors().unwrap(), []);
+    let namespace = controller.namespace(2).unwrap();
+    assert_eq!((namespace.blocks, namespace.size()), (1024, 4 << 20));
+    let error = controller.namespace(3).unwrap_err();
+    assert!(error.to_string().contains("there are [1, 2]"), "{error}");
+    // Each queue has a window over its own doorbells.
+    let queues = [controller.queue().unwrap(), controller.queue().unwrap()];
+    assert_eq!(
+        queues.each_ref().map(|queue| queue.doorbell_range().unwrap()),
+        [0x1008..0x1010, 0x1010..0x1018]
+    );
+    assert_eq!(controller.doorbells(), (4, 512));
+    drop(queues);
+    controller.close().unwrap();
+}

@@ -36,7 +36,7 @@ struct Slot {
     /// The controller's until it completes the command or can reach no memory any more.
     buffer: Option<DmaBuffer>,
     tag: u64,
-    /// When it was submitted, as the pair's clock had it.
+    /// When it was first seen to be with the controller, in milliseconds of the queue's clock.
     since: u32,
     /// The next free slot.
     next: u16,
@@ -46,6 +46,8 @@ struct Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Free,
+    /// Submitted; nobody has looked at the clock since.
+    New,
     Busy,
     /// Late, and asked to be aborted.
     Aborting,
@@ -74,7 +76,6 @@ pub struct QueuePair {
     taken: u16,
     acknowledge_after: u16,
     page: u64,
-    now: u32,
     broken: bool,
 }
 
@@ -135,7 +136,6 @@ impl QueuePair {
             taken: 0,
             acknowledge_after,
             page,
-            now: 0,
             broken: false,
         };
         pair.reset();
@@ -200,8 +200,7 @@ impl QueuePair {
         self.free = slot.next;
         slot.buffer = buffer;
         slot.tag = tag;
-        slot.since = self.now;
-        slot.state = State::Busy;
+        slot.state = State::New;
         self.submissions.store_entry(self.tail, command.finish(id, prps));
         self.tail = if self.tail + 1 == self.entries { 0 } else { self.tail + 1 };
         self.outstanding += 1;
@@ -296,24 +295,29 @@ impl QueuePair {
         }
     }
 
-    /// Sets the clock by which commands are known to be late, in milliseconds.
-    pub fn set_clock(&mut self, now: u32) {
-        self.now = now;
-    }
-
-    /// A command that was submitted `limit` milliseconds ago, or earlier, and has not ended.
-    pub fn overdue(&self, limit: u32) -> Option<u16> {
-        let late =
-            |slot: &Slot| slot.state != State::Free && self.now.wrapping_sub(slot.since) >= limit;
-        self.slots.iter().position(late).map(|id| id as u16)
+    /// A command that has been with the controller for `limit` milliseconds, or longer, where it is `now`.
+    /// That counts from when this was first asked: submission reads no clock.
+    pub fn overdue(&mut self, now: u32, limit: u32) -> Option<u16> {
+        let mut late = None;
+        for (id, slot) in self.slots.iter_mut().enumerate() {
+            match slot.state {
+                State::Free => {}
+                State::New => (slot.state, slot.since) = (State::Busy, now),
+                State::Busy | State::Aborting if now.wrapping_sub(slot.since) >= limit => {
+                    late = late.or(Some(id as u16));
+                }
+                State::Busy | State::Aborting => {}
+            }
+        }
+        late
     }
 
     /// A command that is late is to be aborted, and gets `grace` milliseconds more where `limit` were
     /// allowed; `false` where that was said before.
-    pub fn abort(&mut self, id: u16, limit: u32, grace: u32) -> bool {
+    pub fn abort(&mut self, id: u16, now: u32, limit: u32, grace: u32) -> bool {
         let Some(slot) = self.slots.get_mut(usize::from(id)) else { return false };
-        slot.since = self.now.wrapping_sub(limit.saturating_sub(grace));
-        std::mem::replace(&mut slot.state, State::Aborting) == State::Busy
+        slot.since = now.wrapping_sub(limit.saturating_sub(grace));
+        std::mem::replace(&mut slot.state, State::Aborting) != State::Aborting
     }
 
     /// Ends all commands, in order of their slots. Their buffers come along where the controller can reach

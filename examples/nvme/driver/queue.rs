@@ -10,8 +10,12 @@ use super::controller::{Condition, Controller};
 use super::doorbells::Doorbells;
 use super::pair::{Done, QueuePair, Shape};
 
-/// Empty polls, or batches, after which a polled queue looks at the clock.
-const LOOK: u32 = 1024;
+/// Empty polls after which a polled queue looks at the clock, which may cost as much as many of them; and
+/// how many of these a batch counts for.
+const LOOK: u32 = 1 << 14;
+const BATCH: u32 = 1 << 4;
+/// How often commands that are late are looked for.
+const SCAN: Duration = Duration::from_millis(10);
 /// How long an interrupt is waited for before the queue looks whether all is well, and how often it asks
 /// the controller.
 const WATCH: Duration = Duration::from_millis(50);
@@ -44,6 +48,8 @@ pub struct IoQueue {
     born: Instant,
     /// Since the clock was looked at.
     polls: u32,
+    /// When commands that are late were looked for.
+    scanned: u32,
     /// When the controller was asked how it is, in milliseconds since the queue was made.
     checked: u32,
 }
@@ -70,6 +76,7 @@ impl IoQueue {
             failed: None,
             born: Instant::now(),
             polls: 0,
+            scanned: 0,
             checked: 0,
         })
     }
@@ -117,7 +124,7 @@ impl IoQueue {
         if self.generation == self.controller.generation() {
             self.pair.ring();
         }
-        self.polls += 1;
+        self.polls += BATCH;
         if self.polls >= LOOK {
             self.look();
         }
@@ -181,7 +188,6 @@ impl IoQueue {
     pub(super) fn look(&mut self) {
         self.polls = 0;
         let now = self.born.elapsed().as_millis() as u32;
-        self.pair.set_clock(now);
         if self.generation != self.controller.generation() {
             return self.rebuild();
         }
@@ -191,9 +197,13 @@ impl IoQueue {
         if self.pair.is_broken() {
             return self.recover();
         }
+        if now.wrapping_sub(self.scanned) < millis(SCAN) {
+            return;
+        }
+        self.scanned = now;
         let limit = millis(self.controller.settings().timeout);
-        if let Some(command) = self.pair.overdue(limit) {
-            return self.late(command, limit);
+        if let Some(command) = self.pair.overdue(now, limit) {
+            return self.late(command, now, limit);
         }
         if now.wrapping_sub(self.checked) >= millis(WATCH) {
             self.checked = now;
@@ -207,9 +217,9 @@ impl IoQueue {
     }
 
     /// A command is late: it is aborted, and if it was before, the controller is reset.
-    fn late(&mut self, command: u16, limit: u32) {
+    fn late(&mut self, command: u16, now: u32, limit: u32) {
         let grace = millis(self.controller.settings().grace);
-        let first = self.pair.abort(command, limit, grace);
+        let first = self.pair.abort(command, now, limit, grace);
         log::warn!("nvme: command {command} of queue {} is late", self.id);
         if !first {
             return self.recover();

@@ -1,0 +1,207 @@
+//! The NVMe driver of `examples/nvme`, given controllers that make no sense.
+#![cfg(feature = "emulated")]
+
+#[path = "../examples/nvme/driver/mod.rs"]
+mod driver;
+#[path = "support/liar.rs"]
+mod liar;
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use driver::{Controller, Done, Refused, Settings, Status};
+use liar::{Liar, Lie, TRUTH};
+use vfio_remap::transport::{Edu, Emulated, Transport};
+use vfio_remap::{Device, ErrorKind, Result};
+
+const SETTINGS: Settings = Settings {
+    queues: 2,
+    entries: 32,
+    interrupts: false,
+    timeout: Duration::from_millis(200),
+    grace: Duration::from_millis(100),
+    admin_timeout: Duration::from_millis(500),
+};
+
+/// A controller that lies, and what can be changed and seen from outside.
+struct Subject {
+    device: Emulated,
+    lie: Arc<Mutex<Lie>>,
+    logs: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Subject {
+    fn new(lie: Lie) -> Self {
+        let (lie, logs) = (Arc::new(Mutex::new(lie)), Arc::default());
+        Self { device: Emulated::new(Liar::new(&lie, &logs)).unwrap(), lie, logs }
+    }
+
+    fn open(&self) -> Result<Arc<Controller>> {
+        Controller::new(Device::new(Arc::new(self.device.clone())), SETTINGS)
+    }
+
+    fn say(&self, lie: Lie) {
+        *self.lie.lock().unwrap() = lie;
+    }
+
+    /// Disabled, and without leave to start accesses.
+    fn is_quiet(&self) -> bool {
+        let [mut command, mut configuration] = [[0; 4]; 2];
+        self.device.read_at(7, 4, &mut command[..2]).unwrap();
+        self.device.read_at(0, 0x14, &mut configuration).unwrap();
+        command[0] & 4 == 0 && configuration[0] & 1 == 0
+    }
+}
+
+fn error<T>(result: Result<T>, kind: ErrorKind, words: &str) {
+    let Err(error) = result else { panic!("it should say: {words}") };
+    assert_eq!(error.kind(), kind, "{error}");
+    assert!(error.to_string().contains(words), "{error}");
+}
+
+#[test]
+fn what_is_no_controller_or_makes_no_sense_is_named_and_left_quiet_for_the_next() {
+    let with = |change: fn(&mut Lie)| {
+        let mut lie = TRUTH;
+        change(&mut lie);
+        lie
+    };
+    let cases: [(Lie, ErrorKind, &str); 13] = [
+        (with(|lie| lie.capabilities = u64::MAX), ErrorKind::Gone, "read all ones"),
+        (with(|lie| lie.capabilities &= !(1 << 37)), ErrorKind::Unsupported, "CAP.CSS"),
+        (with(|lie| lie.capabilities &= !0xffff), ErrorKind::Malformed, "CAP.MQES"),
+        // The admin queue's, and those of the first queue for I/O.
+        (with(|lie| lie.capabilities |= 15 << 32), ErrorKind::Malformed, "CAP.DSTRD"),
+        (with(|lie| lie.capabilities |= 9 << 32), ErrorKind::Malformed, "CAP.DSTRD"),
+        (
+            with(|lie| lie.becomes_ready = false),
+            ErrorKind::Os,
+            "did not become ready within the 0.5",
+        ),
+        (with(|lie| lie.stays_ready = true), ErrorKind::Os, "did not cease being ready"),
+        (with(|lie| lie.fatal = true), ErrorKind::Os, "CSTS.CFS"),
+        (with(|lie| lie.controller = |data| data[512] = 0x77), ErrorKind::Malformed, "2^7"),
+        (with(|lie| lie.controller = |data| data[513] = 0x33), ErrorKind::Malformed, "completion"),
+        (with(|lie| lie.queues = u32::MAX), ErrorKind::Malformed, "no counts of queues"),
+        (with(|lie| lie.silent = Some(0x06)), ErrorKind::Os, "no answer in 0.5 seconds"),
+        (with(|lie| lie.id = 1), ErrorKind::Os, "answered with nonsense"),
+    ];
+    for (lie, kind, words) in cases {
+        let subject = Subject::new(lie);
+        error(subject.open(), kind, words);
+        assert!(subject.is_quiet(), "{words}");
+        subject.say(TRUTH);
+        subject.open().unwrap().close().unwrap();
+        assert!(subject.is_quiet(), "{words}");
+    }
+    let subject = Subject::new(with(|lie| lie.class = 0x02_0000));
+    error(subject.open(), ErrorKind::Unsupported, "not an NVMe controller: its class is 0x020000");
+    assert!(subject.is_quiet());
+    let edu = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
+    error(Controller::new(edu, SETTINGS), ErrorKind::Unsupported, "not an NVMe controller");
+}
+
+#[test]
+fn a_namespace_that_makes_no_sense_is_refused_and_the_controller_goes_on() {
+    let subject = Subject::new(TRUTH);
+    let controller = subject.open().unwrap();
+    type Change = fn(&mut [u8]);
+    let cases: [(Change, ErrorKind, &str); 10] = [
+        (|data| data[130] = 0, ErrorKind::Malformed, "2^0 bytes"),
+        (|data| data[130] = 8, ErrorKind::Malformed, "2^8 bytes"),
+        (|data| data[130] = 63, ErrorKind::Malformed, "2^63 bytes"),
+        (|data| data[130] = 255, ErrorKind::Malformed, "2^255 bytes"),
+        (|data| data[..8].fill(0xff), ErrorKind::Malformed, "make no sense"),
+        (|data| data[..8].fill(0), ErrorKind::NotFound, "not attached"),
+        (|data| data[26] = 1, ErrorKind::Malformed, "number 1 of 1"),
+        (|data| data[130] = 25, ErrorKind::Unsupported, "a transfer 1048576 at most"),
+        (|data| data[128] = 8, ErrorKind::Unsupported, "8 bytes of metadata"),
+        (|data| data[29] = 1, ErrorKind::Unsupported, "protect it"),
+    ];
+    for (namespace, kind, words) in cases {
+        subject.say(Lie { namespace, ..TRUTH });
+        error(controller.namespace(1), kind, words);
+    }
+    subject.say(TRUTH);
+    assert_eq!(controller.namespace(1).unwrap().block_size(), 512);
+    error(controller.namespace(0), ErrorKind::NotFound, "there are [1]");
+    error(controller.namespace(u32::MAX), ErrorKind::NotFound, "there are [1]");
+    controller.close().unwrap();
+}
+
+#[test]
+fn a_command_that_is_never_answered_ends_in_time_and_brings_its_buffer_back() {
+    let subject = Subject::new(TRUTH);
+    let controller = subject.open().unwrap();
+    let namespace = controller.namespace(1).unwrap();
+    let mut queue = controller.queue().unwrap();
+    for round in 1..=2 {
+        let buffer = controller.buffer(4096).unwrap();
+        let iova = buffer.iova();
+        queue.read(&namespace, 0, buffer, 5).unwrap();
+        let start = Instant::now();
+        let Done { tag, status, buffer, .. } = queue.wait().unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(300), "limit and grace were waited for");
+        assert_eq!((tag, status), (5, Status::ABORTED_BY_HOST));
+        assert_eq!(buffer.unwrap().iova(), iova, "the controller is disabled: it cannot reach it");
+        assert_eq!((queue.generation(), controller.generation()), (round, round));
+    }
+    drop(queue);
+    controller.close().unwrap();
+}
+
+#[test]
+fn a_buffer_stays_where_the_controller_may_still_reach_it() {
+    let subject = Subject::new(TRUTH);
+    let controller = subject.open().unwrap();
+    let namespace = controller.namespace(1).unwrap();
+    let mut queue = controller.queue().unwrap();
+    queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 5).unwrap();
+    // It cannot be disabled any more, by whatever reset.
+    subject.say(Lie { stays_ready: true, ..TRUTH });
+    let Done { status, buffer, .. } = queue.wait().unwrap();
+    assert_eq!((status, buffer.is_none()), (Status::ABORTED_BY_HOST, true));
+    assert!(queue.wait().is_none());
+    let Refused { error: reason, buffer } =
+        queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 6).unwrap_err();
+    assert!(buffer.is_some());
+    drop(buffer);
+    error(Err::<(), _>(reason), ErrorKind::Os, "did not cease being ready");
+    error(controller.namespace(1), ErrorKind::Os, "did not cease being ready");
+    error(controller.reset(), ErrorKind::Os, "did not cease being ready");
+    // It comes to its senses, and so does the queue.
+    subject.say(TRUTH);
+    controller.reset().unwrap();
+    queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 7).unwrap();
+    assert_eq!(queue.outstanding(), 1);
+    drop(queue);
+    controller.close().unwrap();
+    assert!(subject.is_quiet());
+}
+
+#[test]
+fn events_are_told_once_and_asked_for_again() {
+    let subject = Subject::new(TRUTH);
+    let controller = subject.open().unwrap();
+    assert_eq!(controller.events().unwrap(), []);
+    for _ in 0..10 {
+        // Its temperature; log page 2.
+        subject.say(Lie { event: Some(0x02_0101), ..TRUTH });
+        let start = Instant::now();
+        let events = loop {
+            let events = controller.events().unwrap();
+            if !events.is_empty() {
+                break events;
+            }
+            assert!(start.elapsed() < Duration::from_secs(5), "no event");
+        };
+        assert_eq!(events.len(), 1);
+        assert!(events[0].to_string().contains("temperature"), "{}", events[0]);
+        assert_eq!(
+            std::mem::take(&mut *subject.logs.lock().unwrap()),
+            [2],
+            "that lets the next come"
+        );
+    }
+    controller.close().unwrap();
+}

@@ -1,0 +1,217 @@
+//! An NVMe controller that says what it is told to say: the admin queue alone, as far as drivers need it
+//! to come up. Commands in I/O queues are never answered.
+
+use std::sync::{Arc, Mutex};
+
+use vfio_remap::Result;
+use vfio_remap::transport::{
+    Activity, Bus, IrqInfo, Model, PciConfig, RegionInfo, Shape, irq_index,
+};
+
+/// Doorbells up to here.
+pub const BAR: u64 = 0x2000;
+
+/// What it says.
+#[derive(Clone, Copy)]
+pub struct Lie {
+    /// Class, subclass and programming interface.
+    pub class: u32,
+    /// CAP.
+    pub capabilities: u64,
+    /// Whether it becomes ready when it is enabled, and whether it stays so when it is disabled.
+    pub becomes_ready: bool,
+    pub stays_ready: bool,
+    pub fatal: bool,
+    /// What it changes in its answers to Identify.
+    pub controller: fn(&mut [u8]),
+    pub namespace: fn(&mut [u8]),
+    /// Its answer to Set Features, number of queues.
+    pub queues: u32,
+    /// An admin command that it does not answer.
+    pub silent: Option<u8>,
+    /// What it adds to identifiers of commands.
+    pub id: u16,
+    /// An event that it tells once.
+    pub event: Option<u32>,
+}
+
+/// 64 entries, half a second to become ready, the NVM command set, pages of 4 KiB; four queues.
+pub const TRUTH: Lie = Lie {
+    class: 0x01_0802,
+    capabilities: 63 | 1 << 16 | 1 << 24 | 1 << 37,
+    becomes_ready: true,
+    stays_ready: false,
+    fatal: false,
+    controller: |_| {},
+    namespace: |_| {},
+    queues: 3 << 16 | 3,
+    silent: None,
+    id: 0,
+    event: None,
+};
+
+pub struct Liar {
+    lie: Arc<Mutex<Lie>>,
+    config: PciConfig,
+    registers: [u32; 16],
+    head: u32,
+    tail: u32,
+    phase: u32,
+    /// Requests for events.
+    waiting: Vec<u32>,
+    /// Log pages that were read.
+    logs: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Liar {
+    pub fn new(lie: &Arc<Mutex<Lie>>, logs: &Arc<Mutex<Vec<u8>>>) -> Self {
+        let class = lie.lock().unwrap().class;
+        Self {
+            lie: lie.clone(),
+            config: PciConfig::new(256, 0x1b36, 0x10, class, 0).bar64(0, BAR),
+            registers: [0; 16],
+            head: 0,
+            tail: 0,
+            phase: 1,
+            waiting: Vec::new(),
+            logs: logs.clone(),
+        }
+    }
+
+    fn lie(&self) -> Lie {
+        *self.lie.lock().unwrap()
+    }
+
+    fn base(&self, register: usize) -> u64 {
+        u64::from(self.registers[register]) | u64::from(self.registers[register + 1]) << 32
+    }
+
+    fn is_enabled(&self) -> bool {
+        self.registers[5] & 1 != 0
+    }
+
+    fn status(&self) -> u32 {
+        let lie = self.lie();
+        let ready = if self.is_enabled() { lie.becomes_ready } else { lie.stays_ready };
+        // A shutdown is over at once.
+        let shut_down = if self.registers[5] >> 14 & 3 != 0 { 2 << 2 } else { 0 };
+        u32::from(ready) | u32::from(lie.fatal) << 1 | shut_down
+    }
+
+    fn complete(&mut self, bus: &Bus, id: u32, result: u32, status: u32) -> Result<()> {
+        let at = self.base(12) + 16 * u64::from(self.tail);
+        let id = (id + u32::from(self.lie().id)) & 0xffff;
+        bus.dma_write(at, [result, 0, self.head].map(u32::to_le_bytes).as_flattened())?;
+        bus.dma_write(at + 12, &(id | self.phase << 16 | status << 17).to_le_bytes())?;
+        self.tail += 1;
+        if self.tail > self.registers[9] >> 16 {
+            (self.tail, self.phase) = (0, self.phase ^ 1);
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, bus: &Bus, words: [u32; 16]) -> Result<()> {
+        let lie = self.lie();
+        let (opcode, id) = (words[0] as u8, words[0] >> 16);
+        if lie.silent == Some(opcode) {
+            return Ok(());
+        }
+        let mut data = vec![0; 4096];
+        let mut result = 0;
+        match (opcode, words[10] & 0xff) {
+            (0x06, 0x00) => {
+                data[..8].copy_from_slice(&1000u64.to_le_bytes());
+                data[128 + 2] = 9;
+                (lie.namespace)(&mut data);
+            }
+            (0x06, 0x01) => {
+                data[512..514].copy_from_slice(&[0x66, 0x44]);
+                data[516] = 1;
+                (lie.controller)(&mut data);
+            }
+            (0x06, 0x02) if words[1] == 0 => data[0] = 1,
+            (0x06, _) => {}
+            (0x02, page) => self.logs.lock().unwrap().push(page as u8),
+            (0x09, 0x07) => result = lie.queues,
+            (0x0c, _) => {
+                self.waiting.push(id);
+                return Ok(());
+            }
+            _ => {}
+        }
+        if [0x02, 0x06].contains(&opcode) {
+            bus.dma_write(u64::from(words[6]) | u64::from(words[7]) << 32, &data)?;
+        }
+        self.complete(bus, id, result, 0)
+    }
+}
+
+impl Model for Liar {
+    fn shape(&self) -> Shape {
+        let mut shape = Shape::pci("liar", 256);
+        shape.regions[0] = RegionInfo::mappable(BAR);
+        shape.regions[0].areas = Some(vec![0x1000..BAR]);
+        shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(0);
+        shape
+    }
+
+    fn read(&mut self, _: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        if region == 7 {
+            self.config.read(offset, data);
+            return Ok(());
+        }
+        let value = match offset {
+            0x00 => self.lie().capabilities as u32,
+            0x04 => (self.lie().capabilities >> 32) as u32,
+            0x08 => 0x0001_0400,
+            0x1c => self.status(),
+            _ => self.registers.get(offset as usize / 4).copied().unwrap_or(0),
+        };
+        data.copy_from_slice(&value.to_le_bytes()[..data.len()]);
+        Ok(())
+    }
+
+    fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        if region == 7 {
+            self.config.write(offset, data);
+        } else if let (Some(register), Ok(bytes)) =
+            (self.registers.get_mut(offset as usize / 4), data.try_into())
+        {
+            *register = u32::from_le_bytes(bytes);
+            if !self.is_enabled() {
+                (self.head, self.tail, self.phase) = (0, 0, 1);
+                self.waiting.clear();
+                bus.memory(0).unwrap().write(0x1000, &[0; 64])?;
+            }
+            bus.wake();
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self, _: &Bus) {
+        self.registers = [0; 16];
+        self.config.reset();
+    }
+
+    fn poll(&mut self, bus: &Bus) -> Activity {
+        if !self.is_enabled() {
+            return Activity::Asleep;
+        }
+        let mut step = || -> Result<()> {
+            while bus.memory(0).unwrap().register::<u32>(0x1000)?.read() != self.head {
+                let mut command = [0; 64];
+                bus.dma_read(self.base(10) + 64 * u64::from(self.head), &mut command)?;
+                self.head = (self.head + 1) % ((self.registers[9] & 0xfff) + 1);
+                let (words, _) = command.as_chunks::<4>();
+                self.answer(bus, std::array::from_fn(|word| u32::from_le_bytes(words[word])))?;
+            }
+            let event = self.lie.lock().unwrap().event.take();
+            if let Some((event, id)) = event.zip(self.waiting.pop()) {
+                self.complete(bus, id, event, 0)?;
+            }
+            Ok(())
+        };
+        step().unwrap();
+        Activity::Watching
+    }
+}
