@@ -1,0 +1,73 @@
+//! Injected faults under the NVMe driver of `examples/nvme`: what was acknowledged and flushed is there
+//! afterwards, and nothing hangs.
+//!
+//! Each seed is a run of its own, on a controller that fails at commands which the seed gives:
+//! `VFIO_REMAP_TEST_FAULT_SEEDS=17` repeats the run of seed 17, `0..500` are more of them.
+#![cfg(feature = "emulated")]
+
+#[path = "../examples/nvme/driver/mod.rs"]
+mod driver;
+#[path = "support/fault_worker.rs"]
+mod fault_worker;
+
+use std::collections::HashMap;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+use fault_worker::Run;
+use vfio_remap::transport::Fault;
+
+/// Seeds, each with so many faults: a thousand in all.
+const SEEDS: std::ops::Range<u64> = 0..20;
+const FAULTS: usize = 50;
+/// How many runs there are at a time: they wait more than they work.
+const AT_A_TIME: usize = 4;
+/// How long one run may take on a machine that has other things to do.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[test]
+fn a_thousand_faults_lose_nothing_that_was_flushed() {
+    let chosen = std::env::var("VFIO_REMAP_TEST_FAULT_SEEDS").ok();
+    let seeds: Vec<u64> = chosen.as_deref().map_or_else(|| SEEDS.collect(), seeds);
+    let mut struck: HashMap<Fault, usize> = HashMap::new();
+    for group in seeds.chunks(AT_A_TIME) {
+        let runs: Vec<_> = group.iter().map(|&seed| (seed, start(seed))).collect();
+        for (seed, run) in runs {
+            match run.recv_timeout(PATIENCE) {
+                Ok(faults) => {
+                    assert_eq!(faults.len(), FAULTS, "seed {seed}");
+                    faults.into_iter().for_each(|fault| *struck.entry(fault).or_default() += 1);
+                }
+                Err(RecvTimeoutError::Timeout) => panic!("the run of seed {seed} hangs"),
+                Err(RecvTimeoutError::Disconnected) => panic!("the run of seed {seed} has failed"),
+            }
+        }
+    }
+    println!("{struck:?}");
+    let expected = seeds.len() * FAULTS;
+    assert_eq!(struck.values().sum::<usize>(), expected);
+    if chosen.is_none() {
+        assert!(Fault::ALL.iter().all(|fault| struck[fault] > expected / 10), "{struck:?}");
+    }
+}
+
+/// Starts a run in a thread of its own; what comes are the faults that have struck, or nothing where it
+/// has panicked.
+fn start(seed: u64) -> mpsc::Receiver<Vec<Fault>> {
+    let (sender, receiver) = mpsc::channel();
+    let run = move || {
+        let faults = Run::new(seed, FAULTS).perform();
+        // Nobody listens any more where another has failed.
+        let _ = sender.send(faults);
+    };
+    std::thread::Builder::new().name(format!("seed {seed}")).spawn(run).unwrap();
+    receiver
+}
+
+fn seeds(text: &str) -> Vec<u64> {
+    let number = |text: &str| text.parse::<u64>().expect("a seed is a number");
+    match text.split_once("..") {
+        Some((first, end)) => (number(first)..number(end)).collect(),
+        None => vec![number(text)],
+    }
+}
