@@ -16,7 +16,7 @@ use crate::options::{Bench, Options};
 use crate::session::Session;
 
 /// Of so many requests of a thread, the latency of one is taken.
-pub const SAMPLE: u64 = 64;
+pub const SAMPLE: u64 = 256;
 
 /// What a thread has done.
 struct Tally {
@@ -29,7 +29,9 @@ struct Tally {
 pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     let settings = Settings {
         queues: bench.threads.max(1),
-        entries: u16::try_from(bench.depth + 1).unwrap_or(u16::MAX).max(64),
+        entries: u16::try_from(bench.depth + 1)
+            .unwrap_or(u16::MAX)
+            .max(Settings::default().entries),
         interrupts: bench.interrupts,
         ..Settings::default()
     };

@@ -50,7 +50,7 @@ pub enum Task {
     Verify(Verify),
     /// Measure: random reads and writes, for a while, and the distribution of their latencies.
     ///
-    /// Latency is taken of every 64th request of a thread: reading the clock costs more than a request
+    /// Latency is taken of every 256th request of a thread: reading the clock costs more than a request
     /// does of this driver's time.
     Bench(Bench),
 }
