@@ -4,6 +4,7 @@
 //! it is known which value was flushed, which was acknowledged, and which was submitted last: what is
 //! read must lie between.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -83,6 +84,14 @@ pub struct Run {
     model: Emulated,
     blocks: Vec<Known>,
     pending: Vec<Option<Pending>>,
+    longest: Cell<Duration>,
+}
+
+/// What came of a run.
+pub struct Outcome {
+    pub struck: Vec<Fault>,
+    /// How long the driver took for its slowest answer.
+    pub longest: Duration,
 }
 
 impl Run {
@@ -99,12 +108,12 @@ impl Run {
             model: Emulated::new(nvme).unwrap(),
             blocks: vec![Known::default(); BLOCKS as usize],
             pending: (0..DEPTH).map(|_| None).collect(),
+            longest: Cell::default(),
         }
     }
 
-    /// Works until all faults have struck, takes the power away, and looks at what is left. The faults
-    /// that have struck.
-    pub fn perform(mut self) -> Vec<Fault> {
+    /// Works until all faults have struck, takes the power away, and looks at what is left.
+    pub fn perform(mut self) -> Outcome {
         let (controller, namespace, mut queue) = self.open();
         while self.faults.left() > 0 {
             self.step(&controller, &namespace, &mut queue);
@@ -128,7 +137,8 @@ impl Run {
         }
         drop(queue);
         controller.close().unwrap();
-        self.faults.struck().into_iter().map(|(_, fault)| fault).collect()
+        let struck = self.faults.struck().into_iter().map(|(_, fault)| fault).collect();
+        Outcome { struck, longest: self.longest.get() }
     }
 
     /// Brings the controller up, by as many attempts as it takes while faults strike.
@@ -174,6 +184,7 @@ impl Run {
         let start = Instant::now();
         let done = f();
         let took = start.elapsed();
+        self.longest.set(took.max(self.longest.get()));
         assert!(took < STATED, "seed {}: it took {took:?}", self.seed);
         done
     }
