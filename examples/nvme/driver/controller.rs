@@ -74,12 +74,14 @@ struct State {
     admin: Admin,
     /// Numbers of queues that are not in use.
     free: Vec<u16>,
+    /// Those that the controller knows.
+    attached: Vec<u16>,
     /// What was asked for the write cache: a reset forgets it.
     write_cache: Option<bool>,
     /// Why the controller could not be brought up again.
     failed: Option<Error>,
-    /// Whether the controller was disabled since it was told of memory last.
-    quiet: bool,
+    /// What it was told of in generations below this it cannot reach any more: it was disabled since.
+    quiet_below: u32,
 }
 
 /// What a queue finds after a reset.
@@ -123,7 +125,14 @@ impl Controller {
         };
         admin.request_events(identity.event_limit)?;
         let free = (1..=queues).rev().collect();
-        let state = State { admin, free, write_cache: None, failed: None, quiet: false };
+        let state = State {
+            admin,
+            free,
+            attached: Vec::new(),
+            write_cache: None,
+            failed: None,
+            quiet_below: 0,
+        };
         Ok(Arc::new(Self {
             hardware,
             identity,
@@ -326,7 +335,6 @@ impl Controller {
         let (submissions, completions) = pair.places();
         let size = u32::from(pair.entries() - 1) << 16 | u32::from(id);
         let interrupt = self.vector(id).map_or(0, |vector| (vector as u32) << 16 | 1 << 1);
-        state.quiet = false;
         let create = |opcode, iova, flags| Question {
             operation: "create a queue of",
             command: Command::new(opcode, 0).address(iova).dwords_10(size, flags | 1),
@@ -339,12 +347,14 @@ impl Controller {
             delete(&mut state.admin, &[admin::DELETE_COMPLETION_QUEUE], id)?;
             return Err(error);
         }
+        state.attached.push(id);
         Ok(self.generation())
     }
 
     /// Has the controller forget a pair of queues, if it has not been reset meanwhile.
     pub(super) fn detach(&self, id: u16, generation: u32) {
         let mut state = self.state();
+        state.attached.retain(|attached| *attached != id);
         if self.generation() == generation && state.failed.is_none() {
             let opcodes = [admin::DELETE_SUBMISSION_QUEUE, admin::DELETE_COMPLETION_QUEUE];
             if let Err(error) = delete(&mut state.admin, &opcodes, id) {
@@ -375,9 +385,10 @@ impl Controller {
         self.generation.load(Ordering::Acquire)
     }
 
-    pub(super) fn condition(&self) -> Condition {
+    /// For a queue that generation `seen` knew.
+    pub(super) fn condition(&self, seen: u32) -> Condition {
         let state = self.state();
-        let (quiet, failed) = (state.quiet, state.failed.clone());
+        let (quiet, failed) = (seen < state.quiet_below, state.failed.clone());
         Condition { generation: self.generation(), quiet, failed }
     }
 
@@ -401,14 +412,32 @@ impl Controller {
     }
 
     fn reset_locked(&self, state: &mut State) -> Result<()> {
-        state.quiet = false;
+        self.stop_queues(state);
+        let mut quiet = false;
         let result = self.hardware.disable().and_then(|()| {
-            self.hardware.bring_up(&mut state.admin, &mut state.quiet)?;
+            self.hardware.bring_up(&mut state.admin, &mut quiet)?;
             self.prepare(state)
         });
+        if quiet {
+            state.quiet_below = self.generation() + 1;
+        }
         state.failed = result.as_ref().err().cloned();
         self.generation.fetch_add(1, Ordering::AcqRel);
         result
+    }
+
+    /// Has a controller that still answers end what it has begun, queue by queue, as Linux does before a
+    /// reset: QEMU (10.0 at least) may crash where commands are on their way when it is disabled.
+    fn stop_queues(&self, state: &mut State) {
+        for id in std::mem::take(&mut state.attached) {
+            let answers = state.failed.is_none() && !state.admin.is_broken();
+            if !answers || self.check().is_err() {
+                return;
+            }
+            if let Err(error) = delete(&mut state.admin, &[admin::DELETE_SUBMISSION_QUEUE], id) {
+                log::info!("nvme: {error}");
+            }
+        }
     }
 
     /// What is said to a controller that was brought up again.

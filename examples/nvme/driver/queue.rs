@@ -32,7 +32,7 @@ const RESETS: u32 = 3;
 /// that is in vain, or the controller has failed, the controller is reset. All commands that were with
 /// it end as [aborted by the host](super::Status::ABORTED_BY_HOST), and the queue goes on. Whatever
 /// happens, [`wait`](Self::wait) gives an answer within that time, the grace for the abort, the time-out of
-/// the admin queue, and three times what a reset may take (CAP.TO, twice).
+/// the admin queue, twice, and three times what a reset may take (CAP.TO, twice).
 pub struct IoQueue {
     pub(super) pair: QueuePair,
     /// Commands that a reset has ended.
@@ -238,7 +238,8 @@ impl IoQueue {
     /// The controller was reset: all commands have ended, and the queue is made anew.
     fn rebuild(&mut self) {
         for _ in 0..RESETS {
-            let Condition { generation, quiet, failed } = self.controller.condition();
+            let Condition { generation, quiet, failed } =
+                self.controller.condition(self.generation);
             self.pair.end_all(quiet, |done| self.ended.push_back(done));
             self.generation = generation;
             self.failed = failed;

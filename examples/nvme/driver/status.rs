@@ -12,6 +12,8 @@ impl Status {
     pub const SUCCESS: Self = Self(0);
     /// It was aborted because we asked for that.
     pub const ABORT_REQUESTED: Self = Self(0x007);
+    /// Its queue was deleted, which is what a reset begins with.
+    pub const QUEUE_DELETED: Self = Self(0x008);
     /// We have ended it: the controller was reset, or has gone (NVMe Base 2.0 §3.3.3.2.1, figure 100).
     pub const ABORTED_BY_HOST: Self = Self(0x371);
 
@@ -27,9 +29,9 @@ impl Status {
         self == Self::SUCCESS
     }
 
-    /// Whether the controller never said what became of the command, so that it is to be asked again.
+    /// Whether nobody knows if the command was carried out, so that it is to be asked again.
     pub fn is_undecided(self) -> bool {
-        [Self::ABORTED_BY_HOST, Self::ABORT_REQUESTED].contains(&self)
+        [Self::ABORTED_BY_HOST, Self::ABORT_REQUESTED, Self::QUEUE_DELETED].contains(&self)
     }
 
     /// An error that says what was tried on which object, unless it is a success.
