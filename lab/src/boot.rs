@@ -14,7 +14,7 @@ use crate::cache;
 use crate::guest::{self, Payload};
 use crate::kernels::Image;
 use crate::klog::{KernelLog, tail};
-use crate::machine::Variant;
+use crate::machine::{self, Variant};
 use crate::qemu::{self, Qemu};
 use crate::ui::Stage;
 
@@ -69,6 +69,9 @@ impl Lab {
         let console = work.path().join("console");
         fs::write(&initramfs, guest::initramfs(image, variant, &self.busybox, payload)?)?;
 
+        for (name, size) in machine::disk_files() {
+            fs::File::create(work.path().join(name))?.set_len(size)?;
+        }
         let what = format!("linux {}{}", image.version, variant.suffix());
         let mut command = qemu::command(image, variant, work.path(), &initramfs, &console);
         self.run(&mut command, work.path(), &console, &what, label)

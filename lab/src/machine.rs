@@ -23,7 +23,7 @@ const VFIO: &str = "vfio-pci";
 const SERIAL: &str = "serial";
 
 /// Each is alone in its IOMMU group, except for crowded and neighbour, and for the twins.
-pub const DEVICES: [Device; 15] = [
+pub const DEVICES: [Device; 16] = [
     Device {
         name: "nvme",
         address: "0000:00:03.0",
@@ -97,10 +97,17 @@ pub const DEVICES: [Device; 15] = [
     },
     Device {
         name: "nvme4k",
-        address: "0000:00:0d.0",
+        address: "0000:00:0f.0",
         driver: VFIO,
         about: "NVMe controller with blocks of 4096 bytes that take no time and keep nothing",
         qemu: "nvme,drive=null-4k,serial=lab-4k,logical_block_size=4096,physical_block_size=4096",
+    },
+    Device {
+        name: "disk",
+        address: "0000:00:10.0",
+        driver: VFIO,
+        about: "NVMe controller of two namespaces that keep what is written: blocks of 512, of 4096 bytes",
+        qemu: "nvme,serial=lab-disk",
     },
     Device {
         name: "hot",
@@ -139,6 +146,15 @@ const ROOT_PORTS: [&str; 3] = [
     "pcie-root-port,id=twin-port,chassis=2,slot=2,hotplug=off,bus=pcie.0,addr=0d.0",
     "pcie-root-port,id=errant-port,chassis=3,slot=3,hotplug=off,bus=pcie.0,addr=0e.0",
 ];
+
+/// The namespaces of `disk`: what holds their blocks, and the size of one.
+const NAMESPACES: [(&str, u32); 2] = [("disk-512", 512), ("disk-4096", 4096)];
+
+/// The files, and their size, that a machine wants to find in the directory
+/// of its boot: all zeros, to begin with.
+pub fn disk_files() -> impl Iterator<Item = (&'static str, u64)> {
+    NAMESPACES.iter().map(|(file, _)| (*file, 64 << 20))
+}
 
 /// What the devices lean on.
 const BACKENDS: [(&str, &str); 11] = [
@@ -201,7 +217,7 @@ impl Variant {
 }
 
 /// QEMU's arguments for the machine, but for kernel, initramfs and the first
-/// two serial ports.
+/// two serial ports; its [`disk_files`] are in the working directory.
 ///
 /// TCG, always: a /dev/kvm that opens may still not run a stock kernel.
 pub fn qemu_arguments(variant: Variant) -> Vec<String> {
@@ -240,6 +256,11 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     }
     for device in &DEVICES {
         add("-device", &device.qemu_device());
+    }
+    for (number, (file, block)) in (1..).zip(NAMESPACES) {
+        add("-blockdev", &format!("driver=file,discard=unmap,node-name={file},filename={file}"));
+        let blocks = format!("logical_block_size={block},physical_block_size={block}");
+        add("-device", &format!("nvme-ns,bus=disk,drive={file},nsid={number},{blocks}"));
     }
     for (option, value) in CONTROL {
         add(option, value);

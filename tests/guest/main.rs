@@ -18,6 +18,9 @@ mod leftovers;
 mod low_power;
 mod machine;
 mod noiommu_mode;
+mod nvme;
+#[path = "../../examples/nvme/driver/mod.rs"]
+mod nvme_driver;
 #[path = "../support/reach.rs"]
 mod reach;
 mod remap;
