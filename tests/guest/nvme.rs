@@ -289,20 +289,18 @@ fn bind(driver: &str) {
     assert_eq!(lab::sysfs("disk").driver().as_deref(), Some(driver));
 }
 
-/// The kernel's file for a namespace, once it has found it: no other controller is its own.
+/// The kernel's file for a namespace, once it has found it: no other controller is its own. Which of them
+/// is nvme0n1 is a matter of chance from Linux 6.12 on, where they are scanned at once.
 fn disk(namespace: u32) -> PathBuf {
     let start = Instant::now();
-    let end = format!("n{namespace}");
     loop {
-        let files = fs::read_dir("/dev").unwrap().map(|entry| entry.unwrap().path());
-        let is_it = |path: &PathBuf| {
-            let name = path.file_name().unwrap().to_string_lossy();
-            name.strip_prefix("nvme")
-                .and_then(|rest| rest.strip_suffix(&end))
-                .is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
-        };
-        if let Some(path) = files.into_iter().find(is_it) {
-            return path;
+        for disk in fs::read_dir("/sys/class/block").unwrap().map(|entry| entry.unwrap().path()) {
+            let file = Path::new("/dev").join(disk.file_name().unwrap());
+            let id = fs::read_to_string(disk.join("nsid"));
+            // What leads to a namespace that several controllers may share has no file.
+            if id.is_ok_and(|id| id.trim() == namespace.to_string()) && file.exists() {
+                return file;
+            }
         }
         assert!(start.elapsed() < Duration::from_secs(10), "the kernel finds no namespace");
         std::thread::sleep(Duration::from_millis(10));
