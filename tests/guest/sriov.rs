@@ -96,6 +96,23 @@ fn a_virtual_function_opens_with_the_token_of_its_physical_one_and_with_no_other
 }
 
 #[test]
+fn a_device_that_is_open_already_is_told_from_one_that_refuses_a_token() {
+    if lab::kernel() != "patched" {
+        // By group, a device can be open twice.
+        return;
+    }
+    let igb = lab::address("igb");
+    leftovers::none_of(|| {
+        let _open = Vfio::options().by_cdev().vf_token(TOKEN).open(igb).unwrap();
+        for way in [Vfio::options(), Vfio::options().by_cdev()] {
+            let error = way.vf_token(TOKEN).open(igb).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+            assert!(error.to_string().contains("fuser"), "{error}");
+        }
+    });
+}
+
+#[test]
 fn a_token_for_a_device_that_takes_none_is_refused_with_what_to_do() {
     let edu = lab::address("edu");
     for way in ways() {

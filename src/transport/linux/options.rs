@@ -122,8 +122,12 @@ impl<'a> VfioOptions<'a> {
             return self.by_group_in(device, confinement, None);
         }
         match self.by_cdev_in(device, confinement, None) {
-            // A user may have been given the group's file, and neither the device's nor iommufd's.
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            // A user may have been given the group's file, and neither the device's nor iommufd's; and
+            // Linux 6.6 to 6.16 takes VF tokens by group only, which looks as if the device were open.
+            Err(error)
+                if error.kind() == ErrorKind::PermissionDenied
+                    || error.kind() == ErrorKind::InUse && self.token.is_some() =>
+            {
                 self.by_group_in(device, confinement, None).map_err(|_| error)
             }
             other => other,
