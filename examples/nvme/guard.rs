@@ -79,7 +79,40 @@ pub fn permit(common: &Common, session: &Session, mover: &mut Mover) -> Result<(
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+    use vfio_remap::transport::{Namespace, Nvme};
+
     use super::*;
+    use crate::options::Options;
+
+    #[test]
+    fn nothing_is_destroyed_unasked() {
+        let session = Session::with(Nvme::new(vec![Namespace::memory(1 << 20, 4096).unwrap()]));
+        let permitted = |arguments: &[&str]| {
+            let options = Options::parse_from([&["nvme", "verify"], arguments].concat());
+            let mut mover = Mover::new(&session).unwrap();
+            permit(&options.common, &session, &mut mover).map_err(|error| error.to_string())
+        };
+        let real = ["--device", "0000:00:03.0"];
+        assert_eq!(permitted(&[]), Ok(()), "an emulated device that holds nothing");
+        assert!(permitted(&real).unwrap_err().contains("it is not emulated"));
+        assert_eq!(permitted(&[&real[..], &["--yes-destroy-data"]].concat()), Ok(()));
+        // A file system, as its first superblock has it.
+        let mut mover = Mover::new(&session).unwrap();
+        let ext = |_, bytes: &mut [u8]| {
+            bytes[0x438..0x43a].copy_from_slice(&[0x53, 0xef]);
+            Ok(())
+        };
+        mover.write(0..1, ext).unwrap();
+        drop(mover);
+        for arguments in [&[][..], &real] {
+            let error = permitted(arguments).unwrap_err();
+            assert!(error.contains("it holds an ext2, ext3 or ext4 file system"), "{error}");
+            assert!(error.contains("--yes-destroy-data"), "{error}");
+        }
+        assert_eq!(permitted(&["--yes-destroy-data"]), Ok(()));
+        session.close().unwrap();
+    }
 
     #[test]
     fn what_a_device_holds_is_named() {

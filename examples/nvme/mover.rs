@@ -11,8 +11,8 @@ use crate::session::Session;
 /// Requests that are with the controller at a time, and their size unless it takes less.
 const DEPTH: usize = 16;
 const CHUNK: usize = 128 << 10;
-/// How often what a reset has ended is asked again before that is given up.
-const RETRIES: u32 = 16;
+/// How often in a row all that is with the controller may come to nothing before that is given up.
+const RETRIES: usize = 16;
 
 /// A queue, and memory for the requests in it.
 pub struct Mover {
@@ -23,7 +23,8 @@ pub struct Mover {
     chunk_blocks: u64,
     /// What goes to or comes from whoever uses it.
     bytes: Vec<u8>,
-    retries: u32,
+    /// Requests in a row that came to nothing.
+    undecided: usize,
 }
 
 impl Mover {
@@ -39,7 +40,7 @@ impl Mover {
             namespace,
             chunk_blocks: (chunk >> namespace.block_shift) as u64,
             bytes: vec![0; chunk],
-            retries: RETRIES,
+            undecided: 0,
         })
     }
 
@@ -79,14 +80,14 @@ impl Mover {
         blocks: Range<u64>,
         mut fill: impl FnMut(u64, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        loop {
+        for _ in 0..RETRIES {
             let generation = self.queue.generation();
             self.write_once(blocks.clone(), &mut fill)?;
             if self.flush()? && self.queue.generation() == generation {
                 return Ok(());
             }
-            self.retry()?;
         }
+        Err(self.given_up())
     }
 
     fn write_once(
@@ -145,18 +146,22 @@ impl Mover {
         Ok(Some((part, buffer)))
     }
 
+    /// After a success.
     fn give_back(&mut self, buffer: DmaBuffer) {
+        self.undecided = 0;
         if buffer.size() == self.bytes.len() {
             self.buffers.push(buffer);
         }
     }
 
     fn retry(&mut self) -> Result<()> {
-        self.retries = self.retries.checked_sub(1).ok_or_else(|| {
-            Error::new(ErrorKind::Os, "use", self.queue.controller().name())
-                .because(format!("it had to be reset, or commands to be aborted, {RETRIES} times"))
-        })?;
-        Ok(())
+        self.undecided += 1;
+        if self.undecided > RETRIES * DEPTH { Err(self.given_up()) } else { Ok(()) }
+    }
+
+    fn given_up(&self) -> Error {
+        Error::new(ErrorKind::Os, "use", self.queue.controller().name())
+            .because(format!("it came to nothing, {RETRIES} times in a row"))
     }
 
     fn lost(&self) -> Error {
@@ -173,4 +178,48 @@ impl Mover {
 fn buffer(queue: &IoQueue, size: usize) -> Result<DmaBuffer> {
     let buffer = queue.controller().buffer(size)?;
     Ok(buffer.split_at(size).map_or_else(|whole| whole, |(part, _)| part))
+}
+
+#[cfg(test)]
+mod tests {
+    use vfio_remap::transport::{Namespace as Storage, Nvme};
+
+    use super::*;
+
+    #[test]
+    fn a_run_lasts_though_power_is_lost_in_the_middle_of_it() {
+        let nvme = Nvme::new(vec![Storage::memory(4 << 20, 512).unwrap()]);
+        let power = nvme.power();
+        let session = Session::with(nvme);
+        let mut mover = Mover::new(&session).unwrap();
+        // Not whole chunks, at either end.
+        let (first, last) = (3, 4099);
+        let content = |block: u64| (block % 251) as u8;
+        let mut chunks = 0;
+        mover
+            .write(first..last, |block, bytes| {
+                chunks += 1;
+                if chunks == 10 {
+                    power.cycle();
+                }
+                let parts = bytes.chunks_exact_mut(512).zip(block..);
+                parts.for_each(|(part, block)| part.fill(content(block)));
+                Ok(())
+            })
+            .unwrap();
+        power.cycle();
+        let mut seen = vec![false; last as usize];
+        mover
+            .read(first..last, |block, bytes| {
+                for (part, block) in bytes.chunks_exact(512).zip(block..) {
+                    assert!(part.iter().all(|byte| *byte == content(block)), "block {block}");
+                    seen[block as usize] = true;
+                }
+                Ok(())
+            })
+            .unwrap();
+        assert!(seen[first as usize..].iter().all(|seen| *seen));
+        drop(mover);
+        session.close().unwrap();
+    }
 }

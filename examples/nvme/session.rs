@@ -31,3 +31,15 @@ impl Session {
         self.controller.close()
     }
 }
+
+#[cfg(test)]
+impl Session {
+    /// A session with a model in this process.
+    pub fn with(model: vfio_remap::transport::Nvme) -> Self {
+        let model = vfio_remap::transport::Emulated::new(model).unwrap();
+        let device = vfio_remap::Device::new(Arc::new(model));
+        let controller = Controller::new(device, Settings::default()).unwrap();
+        let namespace = controller.namespace(1).unwrap();
+        Self { controller, namespace, _process: None }
+    }
+}

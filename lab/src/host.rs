@@ -11,6 +11,7 @@ pub fn test() -> Result<()> {
         ("test --workspace --features vfio-remap/vm-memory", None),
         ("test --release --test codegen", Some("tests/codegen.rs")),
         ("run --release --example tour", Some("examples/tour.rs")),
+        ("run --release --example nvme -- verify", Some("examples/nvme/main.rs")),
     ];
     for (arguments, needs) in steps {
         if needs.is_some_and(|path| !workspace().join(path).exists()) {
