@@ -2,21 +2,24 @@
 
 use anyhow::{Context, Result, bail};
 
-use crate::payload::{cargo, workspace};
+use crate::cache::Store;
+use crate::payload::cargo;
+use crate::tools;
 use crate::ui;
 
+/// The calls of cargo that run them.
+const STEPS: [&str; 5] = [
+    "test --workspace --features vfio-remap/vm-memory",
+    "test --release --test codegen",
+    "test --release --test nvme_cost -- --include-ignored --skip counted --nocapture --test-threads=1",
+    "run --release --example tour",
+    "run --release --example nvme -- verify",
+];
+
 /// Runs them all; stops at the first that fails.
-pub fn test() -> Result<()> {
-    let steps: &[(&str, Option<&str>)] = &[
-        ("test --workspace --features vfio-remap/vm-memory", None),
-        ("test --release --test codegen", Some("tests/codegen.rs")),
-        ("run --release --example tour", Some("examples/tour.rs")),
-        ("run --release --example nvme -- verify", Some("examples/nvme/main.rs")),
-    ];
-    for (arguments, needs) in steps {
-        if needs.is_some_and(|path| !workspace().join(path).exists()) {
-            continue;
-        }
+pub fn test(store: &Store) -> Result<()> {
+    tools::ensure_for_counting(store)?;
+    for arguments in STEPS {
         ui::status("Running", &format!("cargo {arguments}"));
         let status = cargo().args(arguments.split(' ')).status().context("cannot run cargo")?;
         if !status.success() {

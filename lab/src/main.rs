@@ -214,8 +214,9 @@ fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Test { kernels, host_only, common, libtest } => {
             if kernels.is_empty() {
-                host::test()?;
-                fuzz::briefly(&Store::open(common.mirror.clone())?)?;
+                let store = Store::open(common.mirror.clone())?;
+                host::test(&store)?;
+                fuzz::briefly(&store)?;
             }
             if host_only {
                 return Ok(ExitCode::SUCCESS);

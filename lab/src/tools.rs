@@ -26,6 +26,11 @@ pub fn ensure_for_fuzzing(store: &Store) -> Result<()> {
     ensure(store, || missing_programs(&[("c++", "g++")]))
 }
 
+/// The same for counting instructions.
+pub fn ensure_for_counting(store: &Store) -> Result<()> {
+    ensure(store, || missing_programs(&[("valgrind", "valgrind")]))
+}
+
 /// The same for building a kernel.
 pub fn ensure_for_building(store: &Store) -> Result<()> {
     ensure(store, missing_for_building)
