@@ -11,9 +11,13 @@ mod server;
 #[path = "support/shared.rs"]
 mod shared;
 
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
-use vfio_remap::transport::{Edu, Emulated};
+use vfio_remap::transport::{Edu, Emulated, Server, VfioUser};
 use vfio_remap::{Device, Transport};
 
 fn drive(transport: Arc<dyn Transport>) {
@@ -21,6 +25,23 @@ fn drive(transport: Arc<dyn Transport>) {
     let device = Device::new(transport);
     edu::is_reached_through_windows(&device);
     device.close().unwrap();
+}
+
+/// A driver whose server dies lets go of its memory all the same.
+fn outlive_the_server() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let server = thread::spawn(move || {
+        let edu = Emulated::new(Edu::new()).unwrap();
+        Server::serve_stream(&edu, theirs, Duration::MAX)
+    });
+    let line = ours.try_clone().unwrap();
+    let device = Device::new(Arc::new(VfioUser::from_stream(ours, Duration::MAX).unwrap()));
+    let buffer = device.dma().unwrap().buffer(1 << 16).unwrap();
+    line.shutdown(Shutdown::Both).unwrap();
+    drop(buffer);
+    device.close().unwrap();
+    // It saw the end of the connection, or was cut off.
+    let _ = server.join().unwrap();
 }
 
 fn counts() -> [usize; 2] {
@@ -32,6 +53,7 @@ fn nothing_is_left_behind() {
     let round = || {
         drive(Arc::new(Emulated::new(Edu::new()).unwrap()));
         server::with_edu(|client| drive(Arc::new(client)));
+        outlive_the_server();
     };
     // The first makes what is made once in a process.
     round();

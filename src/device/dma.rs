@@ -35,7 +35,8 @@ struct State {
 /// Where memory is to be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IovaPlacement {
-    /// Where there is room: in the smallest free range that has it.
+    /// Where there is room: in the smallest free range that has it. The first address of all may be 0: for a
+    /// device that takes that for none, map a page there before.
     Anywhere {
         /// A multiple of this, a power of two; the IOMMU's page size where that is larger.
         alignment: u64,

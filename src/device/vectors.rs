@@ -81,6 +81,8 @@ impl Device {
         let eventfds = (0..count).map(|_| eventfd().map(Some)).collect::<Result<Vec<_>>>()?;
         let slot = self.inner.only(Note::Vectors { kind, count })?;
         if let Err(error) = self.transport().set_irqs(kind.index(), 0, &borrowed(&eventfds)) {
+            // A transport that does it in parts may have connected some.
+            let _ = self.transport().set_irqs(kind.index(), 0, &[]);
             self.inner.notes().try_remove(slot);
             return Err(error);
         }

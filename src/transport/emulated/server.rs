@@ -9,7 +9,7 @@ use super::device::Emulated;
 use super::session::Session;
 use crate::error::{Error, ErrorKind, Result};
 use crate::transport::Transport;
-use crate::transport::vfio_user::channel::Fault;
+use crate::transport::vfio_user::channel::{Fault, within_reason};
 
 /// How long a client may take for the rest of a message, or to take one.
 const TIME: Duration = Duration::from_secs(5);
@@ -78,8 +78,7 @@ impl Server {
     /// As [`serve`](Self::serve).
     pub fn serve_stream(device: &Emulated, stream: UnixStream, time: Duration) -> Result<()> {
         let object = || format!("a client of {}", device.info().name);
-        // Of no time at all sockets think that it is without end.
-        let time = time.max(Duration::from_millis(1));
+        let time = within_reason(time);
         let mut session = Session::new(device, stream, time)
             .map_err(|error| Error::io(&error, "serve", object()))?;
         session.run().map_err(|fault| {

@@ -108,7 +108,8 @@ impl Wire {
             let access = DmaAccess { address, count: part.len() as u64 };
             let body = self.ask(command::DMA_READ, access, &[])?;
             part.copy_from_slice(body.get(DmaAccess::SIZE..).ok_or(Errno::EIO)?);
-            address += part.len() as u64;
+            // Past the last address nothing follows.
+            address = address.wrapping_add(part.len() as u64);
         }
         Ok(())
     }
@@ -120,7 +121,8 @@ impl Wire {
         for part in data.chunks(transfer) {
             let access = DmaAccess { address, count: part.len() as u64 };
             self.ask(command::DMA_WRITE, access, part)?;
-            address += part.len() as u64;
+            // Past the last address nothing follows.
+            address = address.wrapping_add(part.len() as u64);
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use vfio_ioctls::VfioContainer;
 
 use super::cdev::Ioas;
 use super::group::Group;
-use super::locked::{Exceeded, Locked};
+use super::locked::{self, Exceeded, Locked};
 use super::{Confinement, noiommu};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
@@ -71,7 +71,11 @@ impl AddressSpace {
         let exceeded = |exceeded: Exceeded| exceeded.error(object());
         // A device's pages are not locked.
         let lock = if memory.is_of_device() { 0 } else { size as u64 };
-        let locked = Locked::new(lock).map_err(exceeded)?;
+        let counter = match self {
+            Self::Group(_) | Self::Elsewhere => &locked::CONTAINERS,
+            Self::Ioas(_) => &locked::IOMMUFD,
+        };
+        let locked = Locked::new(counter, lock).map_err(exceeded)?;
         let done = match self {
             Self::Group(group) => memory.map_in_container(container(group, name)?, iova, access),
             Self::Ioas(ioas) => ioas.map(iova, memory, access),

@@ -52,7 +52,8 @@ impl Group {
         let mut open = open_groups();
         let known = open.get(&id);
         if let Some(group) = known.and_then(Weak::upgrade) {
-            if beside.is_none_or(|beside| beside.container.is(&group.container)) {
+            let wanted = beside.is_none_or(|beside| beside.container.is(&group.container));
+            if wanted && group.confinement() == confinement {
                 return Ok(group);
             }
             return Err(Error::new(ErrorKind::InUse, "open", address)

@@ -54,7 +54,9 @@ pub(super) fn set(
     } else {
         vfio_irq::set_eventfds(device, index, start, Action::Trigger, fds)
     };
-    done.map_err(|errno| failed(errno, "connect", index, start..start + fds.len() as u32, name))
+    done.map_err(|errno| {
+        failed(errno, "connect", index, start..start.saturating_add(fds.len() as u32), name)
+    })
 }
 
 pub(super) fn act(
@@ -69,6 +71,10 @@ pub(super) fn act(
         Action::Unmask => "unmask",
         Action::Trigger => "trigger",
     };
+    // To the kernel no vectors at all mean that the index is to be taken out of use.
+    if vectors.is_empty() {
+        return Ok(());
+    }
     vfio_irq::set_now(device, index, vectors.clone(), action)
         .map_err(|errno| failed(errno, operation, index, vectors, name))
 }
@@ -81,8 +87,9 @@ pub(super) fn unmask_by(
     fd: Option<BorrowedFd<'_>>,
     name: &str,
 ) -> Result<()> {
-    vfio_irq::set_eventfds(device, index, vector, Action::Unmask, &[fd])
-        .map_err(|errno| failed(errno, "unmask by an eventfd", index, vector..vector + 1, name))
+    vfio_irq::set_eventfds(device, index, vector, Action::Unmask, &[fd]).map_err(|errno| {
+        failed(errno, "unmask by an eventfd", index, vector..vector.saturating_add(1), name)
+    })
 }
 
 fn failed(

@@ -14,14 +14,33 @@ use crate::error::{Error, ErrorKind};
 /// `capabilities(7)`
 const CAP_IPC_LOCK: u32 = 14;
 
-/// The bytes that this process has mapped for DMA.
-static MAPPED: AtomicU64 = AtomicU64::new(0);
+/// What is counted against the limit, and apart from what others count.
+pub(super) struct Counter {
+    /// The bytes that this process has mapped for DMA so.
+    mapped: AtomicU64,
+    /// How many that may become, as far as was known when it was last asked for.
+    allowed: AtomicU64,
+    /// Whether the process's own figure of locked memory counts, too.
+    of_process: bool,
+}
 
-/// How many that may become, as far as was known when it was last asked for.
-static ALLOWED: AtomicU64 = AtomicU64::new(0);
+/// Of type 1 containers: with all else that the process has locked.
+pub(super) static CONTAINERS: Counter = Counter::new(true);
+
+/// Of iommufd: with what other processes of the user have mapped so, which nobody tells.
+pub(super) static IOMMUFD: Counter = Counter::new(false);
+
+impl Counter {
+    const fn new(of_process: bool) -> Self {
+        Self { mapped: AtomicU64::new(0), allowed: AtomicU64::new(0), of_process }
+    }
+}
 
 /// Bytes that are mapped, as long as this lives.
-pub(super) struct Locked(u64);
+pub(super) struct Locked {
+    counter: &'static Counter,
+    size: u64,
+}
 
 /// More than the limit allows.
 pub(super) struct Exceeded {
@@ -32,36 +51,36 @@ pub(super) struct Exceeded {
 
 impl Locked {
     /// `size` bytes more.
-    pub(super) fn new(size: u64) -> Result<Self, Exceeded> {
-        let locked = Self(size);
-        let mapped = MAPPED.fetch_add(size, Ordering::Relaxed).saturating_add(size);
-        if mapped <= ALLOWED.load(Ordering::Relaxed) {
+    pub(super) fn new(counter: &'static Counter, size: u64) -> Result<Self, Exceeded> {
+        let locked = Self { counter, size };
+        let Counter { mapped, allowed, of_process } = counter;
+        let mapped = mapped.fetch_add(size, Ordering::Relaxed).saturating_add(size);
+        if mapped <= allowed.load(Ordering::Relaxed) {
             return Ok(locked);
         }
         let Some(limit) = Limit::ask() else {
-            ALLOWED.store(u64::MAX, Ordering::Relaxed);
+            allowed.store(u64::MAX, Ordering::Relaxed);
             return Ok(locked);
         };
         let before = mapped - size;
-        // What iommufd maps is not in the process's own figure; what others have locked is in no other.
-        let others = limit.locked.saturating_sub(before);
-        ALLOWED.store(limit.limit.saturating_sub(others), Ordering::Relaxed);
+        let others = if *of_process { limit.locked.saturating_sub(before) } else { 0 };
+        allowed.store(limit.limit.saturating_sub(others), Ordering::Relaxed);
         let need = mapped.saturating_add(others);
         if need <= limit.limit { Ok(locked) } else { Err(Exceeded { need, limit: limit.limit }) }
     }
 
     /// The kernel has refused to lock them for want of memory: the limit, if it is that.
     pub(super) fn refused(self) -> Option<Exceeded> {
-        let size = self.0;
+        let Self { counter, size } = self;
         drop(self);
-        ALLOWED.store(0, Ordering::Relaxed);
-        Self::new(size).err()
+        counter.allowed.store(0, Ordering::Relaxed);
+        Self::new(counter, size).err()
     }
 }
 
 impl Drop for Locked {
     fn drop(&mut self) {
-        MAPPED.fetch_sub(self.0, Ordering::Relaxed);
+        self.counter.mapped.fetch_sub(self.size, Ordering::Relaxed);
     }
 }
 

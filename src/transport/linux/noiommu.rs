@@ -1,6 +1,7 @@
 //! VFIO's no-IOMMU mode (Linux 4.5; by a device's own file Linux 7.3): a device that nothing confines.
 
 use std::fs;
+use std::io;
 
 use super::{Confinement, PciAddress, PciDevice, cdev};
 use crate::error::{Error, ErrorKind};
@@ -11,8 +12,12 @@ const SWITCH: &str = "module/vfio/parameters/enable_unsafe_noiommu_mode";
 /// Whether an IOMMU confines the device. The group that VFIO makes up for one without is told by its
 /// name.
 pub(super) fn is_confined(device: &PciDevice) -> bool {
-    let name = fs::read_to_string(device.path().join("iommu_group/name"));
-    device.iommu_group().is_some() && !name.is_ok_and(|name| name.trim() == "vfio-noiommu")
+    let confines = match fs::read_to_string(device.path().join("iommu_group/name")) {
+        Ok(name) => name.trim() != "vfio-noiommu",
+        // Other groups have no name. What cannot be read is not trusted.
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
+    device.iommu_group().is_some() && confines
 }
 
 /// Whether a VFIO driver has taken the device in this mode.

@@ -128,7 +128,12 @@ impl<'a> VfioOptions<'a> {
                 if error.kind() == ErrorKind::PermissionDenied
                     || error.kind() == ErrorKind::InUse && self.token.is_some() =>
             {
-                self.by_group_in(device, confinement, None).map_err(|_| error)
+                let by_group = self.by_group_in(device, confinement, None);
+                by_group.map_err(|group| match group.kind() {
+                    // Neither way is open to the user: the first counts.
+                    ErrorKind::PermissionDenied | ErrorKind::NotFound | ErrorKind::InUse => error,
+                    _ => group,
+                })
             }
             other => other,
         }

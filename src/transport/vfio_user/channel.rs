@@ -63,6 +63,13 @@ impl From<Errno> for Fault {
     }
 }
 
+/// A time limit as sockets and clocks can hold it: of no time at all sockets think that it is without end,
+/// and what is longer than a century, clocks cannot add.
+pub(crate) fn within_reason(time: Duration) -> Duration {
+    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    time.clamp(Duration::from_millis(1), CENTURY)
+}
+
 /// Until when an exchange may last. Its first wait is the socket's own, by `SO_RCVTIMEO`, which costs
 /// no system call; only later ones are measured.
 #[derive(Debug)]

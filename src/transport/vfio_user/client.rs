@@ -17,6 +17,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
 };
 
+use super::channel::within_reason;
 use super::connection::{Connection, Request};
 use super::dma::Rights;
 use super::regions::{Region, read_region};
@@ -96,8 +97,7 @@ impl VfioUser {
     }
 
     fn new(stream: UnixStream, name: String, time: Duration) -> Result<Self> {
-        // Of no time at all sockets think that it is without end.
-        let time = time.max(Duration::from_millis(1));
+        let time = within_reason(time);
         let connection = Arc::new(Connection::new(stream, name.clone(), time)?);
         let capabilities = connection.negotiate()?;
         let ask = wire::DeviceInfo { argsz: wire::DeviceInfo::SIZE as u32, ..Default::default() };
@@ -407,7 +407,16 @@ impl Transport for VfioUser {
             fds: &[],
             reply: DmaUnmap::SIZE,
         };
-        let reply = self.connection.exchange(request, "unmap", object())?;
+        let reply = match self.connection.exchange(request, "unmap", object()) {
+            // Who is at the other end asks for nothing any more, and what files of ours it has it may keep:
+            // their pages become nobody else's.
+            Err(error) if error.kind() == ErrorKind::Gone && self.connection.has_failed() => {
+                log::debug!("{error}");
+                let _ = self.connection.memory().remove(iova, size);
+                return Ok(());
+            }
+            other => other?,
+        };
         let (answer, _) = DmaUnmap::decode(&reply.body).unwrap_or_default();
         if (answer.address, answer.size) != (iova, size) {
             let reason =

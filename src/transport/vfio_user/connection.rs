@@ -166,6 +166,11 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether it has ended: nothing is sent or received on it any more.
+    pub(super) fn has_failed(&self) -> bool {
+        self.inner().fault.is_some()
+    }
+
     /// Nothing will be exchanged any more: the socket is shut down, so that the server knows.
     fn fail(&self, inner: &mut Inner, fault: Fault) {
         log::debug!("{}: {fault}", self.name);
