@@ -29,7 +29,7 @@ struct Tally {
 pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     let settings = Settings {
         queues: bench.threads.max(1),
-        entries: u16::try_from(bench.depth + 1)
+        entries: u16::try_from(bench.depth.saturating_add(1))
             .unwrap_or(u16::MAX)
             .max(Settings::default().entries),
         interrupts: bench.interrupts,
@@ -42,16 +42,22 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     }
     let queues = (0..bench.threads.max(1)).map(|_| session.controller.queue());
     let queues = queues.collect::<Result<Vec<_>>>()?;
+    if let Some(most) = queues.iter().map(IoQueue::depth).min().filter(|most| bench.depth > *most) {
+        return Err(Error::new(ErrorKind::OutOfRange, "measure", session.controller.name())
+            .because(format!("its queues take {most} requests at a time")));
+    }
     if !options.common.json {
         introduce(bench, &session, &queues);
     }
     let time = Duration::from_secs(bench.seconds.max(1));
     let start = Barrier::new(queues.len());
-    let (namespace, start) = (session.namespace, &start);
+    // All of them before the first thread: each waits for the others to start.
+    let workers = queues.into_iter().map(|queue| Worker::new(queue, session.namespace, bench));
+    let workers = workers.collect::<Result<Vec<_>>>()?;
+    let start = &start;
     let tallies = thread::scope(|scope| {
-        let threads = queues.into_iter().map(|queue| {
-            scope.spawn(move || Worker::new(queue, namespace, bench)?.run(time, start))
-        });
+        let threads =
+            workers.into_iter().map(|worker| scope.spawn(move || worker.run(time, start)));
         let threads: Vec<_> = threads.collect();
         let joined = threads.into_iter().map(|thread| {
             thread.join().unwrap_or_else(|_| {
@@ -152,7 +158,7 @@ struct Worker {
 
 impl Worker {
     fn new(queue: IoQueue, namespace: Namespace, bench: &Bench) -> Result<Self> {
-        let depth = bench.depth.min(queue.depth());
+        let depth = bench.depth;
         // Each request's data begin at a page, so that as few pages as can be are listed.
         let spacing = bench.block_size.next_multiple_of(4096);
         let mut rest = queue.controller().buffer(depth * spacing)?;

@@ -46,6 +46,11 @@ pub fn found(start: &[u8]) -> Option<&'static str> {
         .map(|(name, ..)| *name)
 }
 
+/// Whether the device is emulated for this run alone, and goes with it.
+pub fn is_emulated(common: &Common) -> bool {
+    common.device.starts_with("emulated:")
+}
+
 /// Whether a device may be written to: it is emulated and holds nothing that somebody has put there, or
 /// the user has said so.
 ///
@@ -72,7 +77,7 @@ pub fn permit(common: &Common, session: &Session, mover: &mut Mover) -> Result<(
     };
     match found {
         Some(what) => refuse(format!("it holds {what}")),
-        None if common.device.starts_with("emulated:") => Ok(()),
+        None if is_emulated(common) => Ok(()),
         None => refuse("it is not emulated, and may hold what is not recognized".to_owned()),
     }
 }

@@ -19,9 +19,7 @@ pub struct Session {
 impl Session {
     /// Opens what the user has named.
     pub fn open(common: &Common, settings: Settings) -> Result<Self> {
-        let Opened { device, process } = common::open(&common.device)?;
-        let timeout = Duration::from_secs(common.timeout.max(1));
-        let controller = Controller::new(device, Settings { timeout, ..settings })?;
+        let (controller, process) = open_controller(common, settings)?;
         let namespace = controller.namespace(common.namespace)?;
         Ok(Self { controller, namespace, _process: process })
     }
@@ -30,6 +28,16 @@ impl Session {
     pub fn close(self) -> Result<()> {
         self.controller.close()
     }
+}
+
+/// Opens the controller that the user has named, whatever namespaces it has.
+pub fn open_controller(
+    common: &Common,
+    settings: Settings,
+) -> Result<(Arc<Controller>, Option<Process>)> {
+    let Opened { device, process } = common::open(&common.device)?;
+    let timeout = Duration::from_secs(common.timeout.max(1));
+    Ok((Controller::new(device, Settings { timeout, ..settings })?, process))
 }
 
 #[cfg(test)]

@@ -5,22 +5,21 @@ use vfio_remap::Result;
 
 use crate::driver::{Controller, Health, Identity, Namespace, Settings};
 use crate::options::Options;
-use crate::session::Session;
+use crate::session::open_controller;
 
 /// Prints what the controller says of itself.
 pub fn identify(options: &Options) -> Result<()> {
-    let session = Session::open(&options.common, Settings::default())?;
-    let controller = &session.controller;
+    let (controller, _process) = open_controller(&options.common, Settings::default())?;
     let namespaces: Vec<Result<Namespace>> =
         controller.namespaces()?.into_iter().map(|id| controller.namespace(id)).collect();
     let health = controller.health()?;
     let errors = controller.errors()?.len();
     if options.common.json {
-        println!("{}", as_json(controller, &namespaces, &health, errors)?);
+        println!("{}", as_json(&controller, &namespaces, &health, errors)?);
     } else {
-        print(controller, &namespaces, &health, errors)?;
+        print(&controller, &namespaces, &health, errors)?;
     }
-    session.close()
+    controller.close()
 }
 
 fn as_json(

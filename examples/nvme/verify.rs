@@ -1,6 +1,7 @@
 //! `nvme verify`: writes a pattern to all blocks, and checks that all hold it.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -21,6 +22,25 @@ const SEGMENT: u64 = 16 << 20;
 /// How many faults are told of.
 const TOLD: usize = 8;
 
+/// Blocks that do not hold the pattern: how many, and the first few of them. A device that keeps nothing has
+/// as many as it has blocks.
+#[derive(Default)]
+struct Faults {
+    count: usize,
+    first: Vec<(u64, Fault)>,
+}
+
+impl Faults {
+    fn add(&mut self, block: u64, fault: Fault) {
+        self.count += 1;
+        let at = self.first.partition_point(|(other, _)| *other < block);
+        if at < TOLD {
+            self.first.insert(at, (block, fault));
+            self.first.truncate(TOLD);
+        }
+    }
+}
+
 /// How far a run has come: all blocks below `written` hold the pattern, those below `checked` were seen
 /// to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +53,13 @@ struct State {
 }
 
 pub fn run(options: &Options, verify: &Verify) -> Result<()> {
+    if verify.state.is_some() && guard::is_emulated(&options.common) {
+        return Err(Error::new(ErrorKind::Unsupported, "go on with", &options.common.device)
+            .because("its blocks go with this run")
+            .remedy(
+                "do without --state, or let `serve` emulate the device: --device vfio-user:PATH",
+            ));
+    }
     let session = Session::open(&options.common, Settings::default())?;
     let mut mover = Mover::new(&session)?;
     let mut state = State::begin(verify, &session)?;
@@ -47,10 +74,10 @@ pub fn run(options: &Options, verify: &Verify) -> Result<()> {
     report(options, &session, &state, &faults, start);
     drop(mover);
     session.close()?;
-    match faults.first() {
+    match faults.first.first() {
         None => Ok(()),
         Some((block, fault)) => {
-            let object = format!("{} blocks", faults.len());
+            let object = format!("{} blocks", faults.count);
             Err(Error::new(ErrorKind::Malformed, "verify", object)
                 .because(format!("first block {block}: {fault}")))
         }
@@ -88,57 +115,52 @@ fn check(
     session: &Session,
     mover: &mut Mover,
     state: &mut State,
-) -> Result<Vec<(u64, Fault)>> {
+) -> Result<Faults> {
     let namespace = session.namespace;
     let progress = Progress::new(&options.common, "checking", namespace.size());
-    let mut faults = Vec::new();
+    let mut faults = Faults::default();
     let mut room = vec![0; namespace.block_size()];
     let seed = state.seed;
     for part in segments(state.checked..namespace.blocks, SEGMENT >> namespace.block_shift) {
         let end = part.end;
         mover.read(part, |first, bytes| {
             let blocks = bytes.chunks_exact(namespace.block_size());
-            faults.extend(blocks.zip(first..).filter_map(|(bytes, block)| {
-                pattern::check(bytes, seed, block, &mut room).map(|fault| (block, fault))
-            }));
+            for (bytes, block) in blocks.zip(first..) {
+                if let Some(fault) = pattern::check(bytes, seed, block, &mut room) {
+                    faults.add(block, fault);
+                }
+            }
             Ok(())
         })?;
         progress.set(end << namespace.block_shift);
         // A run that goes on is to see them again.
-        if faults.is_empty() {
+        if faults.count == 0 {
             state.checked = end;
             state.save(verify)?;
         }
     }
     progress.done();
-    faults.sort_by_key(|(block, _)| *block);
     Ok(faults)
 }
 
-fn report(
-    options: &Options,
-    session: &Session,
-    state: &State,
-    faults: &[(u64, Fault)],
-    start: Instant,
-) {
+fn report(options: &Options, session: &Session, state: &State, faults: &Faults, start: Instant) {
     let seconds = start.elapsed().as_secs_f64();
     let (blocks, bytes) = (session.namespace.blocks, session.namespace.size());
     if options.common.json {
         println!(
             "{}",
-            json!({"blocks": blocks, "bytes": bytes, "faults": faults.len(), "seed": state.seed,
+            json!({"blocks": blocks, "bytes": bytes, "faults": faults.count, "seed": state.seed,
                 "seconds": seconds})
         );
         return;
     }
-    for (block, fault) in faults.iter().take(TOLD) {
+    for (block, fault) in &faults.first {
         println!("block {block}: {fault}");
     }
-    if faults.len() > TOLD {
-        println!("and {} more", faults.len() - TOLD);
+    if faults.count > TOLD {
+        println!("and {} more", faults.count - TOLD);
     }
-    if faults.is_empty() {
+    if faults.count == 0 {
         println!("all {blocks} blocks hold what was written: {bytes} bytes, {seconds:.2} s");
     }
 }
@@ -173,6 +195,9 @@ impl State {
         if found.subject != fresh.subject {
             return Err(refuse(format!("it is about {}, not {}", found.subject, fresh.subject)));
         }
+        if verify.seed.is_some_and(|seed| seed != found.seed) {
+            return Err(refuse(format!("its seed is {}", found.seed)));
+        }
         if found.written > namespace.blocks || found.checked > found.written {
             return Err(refuse("it has come further than there are blocks".to_owned()));
         }
@@ -196,10 +221,14 @@ impl State {
         let Self { subject, seed, written, checked } = self;
         let text =
             json!({"subject": subject, "seed": seed, "written": written, "checked": checked});
-        let new = path.with_extension("new");
-        fs::write(&new, text.to_string())
-            .and_then(|()| fs::rename(&new, path))
-            .map_err(|error| about(path, "write", &error))
+        let mut new = path.clone().into_os_string();
+        new.push(".partial");
+        let written = File::create(&new).and_then(|mut file| {
+            file.write_all(text.to_string().as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&new, path)
+        });
+        written.map_err(|error| about(path, "write", &error))
     }
 
     /// There is nothing to go on with.
@@ -223,6 +252,16 @@ fn about(path: &Path, operation: &'static str, error: &std::io::Error) -> Error 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_faults_are_kept_and_all_are_counted() {
+        let mut faults = Faults::default();
+        for block in (0..100).rev() {
+            faults.add(block, pattern::check(&[0; 512], 1, block, &mut [0; 512]).unwrap());
+        }
+        let blocks: Vec<_> = faults.first.iter().map(|(block, _)| *block).collect();
+        assert_eq!((faults.count, blocks), (100, (0..TOLD as u64).collect()));
+    }
 
     #[test]
     fn a_run_goes_on_where_it_was_noted() {
