@@ -104,7 +104,8 @@ enum Task {
     /// part of `test`, too.
     Fuzz {
         /// How long to go on.
-        #[arg(long, value_name = "SECONDS", default_value_t = fuzz::SECONDS)]
+        #[arg(long, value_name = "SECONDS", default_value_t = fuzz::SECONDS,
+              value_parser = clap::value_parser!(u64).range(1..))]
         seconds: u64,
         #[command(flatten)]
         common: Common,
