@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use driver::{Controller, Done, IoQueue, Namespace, Settings, Status};
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::transport::{Emulated, Namespace as Storage, Nvme, Power, Transport};
+use vfio_remap::transport::{
+    Emulated, Fault, Faults, Namespace as Storage, Nvme, Power, Transport,
+};
 use vfio_remap::{Device, ErrorKind};
 
 const SETTINGS: Settings = Settings {
@@ -158,6 +160,42 @@ fn a_loss_of_power_ends_what_is_outstanding_and_keeps_what_was_flushed() {
     assert_eq!(found.load::<u8>(511), 0x5a);
     drop((queue, found));
     controller.close().unwrap();
+}
+
+#[test]
+fn a_completion_of_no_command_resets_the_controller_though_nothing_is_outstanding() {
+    for flush in [false, true] {
+        // The first command after the eleven that bring controller and queue up.
+        let faults = Faults::new([(11, Fault::SpuriousCompletion)]);
+        let storage = Storage::memory(1 << 20, 512).unwrap();
+        let model = Emulated::new(Nvme::new(vec![storage]).with_faults(&faults)).unwrap();
+        let controller = controller(&model, SETTINGS);
+        let namespace = controller.namespace(1).unwrap();
+        let mut queue = controller.queue().unwrap();
+        queue.write(&namespace, 0, controller.buffer(4096).unwrap(), 7).unwrap();
+        queue.ring();
+        let done_before = loop {
+            // Unlike `wait`, that looks at nothing but the completions.
+            match queue.pop() {
+                Some(done) => break done,
+                None => std::thread::yield_now(),
+            }
+        };
+        assert!(done_before.status.is_success());
+        let buffer = done_before.buffer.unwrap();
+        assert_eq!((faults.left(), queue.room(), queue.generation()), (0, 0, 0));
+        // Whatever is asked of the queue next, what is acknowledged after that is of a new generation.
+        if flush {
+            queue.flush(&namespace, 1).unwrap();
+            assert!(done(&mut queue).status.is_success());
+        } else {
+            assert!(queue.wait().is_none());
+        }
+        assert_eq!((queue.generation(), controller.generation()), (1, 1));
+        write(&mut queue, &namespace, 0, buffer);
+        drop(queue);
+        controller.close().unwrap();
+    }
 }
 
 #[test]

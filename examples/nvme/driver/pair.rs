@@ -175,7 +175,6 @@ impl QueuePair {
     /// Nothing can be submitted until [`reset`](Self::reset).
     pub fn break_off(&mut self) {
         self.broken = true;
-        self.free = NONE;
     }
 
     /// Puts a command into the queue, for [`ring`](Self::ring) to tell the controller of. The buffer is
@@ -189,7 +188,7 @@ impl QueuePair {
         tag: u64,
     ) -> std::result::Result<u16, Refused> {
         let id = self.free;
-        if usize::from(id) >= self.slots.len() {
+        if self.broken || usize::from(id) >= self.slots.len() {
             return Err(full(buffer));
         }
         let prps = match &buffer {

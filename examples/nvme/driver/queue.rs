@@ -139,7 +139,8 @@ impl IoQueue {
         }
     }
 
-    /// The next command that is done; `None` where none is outstanding. Rings.
+    /// The next command that is done; `None` where none is outstanding. Rings. A queue that has come
+    /// to grief has then been made anew, as far as that goes, and has room.
     #[inline]
     pub fn wait(&mut self) -> Option<Done> {
         self.ring();
@@ -148,9 +149,18 @@ impl IoQueue {
                 return Some(done);
             }
             if self.outstanding() == 0 {
+                self.mend();
                 return None;
             }
             self.pause();
+        }
+    }
+
+    /// A queue that was broken by what came last is made anew, though nothing waits for that.
+    #[cold]
+    fn mend(&mut self) {
+        if self.pair.is_broken() && self.failed.is_none() {
+            self.look();
         }
     }
 

@@ -128,9 +128,10 @@ impl IoQueue {
         })
     }
 
-    /// A queue that has failed is made anew where the controller was brought up again.
+    /// A queue that has failed is made anew where the controller was brought up again; one that is
+    /// broken in any case: what it still takes to be outstanding ends then.
     fn revive(&mut self) {
-        if self.failed.is_some() {
+        if self.failed.is_some() || self.pair.is_broken() {
             self.look();
         }
     }

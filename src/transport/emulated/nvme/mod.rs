@@ -265,6 +265,12 @@ impl Nvme {
             let completion = Completion { to, result, queue: id, id: command.id(), status };
             match fate {
                 Fate::Late => self.late.push(completion),
+                Fate::Doubled => {
+                    self.complete(bus, Completion { id: !completion.id, ..completion })?;
+                    // When there is room for it.
+                    self.late.push(completion);
+                    self.catch_up(bus)?;
+                }
                 Fate::Lost | Fate::Stopped => {}
                 Fate::Posted => {
                     self.complete(bus, completion)?;
