@@ -180,6 +180,53 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
 }
 
 #[test]
+fn memory_of_a_queue_that_could_not_be_deleted_is_kept_until_a_reset_is_quiet() {
+    // Deletion of its submission queue is never answered, or creation of a completion queue.
+    for silent in [0x00, 0x05] {
+        let subject = Subject::new(TRUTH);
+        let controller = subject.open().unwrap();
+        let namespace = controller.namespace(1).unwrap();
+        let mut queue = controller.queue().unwrap();
+        let buffer = controller.buffer(4096).unwrap();
+        let iova = buffer.iova();
+        queue.read(&namespace, 0, buffer, 5).unwrap();
+        queue.ring();
+        let doomed = Lie { silent: Some(silent), stays_ready: true, ..TRUTH };
+        if silent == 0x05 {
+            subject.say(doomed);
+            error(controller.queue().map(drop), ErrorKind::Os, "no answer");
+        }
+        subject.say(doomed);
+        drop(queue);
+        let buffers = || (0..64).map(|_| controller.buffer(4096).unwrap()).collect::<Vec<_>>();
+        let reused = || buffers().iter().any(|buffer| buffer.iova() == iova);
+        assert!(!reused(), "the controller may still write there");
+        error(controller.queue().map(drop), ErrorKind::Os, "did not cease being ready");
+        subject.say(TRUTH);
+        controller.reset().unwrap();
+        assert!(reused(), "nothing is lost for good");
+        drop([controller.queue().unwrap(), controller.queue().unwrap()]);
+        controller.close().unwrap();
+    }
+}
+
+#[test]
+fn a_controller_with_the_smallest_queues_and_a_long_shutdown_is_taken_at_its_word() {
+    let mut lie = TRUTH;
+    // CAP.MQES: two entries, which limits no admin queue. RTD3E: the most there is.
+    lie.capabilities = lie.capabilities & !0xffff | 1;
+    lie.controller = |data| data[88..92].fill(0xff);
+    let subject = Subject::new(lie);
+    let controller = subject.open().unwrap();
+    assert_eq!(controller.identity().shutdown_time, Duration::from_micros(u32::MAX.into()));
+    let mut sizes = [0; 4];
+    subject.device.read_at(0, 0x24, &mut sizes).unwrap();
+    assert_eq!(u32::from_le_bytes(sizes), 31 << 16 | 31, "AQA");
+    assert_eq!(controller.queue().unwrap().depth(), 1);
+    controller.close().unwrap();
+}
+
+#[test]
 fn events_are_told_once_and_asked_for_again() {
     let subject = Subject::new(TRUTH);
     let controller = subject.open().unwrap();

@@ -10,8 +10,9 @@ use super::doorbells::Doorbells;
 use super::pair::{Done, QueuePair, Shape};
 use super::status::Status;
 
-/// Entries of the admin queues, which may not be larger than the controller's largest.
-const ENTRIES: u32 = 32;
+/// Entries of the admin queues. The controller's limit (CAP.MQES) is one for the others: up to 4096 are
+/// allowed here (NVMe Base 1.4 §3.1.8).
+const ENTRIES: u16 = 32;
 /// Bytes of what commands answer with.
 pub const PAGE: usize = 4096;
 /// How many requests for events are left with the controller, if it takes so many.
@@ -50,15 +51,10 @@ impl Admin {
         space: &DmaSpace,
         stride: u64,
         page_shift: u32,
-        most: u32,
         timeout: Duration,
     ) -> Result<Self> {
-        let shape = Shape {
-            entries: ENTRIES.min(most) as u16,
-            page_shift,
-            max_transfer: PAGE,
-            acknowledge_after: 1,
-        };
+        let shape =
+            Shape { entries: ENTRIES, page_shift, max_transfer: PAGE, acknowledge_after: 1 };
         Ok(Self {
             name: device.name().to_owned(),
             pair: QueuePair::new(space, Doorbells::new(device, 0, stride)?, &shape)?,
@@ -86,6 +82,18 @@ impl Admin {
             self.page = Some(page(&self.space)?);
         }
         Ok(())
+    }
+
+    /// What the controller was told of: see [`QueuePair::remains`].
+    pub fn remains(&mut self) -> Vec<DmaBuffer> {
+        let mut remains = self.pair.remains();
+        remains.extend(self.page.take());
+        remains
+    }
+
+    /// Nothing that the controller answers is trusted until it is reset.
+    pub fn break_off(&mut self) {
+        self.pair.break_off();
     }
 
     /// Whether a command was not answered in time, or with nonsense.

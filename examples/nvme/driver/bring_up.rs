@@ -77,14 +77,37 @@ impl Hardware {
         self.device.config()?.set_memory_decoding(true)?;
         self.registers.disable(timeout)
     }
+
+    /// Has the controller reach no memory any more: disabled, or at least without leave to start
+    /// accesses (PCI Local Bus 3.0 §6.2.2, bus mastering).
+    ///
+    /// # Errors
+    /// Why neither can be had.
+    pub fn quieten(&self) -> Result<()> {
+        let disabled = self.registers.disable(self.capabilities.timeout());
+        let muted = self.device.config().and_then(|config| {
+            config.set_bus_mastering(false)?;
+            // What is read comes after all that the device has written.
+            config.vendor().map(drop)
+        });
+        for error in [&disabled, &muted].into_iter().filter_map(|result| result.as_ref().err()) {
+            log::info!("nvme: {error}");
+        }
+        disabled.or(muted)
+    }
+
+    /// Gives up memory that the controller was told of: at once where it is quiet, and never otherwise.
+    pub fn give_up<T>(&self, told: T) {
+        if let Err(error) = self.quieten() {
+            log::error!("nvme: {error}; memory that it may still reach is not released");
+            std::mem::forget(told);
+        }
+    }
 }
 
 impl Drop for Hardware {
     fn drop(&mut self) {
-        let disabled = self.registers.disable(self.capabilities.timeout());
-        let muted = self.device.config().and_then(|config| config.set_bus_mastering(false));
-        for error in [disabled, muted].into_iter().filter_map(Result::err) {
-            log::info!("nvme: {error}");
-        }
+        // Said in the log.
+        let _ = self.quieten();
     }
 }

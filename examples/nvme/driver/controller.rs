@@ -17,8 +17,10 @@ use super::log_page::{ERROR_ENTRY, ERRORS, ErrorEntry, HEALTH, Health};
 use super::pair::QueuePair;
 use super::queue::IoQueue;
 
-/// How long a shutdown may take where a controller does not say (NVMe Base 1.4 §7.6.2 leaves it to us).
+/// How long a shutdown may take at least, as not all controllers say (NVMe Base 1.4 §7.6.2 leaves it to
+/// us), and at most, whatever they say.
 const SHUTDOWN: Duration = Duration::from_secs(10);
+const LONGEST_SHUTDOWN: Duration = Duration::from_secs(60);
 /// Everywhere that a namespace's number may mean all of them.
 const ALL: u32 = u32::MAX;
 
@@ -82,6 +84,15 @@ struct State {
     failed: Option<Error>,
     /// What it was told of in generations below this it cannot reach any more: it was disabled since.
     quiet_below: u32,
+    /// Memory of queues that are gone, which it may reach until a reset of it is quiet.
+    kept: Vec<DmaBuffer>,
+}
+
+/// What a controller that was brought up has.
+struct Found {
+    identity: Identity,
+    queues: u16,
+    vectors: Option<Vectors>,
 }
 
 /// What a queue finds after a reset.
@@ -99,39 +110,27 @@ impl Controller {
     /// disabled.
     pub fn new(device: Device, settings: Settings) -> Result<Arc<Self>> {
         let hardware = Hardware::find(device)?;
-        let device = &hardware.device;
         let capabilities = hardware.capabilities;
-        let stride = capabilities.doorbell_stride();
-        let space = device.dma()?;
-        let page_shift = capabilities.page_shift();
-        let most = capabilities.entries();
-        let mut admin =
-            Admin::new(device, &space, stride, page_shift, most, settings.admin_timeout)?;
-        hardware.bring_up(&mut admin, &mut false)?;
-        let identity = identify(&hardware, &mut admin)?;
-        let places = doorbells::room(stride, device.bar(0)?.size());
-        let room = u16::try_from(places.saturating_sub(1)).unwrap_or(u16::MAX);
-        if room == 0 {
-            return Err(doorbells::outside(device, 1, stride, device.bar(0)?.size()));
-        }
-        let mut queues = queue_count(device, &mut admin, settings.queues.max(1))?.min(room);
-        let vectors = if settings.interrupts {
-            // One for the admin queue, though it is polled, and one for each of the others.
-            let there = device.interrupt(Interrupt::MsiX)?.count.min(u16::MAX.into()) as u16;
-            queues = queues.min(there.saturating_sub(1).max(1));
-            Some(device.vectors(Interrupt::MsiX, usize::from(queues + 1).min(there.into()))?)
-        } else {
-            None
-        };
-        admin.request_events(identity.event_limit)?;
-        let free = (1..=queues).rev().collect();
+        let (stride, page_shift) = (capabilities.doorbell_stride(), capabilities.page_shift());
+        let space = hardware.device.dma()?;
+        let timeout = settings.admin_timeout;
+        let mut admin = Admin::new(&hardware.device, &space, stride, page_shift, timeout)?;
+        let Found { identity, queues, vectors } =
+            match Self::bring_up(&hardware, &mut admin, &settings) {
+                Ok(found) => found,
+                Err(error) => {
+                    hardware.give_up(admin);
+                    return Err(error);
+                }
+            };
         let state = State {
             admin,
-            free,
+            free: (1..=queues).rev().collect(),
             attached: Vec::new(),
             write_cache: None,
             failed: None,
             quiet_below: 0,
+            kept: Vec::new(),
         };
         Ok(Arc::new(Self {
             hardware,
@@ -143,6 +142,30 @@ impl Controller {
             generation: AtomicU32::new(0),
             state: Mutex::new(state),
         }))
+    }
+
+    /// Brings a controller up for the first time.
+    fn bring_up(hardware: &Hardware, admin: &mut Admin, settings: &Settings) -> Result<Found> {
+        let device = &hardware.device;
+        let stride = hardware.capabilities.doorbell_stride();
+        hardware.bring_up(admin, &mut false)?;
+        let identity = identify(hardware, admin)?;
+        let places = doorbells::room(stride, device.bar(0)?.size());
+        let room = u16::try_from(places.saturating_sub(1)).unwrap_or(u16::MAX);
+        if room == 0 {
+            return Err(doorbells::outside(device, 1, stride, device.bar(0)?.size()));
+        }
+        let mut queues = queue_count(device, admin, settings.queues.max(1))?.min(room);
+        let vectors = if settings.interrupts {
+            // One for the admin queue, though it is polled, and one for each of the others.
+            let there = device.interrupt(Interrupt::MsiX)?.count.min(u16::MAX.into()) as u16;
+            queues = queues.min(there.saturating_sub(1).max(1));
+            Some(device.vectors(Interrupt::MsiX, usize::from(queues + 1).min(there.into()))?)
+        } else {
+            None
+        };
+        admin.request_events(identity.event_limit)?;
+        Ok(Found { identity, queues, vectors })
     }
 
     /// How errors and logs name it.
@@ -290,8 +313,13 @@ impl Controller {
             return Err(Error::new(ErrorKind::Unsupported, "switch", "the write cache")
                 .because(format!("{} has none", self.name())));
         }
-        self.admin(|admin| set_write_cache(admin, on))?;
-        self.state().write_cache = Some(on);
+        let mut state = self.state();
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        // No reset comes in between.
+        set_write_cache(&mut state.admin, on)?;
+        state.write_cache = Some(on);
         Ok(())
     }
 
@@ -309,6 +337,7 @@ impl Controller {
     /// # Errors
     /// `InUse` where there are as many as there can be; what the controller answers.
     pub fn queue(self: &Arc<Self>) -> Result<IoQueue> {
+        self.admin(|_| Ok(()))?;
         let id = self.state().free.pop().ok_or_else(|| {
             Error::new(ErrorKind::InUse, "make", format!("a queue of {}", self.name()))
                 .because(format!("all {} are in use", self.queues))
@@ -327,11 +356,26 @@ impl Controller {
     }
 
     /// Tells the controller of a pair of queues (NVMe Base 1.4 §5.3, §5.4). The generation that knows it.
+    ///
+    /// Where nobody can say whether the controller knows it, the controller is reset.
     pub(super) fn attach(&self, pair: &QueuePair, id: u16) -> Result<u32> {
         let mut state = self.state();
         if let Some(error) = &state.failed {
             return Err(error.clone());
         }
+        if let Err(error) = self.create(&mut state.admin, pair, id) {
+            if state.admin.is_broken() {
+                self.reset_after(&error, &mut state);
+            }
+            return Err(error);
+        }
+        state.attached.push(id);
+        Ok(self.generation())
+    }
+
+    /// Has the controller make a pair of queues. The admin queue is broken where it may have made one
+    /// that it should not have.
+    fn create(&self, admin: &mut Admin, pair: &QueuePair, id: u16) -> Result<()> {
         let (submissions, completions) = pair.places();
         let size = u32::from(pair.entries() - 1) << 16 | u32::from(id);
         let interrupt = self.vector(id).map_or(0, |vector| (vector as u32) << 16 | 1 << 1);
@@ -341,29 +385,50 @@ impl Controller {
             with_data: false,
         };
         let first = create(admin::CREATE_COMPLETION_QUEUE, completions, interrupt);
-        state.admin.execute(&first)?;
+        admin.execute(&first)?;
         let second = create(admin::CREATE_SUBMISSION_QUEUE, submissions, u32::from(id) << 16);
-        if let Err(error) = state.admin.execute(&second) {
-            delete(&mut state.admin, &[admin::DELETE_COMPLETION_QUEUE], id)?;
-            return Err(error);
-        }
-        state.attached.push(id);
-        Ok(self.generation())
+        admin.execute(&second).map(drop).inspect_err(|_| {
+            if let Err(error) = delete(admin, &[admin::DELETE_COMPLETION_QUEUE], id) {
+                log::warn!("nvme: {error}");
+                admin.break_off();
+            }
+        })
     }
 
-    /// Has the controller forget a pair of queues, if it has not been reset meanwhile.
-    pub(super) fn detach(&self, id: u16, generation: u32) {
+    /// Has the controller forget a pair of queues, if it has not been reset meanwhile: if it does not say
+    /// that it has, by a reset.
+    pub(super) fn detach(&self, id: u16, generation: u32, pair: &mut QueuePair) {
         let mut state = self.state();
         state.attached.retain(|attached| *attached != id);
+        state.free.push(id);
         if self.generation() == generation && state.failed.is_none() {
             let opcodes = [admin::DELETE_SUBMISSION_QUEUE, admin::DELETE_COMPLETION_QUEUE];
-            if let Err(error) = delete(&mut state.admin, &opcodes, id) {
-                // Its memory goes: the IOMMU keeps the controller from it. Its number is not used again.
-                log::warn!("nvme: queue {id} stays: {error}");
-                return;
+            match delete(&mut state.admin, &opcodes, id) {
+                Ok(()) => return,
+                Err(error) => self.reset_after(&error, &mut state),
             }
         }
-        state.free.push(id);
+        self.keep(&mut state, pair);
+    }
+
+    /// Gives up a pair of queues that could not be attached.
+    pub(super) fn discard(&self, pair: &mut QueuePair) {
+        self.keep(&mut self.state(), pair);
+    }
+
+    /// Keeps the memory of a pair of queues, and what is in its slots, where the controller may still
+    /// reach it: its I/O addresses would be given to others at once.
+    fn keep(&self, state: &mut State, pair: &mut QueuePair) {
+        if state.quiet_below < self.generation() {
+            state.kept.extend(pair.remains());
+        }
+    }
+
+    fn reset_after(&self, error: &Error, state: &mut State) {
+        log::warn!("nvme: {error}; the controller is reset");
+        if let Err(error) = self.reset_locked(state) {
+            log::error!("nvme: {error}");
+        }
     }
 
     /// Asks for a command to be aborted (NVMe Base 1.4 §5.1). It may end otherwise all the same.
@@ -420,6 +485,7 @@ impl Controller {
         });
         if quiet {
             state.quiet_below = self.generation() + 1;
+            state.kept.clear();
         }
         state.failed = result.as_ref().err().cloned();
         self.generation.fetch_add(1, Ordering::AcqRel);
@@ -472,11 +538,20 @@ impl Controller {
                 .remedy("drop them first")
         })?;
         let device = controller.hardware.device.clone();
-        let shut_down = controller.hardware.registers.shut_down(SHUTDOWN);
+        let time = controller.identity.shutdown_time.clamp(SHUTDOWN, LONGEST_SHUTDOWN);
+        let shut_down = controller.hardware.registers.shut_down(time);
         drop(controller);
         shut_down?;
         // Nobody else has been given it.
         Arc::into_inner(device).map_or(Ok(()), |device| Ok(device.close()?))
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let told = (state.admin.remains(), std::mem::take(&mut state.kept));
+        self.hardware.give_up(told);
     }
 }
 

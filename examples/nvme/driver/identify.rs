@@ -1,5 +1,7 @@
 //! What Identify answers (NVMe Base 1.4 §5.15.2), checked before anything is computed from it.
 
+use std::time::Duration;
+
 use vfio_remap::{Error, ErrorKind, Result};
 
 use super::admin::PAGE;
@@ -27,6 +29,8 @@ pub struct Identity {
     pub has_write_zeroes: bool,
     /// Deallocate, of the Dataset Management command.
     pub has_deallocate: bool,
+    /// How long a shutdown may take (RTD3E, NVMe Base 1.4 §5.15.2.2); zero where it does not say.
+    pub shutdown_time: Duration,
     /// How many requests for events it holds.
     pub event_limit: usize,
     /// How many errors its log holds.
@@ -71,6 +75,7 @@ impl Identity {
             has_write_cache: data[525] & 1 != 0,
             has_write_zeroes: optional & 1 << 3 != 0,
             has_deallocate: optional & 1 << 2 != 0,
+            shutdown_time: Duration::from_micros(u32_at(data, 88).into()),
             event_limit: usize::from(data[259]) + 1,
             error_entries: usize::from(data[262]) + 1,
         })

@@ -77,6 +77,8 @@ pub struct QueuePair {
     acknowledge_after: u16,
     page: u64,
     broken: bool,
+    /// A part of the memory of both queues and the lists: none of it goes while this is there.
+    anchor: Option<DmaBuffer>,
 }
 
 /// A command that has ended.
@@ -119,10 +121,12 @@ impl QueuePair {
             next: index + 1,
             state: State::Free,
         });
+        let sizes = [entries * 64, entries * 16, (entries - 1) * list_len * 8];
+        let ([submissions, completions, lists], anchor) = memory(space, sizes, page as usize)?;
         let mut pair = Self {
-            submissions: array(space, entries * 64, page)?,
-            completions: array(space, entries * 16, page)?,
-            lists: array(space, (entries - 1) * list_len * 8, page)?,
+            submissions: array(submissions)?,
+            completions: array(completions)?,
+            lists: array(lists)?,
             list_len,
             doorbells,
             slots: slots.collect(),
@@ -137,6 +141,7 @@ impl QueuePair {
             acknowledge_after,
             page,
             broken: false,
+            anchor: Some(anchor),
         };
         pair.reset();
         Ok(pair)
@@ -331,6 +336,14 @@ impl QueuePair {
         self.break_off();
     }
 
+    /// What the controller was told of: where it may still reach that when the queues go, it is to be
+    /// held until it cannot any more. Nothing can be submitted afterwards.
+    pub fn remains(&mut self) -> Vec<DmaBuffer> {
+        self.break_off();
+        let buffers = self.slots.iter_mut().filter_map(|slot| slot.buffer.take());
+        buffers.chain(self.anchor.take()).collect()
+    }
+
     /// Empties both queues, for a controller that knows of neither and reaches no memory.
     pub fn reset(&mut self) {
         self.submissions.clear();
@@ -354,13 +367,31 @@ fn full(buffer: Option<DmaBuffer>) -> Refused {
     Refused { error, buffer }
 }
 
-/// `size` bytes of DMA memory that begin at a page of the controller's, as entries.
-fn array<T: vfio_remap::device::Width, const N: usize>(
+/// DMA memory in parts of these sizes, each of which begins at a page of the controller's; and a rest.
+fn memory<const N: usize>(
     space: &DmaSpace,
-    size: usize,
-    page: u64,
+    sizes: [usize; N],
+    page: usize,
+) -> Result<([DmaBuffer; N], DmaBuffer)> {
+    let sizes = sizes.map(|size| size.next_multiple_of(page));
+    let placement = IovaPlacement::Anywhere { alignment: page as u64, limit: u64::MAX };
+    let request = BufferRequest::new(sizes.iter().sum::<usize>() + 1).placement(placement);
+    let mut rest = space.buffer_with(request)?;
+    let mut parts = Vec::with_capacity(N);
+    for size in sizes {
+        let (part, after) = rest.split_at(size).map_err(|_| no_queue())?;
+        parts.push(part);
+        rest = after;
+    }
+    Ok((parts.try_into().map_err(|_| no_queue())?, rest))
+}
+
+fn array<T: vfio_remap::device::Width, const N: usize>(
+    buffer: DmaBuffer,
 ) -> Result<DmaArray<T, N>> {
-    let placement = IovaPlacement::Anywhere { alignment: page, limit: u64::MAX };
-    let buffer = space.buffer_with(BufferRequest::new(size).placement(placement))?;
-    DmaArray::new(buffer).map_err(|_| Error::new(ErrorKind::Unaligned, "make", "a queue"))
+    DmaArray::new(buffer).map_err(|_| no_queue())
+}
+
+fn no_queue() -> Error {
+    Error::new(ErrorKind::Unaligned, "make", "a queue")
 }

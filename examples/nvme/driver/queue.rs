@@ -63,8 +63,9 @@ impl IoQueue {
         let acknowledge_after = if vector.is_some() { 1 } else { entries.div_ceil(2) };
         let shape = Shape { entries, page_shift, max_transfer, acknowledge_after };
         let doorbells = Doorbells::new(controller.device(), id, controller.stride())?;
-        let pair = QueuePair::new(controller.space(), doorbells, &shape)?;
-        let generation = controller.attach(&pair, id)?;
+        let mut pair = QueuePair::new(controller.space(), doorbells, &shape)?;
+        let attached = controller.attach(&pair, id);
+        let generation = attached.inspect_err(|_| controller.discard(&mut pair))?;
         Ok(Self {
             ended: VecDeque::with_capacity(usize::from(entries)),
             pair,
@@ -275,7 +276,7 @@ impl IoQueue {
 
 impl Drop for IoQueue {
     fn drop(&mut self) {
-        self.controller.detach(self.id, self.generation);
+        self.controller.detach(self.id, self.generation, &mut self.pair);
     }
 }
 
