@@ -20,6 +20,10 @@ pub struct Lie {
     pub capabilities: u64,
     /// Whether it becomes ready when it is enabled, and whether it stays so when it is disabled.
     pub becomes_ready: bool,
+    /// How often it is asked in vain before that.
+    pub slowness: u32,
+    /// What it has seen: it was disabled before it was ready.
+    pub cut_short: bool,
     pub stays_ready: bool,
     pub fatal: bool,
     /// What it changes in its answers to Identify.
@@ -35,11 +39,13 @@ pub struct Lie {
     pub event: Option<u32>,
 }
 
-/// 64 entries, half a second to become ready, the NVM command set, pages of 4 KiB; four queues.
+/// 64 entries, 20 seconds to become ready, the NVM command set, pages of 4 KiB; four queues.
 pub const TRUTH: Lie = Lie {
     class: 0x01_0802,
-    capabilities: 63 | 1 << 16 | 1 << 24 | 1 << 37,
+    capabilities: 63 | 1 << 16 | 40 << 24 | 1 << 37,
     becomes_ready: true,
+    slowness: 0,
+    cut_short: false,
     stays_ready: false,
     fatal: false,
     controller: |_| {},
@@ -54,6 +60,8 @@ pub struct Liar {
     lie: Arc<Mutex<Lie>>,
     config: PciConfig,
     registers: [u32; 16],
+    /// How often its status was read since it was enabled or disabled.
+    asked: u32,
     head: u32,
     tail: u32,
     phase: u32,
@@ -70,6 +78,7 @@ impl Liar {
             lie: lie.clone(),
             config: PciConfig::new(256, 0x1b36, 0x10, class, 0).bar64(0, BAR),
             registers: [0; 16],
+            asked: 0,
             head: 0,
             tail: 0,
             phase: 1,
@@ -90,12 +99,19 @@ impl Liar {
         self.registers[5] & 1 != 0
     }
 
-    fn status(&self) -> u32 {
+    /// CSTS.
+    fn status(&mut self) -> u32 {
         let lie = self.lie();
-        let ready = if self.is_enabled() { lie.becomes_ready } else { lie.stays_ready };
+        self.asked += 1;
+        let ready = if self.is_enabled() { self.is_ready() } else { lie.stays_ready };
         // A shutdown is over at once.
         let shut_down = if self.registers[5] >> 14 & 3 != 0 { 2 << 2 } else { 0 };
         u32::from(ready) | u32::from(lie.fatal) << 1 | shut_down
+    }
+
+    fn is_ready(&self) -> bool {
+        let lie = self.lie();
+        lie.becomes_ready && self.asked > lie.slowness
     }
 
     fn complete(&mut self, bus: &Bus, id: u32, result: u32, status: u32) -> Result<()> {
@@ -174,10 +190,17 @@ impl Model for Liar {
     fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
         if region == 7 {
             self.config.write(offset, data);
-        } else if let (Some(register), Ok(bytes)) =
+            return Ok(());
+        }
+        let (was_enabled, was_ready) = (self.is_enabled(), self.is_ready());
+        if let (Some(register), Ok(bytes)) =
             (self.registers.get_mut(offset as usize / 4), data.try_into())
         {
             *register = u32::from_le_bytes(bytes);
+            if was_enabled != self.is_enabled() {
+                self.asked = 0;
+                self.lie.lock().unwrap().cut_short |= was_enabled && !was_ready;
+            }
             if !self.is_enabled() {
                 (self.head, self.tail, self.phase) = (0, 0, 1);
                 self.waiting.clear();
@@ -205,9 +228,13 @@ impl Model for Liar {
                 let (words, _) = command.as_chunks::<4>();
                 self.answer(bus, std::array::from_fn(|word| u32::from_le_bytes(words[word])))?;
             }
-            let event = self.lie.lock().unwrap().event.take();
-            if let Some((event, id)) = event.zip(self.waiting.pop()) {
-                self.complete(bus, id, event, 0)?;
+            // One that is told while no request waits is told later.
+            if let Some(id) = self.waiting.pop() {
+                let event = self.lie.lock().unwrap().event.take();
+                match event {
+                    Some(event) => self.complete(bus, id, event, 0)?,
+                    None => self.waiting.push(id),
+                }
             }
             Ok(())
         };

@@ -153,6 +153,7 @@ impl Registers {
             return Err(self.gone("disable"));
         }
         if configuration & ENABLE != 0 {
+            self.finish_enabling(timeout)?;
             // A shutdown that is asked for with the bit is not meant.
             self.configuration.write(configuration & !(ENABLE | 3 << 14))?;
         }
@@ -166,6 +167,19 @@ impl Registers {
             _ => Err(Error::new(ErrorKind::Malformed, "disable", &self.name)
                 .because("its enable bit (CC.EN) stays set")),
         }
+    }
+
+    /// Waits until a controller that is being enabled is ready: to disable it earlier has no defined
+    /// result (NVMe Base 1.4 §3.1.5, CC.EN). One that does not become ready is disabled all the same.
+    fn finish_enabling(&self, timeout: Duration) -> Result<()> {
+        let start = Instant::now();
+        while self.status("disable")? & (READY | FATAL | SHUTDOWN_STATE) == 0 {
+            if let Err(error) = self.patience(start, timeout, "disable", "become ready") {
+                log::info!("nvme: {error}");
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Has the controller write back what it must, and waits until it has.
