@@ -22,9 +22,9 @@ const DEPTH: usize = 8;
 const APART: std::ops::RangeInclusive<u64> = 3..=60;
 
 /// The driver's patience, in milliseconds, and what the model says in CAP.TO.
-const TIMEOUT: u64 = 100;
-const GRACE: u64 = 50;
-const ADMIN: u64 = 200;
+const TIMEOUT: u64 = 200;
+const GRACE: u64 = 200;
+const ADMIN: u64 = 1000;
 const READY: u64 = 10_000;
 
 /// Within this the driver promises an answer ([`IoQueue`]).
@@ -85,6 +85,8 @@ pub struct Run {
     blocks: Vec<Known>,
     pending: Vec<Option<Pending>>,
     longest: Cell<Duration>,
+    /// How many blocks were read, and held what they may.
+    checked: Cell<u64>,
 }
 
 /// What came of a run.
@@ -109,6 +111,7 @@ impl Run {
             blocks: vec![Known::default(); BLOCKS as usize],
             pending: (0..DEPTH).map(|_| None).collect(),
             longest: Cell::default(),
+            checked: Cell::default(),
         }
     }
 
@@ -121,6 +124,9 @@ impl Run {
         while self.pending.iter().any(Option::is_some) {
             self.take(&mut queue);
         }
+        let seed = self.seed;
+        let flushed = self.blocks.iter().filter(|known| known.flushed > 0).count();
+        assert!(flushed > 0, "seed {seed}: nothing was flushed, of which any could be lost");
         self.bring_back(&controller);
         self.submit_flush(&controller, &namespace, &mut queue, 0);
         while self.pending[0].is_some() {
@@ -131,10 +137,20 @@ impl Run {
 
         self.power.cycle();
         let (controller, namespace, mut queue) = self.open();
+        self.checked.set(0);
         for block in 0..BLOCKS {
-            self.submit_read(&controller, &namespace, &mut queue, 0, block);
-            self.take(&mut queue);
+            // Nothing strikes any more, but the machine may be slow.
+            for _ in 0..ATTEMPTS {
+                self.submit_read(&controller, &namespace, &mut queue, 0, block);
+                if self.pending[0].is_some() {
+                    self.take(&mut queue);
+                }
+                if self.checked.get() > block {
+                    break;
+                }
+            }
         }
+        assert_eq!(self.checked.get(), BLOCKS, "seed {seed}: not all blocks could be read");
         drop(queue);
         controller.close().unwrap();
         let struck = self.faults.struck().into_iter().map(|(_, fault)| fault).collect();
@@ -332,6 +348,7 @@ impl Run {
              submitted last",
             known.last
         );
+        self.checked.set(self.checked.get() + 1);
     }
 
     fn now(&self, queue: &IoQueue) -> When {
