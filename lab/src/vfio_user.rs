@@ -26,9 +26,10 @@ const INIT: &str = include_str!("../guest/vfio-user");
 const DATA: &str = "data";
 /// The first namespace, in bytes.
 const DISK: u64 = 64 << 20;
-/// Everything goes to the log, and nothing is lost from it.
+/// Everything goes to the log, and nothing is lost from it; of the test of the
+/// timer see [`machine::kernel_command_line`](crate::machine::kernel_command_line).
 const KERNEL_COMMAND_LINE: &str =
-    "console=ttyS0 panic=-1 ignore_loglevel log_buf_len=4M printk.devkmsg=on";
+    "console=ttyS0 panic=-1 no_timer_check ignore_loglevel log_buf_len=4M printk.devkmsg=on";
 
 /// Runs it all in one boot. Whether it went well, or there is no QEMU for it.
 pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
