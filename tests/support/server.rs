@@ -3,7 +3,7 @@
 // Each test file uses a part of it.
 #![allow(dead_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
@@ -54,7 +54,7 @@ impl Process {
             .spawn()
             .unwrap();
         let start = Instant::now();
-        while !path.exists() {
+        while !is_listened_at(&path) {
             assert!(start.elapsed() < Duration::from_secs(5), "it does not listen");
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -64,6 +64,16 @@ impl Process {
     pub fn connect(&self) -> VfioUser {
         VfioUser::connect(&self.path).unwrap()
     }
+}
+
+/// Whether a server listens at `path`: the socket is there before it does. `/proc/net/unix` has flags in
+/// its fourth column, of which one is `__SO_ACCEPTCON`.
+fn is_listened_at(path: &Path) -> bool {
+    const ACCEPTS: &str = "00010000";
+    let path = path.to_str().unwrap();
+    let all = std::fs::read_to_string("/proc/net/unix").unwrap();
+    all.lines()
+        .any(|line| line.ends_with(path) && line.split_ascii_whitespace().nth(3) == Some(ACCEPTS))
 }
 
 impl Drop for Process {
