@@ -1,5 +1,7 @@
 //! A controller: what there is one of, whichever threads do I/O with it.
 
+mod queues;
+
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -355,82 +357,6 @@ impl Controller {
         self.vectors.as_ref().map_or(Ok(0), |vectors| vectors.wait(vector, time))
     }
 
-    /// Tells the controller of a pair of queues (NVMe Base 1.4 §5.3, §5.4). The generation that knows it.
-    ///
-    /// Where nobody can say whether the controller knows it, the controller is reset.
-    pub(super) fn attach(&self, pair: &QueuePair, id: u16) -> Result<u32> {
-        let mut state = self.state();
-        if let Some(error) = &state.failed {
-            return Err(error.clone());
-        }
-        if let Err(error) = self.create(&mut state.admin, pair, id) {
-            if state.admin.is_broken() {
-                self.reset_after(&error, &mut state);
-            }
-            return Err(error);
-        }
-        state.attached.push(id);
-        Ok(self.generation())
-    }
-
-    /// Has the controller make a pair of queues. The admin queue is broken where it may have made one
-    /// that it should not have.
-    fn create(&self, admin: &mut Admin, pair: &QueuePair, id: u16) -> Result<()> {
-        let (submissions, completions) = pair.places();
-        let size = u32::from(pair.entries() - 1) << 16 | u32::from(id);
-        let interrupt = self.vector(id).map_or(0, |vector| (vector as u32) << 16 | 1 << 1);
-        let create = |opcode, iova, flags| Question {
-            operation: "create a queue of",
-            command: Command::new(opcode, 0).address(iova).dwords_10(size, flags | 1),
-            with_data: false,
-        };
-        let first = create(admin::CREATE_COMPLETION_QUEUE, completions, interrupt);
-        admin.execute(&first)?;
-        let second = create(admin::CREATE_SUBMISSION_QUEUE, submissions, u32::from(id) << 16);
-        admin.execute(&second).map(drop).inspect_err(|_| {
-            if let Err(error) = delete(admin, &[admin::DELETE_COMPLETION_QUEUE], id) {
-                log::warn!("nvme: {error}");
-                admin.break_off();
-            }
-        })
-    }
-
-    /// Has the controller forget a pair of queues, if it has not been reset meanwhile: if it does not say
-    /// that it has, by a reset.
-    pub(super) fn detach(&self, id: u16, generation: u32, pair: &mut QueuePair) {
-        let mut state = self.state();
-        state.attached.retain(|attached| *attached != id);
-        state.free.push(id);
-        if self.generation() == generation && state.failed.is_none() {
-            let opcodes = [admin::DELETE_SUBMISSION_QUEUE, admin::DELETE_COMPLETION_QUEUE];
-            match delete(&mut state.admin, &opcodes, id) {
-                Ok(()) => return,
-                Err(error) => self.reset_after(&error, &mut state),
-            }
-        }
-        self.keep(&mut state, pair);
-    }
-
-    /// Gives up a pair of queues that could not be attached.
-    pub(super) fn discard(&self, pair: &mut QueuePair) {
-        self.keep(&mut self.state(), pair);
-    }
-
-    /// Keeps the memory of a pair of queues, and what is in its slots, where the controller may still
-    /// reach it: its I/O addresses would be given to others at once.
-    fn keep(&self, state: &mut State, pair: &mut QueuePair) {
-        if state.quiet_below < self.generation() {
-            state.kept.extend(pair.remains());
-        }
-    }
-
-    fn reset_after(&self, error: &Error, state: &mut State) {
-        log::warn!("nvme: {error}; the controller is reset");
-        if let Err(error) = self.reset_locked(state) {
-            log::error!("nvme: {error}");
-        }
-    }
-
     /// Asks for a command to be aborted (NVMe Base 1.4 §5.1). It may end otherwise all the same.
     pub(super) fn abort(&self, queue: u16, command: u16) -> Result<()> {
         let which = u32::from(command) << 16 | u32::from(queue);
@@ -490,20 +416,6 @@ impl Controller {
         state.failed = result.as_ref().err().cloned();
         self.generation.fetch_add(1, Ordering::AcqRel);
         result
-    }
-
-    /// Has a controller that still answers end what it has begun, queue by queue, as Linux does before a
-    /// reset: QEMU (10.0 at least) may crash where commands are on their way when it is disabled.
-    fn stop_queues(&self, state: &mut State) {
-        for id in std::mem::take(&mut state.attached) {
-            let answers = state.failed.is_none() && !state.admin.is_broken();
-            if !answers || self.check().is_err() {
-                return;
-            }
-            if let Err(error) = delete(&mut state.admin, &[admin::DELETE_SUBMISSION_QUEUE], id) {
-                log::info!("nvme: {error}");
-            }
-        }
     }
 
     /// What is said to a controller that was brought up again.
@@ -600,13 +512,4 @@ fn read_log(admin: &mut Admin, page: u8, len: usize) -> Result<[u8; PAGE]> {
     admin.clear_data();
     admin.execute(&Question { operation, command, with_data: true })?;
     admin.data()
-}
-
-fn delete(admin: &mut Admin, opcodes: &[u8], id: u16) -> Result<()> {
-    for opcode in opcodes {
-        let command = Command::new(*opcode, 0).dwords_10(id.into(), 0);
-        let operation = "delete a queue of";
-        admin.execute(&Question { operation, command, with_data: false })?;
-    }
-    Ok(())
 }
