@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -16,11 +16,23 @@ use crate::kernels::Image;
 use crate::klog::{KernelLog, tail};
 use crate::machine::{self, Variant};
 use crate::qemu::{self, Qemu};
-use crate::ui::Stage;
+use crate::ui::{self, Stage};
 
 /// Lines of the kernel log, and of the payload's output, that a failed boot
 /// shows.
 const TAIL: usize = 25;
+
+/// How often a guest that says nothing is looked at, and for how long its
+/// processors must have done nothing at all for it to stand still: of a guest
+/// that only waits they serve the timers.
+///
+/// Seen with QEMU 10.0.2 now and then, on several kernels: all
+/// processors are halted, and no timer wakes them any more.
+const LOOK: Duration = Duration::from_secs(5);
+const STANDSTILL: Duration = Duration::from_secs(30);
+
+/// How often a guest that stands still is booted.
+pub const ATTEMPTS: usize = 3;
 
 /// Where boots find their parts and leave their logs.
 pub struct Lab {
@@ -36,12 +48,23 @@ pub enum Ending {
     Exited(u8),
     Panicked,
     TimedOut(Duration),
+    /// Its processors did nothing any more: see [`STANDSTILL`].
+    Stalled,
     /// `guest/init` could not set the guest up.
     SetupFailed(String),
     /// QEMU ended, but the guest had not said that the payload did.
     Died {
         qemu_said: String,
     },
+}
+
+/// Why a guest's output was followed no further.
+#[derive(PartialEq, Eq)]
+enum End {
+    /// QEMU has ended.
+    Output,
+    Time,
+    Stalled,
 }
 
 pub struct Outcome {
@@ -56,7 +79,27 @@ pub struct Outcome {
 impl Lab {
     /// Boots a kernel and runs the payload in it; what the payload writes
     /// goes to our standard output as it comes. `label` names the logs.
+    ///
+    /// A guest that stands still is booted again, and the user is told: that is
+    /// the emulator's doing, and no answer about what was to be tested.
     pub fn boot(
+        &self,
+        image: &Image,
+        variant: Variant,
+        payload: &Payload,
+        label: &str,
+    ) -> Result<Outcome> {
+        for _ in 1..ATTEMPTS {
+            let outcome = self.boot_once(image, variant, payload, label)?;
+            if !matches!(outcome.ending, Ending::Stalled) {
+                return Ok(outcome);
+            }
+            ui::warning(&format!("{label}: {}; booting it again", outcome.ending));
+        }
+        self.boot_once(image, variant, payload, label)
+    }
+
+    fn boot_once(
         &self,
         image: &Image,
         variant: Variant,
@@ -91,8 +134,8 @@ impl Lab {
         let started = Instant::now();
         let errors = fs::File::create(work.join("qemu"))?;
         let mut qemu = Qemu::start(command.stderr(errors))?;
-        let (output, in_time) = self.stream(&qemu.output, started, &stage)?;
-        if in_time {
+        let (output, end) = self.stream(&qemu, started, &stage)?;
+        if end == End::Output {
             qemu.child.wait()?;
         }
         drop(qemu);
@@ -102,8 +145,10 @@ impl Lab {
         let log_path = self.logs.join(format!("{label}.kernel.log"));
         fs::write(&log_path, log.as_str())?;
         fs::write(self.logs.join(format!("{label}.output")), &output)?;
-        let ending = if !in_time {
+        let ending = if end == End::Time {
             Ending::TimedOut(self.timeout)
+        } else if end == End::Stalled {
+            Ending::Stalled
         } else if log.panicked() {
             Ending::Panicked
         } else if let Some(reason) = log.setup_failure() {
@@ -118,30 +163,36 @@ impl Lab {
         Ok(Outcome { ending, log, log_path, output, took })
     }
 
-    /// Passes the payload's output on until QEMU ends; `false` if it did not
-    /// end in time.
-    fn stream(
-        &self,
-        from: &Receiver<Vec<u8>>,
-        started: Instant,
-        stage: &Stage,
-    ) -> Result<(Vec<u8>, bool)> {
+    /// Passes the payload's output on until QEMU ends, or there is no use in
+    /// waiting for that.
+    fn stream(&self, qemu: &Qemu, started: Instant, stage: &Stage) -> Result<(Vec<u8>, End)> {
         let mut all = Vec::new();
         let mut stdout = io::stdout();
+        // Since the last output: when it was looked at the guest's processors,
+        // and what they had worked then.
+        let mut idle: Option<(Instant, u64)> = None;
         loop {
             let left = self.timeout.saturating_sub(started.elapsed());
             if left.is_zero() {
-                return Ok((all, false));
+                return Ok((all, End::Time));
             }
-            match from.recv_timeout(left) {
+            match qemu.output.recv_timeout(left.min(LOOK)) {
                 Ok(bytes) => {
+                    idle = None;
                     stage.clear();
                     stdout.write_all(&bytes)?;
                     stdout.flush()?;
                     all.extend(bytes);
                 }
-                Err(RecvTimeoutError::Disconnected) => return Ok((all, true)),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok((all, End::Output)),
+                Err(RecvTimeoutError::Timeout) => match (idle, qemu.processor_time()) {
+                    (Some((since, before)), Some(now)) if before == now => {
+                        if since.elapsed() >= STANDSTILL {
+                            return Ok((all, End::Stalled));
+                        }
+                    }
+                    (_, now) => idle = now.map(|now| (Instant::now(), now)),
+                },
             }
         }
     }
@@ -178,6 +229,9 @@ impl fmt::Display for Ending {
             Self::Panicked => write!(f, "the kernel panicked"),
             Self::TimedOut(limit) => {
                 write!(f, "not done after {} minutes: killed", limit.as_secs() / 60)
+            }
+            Self::Stalled => {
+                write!(f, "the guest stands still: no timer of the emulator wakes its processors")
             }
             Self::SetupFailed(reason) => write!(f, "the guest could not be set up: {reason}"),
             Self::Died { qemu_said } => {

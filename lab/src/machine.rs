@@ -22,6 +22,9 @@ const VFIO: &str = "vfio-pci";
 /// Built into Debian's kernels, so it takes its devices before we could.
 const SERIAL: &str = "serial";
 
+/// QEMU's `-name`, by which its threads have names.
+pub const THREADS: &str = "guest,debug-threads=on";
+
 /// Each is alone in its IOMMU group, except for crowded and neighbour, and for the twins.
 pub const DEVICES: [Device; 16] = [
     Device {
@@ -222,6 +225,8 @@ impl Variant {
 /// TCG, always: a /dev/kvm that opens may still not run a stock kernel.
 pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     let mut arguments: Vec<String> = [
+        "-name",
+        THREADS,
         "-nodefaults",
         "-no-user-config",
         "-no-reboot",

@@ -1,5 +1,6 @@
 //! QEMU as a process: its command line, its output, and its end.
 
+use std::fs;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -65,6 +66,28 @@ impl Qemu {
             }
         });
         Ok(Self { child, output })
+    }
+}
+
+impl Qemu {
+    /// How long the guest's processors have worked, in ticks of the clock
+    /// (`proc(5)`); `None` where they cannot be told from QEMU's other threads,
+    /// by the names that [`machine::THREADS`] gives them.
+    pub fn processor_time(&self) -> Option<u64> {
+        let mut total = None;
+        for task in fs::read_dir(format!("/proc/{}/task", self.child.id())).ok()? {
+            let stat = fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
+            // Behind the name, which may hold anything: state, and from there the
+            // 12th and 13th are the times in user mode and in the kernel.
+            let (name, rest) = stat.rsplit_once(") ")?;
+            if !name.contains("(CPU ") {
+                continue;
+            }
+            let times = rest.split(' ').skip(11).take(2);
+            let ticks: u64 = times.filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+            *total.get_or_insert(0) += ticks;
+        }
+        total
     }
 }
 
