@@ -134,7 +134,7 @@ impl Lab {
         let started = Instant::now();
         let errors = fs::File::create(work.join("qemu"))?;
         let mut qemu = Qemu::start(command.stderr(errors))?;
-        let (output, end) = self.stream(&qemu, started, &stage)?;
+        let (output, end) = self.stream(&qemu, console, started, &stage)?;
         if end == End::Output {
             qemu.child.wait()?;
         }
@@ -165,7 +165,13 @@ impl Lab {
 
     /// Passes the payload's output on until QEMU ends, or there is no use in
     /// waiting for that.
-    fn stream(&self, qemu: &Qemu, started: Instant, stage: &Stage) -> Result<(Vec<u8>, End)> {
+    fn stream(
+        &self,
+        qemu: &Qemu,
+        console: &Path,
+        started: Instant,
+        stage: &Stage,
+    ) -> Result<(Vec<u8>, End)> {
         let mut all = Vec::new();
         let mut stdout = io::stdout();
         // Since the last output: when it was looked at the guest's processors,
@@ -185,6 +191,9 @@ impl Lab {
                     all.extend(bytes);
                 }
                 Err(RecvTimeoutError::Disconnected) => return Ok((all, End::Output)),
+                Err(RecvTimeoutError::Timeout) if has_lost_a_timer(console) => {
+                    return Ok((all, End::Stalled));
+                }
                 Err(RecvTimeoutError::Timeout) => match (idle, qemu.processor_time()) {
                     (Some((since, before)), Some(now)) if before == now => {
                         if since.elapsed() >= STANDSTILL {
@@ -196,6 +205,13 @@ impl Lab {
             }
         }
     }
+}
+
+/// Whether a processor of the guest waits for a timer in vain, as another that
+/// still works has found and logged.
+fn has_lost_a_timer(console: &Path) -> bool {
+    const COMPLAINT: &str = "kthread timer wakeup didn't happen";
+    fs::read(console).is_ok_and(|log| String::from_utf8_lossy(&log).contains(COMPLAINT))
 }
 
 impl Outcome {
