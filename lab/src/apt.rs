@@ -110,7 +110,7 @@ impl Suite {
 
 /// `target=Packages`: leave out indexes that desktops add, such as
 /// AppStream's.
-pub fn sources_line(suite: &str, mirror: &str) -> String {
+fn sources_line(suite: &str, mirror: &str) -> String {
     format!("deb [signed-by={KEYRING} target=Packages lang=none] {mirror} {suite} main\n")
 }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::RecvTimeoutError;
@@ -16,6 +17,7 @@ use crate::kernels::Image;
 use crate::klog::{KernelLog, tail};
 use crate::machine::{self, Variant};
 use crate::qemu::{self, Qemu};
+use crate::root::Root;
 use crate::ui::{self, Stage};
 
 /// Lines of the kernel log, and of the payload's output, that a failed boot
@@ -26,16 +28,17 @@ const TAIL: usize = 25;
 /// processors must have done nothing at all for it to stand still: of a guest
 /// that only waits they serve the timers.
 ///
-/// Seen with QEMU 10.0.2 now and then, on several kernels: all
-/// processors are halted, and no timer wakes them any more.
+/// Seen with QEMU 10.0.2 now and then, on several kernels: all processors are
+/// halted, and no timer wakes them any more.
 const LOOK: Duration = Duration::from_secs(5);
 const STANDSTILL: Duration = Duration::from_secs(30);
 
-/// How often a guest that stands still is booted.
+/// How often a guest is booted that the emulator does not bring to its end.
 pub const ATTEMPTS: usize = 3;
 
 /// Where boots find their parts and leave their logs.
 pub struct Lab {
+    pub root: Root,
     pub busybox: PathBuf,
     /// For what a boot leaves behind.
     pub logs: PathBuf,
@@ -50,6 +53,11 @@ pub enum Ending {
     TimedOut(Duration),
     /// Its processors did nothing any more: see [`STANDSTILL`].
     Stalled,
+    /// QEMU died of a signal, as it does where it finds itself in error.
+    Crashed {
+        signal: i32,
+        qemu_said: String,
+    },
     /// `guest/init` could not set the guest up.
     SetupFailed(String),
     /// QEMU ended, but the guest had not said that the payload did.
@@ -59,7 +67,7 @@ pub enum Ending {
 }
 
 /// Why a guest's output was followed no further.
-#[derive(PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
     /// QEMU has ended.
     Output,
@@ -80,8 +88,9 @@ impl Lab {
     /// Boots a kernel and runs the payload in it; what the payload writes
     /// goes to our standard output as it comes. `label` names the logs.
     ///
-    /// A guest that stands still is booted again, and the user is told: that is
-    /// the emulator's doing, and no answer about what was to be tested.
+    /// Where the emulator crashes or the guest stands still, it is booted again,
+    /// and the user is told: that is the emulator's doing, and no answer about what
+    /// was to be tested. One that never comes to its end fails.
     pub fn boot(
         &self,
         image: &Image,
@@ -91,7 +100,7 @@ impl Lab {
     ) -> Result<Outcome> {
         for _ in 1..ATTEMPTS {
             let outcome = self.boot_once(image, variant, payload, label)?;
-            if !matches!(outcome.ending, Ending::Stalled) {
+            if !outcome.ending.is_the_emulators() {
                 return Ok(outcome);
             }
             ui::warning(&format!("{label}: {}; booting it again", outcome.ending));
@@ -116,7 +125,8 @@ impl Lab {
             fs::File::create(work.path().join(name))?.set_len(size)?;
         }
         let what = format!("linux {}{}", image.version, variant.suffix());
-        let mut command = qemu::command(image, variant, work.path(), &initramfs, &console);
+        let mut command =
+            qemu::command(&self.root, image, variant, work.path(), &initramfs, &console);
         self.run(&mut command, work.path(), &console, &what, label)
     }
 
@@ -135,9 +145,7 @@ impl Lab {
         let errors = fs::File::create(work.join("qemu"))?;
         let mut qemu = Qemu::start(command.stderr(errors))?;
         let (output, end) = self.stream(&qemu, console, started, &stage)?;
-        if end == End::Output {
-            qemu.child.wait()?;
-        }
+        let signal = if end == End::Output { qemu.child.wait()?.signal() } else { None };
         drop(qemu);
         let took = started.elapsed();
 
@@ -145,10 +153,13 @@ impl Lab {
         let log_path = self.logs.join(format!("{label}.kernel.log"));
         fs::write(&log_path, log.as_str())?;
         fs::write(self.logs.join(format!("{label}.output")), &output)?;
+        let qemu_said = fs::read_to_string(work.join("qemu"))?;
         let ending = if end == End::Time {
             Ending::TimedOut(self.timeout)
         } else if end == End::Stalled {
             Ending::Stalled
+        } else if let Some(signal) = signal {
+            Ending::Crashed { signal, qemu_said }
         } else if log.panicked() {
             Ending::Panicked
         } else if let Some(reason) = log.setup_failure() {
@@ -156,7 +167,6 @@ impl Lab {
         } else if let Some(status) = log.payload_status() {
             Ending::Exited(status)
         } else {
-            let qemu_said = fs::read_to_string(work.join("qemu"))?;
             Ending::Died { qemu_said }
         };
         let output = String::from_utf8_lossy(&output).into_owned();
@@ -235,6 +245,13 @@ impl Outcome {
     }
 }
 
+impl Ending {
+    /// Whether it says nothing of what ran in the guest.
+    pub fn is_the_emulators(&self) -> bool {
+        matches!(self, Self::Stalled | Self::Crashed { .. })
+    }
+}
+
 impl fmt::Display for Ending {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -248,6 +265,9 @@ impl fmt::Display for Ending {
             }
             Self::Stalled => {
                 write!(f, "the guest stands still: no timer of the emulator wakes its processors")
+            }
+            Self::Crashed { signal, qemu_said } => {
+                write!(f, "the emulator died of signal {signal}: {}", qemu_said.trim())
             }
             Self::SetupFailed(reason) => write!(f, "the guest could not be set up: {reason}"),
             Self::Died { qemu_said } => {

@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::cache::Store;
 use crate::command;
 use crate::klog::tail;
 use crate::payload::{self, workspace};
@@ -58,14 +57,14 @@ pub enum Limit {
 pub const SECONDS: u64 = 30;
 
 /// Fuzzes all targets for a short time; an error where one has found something.
-pub fn briefly(store: &Store) -> Result<()> {
-    ensure!(run(store, Limit::Time(Duration::from_secs(SECONDS)))?, "fuzzing has found something");
+pub fn briefly() -> Result<()> {
+    ensure!(run(Limit::Time(Duration::from_secs(SECONDS)))?, "fuzzing has found something");
     Ok(())
 }
 
 /// Fuzzes all targets at once. Whether none has found anything.
-pub fn run(store: &Store, limit: Limit) -> Result<bool> {
-    tools::ensure_for_fuzzing(store)?;
+pub fn run(limit: Limit) -> Result<bool> {
+    tools::ensure_for_fuzzing()?;
     let programs = build()?;
     let mut running = TARGETS
         .iter()

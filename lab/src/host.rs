@@ -2,7 +2,6 @@
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::Store;
 use crate::payload::cargo;
 use crate::tools;
 use crate::ui;
@@ -17,8 +16,8 @@ const STEPS: [&str; 5] = [
 ];
 
 /// Runs them all; stops at the first that fails.
-pub fn test(store: &Store) -> Result<()> {
-    tools::ensure_for_counting(store)?;
+pub fn test() -> Result<()> {
+    tools::ensure_for_counting()?;
     for arguments in STEPS {
         ui::status("Running", &format!("cargo {arguments}"));
         let status = cargo().args(arguments.split(' ')).status().context("cannot run cargo")?;

@@ -4,7 +4,7 @@
 //! From the top: [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
 //! [`matrix`], [`performance`] and this file are the commands, [`boot`] is one boot
 //! of one kernel; [`kernels`], [`patched`], [`busybox`], [`payload`] and [`guest`]
-//! make what is booted, [`machine`] and [`newer_qemu`] what it is booted on;
+//! make what is booted, [`machine`] and [`root`] what it is booted on;
 //! [`klog`], [`libtest`] and [`report`] judge what came of it.
 
 #![forbid(unsafe_code)]
@@ -28,12 +28,12 @@ mod libtest;
 mod machine;
 mod matrix;
 mod modules;
-mod newer_qemu;
 mod patched;
 mod payload;
 mod performance;
 mod qemu;
 mod report;
+mod root;
 mod soak;
 mod test;
 mod tools;
@@ -53,6 +53,7 @@ use guest::Payload;
 use hazard::Hazard;
 use kernels::{KERNELS, Kernel, NEWEST};
 use machine::Variant;
+use root::Root;
 
 /// Boots stock kernels and a patched one with VFIO and an IOMMU in QEMU, and
 /// runs vfio-remap's tests, examples and benchmarks in them.
@@ -90,9 +91,6 @@ enum Task {
     },
     /// Have the kernel's own nvme driver make, write and check file systems on our
     /// emulated controller, through QEMU's vfio-user-pci: part of `test`, too.
-    ///
-    /// That QEMU is newer than the machine's: it is fetched into the cache with
-    /// all that it needs.
     VfioUser {
         /// The kernel with the driver.
         #[arg(long, value_name = "NAME", default_value = NEWEST, value_parser = kernels::by_name)]
@@ -107,14 +105,9 @@ enum Task {
         #[arg(long, value_name = "SECONDS", default_value_t = fuzz::SECONDS,
               value_parser = clap::value_parser!(u64).range(1..))]
         seconds: u64,
-        #[command(flatten)]
-        common: Common,
     },
     /// Run what takes too long for `test`: ten million runs of each fuzz target.
-    Soak {
-        #[command(flatten)]
-        common: Common,
-    },
+    Soak,
     /// Run an example in a guest; its exit status becomes the lab's.
     Run {
         /// The kernel to run it in.
@@ -195,7 +188,7 @@ A program in a guest runs as root. It finds the devices' addresses in
 LAB_DEVICES (\"nvme=0000:00:03.0 e1000e=...\"), the kernel's name in LAB_KERNEL,
 and in LAB_IOMMU whether there is an IOMMU: 1 or 0.
 
-Kernels are fetched or built once and kept in {}.
+QEMU and kernels are fetched or built once and kept in {}.
 Kernel logs and outputs of the last boots are in target/lab/logs.",
         cache::LOCATION
     );
@@ -215,9 +208,8 @@ fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Test { kernels, host_only, common, libtest } => {
             if kernels.is_empty() {
-                let store = Store::open(common.mirror.clone())?;
-                host::test(&store)?;
-                fuzz::briefly(&store)?;
+                host::test()?;
+                fuzz::briefly()?;
             }
             if host_only {
                 return Ok(ExitCode::SUCCESS);
@@ -236,13 +228,12 @@ fn perform(task: Task) -> Result<ExitCode> {
             let passed = vfio_user::test(&lab, &store, kernel)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Task::Fuzz { seconds, common } => {
-            let limit = fuzz::Limit::Time(Duration::from_secs(seconds));
-            let passed = fuzz::run(&Store::open(common.mirror)?, limit)?;
+        Task::Fuzz { seconds } => {
+            let passed = fuzz::run(fuzz::Limit::Time(Duration::from_secs(seconds)))?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Task::Soak { common } => {
-            let passed = soak::run(&Store::open(common.mirror)?)?;
+        Task::Soak => {
+            let passed = soak::run()?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Run { kernel, common, command } => {
@@ -287,8 +278,9 @@ fn perform(task: Task) -> Result<ExitCode> {
 /// Readies what all boots have in common.
 fn ready(common: Common) -> Result<(Lab, Store)> {
     let store = Store::open(common.mirror)?;
-    tools::ensure_for_booting(&store)?;
+    tools::ensure_for_booting()?;
     let lab = Lab {
+        root: Root::ensure(&store)?,
         busybox: busybox::path(&store)?,
         logs: payload::logs(),
         timeout: Duration::from_secs(common.timeout * 60),

@@ -86,7 +86,7 @@ pub fn ensure(store: &Store, directory: &Path) -> Result<bool> {
         fs::write(directory.join("version"), source.version)?;
         return Ok(true);
     }
-    tools::ensure_for_building(store)?;
+    tools::ensure_for_building()?;
     build(&series, &source, store, directory)?;
     Ok(true)
 }

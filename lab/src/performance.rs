@@ -5,20 +5,17 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::boot::{Ending, Lab};
 use crate::cache::Store;
 use crate::chart::{self, Bar, Panel};
-use crate::command;
 use crate::fio::Fio;
 use crate::guest::Payload;
 use crate::kernels::{Image, Kernel};
 use crate::machine::Variant;
 use crate::payload;
-use crate::qemu;
 use crate::ui;
 
 const PAGE: &str = "docs/performance.md";
@@ -149,7 +146,7 @@ pub fn write(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> 
     let translating = boot(Variant::Translating, &["--bench"], "nvme-nopt")?;
     let passing = boot(Variant::Usual, &["--bench", "--brief"], "nvme-pt")?;
 
-    let page = page(&facts(&image, &fio)?, &translating, &passing);
+    let page = page(&facts(&lab.root.version, &image, &fio)?, &translating, &passing);
     for (path, content) in [(PAGE, page), (PLOT, plot(&translating))] {
         fs::write(payload::workspace().join(path), content)?;
         ui::status("Wrote", path);
@@ -205,9 +202,7 @@ The kernel gives up protection from its devices; the driver in user space keeps 
 }
 
 /// What the figures depend on.
-fn facts(image: &Image, fio: &Fio) -> Result<String> {
-    let qemu = command::output(Command::new(qemu::PROGRAM).arg("--version"))?;
-    let qemu = qemu.lines().next().unwrap_or_default().trim_start_matches("QEMU emulator version ");
+fn facts(qemu: &str, image: &Image, fio: &Fio) -> Result<String> {
     let cpus = fs::read_to_string("/proc/cpuinfo")?;
     let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let model = model.map_or("an unknown processor", |(_, model)| model);
@@ -217,7 +212,7 @@ fn facts(image: &Image, fio: &Fio) -> Result<String> {
 | | |
 |---|---|
 | kernel | linux {} of Debian, two processors, intel-iommu |
-| emulator | QEMU {qemu}, TCG, on {count} × {model} |
+| emulator | QEMU {qemu} of Debian, TCG, on {count} × {model} |
 | device | QEMU's nvme, `null-co`, blocks of 4096 bytes or of 512 |
 | kernel, io_uring | fio {}: `ioengine=io_uring direct=1 numjobs=1 thread` |
 | tuned | and `fixedbufs registerfiles norandommap gtod_reduce=1` |

@@ -11,26 +11,22 @@ use anyhow::{Context, Result};
 
 use crate::kernels::Image;
 use crate::machine::{self, Variant};
-
-pub const PROGRAM: &str = "qemu-system-x86_64";
+use crate::root::Root;
 
 /// The QEMU command line. The kernel log goes to the first serial port; the
 /// payload writes to the second, which is QEMU's standard output. QEMU runs in
 /// `work`, for its own files.
-///
-/// QEMU does not end with the process that started it; `setpriv` (of
-/// util-linux, so always there) has the kernel see to that.
 pub fn command(
+    root: &Root,
     image: &Image,
     variant: Variant,
     work: &Path,
     initramfs: &Path,
     console: &Path,
 ) -> Command {
-    let mut command = Command::new("setpriv");
+    let mut command = root.qemu();
     command
         .current_dir(work)
-        .args(["--pdeathsig", "KILL", PROGRAM])
         .args(machine::qemu_arguments(variant))
         .arg("-kernel")
         .arg(image.vmlinux())

@@ -2,13 +2,12 @@
 
 use anyhow::Result;
 
-use crate::cache::Store;
 use crate::fuzz::{self, Limit};
 
 /// Runs of each fuzz target.
 const RUNS: u64 = 10_000_000;
 
 /// Runs it all. Whether all went well.
-pub fn run(store: &Store) -> Result<bool> {
-    fuzz::run(store, Limit::Runs(RUNS))
+pub fn run() -> Result<bool> {
+    fuzz::run(Limit::Runs(RUNS))
 }

@@ -18,8 +18,8 @@ use crate::command;
 use crate::cpio::Archive;
 use crate::kernels::{Image, Kernel};
 use crate::machine;
-use crate::newer_qemu::Root;
 use crate::payload;
+use crate::root::Root;
 use crate::ui;
 
 const INIT: &str = include_str!("../guest/vfio-user");
@@ -34,10 +34,10 @@ const KERNEL_COMMAND_LINE: &str =
 
 /// Runs it all in one boot. Whether it went well, or there is no QEMU for it.
 pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
-    let Some(root) = Root::ensure(store)? else {
+    if !lab.root.has_vfio_user() {
         ui::warning("skipped: vfio-user, since the mirror has no QEMU of 10.1 or newer");
         return Ok(true);
-    };
+    }
     let Some(image) = kernel.image(store)? else {
         ui::warning(&format!(
             "skipped: vfio-user, since the mirror does not have kernel {} any more",
@@ -47,22 +47,16 @@ pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
     };
     let program = payload::host_example("serve")?;
     for _ in 0..ATTEMPTS {
-        if let Some(passed) = once(lab, &image, kernel, &root, &program)? {
+        if let Some(passed) = once(lab, &image, kernel, &program)? {
             return Ok(passed);
         }
-        ui::warning("vfio-user: the guest stands still");
     }
     Ok(false)
 }
 
-/// One boot; nothing is known where the guest has stood still.
-fn once(
-    lab: &Lab,
-    image: &Image,
-    kernel: &Kernel,
-    root: &Root,
-    program: &Path,
-) -> Result<Option<bool>> {
+/// One boot; nothing is known where the emulator has not brought it to its end.
+fn once(lab: &Lab, image: &Image, kernel: &Kernel, program: &Path) -> Result<Option<bool>> {
+    let root = &lab.root;
     // In /tmp: a socket's path is short.
     let short = tempfile::tempdir()?;
     let socket = short.path().join("nvme");
@@ -82,7 +76,8 @@ fn once(
     // SIGKILL: no cache is written back.
     drop(server);
 
-    if matches!(outcome.ending, Ending::Stalled) {
+    if outcome.ending.is_the_emulators() {
+        ui::warning(&format!("vfio-user: {}", outcome.ending));
         return Ok(None);
     }
     let complaints = outcome.complaints();
@@ -139,16 +134,8 @@ fn qemu(root: &Root, image: &Image, initramfs: &Path, console: &Path, socket: &P
     let device = format!(
         r#"{{"driver":"vfio-user-pci","socket":{{"type":"unix","path":"{path}"}},"addr":"04.0"}}"#
     );
-    let mut command = Command::new("setpriv");
+    let mut command = root.qemu();
     command
-        .args(["--pdeathsig", "KILL"])
-        .args(root.command_line("usr/bin/qemu-system-x86_64"))
-        // Else it would look for modules and firmware where the machine's own are.
-        .env("QEMU_MODULE_DIR", root.library("qemu"))
-        .arg("-L")
-        .arg(root.path("usr/share/qemu"))
-        .arg("-L")
-        .arg(root.path("usr/share/seabios"))
         .args([
             "-name",
             machine::THREADS,

@@ -1,0 +1,150 @@
+//! What the lab boots with: QEMU, from the packages of a later Debian, unpacked
+//! into a root of its own with every library that it needs, and run by that root's
+//! loader. The machine is left as it is, and every machine boots with the same.
+//!
+//! Not the machine's own QEMU, nor that of its backports: up to 10.0 it has no
+//! vfio-user-pci, and under `tcg,thread=multi` 10.0.2 now and then ends in
+//! `iotlb_to_section` while another processor switches a BAR, or gives a processor
+//! no more timer interrupts.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::apt::Suite;
+use crate::cache::{self, Store};
+use crate::ui::Stage;
+
+/// Where QEMU and what it needs are; the first that the mirror has.
+const SUITES: [&[&str]; 2] = [&["trixie-backports", "trixie"], &["trixie"]];
+const QEMU: &str = "qemu-system-x86";
+/// What is unpacked: e2fsprogs is for what guests leave on their disks.
+const PACKAGES: [&str; 2] = [QEMU, "e2fsprogs"];
+/// The first QEMU with a vfio-user-pci, major and minor version.
+const VFIO_USER: (u32, u32) = (10, 1);
+
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
+
+/// The root, in the cache.
+pub struct Root {
+    /// Of QEMU's package.
+    pub version: String,
+    directory: PathBuf,
+}
+
+impl Root {
+    /// From the cache, or fetched into it.
+    pub fn ensure(store: &Store) -> Result<Self> {
+        let directory = store.directory.join("qemu");
+        let wanted = PACKAGES.join(" ");
+        let kept = fs::read_to_string(directory.join("packages"));
+        if !kept.is_ok_and(|kept| kept == wanted) {
+            fetch(store, &directory, &wanted)?;
+        }
+        let version = fs::read_to_string(directory.join("version"))?;
+        Ok(Self { version, directory: directory.join("root") })
+    }
+
+    pub fn has_vfio_user(&self) -> bool {
+        upstream(&self.version).is_some_and(|version| version >= VFIO_USER)
+    }
+
+    /// QEMU, with its firmware and without a machine. It does not end with the
+    /// process that started it; `setpriv` (of util-linux, so always there) has the
+    /// kernel see to that.
+    pub fn qemu(&self) -> Command {
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL"])
+            .args(self.command_line("usr/bin/qemu-system-x86_64"))
+            // Else it would look for modules and firmware where the machine's own are.
+            .env("QEMU_MODULE_DIR", self.library("qemu"))
+            .arg("-L")
+            .arg(self.path("usr/share/qemu"))
+            .arg("-L")
+            .arg(self.path("usr/share/seabios"));
+        command
+    }
+
+    /// Another program of the root, by its path there.
+    pub fn command(&self, program: &str) -> Command {
+        let line = self.command_line(program);
+        let mut command = Command::new(&line[0]);
+        command.args(&line[1..]);
+        command
+    }
+
+    /// Where a file of the root is.
+    pub fn path(&self, path: &str) -> PathBuf {
+        self.directory.join(path)
+    }
+
+    /// A library of the root, by its name.
+    pub fn library(&self, name: &str) -> PathBuf {
+        self.path(LIBRARIES).join(name)
+    }
+
+    /// The loader, which programs know by its path `lib64/ld-linux-x86-64.so.2`.
+    pub fn loader(&self) -> PathBuf {
+        self.path(LOADER)
+    }
+
+    fn command_line(&self, program: &str) -> [PathBuf; 4] {
+        [self.path(LOADER), "--library-path".into(), self.path(LIBRARIES), self.path(program)]
+    }
+}
+
+fn fetch(store: &Store, directory: &Path, wanted: &str) -> Result<()> {
+    let stage = Stage::new("Fetching", "QEMU");
+    let suite = suite(store)?;
+    let packages = suite.closure(&PACKAGES)?;
+    let version = packages
+        .iter()
+        .find_map(|package| package.strip_prefix(QEMU)?.strip_prefix('='))
+        .context("a package is among those that it needs")?;
+    cache::replace(directory, |new| {
+        let root = new.join("root");
+        fs::create_dir(&root)?;
+        suite.unpack(&packages, &root)?;
+        fs::write(new.join("version"), version)?;
+        Ok(fs::write(new.join("packages"), wanted)?)
+    })?;
+    stage.done("Fetched", &format!("QEMU {version}"));
+    Ok(())
+}
+
+fn suite(store: &Store) -> Result<Suite> {
+    for names in SUITES {
+        if let Some(suite) = Suite::open_all(names, store)?
+            && suite.show(QEMU)?.is_some()
+        {
+            return Ok(suite);
+        }
+    }
+    bail!("the mirror has no {QEMU} in trixie or its backports")
+}
+
+/// Major and minor version of a package's version, such as
+/// `1:11.1.3+ds-1~bpo13+1`.
+fn upstream(version: &str) -> Option<(u32, u32)> {
+    let version = version.split_once(':').map_or(version, |(_, rest)| rest);
+    let mut numbers = version.split(|character: char| !character.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_new_enough_is_told_by_the_packages_version() {
+        let root = |version: &str| Root { version: version.to_owned(), directory: PathBuf::new() };
+        assert!(root("1:11.1.3+ds-1~bpo13+1").has_vfio_user());
+        assert!(!root("1:10.0.2+ds-2+deb13u1~bpo12+1").has_vfio_user());
+        assert!(root("10.1~rc1").has_vfio_user());
+        assert!(!root("none").has_vfio_user());
+    }
+}
