@@ -28,8 +28,29 @@ struct Inner {
 
 struct State {
     free: IovaAllocator,
-    /// What is mapped: address and size.
+    /// What is mapped, or about to be: address and size.
     mapped: Slab<(Iova, u64)>,
+}
+
+/// Addresses that are taken, and where they are noted.
+#[derive(Clone, Copy)]
+struct Taken {
+    at: Iova,
+    slot: usize,
+}
+
+impl State {
+    #[inline]
+    fn note(&mut self, start: u64, size: u64) -> Taken {
+        let at = Iova(start);
+        Taken { at, slot: self.mapped.insert((at, size)) }
+    }
+
+    #[inline]
+    fn give_back(&mut self, taken: Taken, size: u64) {
+        self.mapped.try_remove(taken.slot);
+        self.free.free(taken.at.0, size);
+    }
 }
 
 /// Where memory is to be mapped.
@@ -79,6 +100,13 @@ impl Default for IovaPlacement {
 impl DmaSpace {
     pub(super) fn new(transport: Arc<dyn Transport>) -> Result<Self> {
         let limits = transport.dma_limits()?;
+        if !limits.page_size.is_power_of_two() {
+            let object = format!("the DMA limits of {}", transport.info().name);
+            return Err(Error::new(ErrorKind::Malformed, "read", object).because(format!(
+                "its pages have {:#x} bytes: no power of two",
+                limits.page_size
+            )));
+        }
         let state = State { free: IovaAllocator::new(&limits.ranges), mapped: Slab::new() };
         Ok(Self { inner: Arc::new(Inner { limits, state: Mutex::new(state), transport }) })
     }
@@ -121,36 +149,13 @@ impl DmaSpace {
         placement: IovaPlacement,
         access: Access,
     ) -> Result<DmaMapping> {
-        const ATTEMPTS: usize = 1024;
-        let size = memory.size() as u64;
-        let anywhere = matches!(placement, IovaPlacement::Anywhere { .. });
-        let mut refused = Vec::new();
-        let result = loop {
-            let iova = match self.inner.take(&memory, placement) {
-                Ok(iova) => iova,
-                Err(error) => break Err(error),
-            };
-            match self.inner.map(iova, &memory, placement, access) {
-                Ok(device) => break Ok((iova, device)),
-                Err(error) => {
-                    refused.push(iova);
-                    // A device that shares the address space has mapped something there: others are tried.
-                    let taken = anywhere && error.kind() == ErrorKind::AddressTaken;
-                    if !taken || refused.len() == ATTEMPTS {
-                        break Err(error);
-                    }
-                }
-            }
+        let taken = self.inner.take(&memory, placement)?;
+        let (taken, iova) = match self.inner.map(taken.at, &memory, placement, access) {
+            Ok(iova) => (taken, iova),
+            Err(error) => self.inner.map_elsewhere(taken, error, &memory, placement, access)?,
         };
-        let mut state = self.inner.state();
-        for iova in refused {
-            state.free.free(iova.0, size);
-        }
-        let (mapped_at, iova) = result?;
-        let slot = state.mapped.insert((iova, size));
-        drop(state);
         let generation = fork::generation();
-        Ok(DmaMapping { space: self.clone(), memory, mapped_at, iova, slot, generation })
+        Ok(DmaMapping { space: self.clone(), memory, taken, iova, generation })
     }
 
     /// What is mapped, for errors: the first few.
@@ -173,12 +178,13 @@ impl DmaSpace {
 }
 
 impl Inner {
+    #[inline]
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Maps `memory` at `iova`: the address by which the device reaches it, which is the same where it is
-    /// translated, and else what `placement` is about.
+    /// Maps `memory` at `iova`: the address by which the device reaches it.
+    #[inline]
     fn map(
         &self,
         iova: Iova,
@@ -186,10 +192,16 @@ impl Inner {
         placement: IovaPlacement,
         access: Access,
     ) -> Result<Iova> {
-        let size = memory.size() as u64;
         self.transport.dma_map(iova.0, memory, access)?;
+        if self.limits.translated { Ok(iova) } else { self.locate(iova, memory, placement) }
+    }
+
+    /// Where the device finds `memory`, which is mapped at `iova` but not translated, and is what
+    /// `placement` is about. Unmapped again, if that is not where it may be.
+    fn locate(&self, iova: Iova, memory: &DmaMemory, placement: IovaPlacement) -> Result<Iova> {
+        let size = memory.size() as u64;
         let found = self.transport.dma_address(iova.0, size).map(Iova).and_then(|device| {
-            if self.limits.translated || placement.admits(device, memory) {
+            if placement.admits(device, memory) {
                 return Ok(device);
             }
             Err(Error::new(ErrorKind::OutOfRange, "map for DMA", format!("{size:#x} bytes"))
@@ -206,72 +218,133 @@ impl Inner {
         })
     }
 
+    /// Maps memory that could not be mapped where it was to be. A device that shares the address space may
+    /// have mapped something there: others are tried, where that is allowed.
+    #[cold]
+    fn map_elsewhere(
+        &self,
+        taken: Taken,
+        error: Error,
+        memory: &DmaMemory,
+        placement: IovaPlacement,
+        access: Access,
+    ) -> Result<(Taken, Iova)> {
+        const ATTEMPTS: usize = 1024;
+        let anywhere = matches!(placement, IovaPlacement::Anywhere { .. });
+        let mut refused = vec![taken];
+        let mut result = Err(error);
+        while let Err(error) = &result
+            && anywhere
+            && error.kind() == ErrorKind::AddressTaken
+            && refused.len() < ATTEMPTS
+        {
+            result = self.take(memory, placement).and_then(|taken| {
+                let mapped = self.map(taken.at, memory, placement, access);
+                mapped.map(|iova| (taken, iova)).inspect_err(|_| refused.push(taken))
+            });
+        }
+        let mut state = self.state();
+        for taken in refused {
+            state.give_back(taken, memory.size() as u64);
+        }
+        result
+    }
+
     /// Takes addresses for `memory`.
-    fn take(&self, memory: &DmaMemory, placement: IovaPlacement) -> Result<Iova> {
+    #[inline]
+    fn take(&self, memory: &DmaMemory, placement: IovaPlacement) -> Result<Taken> {
         let size = memory.size() as u64;
         let page = self.limits.page_size;
-        let error = |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes"));
-        if size == 0 {
-            return Err(error(ErrorKind::OutOfRange)
-                .because("there is nothing to map")
-                .remedy("map one page or more"));
-        }
-        if !size.is_multiple_of(page) || !(memory.address() as u64).is_multiple_of(page) {
-            return Err(error(ErrorKind::Unaligned)
-                .because(format!("the IOMMU maps pages of {page:#x} bytes"))
-                .remedy("map whole pages"));
-        }
-        if let IovaPlacement::Anywhere { alignment, .. } = placement
-            && !alignment.is_power_of_two()
-        {
-            return Err(error(ErrorKind::Unaligned)
-                .because(format!("an alignment of {alignment:#x} is no power of two"))
-                .remedy("ask for 1, or a power of two"));
+        // Masks, since a division takes longer than all else here.
+        let inside_page = page - 1;
+        if size == 0 || (size | memory.address() as u64) & inside_page != 0 {
+            return Err(self.not_pages(size));
         }
         // Where nothing translates, the address is a key to the mapping and no more.
         let placement = if self.limits.translated { placement } else { IovaPlacement::default() };
         let start = match placement {
             IovaPlacement::Anywhere { alignment, limit } => {
-                let found = self.state().free.allocate(size, alignment.max(page), limit);
-                return found.map(Iova).ok_or_else(|| {
-                    error(ErrorKind::OutOfRange)
-                        .because(format!("no free range up to {limit:#x} is large enough"))
-                        .remedy(
-                            "unmap something, or allow higher addresses if the device has the bits",
-                        )
-                });
+                if !alignment.is_power_of_two() {
+                    return Err(no_alignment(size, alignment));
+                }
+                let mut state = self.state();
+                let found = state.free.allocate(size, alignment.max(page), limit);
+                return match found {
+                    Some(start) => Ok(state.note(start, size)),
+                    None => Err(no_room(size, limit)),
+                };
             }
             IovaPlacement::At(iova) => iova.0,
             IovaPlacement::SameAsAddress => memory.address() as u64,
         };
+        let end = start.checked_add(size - 1);
+        let inside = |end| {
+            self.limits.ranges.iter().any(|range| *range.start() <= start && end <= *range.end())
+        };
+        if start & inside_page != 0 || !end.is_some_and(inside) {
+            return Err(self.not_there(start, size));
+        }
+        let mut state = self.state();
+        if state.free.allocate_at(start, size) {
+            return Ok(state.note(start, size));
+        }
+        drop(state);
+        Err(Error::new(
+            ErrorKind::AddressTaken,
+            "map for DMA",
+            format!("{size:#x} bytes at {start:#x}"),
+        )
+        .because("a part of it is mapped already")
+        .remedy("unmap that first, or map it anywhere"))
+    }
+
+    /// Memory that is no whole pages.
+    #[cold]
+    fn not_pages(&self, size: u64) -> Error {
+        let error = |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes"));
+        if size == 0 {
+            return error(ErrorKind::OutOfRange)
+                .because("there is nothing to map")
+                .remedy("map one page or more");
+        }
+        error(ErrorKind::Unaligned)
+            .because(format!("the IOMMU maps pages of {:#x} bytes", self.limits.page_size))
+            .remedy("map whole pages")
+    }
+
+    /// Addresses that are no pages', or that the IOMMU does not have.
+    #[cold]
+    fn not_there(&self, start: u64, size: u64) -> Error {
+        let DmaLimits { page_size, ranges, .. } = &self.limits;
         let error =
             |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes at {start:#x}"));
-        if !start.is_multiple_of(page) {
-            return Err(error(ErrorKind::Unaligned)
-                .because(format!("the IOMMU maps pages of {page:#x} bytes"))
-                .remedy("map at a multiple of that"));
+        if !start.is_multiple_of(*page_size) {
+            return error(ErrorKind::Unaligned)
+                .because(format!("the IOMMU maps pages of {page_size:#x} bytes"))
+                .remedy("map at a multiple of that");
         }
-        let inside = start.checked_add(size - 1).is_some_and(|end| {
-            self.limits.ranges.iter().any(|range| range.contains(&start) && range.contains(&end))
-        });
-        if !inside {
-            let ranges: Vec<_> = self
-                .limits
-                .ranges
-                .iter()
-                .map(|r| format!("{:#x}..={:#x}", r.start(), r.end()))
-                .collect();
-            return Err(error(ErrorKind::OutOfRange)
-                .because(format!("the IOMMU maps {}", ranges.join(", ")))
-                .remedy("map it inside one of those ranges, or anywhere"));
-        }
-        if self.state().free.allocate_at(start, size) {
-            return Ok(Iova(start));
-        }
-        Err(error(ErrorKind::AddressTaken)
-            .because("a part of it is mapped already")
-            .remedy("unmap that first, or map it anywhere"))
+        let ranges: Vec<_> = ranges
+            .iter()
+            .map(|range| format!("{:#x}..={:#x}", range.start(), range.end()))
+            .collect();
+        error(ErrorKind::OutOfRange)
+            .because(format!("the IOMMU maps {}", ranges.join(", ")))
+            .remedy("map it inside one of those ranges, or anywhere")
     }
+}
+
+#[cold]
+fn no_alignment(size: u64, alignment: u64) -> Error {
+    Error::new(ErrorKind::Unaligned, "map for DMA", format!("{size:#x} bytes"))
+        .because(format!("an alignment of {alignment:#x} is no power of two"))
+        .remedy("ask for 1, or a power of two")
+}
+
+#[cold]
+fn no_room(size: u64, limit: u64) -> Error {
+    Error::new(ErrorKind::OutOfRange, "map for DMA", format!("{size:#x} bytes"))
+        .because(format!("no free range up to {limit:#x} is large enough"))
+        .remedy("unmap something, or allow higher addresses if the device has the bits")
 }
 
 /// Memory that the device reaches. Dropping it takes the memory away from the device again.
@@ -279,10 +352,9 @@ pub struct DmaMapping {
     space: DmaSpace,
     memory: DmaMemory,
     /// What it is unmapped by.
-    mapped_at: Iova,
+    taken: Taken,
     /// What the device is given.
     iova: Iova,
-    slot: usize,
     /// The process that made it: see [`fork::generation`].
     generation: u32,
 }
@@ -314,15 +386,14 @@ impl Drop for DmaMapping {
         }
         let size = self.memory.size() as u64;
         let inner = &self.space.inner;
-        if let Err(error) = inner.transport.dma_unmap(self.mapped_at.0, size) {
-            log::error!("leaked what the device may still reach: {error}");
-            // Neither the memory nor the addresses may become anybody else's.
-            std::mem::forget(self.memory.clone());
-            return;
+        match inner.transport.dma_unmap(self.taken.at.0, size) {
+            Ok(()) => inner.state().give_back(self.taken, size),
+            Err(error) => {
+                log::error!("leaked what the device may still reach: {error}");
+                // Neither the memory nor the addresses may become anybody else's.
+                std::mem::forget(self.memory.clone());
+            }
         }
-        let mut state = inner.state();
-        state.mapped.try_remove(self.slot);
-        state.free.free(self.mapped_at.0, size);
     }
 }
 

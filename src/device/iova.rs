@@ -62,16 +62,22 @@ impl IovaAllocator {
     /// Takes `size` bytes at a multiple of `alignment`, no byte above `limit`, from the smallest free
     /// range that has them; the lowest addresses of it. What was freed last comes first if it is exactly
     /// that. `size` is not 0, `alignment` a power of two.
+    #[inline]
     pub(super) fn allocate(&mut self, size: u64, alignment: u64, limit: u64) -> Option<u64> {
         let extent = size.checked_sub(1)?;
         if let Some((first, last)) = self.recent
             && last - first == extent
-            && first.is_multiple_of(alignment)
+            && first & (alignment - 1) == 0
             && last <= limit
         {
             self.recent = None;
             return Some(first);
         }
+        self.search(extent, alignment, limit)
+    }
+
+    /// The same by what is free and joined: `extent` is the size less one.
+    fn search(&mut self, extent: u64, alignment: u64, limit: u64) -> Option<u64> {
         self.settle();
         let (first, last, start) =
             self.by_size.range((extent, 0)..).find_map(|&(free, first)| {
@@ -85,6 +91,7 @@ impl IovaAllocator {
     }
 
     /// Takes exactly `[start, start + size)`; false where a byte of it is not free.
+    #[inline]
     pub(super) fn allocate_at(&mut self, start: u64, size: u64) -> bool {
         let Some(end) = size.checked_sub(1).and_then(|extent| start.checked_add(extent)) else {
             return false;
@@ -93,6 +100,11 @@ impl IovaAllocator {
             self.recent = None;
             return true;
         }
+        self.split(start, end)
+    }
+
+    /// The same by what is free and joined.
+    fn split(&mut self, start: u64, end: u64) -> bool {
         self.settle();
         match self.free.range(..=start).next_back() {
             Some((&first, &last)) if end <= last => {
@@ -104,9 +116,12 @@ impl IovaAllocator {
     }
 
     /// Frees what was taken.
+    #[inline]
     pub(super) fn free(&mut self, start: u64, size: u64) {
         let Some(extent) = size.checked_sub(1) else { return };
-        self.settle();
+        if self.recent.is_some() {
+            self.settle();
+        }
         self.recent = Some((start, start.saturating_add(extent)));
     }
 

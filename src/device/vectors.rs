@@ -228,11 +228,8 @@ impl Vectors {
     /// # Errors
     /// `OutOfRange` past the last; what the kernel answers.
     pub fn set_enabled(&mut self, vector: usize, enabled: bool) -> Result<()> {
-        let name = self.name(vector);
-        let slot = self
-            .eventfds
-            .get_mut(vector)
-            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "set up", name))?;
+        self.one(vector, "set up")?;
+        let slot = &mut self.eventfds[vector];
         if slot.is_some() == enabled {
             return Ok(());
         }
@@ -296,13 +293,16 @@ impl Vectors {
             return Ok(vector as u32..vector as u32 + 1);
         }
         Err(Error::new(ErrorKind::OutOfRange, operation, self.name(vector))
-            .because(format!("there are {}", self.count())))
+            .because(format!("there are {}", self.count()))
+            .remedy("they are counted from 0; Vectors::grow adds some where the device has more"))
     }
 
     fn eventfd(&self, vector: usize) -> Result<&EventFd> {
-        self.eventfds.get(vector).and_then(Option::as_ref).ok_or_else(|| {
+        self.one(vector, "wait for")?;
+        self.eventfds[vector].as_ref().ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "wait for", self.name(vector))
-                .because("it is not set up")
+                .because("it is a hole")
+                .remedy("put it back in: Vectors::set_enabled")
         })
     }
 

@@ -17,10 +17,15 @@ use crate::sys::{iommufd, vfio_dma};
 /// Clones are the same memory, and keep it mapped.
 #[derive(Clone)]
 pub struct DmaMemory {
+    /// One count for all of it: memory is cloned for every mapping.
+    range: Arc<Range>,
+    of_device: bool,
+}
+
+struct Range {
     address: usize,
     size: usize,
     file: Option<(Arc<OwnedFd>, u64)>,
-    of_device: bool,
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
@@ -38,7 +43,8 @@ impl DmaMemory {
         file: Option<(Arc<OwnedFd>, u64)>,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { address, size, file, of_device: false, _owner: owner }
+        let range = Arc::new(Range { address, size, file, _owner: owner });
+        Self { range, of_device: false }
     }
 
     /// The same, where the pages are a device's: an IOMMU is told of them without locking anything.
@@ -52,17 +58,17 @@ impl DmaMemory {
 
     /// The first address.
     pub fn address(&self) -> usize {
-        self.address
+        self.range.address
     }
 
     /// The size in bytes.
     pub fn size(&self) -> usize {
-        self.size
+        self.range.size
     }
 
     /// The file whose pages it is, and the offset of its first byte there, in bytes.
     pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        self.file.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
+        self.range.file.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
     }
 }
 
@@ -77,7 +83,7 @@ impl DmaMemory {
     ) -> Result<(), Errno> {
         // SAFETY: nothing makes a reference to the contents, by the contract of `new`; the pages are
         // pinned while they are mapped.
-        unsafe { vfio_dma::map(container, iova, self.address, self.size, access) }
+        unsafe { vfio_dma::map(container, iova, self.address(), self.size(), access) }
     }
 
     /// Maps it in an I/O address space of iommufd.
@@ -89,12 +95,12 @@ impl DmaMemory {
         access: Access,
     ) -> Result<(), Errno> {
         // SAFETY: as above.
-        unsafe { iommufd::map(iommufd, ioas, iova, self.address, self.size, access) }
+        unsafe { iommufd::map(iommufd, ioas, iova, self.address(), self.size(), access) }
     }
 }
 
 impl fmt::Debug for DmaMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DmaMemory({:#x}..{:#x})", self.address, self.address + self.size)
+        write!(f, "DmaMemory({:#x}..{:#x})", self.address(), self.address() + self.size())
     }
 }

@@ -159,7 +159,27 @@ fn interrupts_that_a_device_does_not_have_are_refused_by_count() {
         assert!(error.to_string().contains(words), "{error}");
         assert!(!error.advice().is_empty(), "{error}");
     }
-    let _msi = device.vectors(Interrupt::Msi, 1).unwrap();
+    let mut msi = device.vectors(Interrupt::Msi, 1).unwrap();
+    for vector in [1, usize::MAX] {
+        assert!(msi.fd(vector).is_none());
+        for refused in [
+            msi.take(vector).map(drop),
+            msi.wait(vector, Duration::from_secs(1)).map(drop),
+            msi.trigger(vector),
+            msi.set_masked(vector, true),
+            msi.set_enabled(vector, false),
+        ] {
+            let error = refused.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
+            assert!(error.to_string().contains("there are 1"), "{error}");
+            assert!(!error.advice().is_empty(), "{error}");
+        }
+    }
+    for count in [0, 1, 1000] {
+        assert_eq!(msi.grow(count).unwrap_err().kind(), ErrorKind::OutOfRange);
+    }
+    msi.trigger(0).unwrap();
+    assert_eq!(msi.wait(0, Duration::from_secs(1)).unwrap(), 1, "it is what it was");
     for kind in [Interrupt::Intx, Interrupt::Msi] {
         let error = device.vectors(kind, 1).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse, "{error}");

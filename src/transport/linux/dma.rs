@@ -13,7 +13,7 @@ use vfio_ioctls::VfioContainer;
 
 use super::cdev::Ioas;
 use super::group::Group;
-use super::locked::{self, Exceeded, Locked};
+use super::locked::{self, Locked};
 use super::{Confinement, noiommu};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
@@ -59,6 +59,7 @@ impl AddressSpace {
     }
 
     /// Maps `memory` at `iova`; counts as locked as long as what it gives lives.
+    #[inline]
     pub(super) fn map(
         &self,
         iova: u64,
@@ -67,15 +68,14 @@ impl AddressSpace {
         name: &str,
     ) -> Result<Locked> {
         let size = memory.size();
-        let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
-        let exceeded = |exceeded: Exceeded| exceeded.error(object());
         // A device's pages are not locked.
         let lock = if memory.is_of_device() { 0 } else { size as u64 };
         let counter = match self {
             Self::Group(_) | Self::Elsewhere => &locked::CONTAINERS,
             Self::Ioas(_) => &locked::IOMMUFD,
         };
-        let locked = Locked::new(counter, lock).map_err(exceeded)?;
+        let locked = Locked::new(counter, lock)
+            .map_err(|exceeded| exceeded.error(object(iova, size as u64)))?;
         let done = match self {
             Self::Group(group) => memory.map_in_container(container(group, name)?, iova, access),
             Self::Ioas(ioas) => ioas.map(iova, memory, access),
@@ -83,22 +83,19 @@ impl AddressSpace {
         };
         match done {
             Ok(()) => Ok(locked),
-            Err(Errno::ENOMEM) => Err(locked
-                .refused()
-                .map_or_else(|| self.refused(Errno::ENOMEM, object()), exceeded)),
-            Err(errno) => Err(self.refused(errno, object())),
+            Err(errno) => Err(self.refused(errno, locked, object(iova, size as u64))),
         }
     }
 
     /// Unmaps exactly `size` bytes at `iova`.
+    #[inline]
     pub(super) fn unmap(&self, iova: u64, size: u64, name: &str) -> Result<()> {
-        let object = || format!("{size:#x} bytes at IOVA {iova:#x}");
         let done = match self {
             Self::Group(group) => vfio_dma::unmap(container(group, name)?, iova, size),
             Self::Ioas(ioas) => ioas.unmap(iova, size),
             Self::Elsewhere => return Err(elsewhere(name)),
         };
-        whole(done, size, object)
+        whole(done, iova, size)
     }
 
     /// The address by which the device reaches the `size` bytes that are mapped at `iova`.
@@ -124,7 +121,14 @@ impl AddressSpace {
             ))
     }
 
-    fn refused(&self, errno: Errno, object: String) -> Error {
+    /// Why the kernel has not mapped what counts as `locked`.
+    #[cold]
+    fn refused(&self, errno: Errno, locked: Locked, object: String) -> Error {
+        if errno == Errno::ENOMEM
+            && let Some(exceeded) = locked.refused()
+        {
+            return exceeded.error(object);
+        }
         let error = Error::os(errno, "map for DMA", object);
         match (errno, self) {
             (Errno::EEXIST, _) => {
@@ -151,18 +155,23 @@ impl AddressSpace {
     }
 }
 
+fn object(iova: u64, size: u64) -> String {
+    format!("{size:#x} bytes at IOVA {iova:#x}")
+}
+
 /// An unmap is done when the kernel has unmapped all that was asked for, and not less: what it has left
 /// the device still reaches, and the next mapping there answers EEXIST.
-fn whole(
-    done: std::result::Result<u64, Errno>,
-    size: u64,
-    object: impl Fn() -> String,
-) -> Result<()> {
+#[inline]
+fn whole(done: std::result::Result<u64, Errno>, iova: u64, size: u64) -> Result<()> {
+    if done == Ok(size) { Ok(()) } else { Err(not_whole(done, object(iova, size))) }
+}
+
+#[cold]
+fn not_whole(done: std::result::Result<u64, Errno>, object: String) -> Error {
     match done {
-        Ok(done) if done == size => Ok(()),
-        Ok(done) => Err(Error::new(ErrorKind::Os, "unmap from DMA", object())
-            .because(format!("the kernel unmapped {done:#x} bytes"))),
-        Err(errno) => Err(Error::os(errno, "unmap from DMA", object())),
+        Ok(done) => Error::new(ErrorKind::Os, "unmap from DMA", object)
+            .because(format!("the kernel unmapped {done:#x} bytes")),
+        Err(errno) => Error::os(errno, "unmap from DMA", object),
     }
 }
 
@@ -187,6 +196,7 @@ fn container<'g>(group: &'g Group, name: &str) -> Result<&'g VfioContainer> {
     group.container().ok_or_else(|| noiommu::no_addresses(name))
 }
 
+#[cold]
 fn elsewhere(name: &str) -> Error {
     Error::new(ErrorKind::Unsupported, "do DMA with", name)
         .because("its file came from elsewhere, and with it its address space")
@@ -264,14 +274,13 @@ mod tests {
 
     #[test]
     fn an_unmap_of_fewer_bytes_than_were_mapped_is_an_error() {
-        let object = || "0x2000 bytes at IOVA 0x1000".to_owned();
-        whole(Ok(0x2000), 0x2000, object).unwrap();
+        whole(Ok(0x2000), 0x1000, 0x2000).unwrap();
         for done in [0, 0x1000, 0x3000] {
-            let error = whole(Ok(done), 0x2000, object).unwrap_err();
+            let error = whole(Ok(done), 0x1000, 0x2000).unwrap_err();
             let words = format!("0x2000 bytes at IOVA 0x1000: the kernel unmapped {done:#x} bytes");
             assert!(error.to_string().contains(&words), "{error}");
         }
-        let error = whole(Err(Errno::EINVAL), 0x2000, object).unwrap_err();
+        let error = whole(Err(Errno::EINVAL), 0x1000, 0x2000).unwrap_err();
         assert_eq!(error.errno(), Some(libc::EINVAL));
     }
 

@@ -51,22 +51,29 @@ pub(super) struct Exceeded {
 
 impl Locked {
     /// `size` bytes more.
+    #[inline]
     pub(super) fn new(counter: &'static Counter, size: u64) -> Result<Self, Exceeded> {
         let locked = Self { counter, size };
-        let Counter { mapped, allowed, of_process } = counter;
-        let mapped = mapped.fetch_add(size, Ordering::Relaxed).saturating_add(size);
-        if mapped <= allowed.load(Ordering::Relaxed) {
+        let before = counter.mapped.fetch_add(size, Ordering::Relaxed);
+        if before.saturating_add(size) <= counter.allowed.load(Ordering::Relaxed) {
             return Ok(locked);
         }
+        locked.ask(before)
+    }
+
+    /// Asks for the limit anew: `before` were mapped, and now these are, too.
+    #[cold]
+    fn ask(self, before: u64) -> Result<Self, Exceeded> {
+        let Counter { allowed, of_process, .. } = self.counter;
+        let mapped = before.saturating_add(self.size);
         let Some(limit) = Limit::ask() else {
             allowed.store(u64::MAX, Ordering::Relaxed);
-            return Ok(locked);
+            return Ok(self);
         };
-        let before = mapped - size;
         let others = if *of_process { limit.locked.saturating_sub(before) } else { 0 };
         allowed.store(limit.limit.saturating_sub(others), Ordering::Relaxed);
         let need = mapped.saturating_add(others);
-        if need <= limit.limit { Ok(locked) } else { Err(Exceeded { need, limit: limit.limit }) }
+        if need <= limit.limit { Ok(self) } else { Err(Exceeded { need, limit: limit.limit }) }
     }
 
     /// The kernel has refused to lock them for want of memory: the limit, if it is that.
@@ -75,6 +82,21 @@ impl Locked {
         drop(self);
         counter.allowed.store(0, Ordering::Relaxed);
         Self::new(counter, size).err()
+    }
+}
+
+impl Locked {
+    /// Takes what another has over, of the same counter.
+    pub(super) fn join(&mut self, other: Self) {
+        self.size += other.size;
+        std::mem::forget(other);
+    }
+
+    /// Gives `size` bytes back.
+    pub(super) fn part(&mut self, size: u64) {
+        let size = size.min(self.size);
+        self.size -= size;
+        self.counter.mapped.fetch_sub(size, Ordering::Relaxed);
     }
 }
 

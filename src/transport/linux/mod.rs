@@ -3,13 +3,13 @@
 
 mod address;
 mod binding;
+mod books;
 mod cdev;
 mod dma;
 mod group;
 mod hot_reset;
 mod irq;
 mod locked;
-mod mapped;
 mod noiommu;
 mod options;
 mod sysfs;

@@ -3,16 +3,16 @@
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::uio::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET};
 
+use super::books::Books;
 use super::dma::{self, AddressSpace};
 use super::hot_reset::{self, OpenHere};
-use super::mapped::Mapped;
 use super::{PciAddress, PciDevice, Sysfs, VfToken, VfioOptions, irq};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
@@ -35,7 +35,7 @@ pub struct Vfio {
     /// Whether sysfs says that the driver is vfio-pci itself, whose mappings refault.
     by_vfio_pci: bool,
     space: AddressSpace,
-    mapped: Mutex<Mapped>,
+    mapped: Books,
     /// How many mappings that can be, as far as was known when the limits were last asked for.
     most: AtomicUsize,
     _open: Option<OpenHere>,
@@ -180,7 +180,7 @@ impl Vfio {
             regions,
             by_vfio_pci,
             space,
-            mapped: Mutex::default(),
+            mapped: Books::default(),
             most: AtomicUsize::new(usize::MAX),
             _open: device.map(|device| OpenHere::note(device.address())),
         })
@@ -213,10 +213,6 @@ impl Vfio {
                 Error::new(ErrorKind::OutOfRange, operation, self.info.region_name(index))
                     .because(format!("{len} bytes at {offset:#x} leave its {:#x} bytes", info.size))
             })
-    }
-
-    fn mapped(&self) -> MutexGuard<'_, Mapped> {
-        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn finish(
@@ -370,19 +366,20 @@ impl Transport for Vfio {
     fn dma_limits(&self) -> Result<DmaLimits> {
         let limits = self.space.limits(&self.info.name)?;
         if let Some(more) = limits.mappings {
-            self.most.store(self.mapped().len().saturating_add(more as usize), Ordering::Relaxed);
+            self.most
+                .store(self.mapped.mappings().saturating_add(more as usize), Ordering::Relaxed);
         }
         Ok(limits)
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
-        let mapped = self.mapped().len();
+        let mapped = self.mapped.mappings();
         // Devices of one container share the limit: what another has unmapped meanwhile is asked for.
         if mapped >= self.most.load(Ordering::Relaxed) && self.dma_limits()?.mappings == Some(0) {
             return Err(dma::too_many(mapped, memory.size(), iova));
         }
         let locked = self.space.map(iova, memory, access, &self.info.name)?;
-        self.mapped().insert(iova, (memory.clone(), locked));
+        self.mapped.enter(iova, memory, locked);
         Ok(())
     }
 
@@ -392,7 +389,7 @@ impl Transport for Vfio {
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
         self.space.unmap(iova, size, &self.info.name)?;
-        self.mapped().remove(&iova);
+        self.mapped.strike(iova, size);
         Ok(())
     }
 }
