@@ -18,10 +18,11 @@ use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionInfo, Transport, Vfio};
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
 
-/// Calls in a batch, and batches of each side: short ones, since what disturbs the machine between the two
-/// of a pair counts for one only.
+/// Calls in a batch: few, since what disturbs the machine between the two of a pair counts for one only.
 const BATCH: usize = 10;
-const BATCHES: usize = 400;
+
+/// Sizes in KiB, and how many pairs of batches of each: some seconds.
+const SIZES: [(usize, usize); 3] = [(4, 4000), (64, 1000), (2048, 100)];
 
 /// What the library may cost above the ioctls.
 const SHARE: f64 = 0.05;
@@ -30,7 +31,12 @@ fn main() -> ExitCode {
     let Some(edu) = lab_device("edu") else {
         let space = Device::new(Arc::new(Nothing)).dma().expect("it maps");
         let memory = space.buffer(4096).expect("memory").memory().clone();
-        row("the library alone", || {}, || through(&space, &memory, IovaPlacement::default()));
+        row(
+            "the library alone",
+            SIZES[0].1,
+            || {},
+            || through(&space, &memory, IovaPlacement::default()),
+        );
         return ExitCode::SUCCESS;
     };
     let device = Device::new(Arc::new(Vfio::open_by_group(edu).expect("a group")));
@@ -41,17 +47,17 @@ fn main() -> ExitCode {
     let container = container().expect("the group's container is open");
     println!("map and unmap\n  {:<22} {:>9} {:>9} {:>9}", "", "by hand", "library", "over");
     let mut good = true;
-    for size in [4 << 10, 64 << 10, 2 << 20] {
-        let memory = space.buffer(size).expect("memory").memory().clone();
+    for (kib, pairs) in SIZES {
+        let memory = space.buffer(kib << 10).expect("memory").memory().clone();
         // Both sides map at the same address, by turns: how much of the IOMMU's tables is there already
         // makes more of a difference than the library does.
         let place = space.map(memory.clone(), IovaPlacement::default(), Access::ReadWrite);
         let iova = place.expect("a mapping").iova();
         let by_hand = || by_hand(container, &memory, iova);
-        good &= row(&format!("{} KiB, anywhere", size >> 10), by_hand, || {
+        good &= row(&format!("{kib} KiB, anywhere"), pairs, by_hand, || {
             through(&space, &memory, IovaPlacement::default())
         });
-        good &= row(&format!("{} KiB, fixed", size >> 10), by_hand, || {
+        good &= row(&format!("{kib} KiB, fixed"), pairs, by_hand, || {
             through(&space, &memory, IovaPlacement::At(iova))
         });
     }
@@ -68,7 +74,7 @@ fn lab_device(name: &str) -> Option<PciAddress> {
 }
 
 /// One line: medians of alternating batches, and of what the second of a pair took longer than the first.
-fn row(name: &str, mut by_hand: impl FnMut(), mut by_library: impl FnMut()) -> bool {
+fn row(name: &str, count: usize, mut by_hand: impl FnMut(), mut by_library: impl FnMut()) -> bool {
     let batch = |f: &mut dyn FnMut()| {
         let start = Instant::now();
         for _ in 0..BATCH {
@@ -78,7 +84,7 @@ fn row(name: &str, mut by_hand: impl FnMut(), mut by_library: impl FnMut()) -> b
     };
     let mut pairs = Vec::new();
     // The first few pay for what all of them need.
-    for pair in 0..BATCHES + BATCHES / 4 {
+    for pair in 0..count + count / 4 {
         // Each is the first of every other pair: what the one leaves behind is nobody's advantage.
         let (by_hand, by_library) = if pair % 2 == 0 {
             (batch(&mut by_hand), batch(&mut by_library))
@@ -86,7 +92,7 @@ fn row(name: &str, mut by_hand: impl FnMut(), mut by_library: impl FnMut()) -> b
             let by_library = batch(&mut by_library);
             (batch(&mut by_hand), by_library)
         };
-        if pair >= BATCHES / 4 {
+        if pair >= count / 4 {
             pairs.push((by_hand, by_library));
         }
     }

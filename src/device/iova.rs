@@ -149,6 +149,22 @@ impl IovaAllocator {
         self.free.iter().map(|(&first, &last)| first..=last)
     }
 
+    /// What is taken of `ranges`, which are those that it was made of, in order; what touches is one.
+    pub(super) fn taken(&mut self, ranges: &[RangeInclusive<u64>]) -> Vec<RangeInclusive<u64>> {
+        self.settle();
+        let mut taken = Vec::new();
+        for (first, last) in Self::new(ranges).free {
+            // From here on nothing is known yet; `None` past the last address of all.
+            let mut from = Some(first);
+            for (&free, &end) in self.free.range(first..=last) {
+                taken.extend(from.filter(|&from| from < free).map(|from| from..=free - 1));
+                from = end.checked_add(1);
+            }
+            taken.extend(from.filter(|&from| from <= last).map(|from| from..=last));
+        }
+        taken
+    }
+
     fn take(&mut self, first: u64, last: u64, start: u64, end: u64) {
         self.remove(first, last);
         if first < start {
@@ -183,6 +199,8 @@ mod tests {
         assert_eq!(iova.allocate(0x4000, 0x8000, u64::MAX), Some(0x8000), "aligned");
         assert!(!iova.allocate_at(0x3000, 0x2000), "half of it is taken");
         assert!(iova.allocate_at(0x4000, 0x1000));
+        let made_of = [0..=0xffff, 0x2_0000..=0x2_1fff, 0x2_2000..=0x2_2fff];
+        assert_eq!(iova.taken(&made_of), [0..=0x4fff, 0x8000..=0xbfff, 0x2_0000..=0x2_0fff]);
         for (start, size) in [(0x4000, 0x1000), (0, 0x4000), (0x8000, 0x4000), (0x2_0000, 0x1000)] {
             iova.free(start, size);
         }
@@ -218,6 +236,7 @@ mod tests {
         assert!(iova.allocate_at(0, 0x1000));
         assert_eq!(iova.allocate(0x1000, 0x1000, 0x1ffe), None, "the last byte is above the limit");
         assert_eq!(iova.allocate(0x1000, 0x1000, 0x1fff), Some(0x1000));
+        assert_eq!(iova.taken(&[0..=u64::MAX]), [0..=0x1fff, u64::MAX..=u64::MAX]);
         iova.free(u64::MAX, 1);
         iova.free(0, 0x1000);
         iova.free(0x1000, 0x1000);

@@ -306,11 +306,10 @@ impl Inner {
         let in_use = || Error::new(ErrorKind::InUse, "close", &self.info.name);
         let space = self.dma.get();
         if let Some(space) = space.filter(|space| space.is_shared()) {
-            let mut held = space.describe(NAMED);
-            held.push("its DMA space".to_owned());
+            let mapped = space.describe(NAMED).map_or_else(String::new, |held| held + ", ");
             return Some(
                 in_use()
-                    .because(format!("it is held by {}", held.join(", ")))
+                    .because(format!("it is held by {mapped}its DMA space"))
                     .remedy("drop them first"),
             );
         }

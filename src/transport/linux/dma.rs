@@ -13,7 +13,7 @@ use vfio_ioctls::VfioContainer;
 
 use super::cdev::Ioas;
 use super::group::Group;
-use super::locked::{self, Locked};
+use super::locked::{self, Counter};
 use super::{Confinement, noiommu};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
@@ -58,7 +58,15 @@ impl AddressSpace {
         }
     }
 
-    /// Maps `memory` at `iova`; counts as locked as long as what it gives lives.
+    /// What counts against the limit on locked memory together with what it maps.
+    pub(super) fn counter(&self) -> &'static Counter {
+        match self {
+            Self::Group(_) | Self::Elsewhere => &locked::CONTAINERS,
+            Self::Ioas(_) => &locked::IOMMUFD,
+        }
+    }
+
+    /// Maps `memory` at `iova`.
     #[inline]
     pub(super) fn map(
         &self,
@@ -66,25 +74,13 @@ impl AddressSpace {
         memory: &DmaMemory,
         access: Access,
         name: &str,
-    ) -> Result<Locked> {
-        let size = memory.size();
-        // A device's pages are not locked.
-        let lock = if memory.is_of_device() { 0 } else { size as u64 };
-        let counter = match self {
-            Self::Group(_) | Self::Elsewhere => &locked::CONTAINERS,
-            Self::Ioas(_) => &locked::IOMMUFD,
-        };
-        let locked = Locked::new(counter, lock)
-            .map_err(|exceeded| exceeded.error(object(iova, size as u64)))?;
+    ) -> Result<()> {
         let done = match self {
             Self::Group(group) => memory.map_in_container(container(group, name)?, iova, access),
             Self::Ioas(ioas) => ioas.map(iova, memory, access),
             Self::Elsewhere => return Err(elsewhere(name)),
         };
-        match done {
-            Ok(()) => Ok(locked),
-            Err(errno) => Err(self.refused(errno, locked, object(iova, size as u64))),
-        }
+        done.map_err(|errno| self.refused(errno, object(iova, memory.size() as u64)))
     }
 
     /// Unmaps exactly `size` bytes at `iova`.
@@ -121,14 +117,8 @@ impl AddressSpace {
             ))
     }
 
-    /// Why the kernel has not mapped what counts as `locked`.
     #[cold]
-    fn refused(&self, errno: Errno, locked: Locked, object: String) -> Error {
-        if errno == Errno::ENOMEM
-            && let Some(exceeded) = locked.refused()
-        {
-            return exceeded.error(object);
-        }
+    fn refused(&self, errno: Errno, object: String) -> Error {
         let error = Error::os(errno, "map for DMA", object);
         match (errno, self) {
             (Errno::EEXIST, _) => {
@@ -155,7 +145,7 @@ impl AddressSpace {
     }
 }
 
-fn object(iova: u64, size: u64) -> String {
+pub(super) fn object(iova: u64, size: u64) -> String {
     format!("{size:#x} bytes at IOVA {iova:#x}")
 }
 

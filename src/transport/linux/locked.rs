@@ -36,10 +36,10 @@ impl Counter {
     }
 }
 
-/// Bytes that are mapped, as long as this lives.
+/// What one file has mapped, counted until it is dropped.
 pub(super) struct Locked {
     counter: &'static Counter,
-    size: u64,
+    bytes: AtomicU64,
 }
 
 /// More than the limit allows.
@@ -50,59 +50,53 @@ pub(super) struct Exceeded {
 }
 
 impl Locked {
-    /// `size` bytes more.
+    pub(super) fn nothing(counter: &'static Counter) -> Self {
+        Self { counter, bytes: AtomicU64::new(0) }
+    }
+
+    /// Counts `size` bytes more, whether or not the limit allows them, which it says.
     #[inline]
-    pub(super) fn new(counter: &'static Counter, size: u64) -> Result<Self, Exceeded> {
-        let locked = Self { counter, size };
-        let before = counter.mapped.fetch_add(size, Ordering::Relaxed);
-        if before.saturating_add(size) <= counter.allowed.load(Ordering::Relaxed) {
-            return Ok(locked);
+    pub(super) fn add(&self, size: u64) -> Result<(), Exceeded> {
+        self.bytes.fetch_add(size, Ordering::Relaxed);
+        let mapped = self.counter.mapped.fetch_add(size, Ordering::Relaxed).saturating_add(size);
+        if mapped <= self.counter.allowed.load(Ordering::Relaxed) {
+            return Ok(());
         }
-        locked.ask(before)
+        self.counter.ask(mapped, size)
     }
 
-    /// Asks for the limit anew: `before` were mapped, and now these are, too.
-    #[cold]
-    fn ask(self, before: u64) -> Result<Self, Exceeded> {
-        let Counter { allowed, of_process, .. } = self.counter;
-        let mapped = before.saturating_add(self.size);
-        let Some(limit) = Limit::ask() else {
-            allowed.store(u64::MAX, Ordering::Relaxed);
-            return Ok(self);
-        };
-        let others = if *of_process { limit.locked.saturating_sub(before) } else { 0 };
-        allowed.store(limit.limit.saturating_sub(others), Ordering::Relaxed);
-        let need = mapped.saturating_add(others);
-        if need <= limit.limit { Ok(self) } else { Err(Exceeded { need, limit: limit.limit }) }
-    }
-
-    /// The kernel has refused to lock them for want of memory: the limit, if it is that.
-    pub(super) fn refused(self) -> Option<Exceeded> {
-        let Self { counter, size } = self;
-        drop(self);
-        counter.allowed.store(0, Ordering::Relaxed);
-        Self::new(counter, size).err()
-    }
-}
-
-impl Locked {
-    /// Takes what another has over, of the same counter.
-    pub(super) fn join(&mut self, other: Self) {
-        self.size += other.size;
-        std::mem::forget(other);
-    }
-
-    /// Gives `size` bytes back.
-    pub(super) fn part(&mut self, size: u64) {
-        let size = size.min(self.size);
-        self.size -= size;
+    #[inline]
+    pub(super) fn subtract(&self, size: u64) {
+        self.bytes.fetch_sub(size, Ordering::Relaxed);
         self.counter.mapped.fetch_sub(size, Ordering::Relaxed);
+    }
+
+    /// The kernel has refused to lock `size` bytes, which are counted, for want of memory: the limit, if it
+    /// is that.
+    pub(super) fn refused(&self, size: u64) -> Option<Exceeded> {
+        self.counter.ask(self.counter.mapped.load(Ordering::Relaxed), size).err()
     }
 }
 
 impl Drop for Locked {
     fn drop(&mut self) {
-        self.counter.mapped.fetch_sub(self.size, Ordering::Relaxed);
+        self.counter.mapped.fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
+    }
+}
+
+impl Counter {
+    /// Whether the limit, asked for anew, allows `mapped` bytes, the last `size` of which are not mapped yet.
+    #[cold]
+    fn ask(&self, mapped: u64, size: u64) -> Result<(), Exceeded> {
+        let Some(limit) = Limit::ask() else {
+            self.allowed.store(u64::MAX, Ordering::Relaxed);
+            return Ok(());
+        };
+        let before = mapped.saturating_sub(size);
+        let others = if self.of_process { limit.locked.saturating_sub(before) } else { 0 };
+        self.allowed.store(limit.limit.saturating_sub(others), Ordering::Relaxed);
+        let need = mapped.saturating_add(others);
+        if need <= limit.limit { Ok(()) } else { Err(Exceeded { need, limit: limit.limit }) }
     }
 }
 

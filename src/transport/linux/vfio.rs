@@ -35,7 +35,7 @@ pub struct Vfio {
     /// Whether sysfs says that the driver is vfio-pci itself, whose mappings refault.
     by_vfio_pci: bool,
     space: AddressSpace,
-    mapped: Books,
+    books: Books,
     /// How many mappings that can be, as far as was known when the limits were last asked for.
     most: AtomicUsize,
     _open: Option<OpenHere>,
@@ -173,6 +173,7 @@ impl Vfio {
             regions: answer.num_regions,
             irqs: answer.num_irqs,
         };
+        let books = Books::new(space.counter());
         let by_vfio_pci = device.and_then(PciDevice::driver).as_deref() == Some("vfio-pci");
         Ok(Self {
             device: Arc::new(fd),
@@ -180,7 +181,7 @@ impl Vfio {
             regions,
             by_vfio_pci,
             space,
-            mapped: Books::default(),
+            books,
             most: AtomicUsize::new(usize::MAX),
             _open: device.map(|device| OpenHere::note(device.address())),
         })
@@ -213,6 +214,16 @@ impl Vfio {
                 Error::new(ErrorKind::OutOfRange, operation, self.info.region_name(index))
                     .because(format!("{len} bytes at {offset:#x} leave its {:#x} bytes", info.size))
             })
+    }
+
+    /// Why `memory`, which is entered in the books, could not be mapped.
+    #[cold]
+    fn not_mapped(&self, error: Error, iova: u64, memory: &DmaMemory) -> Error {
+        let no_memory = error.errno() == Some(libc::ENOMEM);
+        match self.books.refused(memory, no_memory) {
+            Some(exceeded) => exceeded.error(dma::object(iova, memory.size() as u64)),
+            None => error,
+        }
     }
 
     fn finish(
@@ -366,20 +377,26 @@ impl Transport for Vfio {
     fn dma_limits(&self) -> Result<DmaLimits> {
         let limits = self.space.limits(&self.info.name)?;
         if let Some(more) = limits.mappings {
-            self.most
-                .store(self.mapped.mappings().saturating_add(more as usize), Ordering::Relaxed);
+            self.most.store(self.books.mappings().saturating_add(more as usize), Ordering::Relaxed);
         }
         Ok(limits)
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
-        let mapped = self.mapped.mappings();
+        let mapped = self.books.mappings();
         // Devices of one container share the limit: what another has unmapped meanwhile is asked for.
         if mapped >= self.most.load(Ordering::Relaxed) && self.dma_limits()?.mappings == Some(0) {
             return Err(dma::too_many(mapped, memory.size(), iova));
         }
-        let locked = self.space.map(iova, memory, access, &self.info.name)?;
-        self.mapped.enter(iova, memory, locked);
+        let done = match self.books.enter(memory) {
+            Ok(()) => self.space.map(iova, memory, access, &self.info.name),
+            Err(exceeded) => Err(exceeded.error(dma::object(iova, memory.size() as u64))),
+        };
+        match done {
+            Ok(()) if memory.is_of_device() => self.books.keep(iova, memory),
+            Ok(()) => {}
+            Err(error) => return Err(self.not_mapped(error, iova, memory)),
+        }
         Ok(())
     }
 
@@ -389,7 +406,7 @@ impl Transport for Vfio {
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
         self.space.unmap(iova, size, &self.info.name)?;
-        self.mapped.strike(iova, size);
+        self.books.strike(iova, size);
         Ok(())
     }
 }
