@@ -17,7 +17,7 @@ const STEPS: [&str; 5] = [
 
 /// Runs them all; stops at the first that fails.
 pub fn test() -> Result<()> {
-    tools::ensure_for_counting()?;
+    tools::ensure_for_testing()?;
     for arguments in STEPS {
         ui::status("Running", &format!("cargo {arguments}"));
         let status = cargo().args(arguments.split(' ')).status().context("cannot run cargo")?;

@@ -19,9 +19,10 @@ pub fn ensure_for_fuzzing() -> Result<()> {
     ensure(|| missing_programs(&[("c++", "g++")]))
 }
 
-/// The same for counting instructions.
-pub fn ensure_for_counting() -> Result<()> {
-    ensure(|| missing_programs(&[("valgrind", "valgrind")]))
+/// The same for the tests that need no guest: patches are applied, and
+/// instructions counted.
+pub fn ensure_for_testing() -> Result<()> {
+    ensure(|| missing_programs(&[("patch", "patch"), ("valgrind", "valgrind")]))
 }
 
 /// The same for building a kernel.
