@@ -55,6 +55,7 @@ fn placements_that_make_no_sense_are_refused_with_a_remedy_before_the_transport_
         assert!(!error.advice().is_empty(), "{error}");
         assert_eq!((transport.mapped(), space.mappings()), (taken.clone(), 1));
     }
+    assert_ne!(page.iova(), Iova(0), "devices take that for none");
     for size in [0, usize::MAX, isize::MAX as usize] {
         let error = space.buffer(size).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");

@@ -28,6 +28,8 @@ struct State {
     free: IovaAllocator,
     /// How many mappings there are, or are being made.
     mappings: usize,
+    /// What could not be unmapped again, and is nobody's any more.
+    lost: Vec<Iova>,
 }
 
 impl State {
@@ -41,8 +43,7 @@ impl State {
 /// Where memory is to be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IovaPlacement {
-    /// Where there is room: in the smallest free range that has it. The first address of all may be 0: for a
-    /// device that takes that for none, map a page there before.
+    /// Where there is room: in the smallest free range that has it. Never at 0, which devices take for none.
     Anywhere {
         /// A multiple of this, a power of two; the IOMMU's page size where that is larger.
         alignment: u64,
@@ -92,7 +93,8 @@ impl DmaSpace {
                 limits.page_size
             )));
         }
-        let state = State { free: IovaAllocator::new(&limits.ranges), mappings: 0 };
+        let state =
+            State { free: IovaAllocator::new(&limits.ranges), mappings: 0, lost: Vec::new() };
         Ok(Self { inner: Arc::new(Inner { limits, state: Mutex::new(state), transport }) })
     }
 
@@ -204,6 +206,7 @@ impl Inner {
         found.inspect_err(|_| {
             if let Err(error) = self.transport.dma_unmap(iova.0, size) {
                 leak(memory, &error);
+                self.state().lost.push(iova);
             }
         })
     }
@@ -220,7 +223,8 @@ impl Inner {
         access: Access,
     ) -> Result<(Iova, Iova)> {
         const ATTEMPTS: usize = 1024;
-        let anywhere = matches!(placement, IovaPlacement::Anywhere { .. });
+        let anywhere =
+            !self.limits.translated || matches!(placement, IovaPlacement::Anywhere { .. });
         let mut refused = vec![taken];
         let mut result = Err(error);
         while let Err(error) = &result
@@ -235,7 +239,9 @@ impl Inner {
         }
         let mut state = self.state();
         for taken in refused {
-            state.give_back(taken, memory.size() as u64);
+            if !state.lost.contains(&taken) {
+                state.give_back(taken, memory.size() as u64);
+            }
         }
         result
     }
@@ -250,13 +256,15 @@ impl Inner {
         if size == 0 || (size | memory.address() as u64) & inside_page != 0 {
             return Err(self.not_pages(size));
         }
+        if let IovaPlacement::Anywhere { alignment, .. } = placement
+            && !alignment.is_power_of_two()
+        {
+            return Err(no_alignment(size, alignment));
+        }
         // Where nothing translates, the address is a key to the mapping and no more.
         let placement = if self.limits.translated { placement } else { IovaPlacement::default() };
         let start = match placement {
             IovaPlacement::Anywhere { alignment, limit } => {
-                if !alignment.is_power_of_two() {
-                    return Err(no_alignment(size, alignment));
-                }
                 let mut state = self.state();
                 let Some(start) = state.free.allocate(size, alignment.max(page), limit) else {
                     return Err(no_room(size, limit));

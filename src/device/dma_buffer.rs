@@ -156,7 +156,7 @@ impl DmaBuffer {
         // SAFETY: mapped as long as `memory` lives; reached by single accesses only, below.
         let shared =
             unsafe { DmaMemory::new(address, size, Some((Arc::new(fd), 0)), memory.clone()) };
-        let mapping = space.map(shared, placement, Access::ReadWrite)?;
+        let mapping = space.map(shared.own(), placement, Access::ReadWrite)?;
         Ok(Self { whole: Arc::new(Whole { mapping, memory }), offset: 0, size })
     }
 

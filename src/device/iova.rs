@@ -59,14 +59,15 @@ impl IovaAllocator {
         allocator
     }
 
-    /// Takes `size` bytes at a multiple of `alignment`, no byte above `limit`, from the smallest free
-    /// range that has them; the lowest addresses of it. What was freed last comes first if it is exactly
+    /// Takes `size` bytes at a multiple of `alignment`, but not at 0, no byte above `limit`, from the smallest
+    /// free range that has them; the lowest addresses of it. What was freed last comes first if it is exactly
     /// that. `size` is not 0, `alignment` a power of two.
     #[inline]
     pub(super) fn allocate(&mut self, size: u64, alignment: u64, limit: u64) -> Option<u64> {
         let extent = size.checked_sub(1)?;
         if let Some((first, last)) = self.recent
             && last - first == extent
+            && first != 0
             && first & (alignment - 1) == 0
             && last <= limit
         {
@@ -82,7 +83,7 @@ impl IovaAllocator {
         let (first, last, start) =
             self.by_size.range((extent, 0)..).find_map(|&(free, first)| {
                 let last = first + free;
-                let start = first.checked_next_multiple_of(alignment)?;
+                let start = first.max(1).checked_next_multiple_of(alignment)?;
                 let end = start.checked_add(extent)?;
                 (end <= last.min(limit)).then_some((first, last, start))
             })?;
@@ -192,39 +193,42 @@ mod tests {
 
     #[test]
     fn the_smallest_range_that_fits_is_taken_and_its_neighbours_joined_again() {
-        let mut iova = IovaAllocator::new(&[0..=0xffff, 0x2_0000..=0x2_1fff, 0x2_2000..=0x2_2fff]);
+        let made_of = [0x10_0000..=0x10_ffff, 0x12_0000..=0x12_1fff, 0x12_2000..=0x12_2fff];
+        let mut iova = IovaAllocator::new(&made_of);
         assert_eq!(iova.ranges().count(), 2, "touching ranges are one");
-        assert_eq!(iova.allocate(0x1000, 0x1000, u64::MAX), Some(0x2_0000), "best fit");
-        assert_eq!(iova.allocate(0x4000, 0x8000, u64::MAX), Some(0), "the other is too small");
-        assert_eq!(iova.allocate(0x4000, 0x8000, u64::MAX), Some(0x8000), "aligned");
-        assert!(!iova.allocate_at(0x3000, 0x2000), "half of it is taken");
-        assert!(iova.allocate_at(0x4000, 0x1000));
-        let made_of = [0..=0xffff, 0x2_0000..=0x2_1fff, 0x2_2000..=0x2_2fff];
-        assert_eq!(iova.taken(&made_of), [0..=0x4fff, 0x8000..=0xbfff, 0x2_0000..=0x2_0fff]);
-        for (start, size) in [(0x4000, 0x1000), (0, 0x4000), (0x8000, 0x4000), (0x2_0000, 0x1000)] {
+        assert_eq!(iova.allocate(0x1000, 0x1000, u64::MAX), Some(0x12_0000), "best fit");
+        let next = iova.allocate(0x4000, 0x8000, u64::MAX);
+        assert_eq!(next, Some(0x10_0000), "the other is too small");
+        assert_eq!(iova.allocate(0x4000, 0x8000, u64::MAX), Some(0x10_8000), "aligned");
+        assert!(!iova.allocate_at(0x10_3000, 0x2000), "half of it is taken");
+        assert!(iova.allocate_at(0x10_4000, 0x1000));
+        let taken = [0x10_0000..=0x10_4fff, 0x10_8000..=0x10_bfff, 0x12_0000..=0x12_0fff];
+        assert_eq!(iova.taken(&made_of), taken);
+        for (start, size) in
+            [(0x10_4000, 0x1000), (0x10_0000, 0x4000), (0x10_8000, 0x4000), (0x12_0000, 0x1000)]
+        {
             iova.free(start, size);
         }
-        assert_eq!(iova.ranges().collect::<Vec<_>>(), [0..=0xffff, 0x2_0000..=0x2_2fff]);
+        let all = [0x10_0000..=0x10_ffff, 0x12_0000..=0x12_2fff];
+        assert_eq!(iova.ranges().collect::<Vec<_>>(), all);
     }
 
     #[test]
     fn what_was_freed_last_comes_back_first_and_is_lost_to_nobody() {
-        let mut iova = IovaAllocator::new(&[0..=0xffff]);
+        let mut iova = IovaAllocator::new(&[0x1000..=0x1_0fff]);
         let (first, second) =
             (iova.allocate(0x1000, 1, u64::MAX), iova.allocate(0x1000, 1, u64::MAX));
-        assert_eq!((first, second), (Some(0), Some(0x1000)));
+        assert_eq!((first, second), (Some(0x1000), Some(0x2000)));
         iova.free(0x1000, 0x1000);
-        assert_eq!(iova.allocate(0x1000, 0x2000, u64::MAX), Some(0x2000), "it is not aligned");
-        assert_eq!(iova.allocate(0x1000, 1, u64::MAX), Some(0x1000));
-        iova.free(0x1000, 0x1000);
-        assert_eq!(iova.allocate(0x1000, 1, 0x1ffe), None, "its last byte is above the limit");
-        assert!(iova.allocate_at(0x1000, 0x800), "a part of it");
-        iova.free(0x1000, 0x800);
-        iova.free(0, 0x1000);
-        assert_eq!(iova.allocate(0x2000, 1, u64::MAX), Some(0), "joined");
-        iova.free(0, 0x2000);
+        assert_eq!(iova.allocate(0x1000, 0x4000, u64::MAX), Some(0x4000), "it is not aligned");
         iova.free(0x2000, 0x1000);
-        assert_eq!(iova.ranges().collect::<Vec<_>>(), [0..=0xffff]);
+        assert_eq!(iova.allocate(0x1000, 1, 0x1ffe), None, "its last byte is above the limit");
+        assert!(iova.allocate_at(0x2000, 0x800), "a part of it");
+        iova.free(0x2000, 0x800);
+        assert_eq!(iova.allocate(0x3000, 1, u64::MAX), Some(0x1000), "joined");
+        iova.free(0x1000, 0x3000);
+        iova.free(0x4000, 0x1000);
+        assert_eq!(iova.ranges().collect::<Vec<_>>(), [0x1000..=0x1_0fff]);
     }
 
     #[test]
@@ -233,9 +237,13 @@ mod tests {
         assert!(!iova.allocate_at(u64::MAX, 2), "it wraps");
         assert!(!iova.allocate_at(0, 0) && iova.allocate(0, 1, u64::MAX).is_none(), "nothing");
         assert!(iova.allocate_at(u64::MAX, 1));
-        assert!(iova.allocate_at(0, 0x1000));
         assert_eq!(iova.allocate(0x1000, 0x1000, 0x1ffe), None, "the last byte is above the limit");
-        assert_eq!(iova.allocate(0x1000, 0x1000, 0x1fff), Some(0x1000));
+        assert_eq!(iova.allocate(0x1000, 0x1000, 0x1fff), Some(0x1000), "not 0");
+        assert_eq!(iova.allocate(0x1000, 0x1000, 0x1fff), None, "only 0 is left");
+        assert!(iova.allocate_at(0, 0x1000), "it can be had by name");
+        iova.free(0, 0x1000);
+        assert_eq!(iova.allocate(0x1000, 0x1000, 0x1fff), None, "and does not come back either");
+        assert!(iova.allocate_at(0, 0x1000));
         assert_eq!(iova.taken(&[0..=u64::MAX]), [0..=0x1fff, u64::MAX..=u64::MAX]);
         iova.free(u64::MAX, 1);
         iova.free(0, 0x1000);
@@ -266,12 +274,14 @@ mod tests {
             match random(3) {
                 0 => {
                     let (alignment, limit) = (1 << random(4), random(PAGES as u64));
-                    let possible = (0..PAGES)
+                    // Not at 0.
+                    let possible = (alignment as usize..PAGES)
                         .step_by(alignment as usize)
                         .any(|start| start as u64 + size - 1 <= limit && fits(start, &taken));
                     match iova.allocate(size, alignment, limit) {
                         Some(start) => {
                             assert!(fits(start as usize, &taken) && start % alignment == 0);
+                            assert_ne!(start, 0);
                             assert!(start + size - 1 <= limit);
                             live.push((start, size));
                         }

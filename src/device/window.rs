@@ -263,7 +263,7 @@ impl Window {
         // device memory is ever made.
         let memory =
             unsafe { DmaMemory::new(addresses.start, addresses.len(), None, self.inner.clone()) };
-        memory.of_device()
+        if self.inner.mapping.is_shared_memory() { memory } else { memory.of_device() }
     }
 
     /// Where `size` bytes at `offset` lie, aligned and within the window.

@@ -197,6 +197,11 @@ impl Mapping {
         self.offset
     }
 
+    /// Whether its pages are the kernel's, of a file on tmpfs, and not a device's.
+    pub(crate) fn is_shared_memory(&self) -> bool {
+        self.backing.kind() == BackingKind::SharedMemory
+    }
+
     /// Unmaps it and gives its addresses back, reserved.
     ///
     /// # Errors

@@ -19,7 +19,18 @@ use crate::sys::{iommufd, vfio_dma};
 pub struct DmaMemory {
     /// One count for all of it: memory is cloned for every mapping.
     range: Arc<Range>,
-    of_device: bool,
+    pages: Pages,
+}
+
+/// What becomes of the pages of memory when its owner goes, and what a kernel does that maps them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pages {
+    /// Whatever the owner likes: they may be reused, so it is kept as long as a device reaches them.
+    OfOwner,
+    /// They are unmapped and given back to the kernel, which keeps those that it has pinned.
+    Own,
+    /// They are a device's. An IOMMU is told of them without locking or keeping anything.
+    OfDevice,
 }
 
 struct Range {
@@ -44,16 +55,29 @@ impl DmaMemory {
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
         let range = Arc::new(Range { address, size, file, _owner: owner });
-        Self { range, of_device: false }
+        Self { range, pages: Pages::OfOwner }
     }
 
-    /// The same, where the pages are a device's: an IOMMU is told of them without locking anything.
+    /// The same, where the pages are a device's.
     pub(crate) fn of_device(self) -> Self {
-        Self { of_device: true, ..self }
+        Self { pages: Pages::OfDevice, ..self }
     }
 
-    pub(crate) fn is_of_device(&self) -> bool {
-        self.of_device
+    /// The same, where the owner unmaps the pages when it goes, and nobody gets them from it.
+    pub(crate) fn own(self) -> Self {
+        Self { pages: Pages::Own, ..self }
+    }
+
+    /// Whether a kernel that has mapped it keeps its pages, whatever becomes of its owner.
+    #[inline]
+    pub(crate) fn is_kept_by_kernel(&self) -> bool {
+        self.pages == Pages::Own
+    }
+
+    /// How many bytes a kernel locks that maps it.
+    #[inline]
+    pub(crate) fn lockable(&self) -> u64 {
+        if self.pages == Pages::OfDevice { 0 } else { self.size() as u64 }
     }
 
     /// The first address.
@@ -81,8 +105,8 @@ impl DmaMemory {
         iova: u64,
         access: Access,
     ) -> Result<(), Errno> {
-        // SAFETY: nothing makes a reference to the contents, by the contract of `new`; the pages are
-        // pinned while they are mapped.
+        // SAFETY: nothing makes a reference to the contents, by the contract of `new`, as long as the owner
+        // lives; who maps it keeps it as long as it is mapped, or its pages are pinned and nobody's else.
         unsafe { vfio_dma::map(container, iova, self.address(), self.size(), access) }
     }
 

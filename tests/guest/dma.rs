@@ -6,8 +6,8 @@ use std::sync::Arc;
 use nix::sys::resource::{Resource, setrlimit};
 use vfio_remap::device::{BufferRequest, DmaBuffer, Interrupt, IovaPlacement};
 use vfio_remap::space::Access;
-use vfio_remap::transport::Vfio;
-use vfio_remap::{Device, ErrorKind};
+use vfio_remap::transport::{MemoryDevice, Transport, Vfio};
+use vfio_remap::{Device, ErrorKind, Placement};
 
 use crate::edu_driver::Edu;
 use crate::{guest_memory, lab, leftovers};
@@ -129,6 +129,31 @@ fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
         }
         assert_eq!(space.mappings(), MOST as usize);
     });
+}
+
+#[test]
+fn what_a_transport_has_mapped_of_others_is_kept_until_it_is_unmapped_or_the_transport_goes() {
+    let maps = |address: usize| {
+        std::fs::read_to_string("/proc/self/maps").unwrap().contains(&format!("{address:x}-"))
+    };
+    for unmapped in [true, false] {
+        leftovers::none_of(|| {
+            let vfio = Vfio::open(lab::address("edu")).unwrap();
+            let model = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
+            let window = model.bar(0).unwrap().map(0..4096, Placement::Anywhere).unwrap();
+            let memory = window.dma_memory();
+            let address = memory.address();
+            vfio.dma_map(0x1000, &memory, Access::ReadWrite).unwrap();
+            drop((window, memory, model));
+            assert!(maps(address), "the device may still write to it");
+            if unmapped {
+                vfio.dma_unmap(0x1000, 4096).unwrap();
+                assert!(!maps(address));
+            }
+            drop(vfio);
+            assert!(!maps(address));
+        });
+    }
 }
 
 #[test]

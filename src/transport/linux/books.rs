@@ -12,18 +12,17 @@ use crate::space::DmaMemory;
 pub(super) struct Books {
     mappings: AtomicUsize,
     locked: Locked,
-    /// How many windows are kept: looked at without a lock.
-    windows: AtomicUsize,
-    /// Windows of other devices, by IOVA: they are not pinned by being mapped; kept here, they keep
-    /// their device open.
+    /// How many entries `kept` has: looked at without its lock.
+    entries: AtomicUsize,
+    /// Memory that the kernel does not keep from being reused, by IOVA: windows of other devices, and what
+    /// belongs to others.
     kept: Mutex<BTreeMap<u64, DmaMemory>>,
 }
 
 impl Books {
     pub(super) fn new(counter: &'static Counter) -> Self {
-        let kept = Mutex::default();
-        let (mappings, windows) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Self { mappings, locked: Locked::nothing(counter), windows, kept }
+        let (mappings, entries) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { mappings, locked: Locked::nothing(counter), entries, kept: Mutex::default() }
     }
 
     pub(super) fn mappings(&self) -> usize {
@@ -34,45 +33,52 @@ impl Books {
     #[inline]
     pub(super) fn enter(&self, memory: &DmaMemory) -> Result<(), Exceeded> {
         self.mappings.fetch_add(1, Ordering::Relaxed);
-        self.locked.add(lockable(memory))
+        self.locked.add(memory.lockable())
     }
 
-    /// Keeps a window that is mapped now.
-    #[cold]
-    pub(super) fn keep(&self, iova: u64, window: &DmaMemory) {
-        let mut kept = self.kept();
-        kept.insert(iova, window.clone());
-        self.windows.store(kept.len(), Ordering::Release);
-    }
-
-    /// Counts one mapping less: that of `size` bytes at `iova`.
+    /// Counts a mapping less, of which `locked` bytes were locked.
     #[inline]
-    pub(super) fn strike(&self, iova: u64, size: u64) {
-        if self.windows.load(Ordering::Acquire) == 0 || !self.let_go(iova) {
-            self.locked.subtract(size);
-        }
-        self.mappings.fetch_sub(1, Ordering::Relaxed);
+    pub(super) fn strike(&self, locked: u64) {
+        self.locked.subtract(locked);
+        // Not below none: what another file has mapped may be unmapped through this.
+        let less = |mappings: usize| mappings.checked_sub(1);
+        let _ = self.mappings.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
-    /// Counts one less that the kernel has refused. Why it may have, if it has no memory.
+    /// Counts one less that has been refused. Why it was, if for want of memory.
     #[cold]
     pub(super) fn refused(&self, memory: &DmaMemory, no_memory: bool) -> Option<Exceeded> {
-        let size = lockable(memory);
-        let exceeded = if no_memory { self.locked.refused(size) } else { None };
-        self.locked.subtract(size);
-        self.mappings.fetch_sub(1, Ordering::Relaxed);
+        let locked = memory.lockable();
+        let exceeded = if no_memory { self.locked.refused(locked) } else { None };
+        self.strike(locked);
         exceeded
     }
 
-    /// Lets a window go, if it is one.
+    /// Keeps memory that is mapped.
     #[cold]
-    fn let_go(&self, iova: u64) -> bool {
+    pub(super) fn keep(&self, iova: u64, memory: DmaMemory) {
         let mut kept = self.kept();
-        let window = kept.remove(&iova);
-        self.windows.store(kept.len(), Ordering::Release);
-        // With its last owner a device is closed: not under the lock.
-        drop(kept);
-        window.is_some()
+        kept.insert(iova, memory);
+        self.entries.store(kept.len(), Ordering::Release);
+    }
+
+    /// What is kept for the mapping at `iova`, kept no longer.
+    #[inline]
+    pub(super) fn let_go(&self, iova: u64) -> Option<DmaMemory> {
+        if self.entries.load(Ordering::Acquire) == 0 { None } else { self.remove(iova) }
+    }
+
+    #[cold]
+    fn remove(&self, iova: u64) -> Option<DmaMemory> {
+        let mut kept = self.kept();
+        let memory = kept.remove(&iova);
+        self.entries.store(kept.len(), Ordering::Release);
+        memory
+    }
+
+    /// All that is kept, kept no longer.
+    pub(super) fn let_all_go(&mut self) -> BTreeMap<u64, DmaMemory> {
+        std::mem::take(self.kept.get_mut().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn kept(&self) -> MutexGuard<'_, BTreeMap<u64, DmaMemory>> {
@@ -80,7 +86,41 @@ impl Books {
     }
 }
 
-/// How many bytes of it are locked: of a device's pages none.
-fn lockable(memory: &DmaMemory) -> u64 {
-    if memory.is_of_device() { 0 } else { memory.size() as u64 }
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::transport::MemoryDevice;
+    use crate::{Device, Placement};
+
+    #[test]
+    fn memory_of_others_is_kept_until_it_is_unmapped_and_nothing_is_counted_below_none() {
+        static COUNTER: Counter = Counter::new(false);
+        let device = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
+        let window = device.bar(0).unwrap().map(0..4096, Placement::Anywhere).unwrap();
+        let mut books = Books::new(&COUNTER);
+
+        let memory = window.dma_memory();
+        assert!(books.enter(&memory).is_ok() && !memory.is_kept_by_kernel());
+        books.keep(0x1000, memory);
+        assert_eq!((books.mappings(), COUNTER.mapped()), (1, 4096));
+        let device = device.close().expect_err("a window is there").into_device();
+        drop(window);
+        let device = device.close().expect_err("the memory is the window's").into_device();
+
+        assert!(books.let_go(0x2000).is_none());
+        let memory = books.let_go(0x1000).expect("it is kept");
+        books.strike(memory.lockable());
+        // What another file has mapped.
+        books.strike(4096);
+        assert_eq!((books.mappings(), COUNTER.mapped()), (0, 0));
+
+        assert!(books.enter(&memory).is_ok());
+        books.keep(0x1000, memory);
+        assert_eq!(books.let_all_go().len(), 1);
+        drop(books);
+        assert_eq!(COUNTER.mapped(), 0, "what was not unmapped goes with the file");
+        device.close().unwrap();
+    }
 }

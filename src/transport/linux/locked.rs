@@ -31,7 +31,7 @@ pub(super) static CONTAINERS: Counter = Counter::new(true);
 pub(super) static IOMMUFD: Counter = Counter::new(false);
 
 impl Counter {
-    const fn new(of_process: bool) -> Self {
+    pub(super) const fn new(of_process: bool) -> Self {
         Self { mapped: AtomicU64::new(0), allowed: AtomicU64::new(0), of_process }
     }
 }
@@ -57,6 +57,9 @@ impl Locked {
     /// Counts `size` bytes more, whether or not the limit allows them, which it says.
     #[inline]
     pub(super) fn add(&self, size: u64) -> Result<(), Exceeded> {
+        if size == 0 {
+            return Ok(());
+        }
         self.bytes.fetch_add(size, Ordering::Relaxed);
         let mapped = self.counter.mapped.fetch_add(size, Ordering::Relaxed).saturating_add(size);
         if mapped <= self.counter.allowed.load(Ordering::Relaxed) {
@@ -65,10 +68,14 @@ impl Locked {
         self.counter.ask(mapped, size)
     }
 
+    /// Counts `size` bytes less, but not less than none: what another file has mapped may be unmapped
+    /// through this.
     #[inline]
     pub(super) fn subtract(&self, size: u64) {
-        self.bytes.fetch_sub(size, Ordering::Relaxed);
-        self.counter.mapped.fetch_sub(size, Ordering::Relaxed);
+        let less = |bytes: u64| Some(bytes.saturating_sub(size));
+        let before = self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        let before = before.unwrap_or_else(|before| before);
+        self.counter.mapped.fetch_sub(size.min(before), Ordering::Relaxed);
     }
 
     /// The kernel has refused to lock `size` bytes, which are counted, for want of memory: the limit, if it
@@ -85,6 +92,11 @@ impl Drop for Locked {
 }
 
 impl Counter {
+    #[cfg(test)]
+    pub(super) fn mapped(&self) -> u64 {
+        self.mapped.load(Ordering::Relaxed)
+    }
+
     /// Whether the limit, asked for anew, allows `mapped` bytes, the last `size` of which are not mapped yet.
     #[cold]
     fn ask(&self, mapped: u64, size: u64) -> Result<(), Exceeded> {

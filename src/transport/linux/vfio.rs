@@ -17,7 +17,7 @@ use super::{PciAddress, PciDevice, Sysfs, VfToken, VfioOptions, irq};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::vfio_irq::Action;
-use crate::sys::{vfio, vfio_feature, vfio_reset};
+use crate::sys::{fork, vfio, vfio_feature, vfio_reset};
 use crate::transport::{
     AffectedDevice, DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport,
 };
@@ -36,6 +36,8 @@ pub struct Vfio {
     by_vfio_pci: bool,
     space: AddressSpace,
     books: Books,
+    /// The process that opened it: see [`fork::generation`].
+    generation: u32,
     /// How many mappings that can be, as far as was known when the limits were last asked for.
     most: AtomicUsize,
     _open: Option<OpenHere>,
@@ -182,6 +184,7 @@ impl Vfio {
             by_vfio_pci,
             space,
             books,
+            generation: fork::generation(),
             most: AtomicUsize::new(usize::MAX),
             _open: device.map(|device| OpenHere::note(device.address())),
         })
@@ -392,10 +395,11 @@ impl Transport for Vfio {
             Ok(()) => self.space.map(iova, memory, access, &self.info.name),
             Err(exceeded) => Err(exceeded.error(dma::object(iova, memory.size() as u64))),
         };
-        match done {
-            Ok(()) if memory.is_of_device() => self.books.keep(iova, memory),
-            Ok(()) => {}
-            Err(error) => return Err(self.not_mapped(error, iova, memory)),
+        if let Err(error) = done {
+            return Err(self.not_mapped(error, iova, memory));
+        }
+        if !memory.is_kept_by_kernel() {
+            self.books.keep(iova, memory.clone());
         }
         Ok(())
     }
@@ -405,9 +409,34 @@ impl Transport for Vfio {
     }
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
-        self.space.unmap(iova, size, &self.info.name)?;
-        self.books.strike(iova, size);
+        // Before: once it is unmapped, another may be mapped there.
+        let kept = self.books.let_go(iova);
+        if let Err(error) = self.space.unmap(iova, size, &self.info.name) {
+            if let Some(memory) = kept {
+                self.books.keep(iova, memory);
+            }
+            return Err(error);
+        }
+        self.books.strike(kept.as_ref().map_or(size, DmaMemory::lockable));
         Ok(())
+    }
+}
+
+impl Drop for Vfio {
+    fn drop(&mut self) {
+        let forked = self.generation != fork::generation();
+        // Of what its users have not unmapped, that which nobody else keeps: others may have the address
+        // space, too, and their devices would go on reaching it.
+        for (iova, memory) in self.books.let_all_go() {
+            if forked {
+                // The parent's mapping.
+                continue;
+            }
+            if let Err(error) = self.space.unmap(iova, memory.size() as u64, &self.info.name) {
+                log::error!("leaked what a device may still reach: {error}");
+                std::mem::forget(memory);
+            }
+        }
     }
 }
 
