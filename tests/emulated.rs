@@ -9,7 +9,8 @@ mod shared;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use vfio_remap::device::Interrupt;
+use vfio_remap::device::{Interrupt, Iova, IovaPlacement};
+use vfio_remap::space::Access;
 use vfio_remap::transport::{Bus, Edu, Emulated, Model, RegionInfo, Shape, Transport, irq_index};
 use vfio_remap::{Device, ErrorKind, Result};
 
@@ -58,7 +59,7 @@ fn bus_mastering_must_be_on_for_transfers() {
     let edu = Emulated::new(Edu::new()).unwrap();
     let memory = shared::memory(0x1000, true);
     shared::put(&memory, 0, &[7; 8]);
-    edu.dma_map(0, &memory, vfio_remap::space::Access::ReadWrite).unwrap();
+    edu.dma_map(0, &memory, Access::ReadWrite).unwrap();
     let mut expected = [0; 8];
     for on in [false, true] {
         edu.write_at(7, 4, &(u16::from(on) << 2).to_le_bytes()).unwrap();
@@ -73,6 +74,29 @@ fn bus_mastering_must_be_on_for_transfers() {
         edu.read_at(0, 0x4_0000, &mut data).unwrap();
         assert_eq!(data, expected, "bus mastering: {on}");
     }
+}
+
+#[test]
+fn devices_over_one_model_share_its_io_addresses() {
+    let edu = Emulated::new(Edu::new()).unwrap();
+    let [one, other] = [(); 2].map(|()| Device::new(Arc::new(edu.clone())));
+    shared::io_addresses_are_shared(&one, &other);
+}
+
+#[test]
+fn mappings_beyond_the_limit_are_too_many() {
+    let edu = Emulated::new(Edu::new()).unwrap();
+    let memory = shared::memory(0x1000, false);
+    let room = edu.dma_limits().unwrap().mappings.unwrap();
+    for page in 0..u64::from(room) {
+        edu.dma_map(page << 12, &memory, Access::ReadWrite).unwrap();
+    }
+    let space = Device::new(Arc::new(edu)).dma().unwrap();
+    let at = IovaPlacement::At(Iova(1 << 40));
+    let error = space.map(memory, at, Access::ReadWrite).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TooManyMappings, "{error}");
+    assert_eq!(error.errno(), Some(libc::ENOSPC));
+    assert!(!error.advice().is_empty(), "{error}");
 }
 
 #[test]

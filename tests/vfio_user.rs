@@ -155,6 +155,27 @@ fn a_client_that_leaves_takes_its_memory_and_eventfds_along() {
 }
 
 #[test]
+fn devices_over_one_client_share_its_io_addresses() {
+    server::with_edu(|client| {
+        let client = Arc::new(client);
+        let [one, other] = [(); 2].map(|()| Device::new(client.clone()));
+        shared::io_addresses_are_shared(&one, &other);
+    });
+}
+
+#[test]
+fn io_addresses_that_the_server_uses_itself_are_left_alone() {
+    let edu = Emulated::new(Edu::new()).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| Server::serve_stream(&edu, theirs, Duration::from_secs(5)).unwrap());
+        let client = VfioUser::from_stream(ours, Duration::from_secs(5)).unwrap();
+        let theirs = Device::new(Arc::new(edu.clone()));
+        shared::io_addresses_are_shared(&theirs, &Device::new(Arc::new(client)));
+    });
+}
+
+#[test]
 fn paths_that_no_server_listens_at_are_named() {
     let path = server::path();
     let refused = |kind: ErrorKind| {

@@ -9,6 +9,8 @@ mod emulated;
 mod irq;
 mod linux;
 mod memory;
+#[cfg(feature = "vfio-user")]
+mod refusal;
 mod region;
 mod reset;
 #[cfg(feature = "vfio-user")]

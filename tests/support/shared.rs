@@ -8,7 +8,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vfio_remap::space::DmaMemory;
+use vfio_remap::device::IovaPlacement;
+use vfio_remap::space::{Access, DmaMemory};
+use vfio_remap::{Device, ErrorKind};
 
 /// Mapped until it is dropped.
 struct Mapped(usize, usize);
@@ -55,4 +57,18 @@ pub fn get(memory: &DmaMemory, offset: usize, len: usize) -> Vec<u8> {
     // SAFETY: in bounds, and mapped while `memory` lives.
     let byte = |index| unsafe { ((memory.address() + index) as *const u8).read_volatile() };
     (offset..offset + len).map(byte).collect()
+}
+
+/// What one of two devices over the same I/O addresses has mapped, the other maps around, or is told of.
+pub fn io_addresses_are_shared(one: &Device, other: &Device) {
+    let (one, other) = (one.dma().unwrap(), other.dma().unwrap());
+    let first = one.buffer(4096).unwrap();
+    let second = other.buffer(4096).expect("there is room elsewhere");
+    assert_ne!(first.iova(), second.iova());
+    let memory = second.memory().clone();
+    let error = other.map(memory, IovaPlacement::At(first.iova()), Access::ReadWrite).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
+    assert_eq!(error.errno(), Some(libc::EEXIST), "{error}");
+    assert!(!error.advice().is_empty(), "{error}");
+    assert_eq!(other.mappings(), 1, "the address that was taken is given back");
 }

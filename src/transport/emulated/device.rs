@@ -17,6 +17,7 @@ use super::model::{Activity, Model};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys;
+use crate::transport::refusal::refused;
 use crate::transport::vfio_user::dma::Rights;
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
@@ -283,7 +284,7 @@ impl Transport for Emulated {
         let target = Target::Here(memory.clone());
         self.core.bus.dma().insert(iova, size, Rights::from(access), target).map_err(|errno| {
             let name = &self.core.info.name;
-            Error::os(errno, "map", format!("{size:#x} bytes at I/O address {iova:#x} of {name}"))
+            refused(errno, format!("{size:#x} bytes at I/O address {iova:#x} of {name}"))
         })
     }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_AUTOMASKED,
@@ -26,6 +27,7 @@ use super::wire::{self, DmaMap, DmaUnmap, IrqSet, RegionAccess, command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::file;
+use crate::transport::refusal::refused;
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
 /// How long a server may take to answer, unless told otherwise.
@@ -375,7 +377,7 @@ impl Transport for VfioUser {
         self.connection
             .memory()
             .insert(iova, size, rights, memory.clone())
-            .map_err(|errno| Error::os(errno, "map", object()))?;
+            .map_err(|errno| refused(errno, object()))?;
         let file = memory.file().filter(|_| self.capabilities.fds > 0);
         let offset = file.map_or(0, |(_, offset)| offset);
         let fds: Vec<BorrowedFd<'_>> = file.iter().map(|(fd, _)| *fd).collect();
@@ -394,7 +396,11 @@ impl Transport for VfioUser {
             // It was inserted above.
             let _ = self.connection.memory().remove(iova, size);
         }
-        told
+        // The device behind the server may be somebody else's, too.
+        told.map_err(|error| match error.errno().map(Errno::from_raw) {
+            Some(errno @ (Errno::EEXIST | Errno::ENOSPC)) => refused(errno, object()),
+            _ => error,
+        })
     }
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
