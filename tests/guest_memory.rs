@@ -52,13 +52,37 @@ fn a_region_brings_its_file_along_where_its_pages_are_the_files() {
     assert_eq!(transport.mapped(), []);
 
     let memory = Arc::new(memory);
-    // SAFETY: vm-memory's own regions are mapped while they live, and reached by volatile accesses only;
-    // the private region's file is not written to, and the transport does nothing with it.
+    // SAFETY: vm-memory's own regions are mapped while they live, and nothing here reads or writes them; the
+    // private region's file is not written to, and the transport does nothing with it.
     let mapping = unsafe { space.map_guest_backend(memory.clone(), Access::ReadOnly) }.unwrap();
     assert_eq!(transport.mapped(), [(0, 0x1000), (0x10_0000, 0x2000), (0x20_0000, 0x2000)]);
     assert_eq!(Arc::strong_count(&memory), 4, "each region holds the memory");
     drop(mapping);
     assert_eq!((transport.mapped(), Arc::strong_count(&memory)), (vec![], 1));
+}
+
+#[test]
+fn a_region_that_owns_nothing_is_only_mapped_for_who_vouches_for_it() {
+    let transport = Arc::new(Scripted::default());
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let owner = MmapRegion::<()>::new(0x1000).unwrap();
+    // SAFETY: the range is the owner's, and stays mapped to the end of the test.
+    let region = unsafe { MmapRegion::<()>::build_raw(owner.as_ptr(), 0x1000, 3, owner.flags()) };
+    let memory = GuestMemoryMmap::from_regions(vec![
+        GuestRegionMmap::from_range(GuestAddress(0), 0x1000, None).unwrap(),
+        GuestRegionMmap::new(region.unwrap(), GuestAddress(0x10_0000)).unwrap(),
+    ])
+    .unwrap();
+    let error = space.map_guest(&memory, Access::ReadWrite).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(error.object().contains("0x100000"), "{error}");
+    assert!(error.advice().contains("map_guest_backend"), "{error}");
+    assert_eq!((transport.mapped(), space.mappings()), (vec![], 0));
+
+    // SAFETY: the owner lives longer than the mapping, and nothing here reads or writes the memory.
+    let mapping = unsafe { space.map_guest_backend(Arc::new(memory), Access::ReadWrite) }.unwrap();
+    assert_eq!(transport.mapped(), [(0, 0x1000), (0x10_0000, 0x1000)]);
+    drop((mapping, owner));
 }
 
 #[test]

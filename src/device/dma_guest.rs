@@ -1,7 +1,7 @@
 //! The memory of a virtual machine, all of it, for DMA.
 //!
-//! `unsafe` is here because memory is named by its address: that of a guest is only ever reached by
-//! volatile accesses, through `vm-memory`, and stays mapped while its regions are held.
+//! `unsafe` is here because memory is named by its address: that of a guest is what `vm-memory` has mapped
+//! for it, is only ever reached through raw pointers, and stays mapped while its regions are held.
 
 use std::any::Any;
 use std::fs::File;
@@ -40,18 +40,29 @@ impl DmaSpace {
     /// # Errors
     /// As [`map`](Self::map), for the first region that it answers: one that lies where the IOMMU maps
     /// nothing, such as the addresses of its interrupts (0xfee0_0000 on x86), or that is not of whole pages.
+    /// `Unsupported` for a region that was made of a raw pointer (`MmapRegion::build_raw`): nothing keeps it
+    /// mapped, and only [`map_guest_backend`](Self::map_guest_backend) takes a promise that somebody does.
     pub fn map_guest<B>(&self, memory: &GuestMemoryMmap<B>, access: Access) -> Result<GuestMapping>
     where
         B: Bitmap + Send + Sync + 'static,
     {
         let regions = memory.iter().map(|region| {
             let mapping = region.get_mmap();
+            if !mapping.owned() {
+                let object = format!("guest memory at {:#x}", region.start_addr().0);
+                return Err(Error::new(ErrorKind::Unsupported, "map for DMA", object)
+                    .because("its region is of a raw pointer, and does not keep it mapped")
+                    .remedy("vouch for it: DmaSpace::map_guest_backend"));
+            }
             // Private pages are not the file's.
             let shared = mapping.flags() & libc::MAP_SHARED != 0;
             let file = region.file_offset().filter(|_| shared).map(shared_file).transpose()?;
             let address = mapping.as_ptr() as usize;
-            // SAFETY: `mapping` keeps the range mapped, and what reads or writes guest memory does so by
-            // volatile accesses.
+            // SAFETY: `mapping` owns the range, which vm-memory has mapped for it alone, and keeps it
+            // mapped. vm-memory's safe methods make no reference to its contents: they load and store by
+            // atomic or volatile accesses, and copy more than a word by `ptr::copy_nonoverlapping`, of bytes,
+            // for which any value is valid, and of which each is taken once. Against a device that writes
+            // meanwhile that is what it is against the guest's processors, for which vm-memory is made.
             let memory = unsafe { DmaMemory::new(address, mapping.size(), file, mapping) };
             Ok((region.start_addr().0, memory))
         });
