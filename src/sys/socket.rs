@@ -69,14 +69,16 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> Result<Received, 
     let mut fds = Vec::new();
     // SAFETY: the kernel has filled the control buffer as the header now says.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&header) };
-    // SAFETY: FIRSTHDR and NXTHDR answer null, or a header within the buffer.
-    while let Some(message) = unsafe { next.as_ref() } {
+    while !next.is_null() {
+        // SAFETY: FIRSTHDR and NXTHDR answer null, or a header within the buffer. It is copied out, since
+        // what is reached from a reference to it ends with the header, and the data follow that.
+        let message = unsafe { next.read() };
         if (message.cmsg_level, message.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             // SAFETY: CMSG_LEN computes.
             let empty = unsafe { libc::CMSG_LEN(0) } as usize;
             let count = (message.cmsg_len - empty) / size_of::<RawFd>();
-            // SAFETY: the message is one of the buffer.
-            let data = unsafe { libc::CMSG_DATA(message) }.cast::<RawFd>();
+            // SAFETY: the message is one of the buffer, and `next` reaches all of that.
+            let data = unsafe { libc::CMSG_DATA(next) }.cast::<RawFd>();
             fds.extend((0..count).map(|index| {
                 // SAFETY: `count` descriptors lie in the message's data, perhaps unaligned; each is new
                 // and ours.
@@ -84,7 +86,33 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> Result<Received, 
             }));
         }
         // SAFETY: as above.
-        next = unsafe { libc::CMSG_NXTHDR(&header, message) };
+        next = unsafe { libc::CMSG_NXTHDR(&header, next) };
     }
     Ok(Received { bytes, fds, truncated: header.msg_flags & libc::MSG_CTRUNC != 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::stat::fstat;
+
+    use super::*;
+
+    #[test]
+    fn as_many_descriptors_as_fit_arrive_each_where_it_was() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let files: Vec<_> = (0..MAX_FDS)
+            .map(|index| crate::sys::file::memory_file("vfio-remap-test", index as u64).unwrap())
+            .collect();
+        for count in [1, 2, 3, MAX_FDS] {
+            let fds: Vec<_> = files[..count].iter().map(AsFd::as_fd).collect();
+            assert_eq!(send(&ours, &[IoSlice::new(b"fds")], &fds), Ok(3));
+            let mut bytes = [0; 8];
+            let received = receive(&theirs, &mut bytes).unwrap();
+            assert_eq!((received.bytes, &bytes[..3], received.truncated), (3, &b"fds"[..], false));
+            let sizes = received.fds.iter().map(|fd| fstat(fd).unwrap().st_size as usize);
+            assert!(sizes.eq(0..count));
+        }
+    }
 }
