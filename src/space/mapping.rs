@@ -343,7 +343,8 @@ impl Drop for Mapping {
                     }
                 }
                 Some(home) => {
-                    // A reservation that nobody else has goes with it, in one munmap of its own.
+                    // A reservation that nobody else has goes with it, in one munmap of its own; but not
+                    // one that this process has inherited.
                     if !home.is_whole_area() {
                         let (backing, offset) = (&self.backing, Some(self.offset));
                         let range = self.address..self.address + self.len;
@@ -372,5 +373,36 @@ impl fmt::Display for Object<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let end = self.offset + self.len as u64;
         write!(f, "{}, {:#x}..{end:#x}", self.backing.name(), self.offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_leaves_nothing_mapped_in_a_reservation_that_it_has_inherited() {
+        const LEN: usize = 4 * 4096;
+        let fd = file::memory_file("vfio-remap-test", LEN as u64).unwrap();
+        let backing =
+            Backing::new("bar 0 of test", Arc::new(fd), 0, LEN as u64, BackingKind::SharedMemory);
+        let backing = Arc::new(backing.unwrap());
+        let map = |place| Mapping::new(backing.clone(), 0, LEN, Access::ReadWrite, place);
+        // What is found out once is found out before the child.
+        drop(map(Placement::In(Reservation::new(LEN).unwrap())).unwrap());
+        let reservation = Reservation::new(LEN).unwrap();
+        let range = reservation.range();
+        let inaccessible = || maps::overlapping(&range).iter().map(|m| m.inaccessible).collect();
+        // SAFETY: the backing is this test's, and nothing else that the child comes by is locked.
+        let tidy = unsafe {
+            fork::holds_in_child(|| {
+                let mapping = map(Placement::In(reservation)).unwrap();
+                let before: Vec<bool> = inaccessible();
+                drop(mapping);
+                let after: Vec<bool> = inaccessible();
+                (before, after) == (vec![false], vec![true])
+            })
+        };
+        assert!(tidy);
     }
 }

@@ -280,10 +280,13 @@ impl Reservation {
         Self { area: Arc::new(area), start, size: end - start }
     }
 
-    /// Whether no other piece of the same area, and no window placed in one, exists.
+    /// Whether the addresses go back to the process with this piece: no other piece of the same area, and
+    /// no window placed in one, exists, and it was this process that reserved them.
     pub(super) fn is_whole_area(&mut self) -> bool {
-        Arc::get_mut(&mut self.area)
-            .is_some_and(|area| area.range == (self.start..self.start + self.size))
+        Arc::get_mut(&mut self.area).is_some_and(|area| {
+            area.generation == fork::generation()
+                && area.range == (self.start..self.start + self.size)
+        })
     }
 
     /// Makes the first `size` bytes inaccessible in one step, whatever is mapped there.

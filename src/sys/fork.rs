@@ -24,6 +24,28 @@ pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
+/// Whether `f` holds in a child of `fork(2)`, which ends with it.
+///
+/// # Safety
+/// `f` takes no lock that another thread may hold now. (The C library's allocator sees to its own.)
+#[cfg(test)]
+pub(crate) unsafe fn holds_in_child(f: impl FnOnce() -> bool) -> bool {
+    // SAFETY: the caller vouches for what the child does.
+    match unsafe { libc::fork() } {
+        0 => {
+            let holds = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(false);
+            // SAFETY: ends the child without running anything of the parent's.
+            unsafe { libc::_exit(i32::from(!holds)) };
+        }
+        child => {
+            let mut status = -1;
+            // SAFETY: waits for our own child.
+            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+            status == 0
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -31,20 +53,8 @@ mod tests {
     #[test]
     fn a_child_is_another_generation() {
         let before = generation();
-        // SAFETY: the child reads an atomic and exits.
-        match unsafe { libc::fork() } {
-            0 => {
-                let status = i32::from(generation() == before);
-                // SAFETY: ends the child without running anything of the parent's.
-                unsafe { libc::_exit(status) };
-            }
-            child => {
-                let mut status = -1;
-                // SAFETY: waits for our own child.
-                assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-                assert_eq!(status, 0);
-                assert_eq!(generation(), before, "the parent is what it was");
-            }
-        }
+        // SAFETY: the child reads an atomic.
+        assert!(unsafe { holds_in_child(|| generation() != before) });
+        assert_eq!(generation(), before, "the parent is what it was");
     }
 }
