@@ -8,7 +8,7 @@ use vfio_remap::space::Access;
 use vfio_remap::transport::Vfio;
 use vfio_remap::{Device, Error, ErrorKind, Placement};
 
-use crate::edu_driver::Edu;
+use crate::edu_driver::{BUFFER, Edu, TO_MEMORY};
 use crate::{lab, leftovers};
 
 #[test]
@@ -271,22 +271,37 @@ fn logged(text: &str) -> usize {
 #[test]
 fn a_device_that_reaches_outside_its_mappings_is_stopped_by_the_iommu() {
     const FAULT: &str = "DMAR: [DMA";
+    const SIZE: usize = 8192;
+    const HOLE: u64 = 0x10_0000;
     let edu = Edu::new(Device::open(lab::address("edu")).unwrap(), Interrupt::Msi).unwrap();
-    let inside = edu.buffer.iova().0;
-    let outside = inside + edu.buffer.size() as u64;
-    edu.buffer.write(0, &[0x5a; 8192]);
-    edu.transfer(inside, 0x4_0000, 4096, 0).unwrap();
+    // Neighbours that end where the hole begins and begin where it ends, as the device sees them.
+    let space = edu.dma().unwrap();
+    let at = |iova| BufferRequest::new(SIZE).placement(IovaPlacement::At(Iova(iova)));
+    let below = space.buffer_with(at(HOLE - SIZE as u64)).unwrap();
+    let above = space.buffer_with(at(HOLE + 4096)).unwrap();
+    let marked = [(&edu.buffer, 0x5a), (&below, 0xb1), (&above, 0xa7)];
+    for (buffer, mark) in marked {
+        buffer.write(0, &[mark; SIZE]);
+    }
+    // What the device holds is found nowhere in memory.
+    edu.buffer.write(0, &[0xed; 4096]);
+    edu.transfer(edu.buffer.iova().0, BUFFER, 4096, 0).unwrap();
+    edu.buffer.write(0, &[0x5a; 4096]);
     let before = logged(FAULT);
     {
         let _expected = Expected::announce(FAULT);
-        // From the device to just behind the buffer, and from there to the device.
-        edu.transfer(0x4_0000, outside, 4096, 2).unwrap();
-        edu.transfer(outside, 0x4_0000, 4096, 0).unwrap();
+        // From the device to all of the hole, and from there to the device.
+        edu.transfer(BUFFER, HOLE, 4096, TO_MEMORY).unwrap();
+        edu.transfer(HOLE, BUFFER, 4096, 0).unwrap();
     }
     assert!(logged(FAULT) > before, "the IOMMU has reported nothing");
-    let mut bytes = vec![0; 8192];
-    edu.buffer.read(0, &mut bytes);
-    assert!(bytes.iter().all(|byte| *byte == 0x5a), "memory beside it was changed");
+    for (buffer, mark) in marked {
+        let mut bytes = vec![0; SIZE];
+        buffer.read(0, &mut bytes);
+        let changed = bytes.iter().position(|byte| *byte != mark);
+        assert_eq!(changed, None, "memory at {} was changed", buffer.iova());
+    }
+    drop((below, above, space));
     edu.close().unwrap();
 }
 

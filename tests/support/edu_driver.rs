@@ -5,11 +5,11 @@
 
 use std::time::Duration;
 
-use vfio_remap::device::{BufferRequest, DmaBuffer, Interrupt, IovaPlacement, Vectors};
+use vfio_remap::device::{BufferRequest, DmaBuffer, DmaSpace, Interrupt, IovaPlacement, Vectors};
 use vfio_remap::{Device, Error, ErrorKind, IoRegister, Result};
 
 /// Where the device keeps 4096 bytes of its own.
-const BUFFER: u64 = 0x4_0000;
+pub const BUFFER: u64 = 0x4_0000;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Status: a factorial is being computed; an interrupt is wanted when it is done.
@@ -18,7 +18,7 @@ const INTERRUPT_WHEN_COMPUTED: u32 = 0x80;
 
 /// DMA command: go; from the device to memory; an interrupt is wanted at the end.
 const START: u32 = 1;
-const TO_MEMORY: u32 = 2;
+pub const TO_MEMORY: u32 = 2;
 const INTERRUPT_AT_END: u32 = 4;
 
 /// What the interrupt status says.
@@ -52,6 +52,11 @@ impl Edu {
         let buffer = device.dma()?.buffer_with(buffer)?;
         let vectors = device.vectors(interrupt, 1)?;
         Ok(Self { device, buffer, vectors })
+    }
+
+    /// The memory that the device reaches.
+    pub fn dma(&self) -> Result<DmaSpace> {
+        self.device.dma()
     }
 
     fn register(&self, offset: u64) -> Result<IoRegister<u32>> {
