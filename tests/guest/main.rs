@@ -8,6 +8,7 @@ mod driver;
 #[path = "../support/edu_driver.rs"]
 mod edu_driver;
 mod events;
+mod foreign_file;
 #[path = "../support/guest_memory.rs"]
 mod guest_memory;
 #[path = "../support/hole.rs"]
