@@ -212,7 +212,7 @@ fn nvme_image_of_a_file_system_is_mounted_by_the_kernels_driver_and_back() {
     const SIZE: u64 = 32 << 20;
     if lab::kernel() == "patched" {
         // Its configuration has neither NVMe nor a file system on disks.
-        println!("skipped: kernel patched has no driver for NVMe");
+        lab::skipped("this kernel has no driver for NVMe");
         return;
     }
     let image = Path::new("/tmp/image");
