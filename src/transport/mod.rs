@@ -9,7 +9,6 @@ mod emulated;
 mod irq;
 mod linux;
 mod memory;
-#[cfg(feature = "vfio-user")]
 mod refusal;
 mod region;
 mod reset;

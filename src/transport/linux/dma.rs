@@ -20,6 +20,7 @@ use crate::space::{Access, DmaMemory};
 use crate::sys::{self, vfio_dma};
 use crate::transport::DmaLimits;
 use crate::transport::answer::Answer;
+use crate::transport::refusal::refused;
 
 /// What a device's addresses are translated by.
 pub(super) enum AddressSpace {
@@ -119,21 +120,16 @@ impl AddressSpace {
 
     #[cold]
     fn refused(&self, errno: Errno, object: String) -> Error {
-        let error = Error::os(errno, "map for DMA", object);
+        let error = refused(errno, object);
         match (errno, self) {
-            (Errno::EEXIST, _) => {
-                error.into_kind(ErrorKind::AddressTaken).because("a part of it is mapped already")
-            }
-            (Errno::EINVAL, _) => error.into_kind(ErrorKind::OutOfRange).because(
-                "address, size and IOVA must be multiples of the IOMMU's page size, and lie in its ranges",
-            ),
             // The process's own use is below the limit; iommufd counts that of all the user's processes.
             (Errno::ENOMEM, _) => error
                 .into_kind(ErrorKind::LockedMemory)
                 .because("memory is short, or the user's limit on locked memory is reached (RLIMIT_MEMLOCK)")
                 .remedy("raise it: ulimit -l, or LimitMEMLOCK= of the unit"),
-            (Errno::ENOSPC, Self::Group(_)) => full(error.into_kind(ErrorKind::TooManyMappings))
-                .because("the container has no room for another mapping"),
+            (Errno::ENOSPC, Self::Group(_)) => {
+                full(error).because("the container has no room for another mapping")
+            }
             (Errno::EFAULT, Self::Ioas(_)) => error.because(
                 "a part of the memory is not there, or is a device's, which iommufd does not map by address",
             ).remedy("for peer-to-peer, open both devices by their groups: Vfio::open_by_group"),
