@@ -27,6 +27,21 @@ pub struct Mover {
     undecided: usize,
 }
 
+/// What is done with each chunk: what was read is taken, or what is to be written filled in.
+enum Work<'a> {
+    Read(&'a mut dyn FnMut(u64, &[u8]) -> Result<()>),
+    Write(&'a mut dyn FnMut(u64, &mut [u8]) -> Result<()>),
+}
+
+impl Work<'_> {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Read(_) => "read",
+            Self::Write(_) => "write",
+        }
+    }
+}
+
 impl Mover {
     pub fn new(session: &Session) -> Result<Self> {
         let namespace = session.namespace;
@@ -50,30 +65,7 @@ impl Mover {
         blocks: Range<u64>,
         mut take: impl FnMut(u64, &[u8]) -> Result<()>,
     ) -> Result<()> {
-        let mut next = blocks.start;
-        loop {
-            while let Some((part, buffer)) = self.next(&mut next, blocks.end)? {
-                self.queue.read(&self.namespace, part, buffer, part)?;
-            }
-            let Some(Done { tag: block, status, buffer, .. }) = self.queue.wait() else {
-                if next == blocks.end {
-                    return Ok(());
-                }
-                self.go_on()?;
-                continue;
-            };
-            let buffer = buffer.ok_or_else(|| self.lost())?;
-            if status.is_undecided() {
-                self.retry()?;
-                self.queue.read(&self.namespace, block, buffer, block)?;
-                continue;
-            }
-            status.check("read", || self.place(block))?;
-            let bytes = &mut self.bytes[..buffer.size()];
-            buffer.read(0, bytes);
-            take(block, bytes)?;
-            self.give_back(buffer);
-        }
+        self.run(blocks, &mut Work::Read(&mut take))
     }
 
     /// Writes blocks, and has them last: `fill` gives what each chunk holds, whose first block has this
@@ -86,7 +78,7 @@ impl Mover {
     ) -> Result<()> {
         for _ in 0..RETRIES {
             let generation = self.queue.generation();
-            self.write_once(blocks.clone(), &mut fill)?;
+            self.run(blocks.clone(), &mut Work::Write(&mut fill))?;
             if self.flush()? && self.queue.generation() == generation {
                 return Ok(());
             }
@@ -94,18 +86,17 @@ impl Mover {
         Err(self.given_up())
     }
 
-    fn write_once(
-        &mut self,
-        blocks: Range<u64>,
-        fill: &mut impl FnMut(u64, &mut [u8]) -> Result<()>,
-    ) -> Result<()> {
+    /// Goes through blocks, as many at a time as there are buffers.
+    fn run(&mut self, blocks: Range<u64>, work: &mut Work<'_>) -> Result<()> {
         let mut next = blocks.start;
         loop {
             while let Some((part, buffer)) = self.next(&mut next, blocks.end)? {
-                let bytes = &mut self.bytes[..buffer.size()];
-                fill(part, bytes)?;
-                buffer.write(0, bytes);
-                self.queue.write(&self.namespace, part, buffer, part)?;
+                if let Work::Write(fill) = work {
+                    let bytes = &mut self.bytes[..buffer.size()];
+                    fill(part, bytes)?;
+                    buffer.write(0, bytes);
+                }
+                self.submit(work, part, buffer)?;
             }
             let Some(Done { tag: block, status, buffer, .. }) = self.queue.wait() else {
                 if next == blocks.end {
@@ -117,12 +108,26 @@ impl Mover {
             let buffer = buffer.ok_or_else(|| self.lost())?;
             if status.is_undecided() {
                 self.retry()?;
-                self.queue.write(&self.namespace, block, buffer, block)?;
+                self.submit(work, block, buffer)?;
                 continue;
             }
-            status.check("write", || self.place(block))?;
+            status.check(work.name(), || self.place(block))?;
+            if let Work::Read(take) = work {
+                let bytes = &mut self.bytes[..buffer.size()];
+                buffer.read(0, bytes);
+                take(block, bytes)?;
+            }
             self.give_back(buffer);
         }
+    }
+
+    /// Has the controller work on a buffer, which is a run of blocks from `block` on.
+    fn submit(&mut self, work: &Work<'_>, block: u64, buffer: DmaBuffer) -> Result<()> {
+        match work {
+            Work::Read(_) => self.queue.read(&self.namespace, block, buffer, block)?,
+            Work::Write(_) => self.queue.write(&self.namespace, block, buffer, block)?,
+        }
+        Ok(())
     }
 
     /// `false` where a reset has ended it.
