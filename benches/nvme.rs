@@ -114,7 +114,7 @@ fn run(options: &Options) -> Result<()> {
             for (load, contender) in driver {
                 report(load, contender, example(&device, load, contender, options.seconds)?);
             }
-            binding.restore().map_err(|(_, error)| error)?;
+            binding.restore()?;
         }
     }
     Ok(())

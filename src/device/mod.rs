@@ -38,7 +38,7 @@ pub use layout::{Layout, Span, Trap};
 pub use power::LowPower;
 pub use register::{IoRegister, Mode, ReadOnly, ReadWrite, Register, Registers, Width};
 pub use vectors::{Event, Events, Growth, Interrupt, Vectors};
-pub use window::Window;
+pub use window::{StillMapped, Window};
 
 /// A device, opened.
 ///

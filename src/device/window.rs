@@ -235,22 +235,19 @@ impl Window {
     /// The window, with `InUse` while a clone or a register of it lives, or with what the kernel
     /// answered. No window only with `ReservationLost`: it is unmapped, and a failing call has let
     /// another mapping have its addresses.
-    pub fn into_reservation(self) -> std::result::Result<Reservation, (Option<Window>, Error)> {
+    pub fn into_reservation(self) -> std::result::Result<Reservation, StillMapped> {
         let users = Arc::strong_count(&self.inner) - 1;
         let mut inner = match Arc::try_unwrap(self.inner) {
             Ok(inner) => inner,
             Err(inner) => {
                 let error = in_use("unmap", &inner, users);
-                return Err((Some(Window { inner }), error));
+                return Err(StillMapped { error, window: Some(Window { inner }) });
             }
         };
-        match inner.mapping.vacate() {
-            Ok(reservation) => Ok(reservation),
-            Err(error) => {
-                let gone = inner.mapping.has_gone();
-                Err(((!gone).then(|| Window { inner: Arc::new(inner) }), error))
-            }
-        }
+        inner.mapping.vacate().map_err(|error| {
+            let gone = inner.mapping.has_gone();
+            StillMapped { error, window: (!gone).then(|| Window { inner: Arc::new(inner) }) }
+        })
     }
 
     /// The window as memory that another device may reach: peer-to-peer.
@@ -315,6 +312,42 @@ impl Inner {
         Note::Window { region, range, address: self.mapping.range().start }
     }
 }
+
+/// A window that could not be unmapped, and why.
+///
+/// Converts into its [`Error`] with `?`; the window is then dropped.
+#[derive(Debug)]
+pub struct StillMapped {
+    error: Error,
+    window: Option<Window>,
+}
+
+impl StillMapped {
+    /// Why it is mapped.
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+
+    /// The window, as it was; `None` where it was lost
+    /// ([`ErrorKind::ReservationLost`](crate::ErrorKind::ReservationLost)).
+    pub fn into_window(self) -> Option<Window> {
+        self.window
+    }
+}
+
+impl From<StillMapped> for Error {
+    fn from(still: StillMapped) -> Self {
+        still.error
+    }
+}
+
+impl fmt::Display for StillMapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.error, f)
+    }
+}
+
+impl std::error::Error for StillMapped {}
 
 impl fmt::Debug for Window {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -31,7 +31,8 @@ pub use emulated::{
 };
 pub use irq::{IrqInfo, irq_index};
 pub use linux::{
-    Binding, ParseAddressError, PciAddress, PciDevice, Sysfs, VfToken, Vfio, VfioOptions,
+    Binding, ParseAddressError, PciAddress, PciDevice, StillBound, Sysfs, VfToken, Vfio,
+    VfioOptions,
 };
 pub use memory::MemoryDevice;
 pub use region::RegionInfo;

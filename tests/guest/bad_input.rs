@@ -123,8 +123,9 @@ fn a_window_whose_registers_are_alive_stays_where_it_is() {
     assert!(failed.to_string().contains("1 registers or clones"), "{failed}");
     assert_eq!(failed.into_reservation().unwrap().range(), range);
     assert_eq!((window.addresses(), register.read()), (at, lab::EDU_ID));
-    let (_, error) = window.into_reservation().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InUse);
+    let still = window.into_reservation().unwrap_err();
+    assert_eq!(still.error().kind(), ErrorKind::InUse);
+    drop(still);
     let still = device.close().unwrap_err();
     let words = format!("bar 0 of {}", lab::address("edu"));
     assert!(still.to_string().contains(&words), "{still}");

@@ -18,7 +18,7 @@ type Step = fn(Window, Reservation) -> Option<(Window, Reservation)>;
 pub fn relocating_never_leaves_a_hole(window: Window, word: u32) {
     let (intrusions, reads) = under_siege(window, word, |mut window, there| {
         let duplicate = window.duplicate(Placement::In(there)).unwrap().0;
-        let there = duplicate.into_reservation().map_err(|(_, error)| error).unwrap();
+        let there = duplicate.into_reservation().unwrap();
         let relocation = window.relocate(Placement::In(there)).unwrap();
         assert_eq!(relocation.report.source, Source::Released);
         Some((window, relocation.old.unwrap()))

@@ -1,5 +1,6 @@
 //! Handing a device to vfio-pci, and giving it back.
 
+use std::fmt;
 use std::fs;
 
 use super::PciDevice;
@@ -97,11 +98,8 @@ impl Binding {
     ///
     /// # Errors
     /// The binding, to try again, and what sysfs answered.
-    pub fn restore(mut self) -> std::result::Result<(), (Self, Error)> {
-        match self.put_back() {
-            Ok(()) => Ok(()),
-            Err(error) => Err((self, error)),
-        }
+    pub fn restore(mut self) -> std::result::Result<(), StillBound> {
+        self.put_back().map_err(|error| StillBound { error, binding: self })
     }
 
     fn put_back(&mut self) -> Result<()> {
@@ -132,3 +130,38 @@ impl Drop for Binding {
         }
     }
 }
+
+/// A device that has not got back what was there before, and why.
+///
+/// Converts into its [`Error`] with `?`; the binding is then dropped, which tries once more.
+#[derive(Debug)]
+pub struct StillBound {
+    error: Error,
+    binding: Binding,
+}
+
+impl StillBound {
+    /// What sysfs answered.
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+
+    /// The binding, to try again.
+    pub fn into_binding(self) -> Binding {
+        self.binding
+    }
+}
+
+impl From<StillBound> for Error {
+    fn from(still: StillBound) -> Self {
+        still.error
+    }
+}
+
+impl fmt::Display for StillBound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.error, f)
+    }
+}
+
+impl std::error::Error for StillBound {}

@@ -17,7 +17,7 @@ mod token;
 mod vfio;
 
 pub use address::{ParseAddressError, PciAddress};
-pub use binding::Binding;
+pub use binding::{Binding, StillBound};
 pub use options::VfioOptions;
 pub use sysfs::{PciDevice, Sysfs};
 pub use token::VfToken;
