@@ -1,10 +1,10 @@
 //! A device by a file of its own, its addresses translated by iommufd (Linux 6.6).
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use nix::errno::Errno;
@@ -63,24 +63,9 @@ impl Ioas {
     }
 }
 
-/// The device's own file, if the kernel has made one: `/dev/vfio/devices/vfioN`, or `noiommu-vfioN`.
-/// Kernels that make none name the device in sysfs all the same, without a device number.
-pub(super) fn path(device: &PciDevice, confinement: Confinement) -> Option<PathBuf> {
-    let prefix = match confinement {
-        Confinement::Iommu => "vfio",
-        Confinement::None => "noiommu-vfio",
-    };
-    let entries = fs::read_dir(device.path().join("vfio-dev")).ok()?;
-    let entry = entries.flatten().find(|entry| {
-        let is_device = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
-        is_device && entry.path().join("dev").exists()
-    })?;
-    Some(Path::new("/dev/vfio/devices").join(entry.file_name()))
-}
-
 /// Whether a device can be opened so.
 pub(super) fn is_offered(device: &PciDevice, confinement: Confinement) -> bool {
-    path(device, confinement).is_some_and(|path| path.exists()) && Path::new(IOMMU).exists()
+    device.own_file(confinement).is_some_and(|path| path.exists()) && Path::new(IOMMU).exists()
 }
 
 /// Opens the device in an address space: that of `beside`, or of its group's devices that this process
@@ -92,7 +77,7 @@ pub(super) fn open_device(
     token: Option<VfToken>,
 ) -> Result<(OwnedFd, Arc<Ioas>)> {
     static OPEN: Mutex<BTreeMap<u32, Weak<Ioas>>> = Mutex::new(BTreeMap::new());
-    let path = path(device, confinement).ok_or_else(|| not_made(device, confinement))?;
+    let path = device.own_file(confinement).ok_or_else(|| not_made(device, confinement))?;
     let file = open(&path)?;
     let mut spaces = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
     spaces.retain(|_, space| space.strong_count() > 0);

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 
-use super::{Confinement, PciAddress, PciDevice, cdev};
+use super::{Confinement, PciAddress, PciDevice};
 use crate::error::{Error, ErrorKind};
 
 /// The switch, a parameter of the module `vfio`; there is none in a kernel without the mode.
@@ -22,7 +22,7 @@ pub(super) fn is_confined(device: &PciDevice) -> bool {
 
 /// Whether a VFIO driver has taken the device in this mode.
 pub(super) fn is_in_mode(device: &PciDevice) -> bool {
-    device.iommu_group().is_some() || cdev::path(device, Confinement::None).is_some()
+    device.iommu_group().is_some() || device.own_file(Confinement::None).is_some()
 }
 
 /// Nothing confines the device, so safe code does not get it.

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::PciAddress;
+use super::{Confinement, PciAddress};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The PCI devices of this machine, as `/sys/bus/pci` shows them.
@@ -118,6 +118,22 @@ impl PciDevice {
     /// The number of its IOMMU group; `None` where no IOMMU confines it.
     pub fn iommu_group(&self) -> Option<u32> {
         self.link("iommu_group")?.parse().ok()
+    }
+
+    /// VFIO's file of the device alone, if the kernel has made one: `/dev/vfio/devices/vfioN`, or
+    /// `noiommu-vfioN`. Kernels that make none name the device in sysfs all the same, without a device
+    /// number.
+    pub(super) fn own_file(&self, confinement: Confinement) -> Option<PathBuf> {
+        let prefix = match confinement {
+            Confinement::Iommu => "vfio",
+            Confinement::None => "noiommu-vfio",
+        };
+        let entries = fs::read_dir(self.path().join("vfio-dev")).ok()?;
+        let entry = entries.flatten().find(|entry| {
+            let is_device = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
+            is_device && entry.path().join("dev").exists()
+        })?;
+        Some(Path::new("/dev/vfio/devices").join(entry.file_name()))
     }
 
     /// All devices of its IOMMU group, itself among them, by address.
