@@ -63,7 +63,10 @@ impl<'d> Bar<'d> {
         let info = &self.region.info;
         if !info.msix_mappable {
             return Err(Error::new(ErrorKind::NotMappable, "map", self.name())
-                .because("the transport does not let the MSI-X table be mapped"));
+                .because("the transport does not let the MSI-X table be mapped")
+                .remedy(
+                    "reach it by Bar::trapped; vectors are set up by Device::vectors, without the table",
+                ));
         }
         let layout = Layout::new(info, &Default::default(), self.device.page_size())?;
         Ok(Self { layout: Cow::Owned(layout), ..self.clone() })
@@ -121,17 +124,19 @@ impl<'d> Bar<'d> {
         };
         let (Some(start), Some(end)) = (start, end) else {
             return Err(Error::new(ErrorKind::OutOfRange, "map", self.name())
-                .because("the range wraps around"));
+                .because("the range wraps around")
+                .remedy(format!("map a part of 0x0..{size:#x}, or all of it: ..")));
         };
         let range = start..end;
-        if start >= end || end > size {
-            return Err(Error::new(ErrorKind::OutOfRange, "map", self.part(&range)).because(
-                if start >= end {
-                    "the range is empty".to_owned()
-                } else {
-                    format!("the region has {size:#x} bytes")
-                },
-            ));
+        if start >= end {
+            return Err(Error::new(ErrorKind::OutOfRange, "map", self.part(&range))
+                .because("the range is empty")
+                .remedy("map one byte or more: all of its page is mapped"));
+        }
+        if end > size {
+            return Err(Error::new(ErrorKind::OutOfRange, "map", self.part(&range))
+                .because(format!("the region has {size:#x} bytes"))
+                .remedy(format!("map a part of 0x0..{size:#x}, or all of it: ..")));
         }
         if !self.region.info.readable || self.layout.obstacle(&range).is_some() {
             return Err(self.not_mappable(&range));

@@ -65,6 +65,9 @@ struct Inner {
 /// How many holders an error names.
 const NAMED: usize = 8;
 
+/// What to do about a region that a device does not have.
+const OTHER_REGIONS: &str = "see which it has: Device::bars";
+
 /// What is known of a region once it was asked for.
 struct Region {
     info: RegionInfo,
@@ -144,12 +147,16 @@ impl Device {
     pub fn bar(&self, index: u32) -> Result<Bar<'_>> {
         let Some(cell) = self.inner.regions.get(index as usize) else {
             return Err(Error::new(ErrorKind::NotFound, "find", self.inner.region_name(index))
-                .because(format!("the device has {} regions", self.inner.regions.len())));
+                .because(format!("the device has {} regions", self.inner.regions.len()))
+                .remedy(OTHER_REGIONS));
         };
         let region = match cell.get() {
             Some(region) => region,
             None => {
-                let region = self.read_region(index)?;
+                let region = self.read_region(index).map_err(|error| match error.kind() {
+                    ErrorKind::NotFound if error.advice().is_empty() => error.remedy(OTHER_REGIONS),
+                    _ => error,
+                })?;
                 cell.get_or_init(|| region)
             }
         };

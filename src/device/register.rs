@@ -120,19 +120,23 @@ pub struct Registers<T: Width, M: Mode = ReadWrite> {
 
 impl<T: Width, M: Mode> Registers<T, M> {
     pub(super) fn new(window: &Window, offset: usize, stride: usize, count: usize) -> Result<Self> {
-        let refuse = |kind, reason: &'static str| {
+        let refuse = |kind, reason: &'static str, remedy: String| {
             let object = format!("{count} registers at {offset:#x}, {stride:#x} bytes apart");
-            Err(Error::new(kind, "find", object).because(reason))
+            Err(Error::new(kind, "find", object).because(reason).remedy(remedy))
         };
+        let width = size_of::<T>();
         if count == 0 {
-            return refuse(ErrorKind::OutOfRange, "no register is asked for");
+            let remedy = "ask for one or more".to_owned();
+            return refuse(ErrorKind::OutOfRange, "no register is asked for", remedy);
         }
-        if stride < size_of::<T>() || !stride.is_multiple_of(size_of::<T>()) {
-            return refuse(ErrorKind::Unaligned, "they overlap, or are not aligned");
+        if stride < width || !stride.is_multiple_of(width) {
+            let remedy = format!("the stride is in bytes: a multiple of {width}");
+            return refuse(ErrorKind::Unaligned, "they overlap, or are not aligned", remedy);
         }
         let Some(last) = (count - 1).checked_mul(stride).and_then(|size| size.checked_add(offset))
         else {
-            return refuse(ErrorKind::OutOfRange, "they wrap around");
+            let remedy = format!("the window has {:#x} bytes: ask for fewer", window.size());
+            return refuse(ErrorKind::OutOfRange, "they wrap around", remedy);
         };
         window.place(last, size_of::<T>(), M::ACCESS)?;
         Ok(Self { first: Register::new(window, offset)?, stride, count })
@@ -225,10 +229,14 @@ impl<T: Width> IoRegister<T> {
         let width = size_of::<T>() as u64;
         let object = || format!("{width} bytes at {offset:#x} of {}", device.region_name(region));
         if offset.checked_add(width).is_none_or(|end| end > size) {
-            return Err(Error::new(ErrorKind::OutOfRange, "find", object()));
+            return Err(Error::new(ErrorKind::OutOfRange, "find", object())
+                .because(format!("the region has {size:#x} bytes"))
+                .remedy("offsets count from the region's first byte, not from a window's"));
         }
         if !offset.is_multiple_of(width) {
-            return Err(Error::new(ErrorKind::Unaligned, "find", object()));
+            return Err(Error::new(ErrorKind::Unaligned, "find", object())
+                .because(format!("a register of {width} bytes lies at a multiple of {width}"))
+                .remedy("use a narrower register, or several"));
         }
         Ok(Self(Route::Trapped(Trapped { device, region, offset })))
     }

@@ -74,6 +74,7 @@ impl Window {
             let object = device.range_name(region, &range);
             Error::new(ErrorKind::OutOfRange, "map", object)
                 .because("there is no such address space")
+                .remedy("map parts of it, as windows of their own")
         };
         let len = pages.and_then(|len| usize::try_from(len).ok()).ok_or_else(too_large)?;
         let mapping = Mapping::new(backing.clone(), offset, len, access, placement)?;
@@ -273,17 +274,23 @@ impl Window {
                 .remedy("use read_only_register, or a window that can be written"));
         }
         if offset.checked_add(size).is_none_or(|end| end > *all) {
-            return Err(
-                Error::new(ErrorKind::OutOfRange, "find", object()).because("it leaves the window")
-            );
+            return Err(Error::new(ErrorKind::OutOfRange, "find", object())
+                .because("it leaves the window")
+                .remedy(format!(
+                    "offsets count from the window's first byte, of {all:#x}; map a larger range"
+                )));
         }
         let address = mapping.range().start + skip + offset;
         if !address.is_multiple_of(size) {
             return Err(Error::new(ErrorKind::Unaligned, "find", object())
-                .because(format!("a register of {size} bytes lies at a multiple of {size}")));
+                .because(format!("a register of {size} bytes lies at a multiple of {size}"))
+                .remedy("use a narrower register, or several"));
         }
-        NonNull::new(ptr::with_exposed_provenance_mut(address))
-            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "find", object()))
+        NonNull::new(ptr::with_exposed_provenance_mut(address)).ok_or_else(|| {
+            Error::new(ErrorKind::OutOfRange, "find", object())
+                .because("it lies at address 0")
+                .remedy("relocate the window")
+        })
     }
 }
 

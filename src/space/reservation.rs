@@ -115,13 +115,18 @@ fn show(range: &Range<usize>) -> String {
 /// `size` rounded up to whole pages; an error where it is zero or too large.
 fn pages(size: usize) -> Result<usize> {
     if size == 0 {
-        return Err(Error::new(ErrorKind::OutOfRange, "reserve", "0 bytes"));
+        return Err(Error::new(ErrorKind::OutOfRange, "reserve", "0 bytes")
+            .because("there is nothing to reserve")
+            .remedy("reserve one page or more"));
     }
     let size_in_pages = size.checked_next_multiple_of(sys::page_size());
-    size_in_pages.filter(|size| *size <= MAX_SIZE).ok_or_else(|| {
-        Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
-            .because("there is no such address space")
-    })
+    size_in_pages.filter(|size| *size <= MAX_SIZE).ok_or_else(|| no_such_space(size))
+}
+
+fn no_such_space(size: usize) -> Error {
+    Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
+        .because("there is no such address space")
+        .remedy("reserve less, or map parts as windows of their own")
 }
 
 impl Reservation {
@@ -152,17 +157,17 @@ impl Reservation {
         let size = pages(size)?;
         if !modulus.is_power_of_two() || modulus < page {
             return Err(Error::new(ErrorKind::Unaligned, "reserve", format!("{size:#x} bytes"))
-                .because(format!("{modulus:#x} is not a power of two of at least a page")));
+                .because(format!("{modulus:#x} is not a power of two of at least a page"))
+                .remedy(format!("align to {page:#x}, 2 MiB (0x200000) or 1 GiB (0x40000000)")));
         }
         let want = (offset % modulus as u64) as usize;
         if !want.is_multiple_of(page) {
             return Err(Error::new(ErrorKind::Unaligned, "reserve", format!("{size:#x} bytes"))
-                .because(format!("offset {offset:#x} is not a multiple of the page size")));
+                .because(format!("offset {offset:#x} is not a multiple of the page size"))
+                .remedy(format!("round it down to a multiple of {page:#x}")));
         }
-        let room =
-            size.checked_add(modulus - page).filter(|room| *room <= MAX_SIZE).ok_or_else(|| {
-                Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
-            })?;
+        let room = size.checked_add(modulus - page).filter(|room| *room <= MAX_SIZE);
+        let room = room.ok_or_else(|| no_such_space(size))?;
         let file = placeholder()?;
         let failed = |errno| out_of_memory(errno, "reserve", format!("{size:#x} bytes"));
         let file_offset = fresh_offset(room).map_err(failed)?;
@@ -194,11 +199,14 @@ impl Reservation {
         let object = format!("{size:#x} bytes at {address:#x}");
         if !address.is_multiple_of(sys::page_size()) {
             return Err(Error::new(ErrorKind::Unaligned, "reserve", object)
-                .because("the address is not a multiple of the page size"));
+                .because("the address is not a multiple of the page size")
+                .remedy(format!("choose a multiple of {:#x}", sys::page_size())));
         }
-        let end = address
-            .checked_add(size)
-            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "reserve", &object))?;
+        let end = address.checked_add(size).ok_or_else(|| {
+            Error::new(ErrorKind::OutOfRange, "reserve", &object)
+                .because("the range wraps around")
+                .remedy("choose a lower address, or Placement::Anywhere")
+        })?;
         if stack_may_grow_into(&(address..end)) {
             return Err(Error::new(ErrorKind::AddressTaken, "reserve", object)
                 .because("the stack of the main thread may grow into it")
@@ -259,7 +267,9 @@ impl Reservation {
             let second = Self { area: area.clone(), start: start + size, size: whole - size };
             return Ok((Self { area, start, size }, second));
         };
-        let error = Error::new(kind, "split", object).because(format!("not at {size:#x} bytes"));
+        let error = Error::new(kind, "split", object)
+            .because(format!("not at {size:#x} bytes"))
+            .remedy(format!("split at a multiple of {:#x}, within it", sys::page_size()));
         Err(Failed::new(error, Some(self)))
     }
 
