@@ -19,6 +19,8 @@ mod pattern;
 mod progress;
 mod session;
 mod show;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 use std::process::ExitCode;
