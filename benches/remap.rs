@@ -20,6 +20,9 @@ const BATCHES: usize = 2001;
 const SHARE: f64 = 0.05;
 const NANOSECONDS: f64 = 300.0;
 
+/// How many times what it takes at first a duplicate may take among ten thousand.
+const GROWTH: f64 = 2.0;
+
 fn main() -> ExitCode {
     let mut good = true;
     let memory = Device::new(Arc::new(MemoryDevice::new(1 << 20).expect("a memfd")));
@@ -27,9 +30,9 @@ fn main() -> ExitCode {
     if let Some(edu) = lab_device("edu") {
         edu.config().and_then(|config| config.set_memory_decoding(true)).expect("edu answers");
         good &= compare("edu, 1 MiB", &edu, 0);
-        flat("edu, 1 MiB", &edu, 0);
+        good &= flat("edu, 1 MiB", &edu, 0);
     } else {
-        flat("memfd, 1 MiB", &memory, 0);
+        good &= flat("memfd, 1 MiB", &memory, 0);
     }
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -226,11 +229,13 @@ fn batch<S>((ready, call): &(impl Fn() -> S, impl Fn(&mut S))) -> f64 {
     start.elapsed().as_nanos() as f64 / BATCH as f64
 }
 
-/// The time of a duplicate while their number grows to 10,000.
-fn flat(what: &str, device: &Device, index: u32) {
+/// The time of a duplicate while their number grows to 10,000; whether the last thousand is about as fast as
+/// the first.
+fn flat(what: &str, device: &Device, index: u32) -> bool {
     let bar = device.bar(index).expect("a bar");
     let window = bar.map(.., Placement::Anywhere).expect("a window");
     let mut windows = Vec::with_capacity(10_000);
+    let mut thousands = Vec::with_capacity(10);
     print!("{what}, ns for each of 10,000 duplicates, by the thousand:");
     for _ in 0..10 {
         let mut times = Vec::with_capacity(1000);
@@ -240,9 +245,15 @@ fn flat(what: &str, device: &Device, index: u32) {
             times.push(start.elapsed().as_nanos() as f64);
             windows.push(duplicate.expect("a duplicate"));
         }
-        print!(" {:.0}", median(times));
+        let time = median(times);
+        print!(" {time:.0}");
+        thousands.push(time);
     }
-    println!();
+    let growth = thousands[9] / thousands[0];
+    let good = growth <= GROWTH;
+    let verdict = if good { "" } else { ", more than allowed" };
+    println!("; the last {growth:.2} times the first, at most {GROWTH:.0} times allowed{verdict}");
+    good
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
