@@ -50,7 +50,7 @@ impl Suite {
         let said = String::from_utf8_lossy(&update.stderr);
         if update.status.success() {
             Ok(Some(suite))
-        } else if is_gone(&said) {
+        } else if is_gone(&said, names) {
             Ok(None)
         } else {
             bail!("cannot read the packages of {all} from {mirror}:\n{said}");
@@ -69,24 +69,28 @@ impl Suite {
 
     /// A package's control fields. `None` if the suite has no such package.
     pub fn show(&self, package: &str) -> Result<Option<Control>> {
-        let shown = command::unchecked(self.tool("apt-cache").args([
-            "show",
-            "--no-all-versions",
-            package,
-        ]))?;
-        Ok(shown
-            .status
-            .success()
-            .then(|| Control(String::from_utf8_lossy(&shown.stdout).into_owned())))
+        Ok(self.shown(&[package.to_owned()])?.map(Control))
     }
 
     /// The control fields of those packages of a list that the suite has, by their
     /// names.
     pub fn show_all(&self, packages: &[String]) -> Result<Vec<(String, Control)>> {
+        Ok(self.shown(packages)?.map_or_else(Vec::new, |shown| paragraphs(&shown)))
+    }
+
+    /// What `apt-cache show` writes of those packages of a list that the suite has.
+    /// `None` if it has none of them.
+    fn shown(&self, packages: &[String]) -> Result<Option<String>> {
         let mut show = self.tool("apt-cache");
-        // Its status says whether there were all.
         let shown = command::unchecked(show.args(["show", "--no-all-versions"]).args(packages))?;
-        Ok(paragraphs(&String::from_utf8_lossy(&shown.stdout)))
+        let said = String::from_utf8_lossy(&shown.stderr);
+        if shown.status.success() {
+            Ok(Some(String::from_utf8_lossy(&shown.stdout).into_owned()))
+        } else if has_none(&said) {
+            Ok(None)
+        } else {
+            bail!("cannot look up {} in {}:\n{}", packages.join(", "), self.name, said.trim_end());
+        }
     }
 
     /// Downloads packages and unpacks them, without their scripts, into a
@@ -123,6 +127,8 @@ fn private_options(directory: &Path, sources: &Path) -> Vec<String> {
         "Dir::Etc::preferences=/dev/null".to_owned(),
         "Dir::Etc::preferencesparts=-".to_owned(),
         "Dir::State::status=/dev/null".to_owned(),
+        // A release that the machine prefers need not be among ours: apt would refuse.
+        "APT::Default-Release=".to_owned(),
         format!("Dir::State::lists={directory}/lists"),
         format!("Dir::Cache={directory}"),
         "Acquire::GzipIndexes=true".to_owned(),
@@ -135,9 +141,24 @@ fn private_options(directory: &Path, sources: &Path) -> Vec<String> {
 }
 
 /// Whether apt says that the mirror answered and has no such suite, as
-/// opposed to a mirror that cannot be reached.
-fn is_gone(said: &str) -> bool {
-    said.contains("does not have a Release file") || said.contains("404 ")
+/// opposed to a mirror that cannot be reached, or that lacks a list of a suite that
+/// it has.
+fn is_gone(said: &str, suites: &[&str]) -> bool {
+    let releases: Vec<_> = suites
+        .iter()
+        .flat_map(|suite| ["InRelease", "Release"].map(|file| format!("/dists/{suite}/{file}")))
+        .collect();
+    let is_release = |word: &str| releases.iter().any(|release| word.ends_with(release));
+    said.lines().any(|line| {
+        line.contains("does not have a Release file")
+            || line.contains(" 404 ") && line.split_whitespace().any(is_release)
+    })
+}
+
+/// Whether all that apt-cache minds is that there is no such package.
+fn has_none(said: &str) -> bool {
+    let mut errors = said.lines().filter(|line| line.starts_with("E: ")).peekable();
+    errors.peek().is_some() && errors.all(|error| error == "E: No packages found")
 }
 
 /// The package of a line that apt writes of one that it would install:
@@ -243,7 +264,26 @@ mod tests {
 
     #[test]
     fn a_missing_suite_is_not_a_missing_network() {
-        assert!(is_gone("E: The repository 'x gone Release' does not have a Release file."));
+        let is_gone = |said| is_gone(said, &["old-backports", "old"]);
+        assert!(is_gone("E: The repository 'x old Release' does not have a Release file."));
+        assert!(is_gone("E: Failed to fetch http://x/dists/old/Release  404  Not Found [IP: y]"));
         assert!(!is_gone("W: Failed to fetch x  Could not resolve 'mirror'"));
+    }
+
+    #[test]
+    fn a_missing_list_is_not_a_missing_suite() {
+        let list = "http://x/dists/old/main/binary-amd64/Packages.xz";
+        let other = "http://x/dists/other/InRelease";
+        for url in [list, other] {
+            assert!(!is_gone(&format!("E: Failed to fetch {url}  404  Not Found"), &["old"]));
+        }
+    }
+
+    #[test]
+    fn a_failing_lookup_is_not_a_missing_package() {
+        assert!(has_none("N: Unable to locate package x\nE: No packages found\n"));
+        assert!(!has_none("E: The value 'old' is invalid for APT::Default-Release\n"));
+        assert!(!has_none("E: Could not open lock file x\nE: No packages found\n"));
+        assert!(!has_none(""));
     }
 }
