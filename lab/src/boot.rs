@@ -13,6 +13,7 @@ use anyhow::Result;
 
 use crate::cache;
 use crate::guest::{self, Payload};
+use crate::heartbeat::{self, Pulse, Standstill};
 use crate::kernels::Image;
 use crate::klog::{KernelLog, tail};
 use crate::machine::{self, Variant};
@@ -24,16 +25,8 @@ use crate::ui::{self, Stage};
 /// shows.
 const TAIL: usize = 25;
 
-/// How often a guest that says nothing is looked at, and for how long it must
-/// have said nothing, while its processors did next to nothing, for it to stand
-/// still: no test waits that long.
-///
-/// Seen with QEMU 10.0.2 now and then, on several kernels: processors are halted,
-/// and the timers that are to wake them do not, or not all of them.
+/// How often it is looked whether a guest still runs.
 const LOOK: Duration = Duration::from_secs(5);
-const STANDSTILL: Duration = Duration::from_secs(60);
-/// Next to nothing, as a share of the time.
-const IDLE: f64 = 0.02;
 
 /// How often a guest is booted that the emulator does not bring to its end.
 pub const ATTEMPTS: usize = 3;
@@ -53,8 +46,8 @@ pub enum Ending {
     Exited(u8),
     Panicked,
     TimedOut(Duration),
-    /// Neither it nor its processors did anything any more: see [`STANDSTILL`].
-    Stalled,
+    /// The guest did not run any more, whatever its payload did.
+    Stalled(Standstill),
     /// QEMU died of a signal, as it does where it finds itself in error.
     Crashed {
         signal: i32,
@@ -74,7 +67,7 @@ enum End {
     /// QEMU has ended.
     Output,
     Time,
-    Stalled,
+    Stalled(Standstill),
 }
 
 pub struct Outcome {
@@ -146,7 +139,7 @@ impl Lab {
         let started = Instant::now();
         let errors = fs::File::create(work.join("qemu"))?;
         let mut qemu = Qemu::start(command.stderr(errors))?;
-        let (output, end) = self.stream(&qemu, console, started, &stage)?;
+        let (output, end) = self.stream(&qemu, work, console, &stage)?;
         let signal = if end == End::Output { qemu.child.wait()?.signal() } else { None };
         drop(qemu);
         let took = started.elapsed();
@@ -158,8 +151,8 @@ impl Lab {
         let qemu_said = fs::read_to_string(work.join("qemu"))?;
         let ending = if end == End::Time {
             Ending::TimedOut(self.timeout)
-        } else if end == End::Stalled {
-            Ending::Stalled
+        } else if let End::Stalled(standstill) = end {
+            Ending::Stalled(standstill)
         } else if let Some(signal) = signal {
             Ending::Crashed { signal, qemu_said }
         } else if log.panicked() {
@@ -180,52 +173,42 @@ impl Lab {
     fn stream(
         &self,
         qemu: &Qemu,
+        work: &Path,
         console: &Path,
-        started: Instant,
         stage: &Stage,
     ) -> Result<(Vec<u8>, End)> {
         let mut all = Vec::new();
         let mut stdout = io::stdout();
-        // Since the last output: from when on the guest's processors have done next
-        // to nothing, and what they had worked then.
-        let mut idle: Option<(Instant, Duration)> = None;
+        let started = Instant::now();
+        let mut pulse = Pulse::new(started);
+        let mut next_look = started + LOOK;
         loop {
-            let left = self.timeout.saturating_sub(started.elapsed());
-            if left.is_zero() {
+            let now = Instant::now();
+            if now.duration_since(started) >= self.timeout {
                 return Ok((all, End::Time));
             }
-            match qemu.output.recv_timeout(left.min(LOOK)) {
+            if now >= next_look {
+                // QEMU makes both at its start.
+                let letters = fs::read(work.join(heartbeat::FILE)).unwrap_or_default();
+                let logged = fs::metadata(console).map_or(0, |console| console.len() as usize);
+                if let Some(standstill) = pulse.look(&letters, logged + all.len(), now) {
+                    return Ok((all, End::Stalled(standstill)));
+                }
+                next_look = now + LOOK;
+            }
+            let left = self.timeout.saturating_sub(now.duration_since(started));
+            match qemu.output.recv_timeout(left.min(next_look.duration_since(now))) {
                 Ok(bytes) => {
-                    idle = None;
                     stage.clear();
                     stdout.write_all(&bytes)?;
                     stdout.flush()?;
                     all.extend(bytes);
                 }
                 Err(RecvTimeoutError::Disconnected) => return Ok((all, End::Output)),
-                Err(RecvTimeoutError::Timeout) if has_lost_a_timer(console) => {
-                    return Ok((all, End::Stalled));
-                }
-                Err(RecvTimeoutError::Timeout) => match (idle, qemu.processor_time()) {
-                    (Some((since, before)), Some(now))
-                        if now.saturating_sub(before) <= since.elapsed().mul_f64(IDLE) =>
-                    {
-                        if since.elapsed() >= STANDSTILL {
-                            return Ok((all, End::Stalled));
-                        }
-                    }
-                    (_, now) => idle = now.map(|now| (Instant::now(), now)),
-                },
+                Err(RecvTimeoutError::Timeout) => {}
             }
         }
     }
-}
-
-/// Whether a processor of the guest waits for a timer in vain, as another that
-/// still works has found and logged.
-fn has_lost_a_timer(console: &Path) -> bool {
-    const COMPLAINT: &str = "kthread timer wakeup didn't happen";
-    fs::read(console).is_ok_and(|log| String::from_utf8_lossy(&log).contains(COMPLAINT))
 }
 
 impl Outcome {
@@ -252,7 +235,7 @@ impl Outcome {
 impl Ending {
     /// Whether it says nothing of what ran in the guest.
     pub fn is_the_emulators(&self) -> bool {
-        matches!(self, Self::Stalled | Self::Crashed { .. })
+        matches!(self, Self::Stalled(_) | Self::Crashed { .. })
     }
 }
 
@@ -267,9 +250,7 @@ impl fmt::Display for Ending {
             Self::TimedOut(limit) => {
                 write!(f, "not done after {} minutes: killed", limit.as_secs() / 60)
             }
-            Self::Stalled => {
-                write!(f, "the guest stands still: no timer of the emulator wakes its processors")
-            }
+            Self::Stalled(standstill) => write!(f, "the guest stands still: {standstill}"),
             Self::Crashed { signal, qemu_said } => {
                 write!(f, "the emulator died of signal {signal}: {}", qemu_said.trim())
             }

@@ -3,6 +3,8 @@
 
 use anyhow::{Result, bail};
 
+use crate::heartbeat;
+
 /// A PCI device of the machine.
 pub struct Device {
     /// What tests and `@NAME` arguments call it.
@@ -21,9 +23,6 @@ pub struct Device {
 const VFIO: &str = "vfio-pci";
 /// Built into Debian's kernels, so it takes its devices before we could.
 const SERIAL: &str = "serial";
-
-/// QEMU's `-name`, by which its threads have names.
-pub const THREADS: &str = "guest,debug-threads=on";
 
 /// Each is alone in its IOMMU group, except for crowded and neighbour, and for the twins.
 pub const DEVICES: [Device; 16] = [
@@ -187,6 +186,16 @@ const CONTROL: [(&str, &str); 4] = [
     ("-device", "isa-serial,chardev=to-monitor,index=2,iobase=0x3e8,irq=5"),
 ];
 
+/// Where the guest's processors show that they run: its fourth serial port, whose
+/// usual interrupt is the second's. What comes is in a file of QEMU's working
+/// directory.
+fn heartbeat() -> [(&'static str, String); 2] {
+    [
+        ("-chardev", format!("file,id=heartbeat,path={}", heartbeat::FILE)),
+        ("-device", "isa-serial,chardev=heartbeat,index=3,iobase=0x2e8,irq=7".to_owned()),
+    ]
+}
+
 /// The same devices, in machines that differ in one thing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variant {
@@ -225,8 +234,6 @@ impl Variant {
 /// TCG, always: a /dev/kvm that opens may still not run a stock kernel.
 pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     let mut arguments: Vec<String> = [
-        "-name",
-        THREADS,
         "-nodefaults",
         "-no-user-config",
         "-no-reboot",
@@ -269,6 +276,9 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     }
     for (option, value) in CONTROL {
         add(option, value);
+    }
+    for (option, value) in heartbeat() {
+        add(option, &value);
     }
     arguments
 }

@@ -3,7 +3,7 @@
 //!
 //! From the top: [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
 //! [`matrix`], [`performance`] and this file are the commands, [`boot`] is one boot
-//! of one kernel; [`kernels`], [`patched`], [`busybox`], [`payload`] and [`guest`]
+//! of one kernel, with its [`heartbeat`]; [`kernels`], [`patched`], [`busybox`], [`payload`] and [`guest`]
 //! make what is booted, [`machine`] and [`root`] what it is booted on;
 //! [`klog`], [`libtest`] and [`report`] judge what came of it.
 
@@ -21,6 +21,7 @@ mod fio;
 mod fuzz;
 mod guest;
 mod hazard;
+mod heartbeat;
 mod host;
 mod kernels;
 mod klog;

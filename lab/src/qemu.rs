@@ -1,12 +1,10 @@
 //! QEMU as a process: its command line, its output, and its end.
 
-use std::fs;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -63,28 +61,6 @@ impl Qemu {
             }
         });
         Ok(Self { child, output })
-    }
-}
-
-impl Qemu {
-    /// How long the guest's processors have worked; `None` where they cannot be told from QEMU's other threads,
-    /// by the names that [`machine::THREADS`] gives them.
-    pub fn processor_time(&self) -> Option<Duration> {
-        let mut total: Option<Duration> = None;
-        for task in fs::read_dir(format!("/proc/{}/task", self.child.id())).ok()? {
-            let stat = fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
-            // Behind the name, which may hold anything: state, and from there the
-            // 12th and 13th are the times in user mode and in the kernel, in units of
-            // 10 ms (proc(5); USER_HZ is 100 on x86).
-            let (name, rest) = stat.rsplit_once(") ")?;
-            if !name.contains("(CPU ") {
-                continue;
-            }
-            let times = rest.split(' ').skip(11).take(2);
-            let ticks: u64 = times.filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
-            *total.get_or_insert_default() += Duration::from_millis(10 * ticks);
-        }
-        total
     }
 }
 

@@ -17,7 +17,6 @@ use crate::cache::{self, Store};
 use crate::command;
 use crate::cpio::Archive;
 use crate::kernels::{Image, Kernel};
-use crate::machine;
 use crate::payload;
 use crate::root::Root;
 use crate::ui;
@@ -28,7 +27,7 @@ const DATA: &str = "data";
 /// The first namespace, in bytes.
 const DISK: u64 = 64 << 20;
 /// Everything goes to the log, and nothing is lost from it; of the test of the
-/// timer see [`machine::kernel_command_line`].
+/// timer see [`machine::kernel_command_line`](crate::machine::kernel_command_line).
 const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 panic=-1 no_timer_check ignore_loglevel log_buf_len=4M printk.devkmsg=on";
 
@@ -136,15 +135,7 @@ fn qemu(root: &Root, image: &Image, initramfs: &Path, console: &Path, socket: &P
     );
     let mut command = root.qemu();
     command
-        .args([
-            "-name",
-            machine::THREADS,
-            "-nodefaults",
-            "-no-user-config",
-            "-no-reboot",
-            "-display",
-            "none",
-        ])
+        .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
         .args(["-M", "q35,memory-backend=memory", "-accel", "tcg,thread=multi", "-cpu", "max"])
         .args(["-smp", "2", "-m", "512M"])
         .args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on"])
