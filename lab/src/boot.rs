@@ -16,6 +16,7 @@ use crate::guest::{self, Payload};
 use crate::heartbeat::{self, Pulse, Standstill};
 use crate::kernels::Image;
 use crate::klog::{KernelLog, tail};
+use crate::libtest;
 use crate::machine::{self, Variant};
 use crate::qemu::{self, Qemu};
 use crate::root::Root;
@@ -29,7 +30,7 @@ const TAIL: usize = 25;
 const LOOK: Duration = Duration::from_secs(5);
 
 /// How often a guest is booted that the emulator does not bring to its end.
-pub const ATTEMPTS: usize = 3;
+const ATTEMPTS: usize = 3;
 
 /// Where boots find their parts and leave their logs.
 pub struct Lab {
@@ -41,6 +42,7 @@ pub struct Lab {
 }
 
 /// How a boot ended.
+#[derive(Debug, PartialEq, Eq)]
 pub enum Ending {
     /// The payload ran to its end.
     Exited(u8),
@@ -62,10 +64,10 @@ pub enum Ending {
 }
 
 /// Why a guest's output was followed no further.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 enum End {
-    /// QEMU has ended.
-    Output,
+    /// QEMU has ended, by this signal if by any.
+    Output(Option<i32>),
     Time,
     Stalled(Standstill),
 }
@@ -77,6 +79,14 @@ pub struct Outcome {
     /// What the payload wrote.
     pub output: String,
     pub took: Duration,
+    /// The attempts before this one.
+    pub given_up: Vec<Attempt>,
+}
+
+/// A boot that said nothing of what was to be tested.
+pub struct Attempt {
+    pub ending: Ending,
+    pub log_path: PathBuf,
 }
 
 impl Lab {
@@ -85,7 +95,9 @@ impl Lab {
     ///
     /// Where the emulator crashes or the guest stands still, it is booted again,
     /// and the user is told: that is the emulator's doing, and no answer about what
-    /// was to be tested. One that never comes to its end fails.
+    /// was to be tested. Not so where a test had failed by then, or the kernel had
+    /// complained: that is an answer. One that never comes to its end fails. What an
+    /// attempt that is given up has left stays, under a name of its own.
     pub fn boot(
         &self,
         image: &Image,
@@ -93,14 +105,32 @@ impl Lab {
         payload: &Payload,
         label: &str,
     ) -> Result<Outcome> {
-        for _ in 1..ATTEMPTS {
+        // Of an earlier run.
+        for number in 1..ATTEMPTS {
+            for path in self.leavings(&attempt(label, number)) {
+                fs::remove_file(path).or_else(unless_missing)?;
+            }
+        }
+        let mut given_up = Vec::new();
+        loop {
             let outcome = self.boot_once(image, variant, payload, label)?;
-            if !outcome.ending.is_the_emulators() {
-                return Ok(outcome);
+            let number = given_up.len() + 1;
+            if !outcome.says_nothing() || number == ATTEMPTS {
+                return Ok(Outcome { given_up, ..outcome });
             }
             ui::warning(&format!("{label}: {}; booting it again", outcome.ending));
+            let kept = self.leavings(&attempt(label, number));
+            for (from, to) in self.leavings(label).iter().zip(&kept) {
+                fs::rename(from, to)?;
+            }
+            let [log_path, _] = kept;
+            given_up.push(Attempt { ending: outcome.ending, log_path });
         }
-        self.boot_once(image, variant, payload, label)
+    }
+
+    /// Where a boot leaves the kernel's log, and the payload's output.
+    fn leavings(&self, label: &str) -> [PathBuf; 2] {
+        ["kernel.log", "output"].map(|what| self.logs.join(format!("{label}.{what}")))
     }
 
     fn boot_once(
@@ -139,40 +169,25 @@ impl Lab {
         let started = Instant::now();
         let errors = fs::File::create(work.join("qemu"))?;
         let mut qemu = Qemu::start(command.stderr(errors))?;
-        let (output, end) = self.stream(&qemu, work, console, &stage)?;
-        let signal = if end == End::Output { qemu.child.wait()?.signal() } else { None };
+        let (output, end) = self.stream(&mut qemu, work, console, &stage)?;
         drop(qemu);
         let took = started.elapsed();
 
         let log = KernelLog::new(&fs::read(console).unwrap_or_default());
-        let log_path = self.logs.join(format!("{label}.kernel.log"));
+        let [log_path, output_path] = self.leavings(label);
         fs::write(&log_path, log.as_str())?;
-        fs::write(self.logs.join(format!("{label}.output")), &output)?;
+        fs::write(output_path, &output)?;
         let qemu_said = fs::read_to_string(work.join("qemu"))?;
-        let ending = if end == End::Time {
-            Ending::TimedOut(self.timeout)
-        } else if let End::Stalled(standstill) = end {
-            Ending::Stalled(standstill)
-        } else if let Some(signal) = signal {
-            Ending::Crashed { signal, qemu_said }
-        } else if log.panicked() {
-            Ending::Panicked
-        } else if let Some(reason) = log.setup_failure() {
-            Ending::SetupFailed(reason.to_owned())
-        } else if let Some(status) = log.payload_status() {
-            Ending::Exited(status)
-        } else {
-            Ending::Died { qemu_said }
-        };
+        let ending = Ending::judge(&log, end, self.timeout, qemu_said);
         let output = String::from_utf8_lossy(&output).into_owned();
-        Ok(Outcome { ending, log, log_path, output, took })
+        Ok(Outcome { ending, log, log_path, output, took, given_up: Vec::new() })
     }
 
     /// Passes the payload's output on until QEMU ends, or there is no use in
     /// waiting for that.
     fn stream(
         &self,
-        qemu: &Qemu,
+        qemu: &mut Qemu,
         work: &Path,
         console: &Path,
         stage: &Stage,
@@ -204,14 +219,33 @@ impl Lab {
                     stdout.flush()?;
                     all.extend(bytes);
                 }
-                Err(RecvTimeoutError::Disconnected) => return Ok((all, End::Output)),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Ok((all, End::Output(qemu.child.wait()?.signal())));
+                }
                 Err(RecvTimeoutError::Timeout) => {}
             }
         }
     }
 }
 
+/// The label of an attempt that is given up.
+fn attempt(label: &str, number: usize) -> String {
+    format!("{label}.attempt-{number}")
+}
+
+fn unless_missing(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
 impl Outcome {
+    /// Whether it is no answer about what ran in the guest: the emulator did not
+    /// bring it to its end, and nothing had gone wrong until then.
+    fn says_nothing(&self) -> bool {
+        matches!(self.ending, Ending::Stalled(_) | Ending::Crashed { .. })
+            && self.log.offences().is_empty()
+            && !libtest::has_failed(&self.output)
+    }
+
     /// What to show of a boot: nothing, if it went well.
     pub fn complaints(&self) -> String {
         let mut complaints = String::new();
@@ -233,9 +267,23 @@ impl Outcome {
 }
 
 impl Ending {
-    /// Whether it says nothing of what ran in the guest.
-    pub fn is_the_emulators(&self) -> bool {
-        matches!(self, Self::Stalled(_) | Self::Crashed { .. })
+    /// What the guest has said of itself counts before how the emulator ended.
+    fn judge(log: &KernelLog, end: End, timeout: Duration, qemu_said: String) -> Self {
+        if log.panicked() {
+            return Self::Panicked;
+        }
+        if let Some(reason) = log.setup_failure() {
+            return Self::SetupFailed(reason.to_owned());
+        }
+        if let Some(status) = log.payload_status() {
+            return Self::Exited(status);
+        }
+        match end {
+            End::Time => Self::TimedOut(timeout),
+            End::Stalled(standstill) => Self::Stalled(standstill),
+            End::Output(Some(signal)) => Self::Crashed { signal, qemu_said },
+            End::Output(None) => Self::Died { qemu_said },
+        }
     }
 }
 
@@ -263,5 +311,51 @@ impl fmt::Display for Ending {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STALLED: End = End::Stalled(Standstill::Silence);
+    const CRASHED: End = End::Output(Some(6));
+
+    fn outcome(log: &str, end: End, output: &str) -> Outcome {
+        let log = KernelLog::new(format!("lab: payload starts\n{log}").as_bytes());
+        Outcome {
+            ending: Ending::judge(&log, end, Duration::from_secs(60), String::new()),
+            log,
+            log_path: PathBuf::new(),
+            output: output.to_owned(),
+            took: Duration::ZERO,
+            given_up: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_a_guest_has_said_counts_before_how_the_emulator_ended() {
+        for end in [STALLED, CRASHED, End::Time, End::Output(None)] {
+            let ending = |log| outcome(log, end, "").ending;
+            assert_eq!(ending("Kernel panic - not syncing: x"), Ending::Panicked);
+            assert_eq!(ending("lab: setup failed: x"), Ending::SetupFailed("x".to_owned()));
+            assert_eq!(ending("lab: payload ended with status 7"), Ending::Exited(7));
+        }
+        assert_eq!(outcome("", STALLED, "").ending, Ending::Stalled(Standstill::Silence));
+        assert!(matches!(outcome("", CRASHED, "").ending, Ending::Crashed { signal: 6, .. }));
+        assert!(matches!(outcome("", End::Time, "").ending, Ending::TimedOut(_)));
+        assert!(matches!(outcome("", End::Output(None), "").ending, Ending::Died { .. }));
+    }
+
+    #[test]
+    fn only_what_the_emulator_cut_short_before_anything_went_wrong_is_booted_again() {
+        for end in [STALLED, CRASHED] {
+            assert!(outcome("", end, "test a ... ok\ntest b ... ").says_nothing());
+            assert!(!outcome("", end, "test a ... FAILED\ntest b ... ").says_nothing());
+            assert!(!outcome("BUG: Bad page map", end, "test a ... ").says_nothing());
+            assert!(!outcome("lab: payload ended with status 0", end, "").says_nothing());
+        }
+        assert!(!outcome("", End::Time, "").says_nothing());
+        assert!(!outcome("", End::Output(None), "").says_nothing());
     }
 }

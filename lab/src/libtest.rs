@@ -25,6 +25,16 @@ impl Counts {
     }
 }
 
+/// Whether a test has failed, as far as the output goes: it need not have come to
+/// its end.
+pub fn has_failed(output: &str) -> bool {
+    output.lines().any(|line| {
+        line.ends_with("... FAILED")
+            || line.starts_with("test result: FAILED")
+            || line.contains("panicked at")
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -35,6 +45,14 @@ mod tests {
                       2 ignored; 0 measured; 4 filtered out; finished in 0.31s\n\n";
         let counts = Counts { passed: 12, failed: 1, ignored: 2 };
         assert_eq!(Counts::find(output), Some(counts));
+    }
+
+    #[test]
+    fn a_failure_is_found_before_the_end() {
+        assert!(has_failed("test a ... ok\ntest b ... FAILED\ntest c ... "));
+        assert!(has_failed("test a ... \nthread 'a' (42) panicked at tests/a.rs:1:5:\nno\n"));
+        assert!(has_failed("test result: FAILED. 0 passed; 1 failed; 0 ignored\n"));
+        assert!(!has_failed("test a_write_that_FAILED ... ok\ntest b ... "));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::boot::{Ending, Outcome};
+use crate::boot::{Attempt, Ending, Outcome};
 use crate::libtest::Counts;
 
 /// One line of the table.
@@ -42,8 +42,16 @@ impl Row {
 /// The whole table, and beneath it what went wrong.
 pub fn table(rows: &[Row]) -> String {
     let mut table = format!(
-        "{:<24}{:<22}{:>6} {:>6} {:>7} {:>7}  {:<13} {}\n",
-        "kernel", "version", "passed", "failed", "ignored", "time", "kernel log", "saved as"
+        "{:<24}{:<22}{:>6} {:>6} {:>7} {:>5} {:>7}  {:<13} {}\n",
+        "kernel",
+        "version",
+        "passed",
+        "failed",
+        "ignored",
+        "boots",
+        "time",
+        "kernel log",
+        "saved as"
     );
     let mut details = String::new();
     for row in rows {
@@ -71,10 +79,11 @@ fn line(table: &mut String, label: &str, version: &str, outcome: &Outcome) {
     };
     writeln!(
         table,
-        "{label:<24}{version:<22}{:>6} {:>6} {:>7} {:>5.1} s  {log:<13} {}",
+        "{label:<24}{version:<22}{:>6} {:>6} {:>7} {:>5} {:>5.1} s  {log:<13} {}",
         count(|counts| counts.passed),
         count(|counts| counts.failed),
         count(|counts| counts.ignored),
+        outcome.given_up.len() + 1,
         outcome.took.as_secs_f32(),
         outcome.log_path.display()
     )
@@ -82,6 +91,10 @@ fn line(table: &mut String, label: &str, version: &str, outcome: &Outcome) {
 }
 
 fn explain(details: &mut String, label: &str, outcome: &Outcome) {
+    for Attempt { ending, log_path } in &outcome.given_up {
+        writeln!(details, "\n{label} was booted again: {ending}; see {}", log_path.display())
+            .expect("a string takes all");
+    }
     let mut complaints = outcome.complaints();
     match (&outcome.ending, Counts::find(&outcome.output)) {
         (Ending::Exited(_), None) => {
