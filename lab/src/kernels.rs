@@ -151,7 +151,7 @@ impl Kernel {
     }
 }
 
-/// The age of a cached kernel counts from when its version was last written.
+/// The age of what is cached counts from when its version was last written.
 pub fn is_old(directory: &Path) -> bool {
     fs::metadata(directory.join("version"))
         .and_then(|version| version.modified())

@@ -1,6 +1,7 @@
 //! What the lab boots with: QEMU, from the packages of a later Debian, unpacked
 //! into a root of its own with every library that it needs, and run by that root's
-//! loader. The machine is left as it is, and every machine boots with the same.
+//! loader. The machine is left as it is. What the mirror had when it was first asked
+//! stays; only a QEMU without a vfio-user-pci is asked for again, every week.
 //!
 //! Not the machine's own QEMU, nor that of its backports: up to 10.0 it has no
 //! vfio-user-pci, and under `tcg,thread=multi` 10.0.2 now and then ends in
@@ -15,7 +16,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::apt::Suite;
 use crate::cache::{self, Store};
-use crate::ui::Stage;
+use crate::kernels;
+use crate::ui::{self, Stage};
 
 /// Where QEMU and what it needs are; the first that the mirror has.
 const SUITES: [&[&str]; 2] = [&["trixie-backports", "trixie"], &["trixie"]];
@@ -29,9 +31,11 @@ const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
 
 /// The root, in the cache.
+#[derive(Clone)]
 pub struct Root {
     /// Of QEMU's package.
     pub version: String,
+    /// Where it is kept, with what is known of it.
     directory: PathBuf,
 }
 
@@ -39,13 +43,32 @@ impl Root {
     /// From the cache, or fetched into it.
     pub fn ensure(store: &Store) -> Result<Self> {
         let directory = store.directory.join("qemu");
-        let wanted = PACKAGES.join(" ");
-        let kept = fs::read_to_string(directory.join("packages"));
-        if !kept.is_ok_and(|kept| kept == wanted) {
-            fetch(store, &directory, &wanted)?;
+        let kept = Self::kept(&directory);
+        if let Some(kept) = kept.as_ref().filter(|kept| !kept.is_to_be_replaced()) {
+            return Ok(kept.clone());
         }
-        let version = fs::read_to_string(directory.join("version"))?;
-        Ok(Self { version, directory: directory.join("root") })
+        match (fetch(store, &directory, kept.as_ref()), kept) {
+            (Ok(()), _) => Self::kept(&directory).context("what was fetched is kept"),
+            (Err(error), Some(kept)) => {
+                ui::warning(&format!(
+                    "cannot ask whether there is a newer QEMU than the cached one: {error:#}"
+                ));
+                Ok(kept)
+            }
+            (Err(error), None) => Err(error.context("cannot fetch QEMU")),
+        }
+    }
+
+    /// What `directory` holds, if it is all that is wanted.
+    fn kept(directory: &Path) -> Option<Self> {
+        let packages = fs::read_to_string(directory.join("packages")).ok()?;
+        let version = fs::read_to_string(directory.join("version")).ok()?;
+        (packages == PACKAGES.join(" ")).then(|| Self { version, directory: directory.to_owned() })
+    }
+
+    /// Whether the mirror may have a better one by now.
+    fn is_to_be_replaced(&self) -> bool {
+        !self.has_vfio_user() && kernels::is_old(&self.directory)
     }
 
     pub fn has_vfio_user(&self) -> bool {
@@ -79,7 +102,7 @@ impl Root {
 
     /// Where a file of the root is.
     pub fn path(&self, path: &str) -> PathBuf {
-        self.directory.join(path)
+        self.directory.join("root").join(path)
     }
 
     /// A library of the root, by its name.
@@ -97,7 +120,8 @@ impl Root {
     }
 }
 
-fn fetch(store: &Store, directory: &Path, wanted: &str) -> Result<()> {
+/// Fetches what the mirror has into `directory`, unless what is kept there is it.
+fn fetch(store: &Store, directory: &Path, kept: Option<&Root>) -> Result<()> {
     let stage = Stage::new("Fetching", "QEMU");
     let suite = suite(store)?;
     let packages = suite.closure(&PACKAGES)?;
@@ -105,12 +129,16 @@ fn fetch(store: &Store, directory: &Path, wanted: &str) -> Result<()> {
         .iter()
         .find_map(|package| package.strip_prefix(QEMU)?.strip_prefix('='))
         .context("a package is among those that it needs")?;
+    if kept.is_some_and(|kept| kept.version == version) {
+        // Written again to count as checked today.
+        return Ok(fs::write(directory.join("version"), version)?);
+    }
     cache::replace(directory, |new| {
         let root = new.join("root");
         fs::create_dir(&root)?;
         suite.unpack(&packages, &root)?;
         fs::write(new.join("version"), version)?;
-        Ok(fs::write(new.join("packages"), wanted)?)
+        Ok(fs::write(new.join("packages"), PACKAGES.join(" "))?)
     })?;
     stage.done("Fetched", &format!("QEMU {version}"));
     Ok(())
@@ -137,6 +165,9 @@ fn upstream(version: &str) -> Option<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::time::{Duration, SystemTime};
+
     use super::*;
 
     #[test]
@@ -146,5 +177,22 @@ mod tests {
         assert!(!root("1:10.0.2+ds-2+deb13u1~bpo12+1").has_vfio_user());
         assert!(root("10.1~rc1").has_vfio_user());
         assert!(!root("none").has_vfio_user());
+    }
+
+    #[test]
+    fn only_a_qemu_without_vfio_user_is_asked_for_again_and_only_after_a_week() {
+        let directory = tempfile::tempdir().unwrap();
+        let keep = |version: &str, days: u64| {
+            let file = directory.path().join("version");
+            fs::write(&file, version).unwrap();
+            let age = Duration::from_secs(days * 24 * 60 * 60);
+            File::open(&file).unwrap().set_modified(SystemTime::now() - age).unwrap();
+            Root::kept(directory.path())
+        };
+        assert!(keep("1:10.0.2+ds-2", 0).is_none());
+        fs::write(directory.path().join("packages"), PACKAGES.join(" ")).unwrap();
+        assert!(!keep("1:10.0.2+ds-2", 6).unwrap().is_to_be_replaced());
+        assert!(keep("1:10.0.2+ds-2", 8).unwrap().is_to_be_replaced());
+        assert!(!keep("1:11.1.3+ds-1", 8).unwrap().is_to_be_replaced());
     }
 }
