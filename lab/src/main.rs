@@ -182,7 +182,7 @@ fn after_help() -> String {
         "\nExamples:
   cargo lab test
   cargo lab test --kernel 6.12 -- relocate
-  cargo lab run --kernel 5.10 -- tour @ivshmem64m
+  cargo lab run --kernel 5.10 -- tour --device @ivshmem64m
   cargo lab hazard gib_entry_corruption --kernel 6.12
 
 A program in a guest runs as root. It finds the devices' addresses in
@@ -312,4 +312,22 @@ fn run(
         ui::warning(&format!("{complaints}{log}"));
     }
     Ok(ExitCode::from(status))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_examples_of_the_help_are_understood() {
+        let help = after_help();
+        let examples: Vec<_> =
+            help.lines().filter_map(|line| line.strip_prefix("  cargo lab ")).collect();
+        assert!(examples.len() >= 4, "{examples:?}");
+        for example in examples {
+            let words = ["cargo lab"].into_iter().chain(example.split(' '));
+            let parsed = Cli::try_parse_from(words);
+            assert!(parsed.is_ok(), "{example}: {}", parsed.err().unwrap());
+        }
+    }
 }
