@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use crate::command;
 use crate::klog::tail;
 use crate::payload::{self, workspace};
-use crate::tools;
+use crate::tools::{self, Need};
 use crate::ui::{self, Stage};
 
 /// A binary of `fuzz/`.
@@ -64,7 +64,7 @@ pub fn briefly() -> Result<()> {
 
 /// Fuzzes all targets at once. Whether none has found anything.
 pub fn run(limit: Limit) -> Result<bool> {
-    tools::ensure_for_fuzzing()?;
+    tools::ensure(&[Need::Fuzzing])?;
     let programs = build()?;
     let mut running = TARGETS
         .iter()

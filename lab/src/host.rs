@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 
 use crate::payload::cargo;
-use crate::tools;
+use crate::tools::{self, Need};
 use crate::ui;
 
 /// The calls of cargo that run them.
@@ -17,7 +17,7 @@ const STEPS: [&str; 5] = [
 
 /// Runs them all; stops at the first that fails.
 pub fn test() -> Result<()> {
-    tools::ensure_for_testing()?;
+    tools::ensure(&[Need::Testing])?;
     for arguments in STEPS {
         ui::status("Running", &format!("cargo {arguments}"));
         let status = cargo().args(arguments.split(' ')).status().context("cannot run cargo")?;

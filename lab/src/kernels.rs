@@ -125,10 +125,20 @@ pub fn by_name(name: &str) -> Result<&'static Kernel, String> {
 }
 
 impl Kernel {
+    /// Whether it is one that has to be built before it boots.
+    pub fn is_to_be_built(&self, store: &Store) -> Result<bool> {
+        let built_here = matches!(self.source, Source::Patched);
+        Ok(built_here && !patched::is_built(&self.directory(store))?)
+    }
+
+    fn directory(&self, store: &Store) -> PathBuf {
+        store.directory.join("kernels").join(self.name)
+    }
+
     /// The kernel from the cache, or fetched into it. `None` if the mirror
     /// does not have it (any more).
     pub fn image(&'static self, store: &Store) -> Result<Option<Image>> {
-        let directory = store.directory.join("kernels").join(self.name);
+        let directory = self.directory(store);
         let Source::Debian { suite, moves } = self.source else {
             let built = patched::ensure(store, &directory).context("cannot build kernel patched");
             return Ok(if built? { Image::cached(self.name, directory) } else { None });

@@ -55,6 +55,7 @@ use hazard::Hazard;
 use kernels::{KERNELS, Kernel, NEWEST};
 use machine::Variant;
 use root::Root;
+use tools::Need;
 
 /// Boots stock kernels and a patched one with VFIO and an IOMMU in QEMU, and
 /// runs vfio-remap's tests, examples and benchmarks in them.
@@ -208,6 +209,8 @@ fn main() -> ExitCode {
 fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Test { kernels, host_only, common, libtest } => {
+            // All at once, since what is found missing later costs the time until then.
+            tools::ensure(&test::needs(&kernels, host_only, common.mirror.clone())?)?;
             if kernels.is_empty() {
                 host::test()?;
                 fuzz::briefly()?;
@@ -279,7 +282,7 @@ fn perform(task: Task) -> Result<ExitCode> {
 /// Readies what all boots have in common.
 fn ready(common: Common) -> Result<(Lab, Store)> {
     let store = Store::open(common.mirror)?;
-    tools::ensure_for_booting()?;
+    tools::ensure(&[Need::Booting])?;
     let lab = Lab {
         root: Root::ensure(&store)?,
         busybox: busybox::path(&store)?,

@@ -15,7 +15,7 @@ use crate::command;
 use crate::kernels::{self, NEWEST_SUITE};
 use crate::klog::tail;
 use crate::payload;
-use crate::tools;
+use crate::tools::{self, Need};
 use crate::ui::{self, Stage};
 
 /// Depends on the package with the newest source.
@@ -58,6 +58,17 @@ impl Series {
         let patches = self.patches.iter().map(|(_, patch)| patch.as_str());
         patches.chain([self.config.as_str()]).collect()
     }
+
+    /// Whether the kernel in a directory is made of it.
+    fn is_built(&self, directory: &Path) -> bool {
+        let built_from = fs::read_to_string(directory.join("series"));
+        built_from.is_ok_and(|built_from| built_from == self.text())
+    }
+}
+
+/// Whether `directory` holds a kernel of this series, of whichever source.
+pub fn is_built(directory: &Path) -> Result<bool> {
+    Ok(Series::read()?.is_built(directory))
 }
 
 /// Makes sure that `directory` holds the kernel of this series: builds it
@@ -65,10 +76,7 @@ impl Series {
 /// `false` if the mirror has no source and no kernel was built before.
 pub fn ensure(store: &Store, directory: &Path) -> Result<bool> {
     let series = Series::read()?;
-    let built_from = |what, is: &str| {
-        fs::read_to_string(directory.join(what)).is_ok_and(|built_from| built_from == is)
-    };
-    let current = built_from("series", &series.text());
+    let current = series.is_built(directory);
     if current && !kernels::is_old(directory) {
         return Ok(true);
     }
@@ -81,12 +89,13 @@ pub fn ensure(store: &Store, directory: &Path) -> Result<bool> {
         }
         Err(error) => return Err(error),
     };
-    if current && built_from("version", &source.version) {
+    let version = fs::read_to_string(directory.join("version"));
+    if current && version.is_ok_and(|version| version == source.version) {
         // Written again to count as checked today.
         fs::write(directory.join("version"), source.version)?;
         return Ok(true);
     }
-    tools::ensure_for_building()?;
+    tools::ensure(&[Need::Building])?;
     build(&series, &source, store, directory)?;
     Ok(true)
 }

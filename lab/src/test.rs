@@ -13,6 +13,7 @@ use crate::kernels::{KERNELS, Kernel, NEWEST, PATCHED};
 use crate::machine::Variant;
 use crate::payload;
 use crate::report::{self, Row};
+use crate::tools::Need;
 use crate::ui;
 
 /// In the name of each test that wants a machine without an IOMMU. All others
@@ -27,6 +28,28 @@ const ACPI_HOTPLUG: &str = "acpi_hotplug";
 
 /// Where `tests/hazards` says what the lab's kernel patches promise.
 const SERIES: &str = "series::";
+
+/// What the tests of these kernels, or of all if none is named, need programs for.
+pub fn needs(
+    kernels: &[&'static Kernel],
+    host_only: bool,
+    mirror: Option<String>,
+) -> Result<Vec<Need>> {
+    let mut needs = Vec::new();
+    if kernels.is_empty() {
+        needs.extend([Need::Testing, Need::Fuzzing]);
+    }
+    if !host_only {
+        needs.push(Need::Booting);
+        let store = Store::open(mirror)?;
+        for kernel in selected(kernels) {
+            if kernel.is_to_be_built(&store)? {
+                needs.push(Need::Building);
+            }
+        }
+    }
+    Ok(needs)
+}
 
 /// Boots each kernel with the guest tests, and once more with hotplug by ACPI;
 /// `newest` and `patched` once more without an IOMMU, and `patched` once more

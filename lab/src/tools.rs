@@ -8,36 +8,60 @@ use anyhow::{Result, bail};
 use crate::command;
 use crate::ui::Stage;
 
-/// Makes sure that all that a boot needs is there: installs it, or says what
-/// to do.
-pub fn ensure_for_booting() -> Result<()> {
-    ensure(missing_for_booting)
+/// What programs are needed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Unpacking what boots.
+    Booting,
+    /// Building a kernel.
+    Building,
+    /// Building fuzz targets.
+    Fuzzing,
+    /// The tests that need no guest: patches are applied, and instructions counted.
+    Testing,
 }
 
-/// The same for building fuzz targets.
-pub fn ensure_for_fuzzing() -> Result<()> {
-    ensure(|| missing_programs(&[("c++", "g++")]))
+/// By what a package is known to be installed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sign {
+    Program(&'static str),
+    Header(&'static str),
 }
 
-/// The same for the tests that need no guest: patches are applied, and
-/// instructions counted.
-pub fn ensure_for_testing() -> Result<()> {
-    ensure(|| missing_programs(&[("patch", "patch"), ("valgrind", "valgrind")]))
+use Sign::{Header, Program};
+
+impl Need {
+    fn packages(self) -> &'static [(Sign, &'static str)] {
+        match self {
+            Self::Booting => &[(Program("xz"), "xz-utils"), (Program("zstd"), "zstd")],
+            Self::Building => &[
+                (Program("bc"), "bc"),
+                (Program("bison"), "bison"),
+                (Program("flex"), "flex"),
+                (Program("gcc"), "gcc"),
+                (Program("make"), "make"),
+                (Program("patch"), "patch"),
+                (Program("perl"), "perl"),
+                (Program("tar"), "tar"),
+                (Program("xz"), "xz-utils"),
+                (Header("gelf.h"), "libelf-dev"),
+                (Header("stdio.h"), "libc6-dev"),
+            ],
+            Self::Fuzzing => &[(Program("c++"), "g++")],
+            Self::Testing => &[(Program("patch"), "patch"), (Program("valgrind"), "valgrind")],
+        }
+    }
 }
 
-/// The same for building a kernel.
-pub fn ensure_for_building() -> Result<()> {
-    ensure(missing_for_building)
-}
-
-fn ensure(missing_packages: fn() -> Vec<&'static str>) -> Result<()> {
+/// Makes sure that all that is needed is there: installs it, or says what to do.
+pub fn ensure(needs: &[Need]) -> Result<()> {
     for (program, package) in [("dpkg-deb", "dpkg"), ("apt-get", "apt"), ("setpriv", "util-linux")]
     {
         if !runs(program) {
             bail!("{program} is missing: the lab needs a Debian with the package {package}");
         }
     }
-    let missing = missing_packages();
+    let missing = missing(needs, is_there);
     if missing.is_empty() {
         return Ok(());
     }
@@ -46,54 +70,65 @@ fn ensure(missing_packages: fn() -> Vec<&'static str>) -> Result<()> {
     if !command::is_root()? {
         bail!(
             "missing: {names}\nInstall it as root, or run the lab once as root to have it do so:\n\n\
-             apt-get {UPDATE}\napt-get {}",
+             apt-get update\napt-get {}",
             install(&missing).join(" ")
         );
     }
     let stage = Stage::new("Installing", &names);
-    for arguments in [vec![UPDATE], install(&missing)] {
-        command::output(
-            Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive"),
-        )?;
-    }
+    command::output(apt_get().arg("update"))?;
+    command::output(apt_get().args(install(&missing)))?;
     stage.done("Installed", &names);
-    match &missing_packages()[..] {
+    match &self::missing(needs, is_there)[..] {
         [] => Ok(()),
         still => bail!("installed, but still not found or too old: {}", still.join(", ")),
     }
 }
 
-fn missing_for_booting() -> Vec<&'static str> {
-    missing_programs(&[("xz", "xz-utils"), ("zstd", "zstd")])
+fn apt_get() -> Command {
+    let mut apt_get = Command::new("apt-get");
+    apt_get.env("DEBIAN_FRONTEND", "noninteractive");
+    apt_get
 }
 
-fn missing_for_building() -> Vec<&'static str> {
-    let programs = ["bc", "bison", "flex", "gcc", "make", "patch", "perl", "tar"];
-    let mut missing = missing_programs(&programs.map(|program| (program, program)));
-    missing.extend(missing_programs(&[("xz", "xz-utils")]));
-    for (header, package) in [("gelf.h", "libelf-dev"), ("stdio.h", "libc6-dev")] {
-        if !Path::new("/usr/include").join(header).exists() {
+/// The packages that are needed and not there, each once.
+fn missing(needs: &[Need], is_there: impl Fn(Sign) -> bool) -> Vec<&'static str> {
+    let mut missing = Vec::new();
+    for &(sign, package) in needs.iter().flat_map(|need| need.packages()) {
+        if !missing.contains(&package) && !is_there(sign) {
             missing.push(package);
         }
     }
     missing
 }
 
-/// Of programs and the packages that they are in, the packages whose program
-/// is not there.
-fn missing_programs(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
-    let missing = programs.iter().filter(|(program, _)| !runs(program));
-    missing.map(|&(_, package)| package).collect()
+fn is_there(sign: Sign) -> bool {
+    match sign {
+        Program(program) => runs(program),
+        Header(header) => Path::new("/usr/include").join(header).exists(),
+    }
 }
 
 fn runs(program: &str) -> bool {
     command::output(Command::new(program).arg("--version")).is_ok()
 }
 
-const UPDATE: &str = "update";
-
 /// The arguments by which apt-get installs packages, from where the machine has
 /// its own. `--no-remove`: nothing that the user has may go for it.
 fn install(packages: &[&'static str]) -> Vec<&'static str> {
     [&["install", "--yes", "--no-remove", "--no-install-recommends"], packages].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_missing_is_named_at_once_and_once() {
+        let needs = [Need::Testing, Need::Fuzzing, Need::Booting, Need::Building];
+        let there = [Program("gcc"), Program("make"), Header("stdio.h")];
+        let missing = missing(&needs, |sign| there.contains(&sign));
+        assert_eq!(missing[..4], ["patch", "valgrind", "g++", "xz-utils"]);
+        assert_eq!(missing.iter().filter(|package| **package == "patch").count(), 1);
+        assert!(missing.contains(&"libelf-dev") && !missing.contains(&"libc6-dev"));
+    }
 }
