@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::cache::Store;
 use crate::command;
+use crate::tools;
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -209,7 +210,7 @@ pub fn mirror(store: &Store) -> Result<String> {
         return Ok(mirror);
     }
     if command::is_root()? {
-        command::output(Command::new("apt-get").arg("update"))?;
+        tools::update();
         if let Some(mirror) = configured_mirror()? {
             return Ok(mirror);
         }

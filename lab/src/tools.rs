@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::command;
-use crate::ui::Stage;
+use crate::ui::{self, Stage};
 
 /// What programs are needed for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,12 +75,20 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
         );
     }
     let stage = Stage::new("Installing", &names);
-    command::output(apt_get().arg("update"))?;
+    update();
     command::output(apt_get().args(install(&missing)))?;
     stage.done("Installed", &names);
     match &self::missing(needs, is_there)[..] {
         [] => Ok(()),
-        still => bail!("installed, but still not found or too old: {}", still.join(", ")),
+        still => bail!("installed, but still not found: {}", still.join(", ")),
+    }
+}
+
+/// Has apt ask the machine's sources what they have. Where one does not answer, the
+/// others may have what is wanted: the user is told, and what comes next decides.
+pub fn update() {
+    if let Err(error) = command::output(apt_get().arg("update")) {
+        ui::warning(&format!("{error:#}"));
     }
 }
 
