@@ -1,9 +1,10 @@
 //! The programs that the lab needs, and installing them.
 
+use std::env;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::command;
 use crate::ui::{self, Stage};
@@ -55,6 +56,9 @@ impl Need {
 
 /// Makes sure that all that is needed is there: installs it, or says what to do.
 pub fn ensure(needs: &[Need]) -> Result<()> {
+    if needs.contains(&Need::Booting) {
+        boots_on(env::consts::ARCH)?;
+    }
     for (program, package) in [("dpkg-deb", "dpkg"), ("apt-get", "apt"), ("setpriv", "util-linux")]
     {
         if !runs(program) {
@@ -82,6 +86,17 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
         [] => Ok(()),
         still => bail!("installed, but still not found: {}", still.join(", ")),
     }
+}
+
+/// Whether this is a machine for booting: what is built for it is to run in guests.
+fn boots_on(architecture: &str) -> Result<()> {
+    ensure!(
+        architecture == "x86_64",
+        "the lab's kernels and their QEMU are for x86-64, and so must be what runs in them, \
+         but this machine, for which it would be built, is {architecture}; \
+         `cargo lab test --host-only` and `cargo lab fuzz` boot nothing"
+    );
+    Ok(())
 }
 
 /// Has apt ask the machine's sources what they have. Where one does not answer, the
@@ -129,6 +144,12 @@ fn install(packages: &[&'static str]) -> Vec<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_architecture_is_refused_by_name() {
+        assert!(boots_on("x86_64").is_ok());
+        assert!(boots_on("aarch64").unwrap_err().to_string().contains("is aarch64"));
+    }
 
     #[test]
     fn all_that_is_missing_is_named_at_once_and_once() {
