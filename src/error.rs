@@ -119,7 +119,7 @@ impl Error {
             Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::ENOSYS => ErrorKind::Unsupported,
             _ => ErrorKind::Os,
         };
-        Self::new(kind, operation, object).with_errno(errno)
+        Self::new(kind, operation, object).with_errno(errno as i32)
     }
 
     /// An `io::Error` of the standard library, by its errno.
@@ -134,13 +134,35 @@ impl Error {
         }
     }
 
-    pub(crate) fn with_errno(mut self, errno: Errno) -> Self {
-        self.0.errno = Some(errno);
+    /// The same error with an error number, where its kind is known and does not follow from that.
+    ///
+    /// ```
+    /// use vfio_remap::{Error, ErrorKind};
+    ///
+    /// let error = Error::new(ErrorKind::LockedMemory, "map for DMA", "0x1000 bytes")
+    ///     .with_errno(libc::ENOMEM)
+    ///     .remedy("raise the limit: ulimit -l");
+    /// assert_eq!((error.kind(), error.errno()), (ErrorKind::LockedMemory, Some(libc::ENOMEM)));
+    /// ```
+    #[must_use]
+    pub fn with_errno(mut self, errno: i32) -> Self {
+        self.0.errno = Some(Errno::from_raw(errno));
         self
     }
 
     /// The same error as another kind, where the caller knows better what an errno means here.
-    pub(crate) fn into_kind(mut self, kind: ErrorKind) -> Self {
+    /// [`DmaSpace::map`](crate::device::DmaSpace::map), for one, tries another place where a transport
+    /// answers `AddressTaken`, which no errno is by itself.
+    ///
+    /// ```
+    /// use vfio_remap::{Error, ErrorKind};
+    ///
+    /// let error = Error::from_errno(libc::EEXIST, "map for DMA", "0x1000 bytes at 0x10000");
+    /// assert_eq!(error.kind(), ErrorKind::Os);
+    /// assert_eq!(error.into_kind(ErrorKind::AddressTaken).errno(), Some(libc::EEXIST));
+    /// ```
+    #[must_use]
+    pub fn into_kind(mut self, kind: ErrorKind) -> Self {
         self.0.kind = kind;
         self
     }

@@ -16,6 +16,13 @@ pub struct AffectedDevice {
     pub owned: bool,
 }
 
+impl AffectedDevice {
+    /// A device that no driver holds, and that this process may not reset: set what differs.
+    pub fn new(address: PciAddress) -> Self {
+        Self { address, driver: None, owned: false }
+    }
+}
+
 /// "0000:02:00.1 (e1000e)"
 impl fmt::Display for AffectedDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -116,7 +116,7 @@ impl Exceeded {
     pub(super) fn error(&self, object: String) -> Error {
         let Self { need, limit } = self;
         Error::new(ErrorKind::LockedMemory, "map for DMA", object)
-            .with_errno(Errno::ENOMEM)
+            .with_errno(Errno::ENOMEM as i32)
             .because(format!(
                 "the process would have {need} bytes of memory locked, and may have {limit} (RLIMIT_MEMLOCK)"
             ))
