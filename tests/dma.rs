@@ -4,8 +4,9 @@
 mod scripted;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use vfio_remap::device::{BufferRequest, Iova, IovaPlacement};
+use vfio_remap::device::{BufferRequest, DmaArray, Iova, IovaPlacement};
 use vfio_remap::space::Access;
 use vfio_remap::{Device, Error, ErrorKind};
 
@@ -61,4 +62,39 @@ fn placements_that_make_no_sense_are_refused_with_a_remedy_before_the_transport_
         assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
         assert!(!error.advice().is_empty(), "{error}");
     }
+}
+
+fn until(done: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(10), "the other thread has stopped");
+        std::thread::yield_now();
+    }
+}
+
+/// A ring in memory, as virtio has it: no register tells of its entries. A processor that keeps stores in
+/// order by itself, as x86 does, cannot show that the order is asked for; one that does not, does.
+#[test]
+fn what_is_published_in_memory_is_there_as_soon_as_the_flag_is() {
+    const ROUNDS: u64 = 2000;
+    let space = Device::new(Arc::new(Scripted::default())).dma().unwrap();
+    let ring = DmaArray::<u64, 8>::new(space.buffer(4096).unwrap()).unwrap();
+    let used = space.buffer(4096).unwrap();
+    let last = ring.len() - 1;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..=ROUNDS {
+                ring.store_entry(0, [round; 8]);
+                ring.store_release(last, 7, round);
+                until(|| used.load::<u64>(8) == round);
+                assert_eq!(used.load::<u32>(0), round as u32);
+            }
+        });
+        for round in 1..=ROUNDS {
+            until(|| ring.load(last, 7) == round);
+            assert_eq!([0, 1, 2, 3, 4, 5, 6, 7].map(|word| ring.load(0, word)), [round; 8]);
+            used.store(0, round as u32);
+            used.store_release(8, round);
+        }
+    });
 }

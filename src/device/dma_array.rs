@@ -72,7 +72,8 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         Iova(self.buffer.iova().0 + (index * Self::ENTRY) as u64)
     }
 
-    /// Reads a word of an entry, by one access; those that follow are made after it.
+    /// Reads a word of an entry, by one access; those that follow are made after it (acquire order), as
+    /// [`DmaBuffer::load`].
     ///
     /// # Panics
     /// Where `index` or `word` is past the last, as slices do.
@@ -84,7 +85,7 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
     }
 
     /// Writes a word of an entry, by one access, in no order with others but those of
-    /// [`Register::write`](super::Register::write).
+    /// [`Register::write`](super::Register::write) and [`store_release`](Self::store_release).
     ///
     /// # Panics
     /// As [`load`](Self::load).
@@ -93,6 +94,18 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
     pub fn store(&self, index: usize, word: usize, value: T) {
         // SAFETY: `at` points into the buffer, which is mapped while `self` lives.
         unsafe { T::store_relaxed(self.at(index, word).as_ptr(), value) }
+    }
+
+    /// Writes a word of an entry, by one access, after all accesses to memory before it (release order), as
+    /// [`DmaBuffer::store_release`]: the word by which a device tells that the entry is there.
+    ///
+    /// # Panics
+    /// As [`load`](Self::load).
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_release(&self, index: usize, word: usize, value: T) {
+        // SAFETY: `at` points into the buffer, which is mapped while `self` lives.
+        unsafe { T::store(self.at(index, word).as_ptr(), value) }
     }
 
     /// Writes all words of an entry, each as [`store`](Self::store) does.
@@ -187,6 +200,8 @@ mod tests {
         };
         assert!(panics(&|| ring.store(64, 0, 0)));
         assert!(panics(&|| ring.store(63, 8, 0)));
+        assert!(panics(&|| ring.store_release(63, 8, 0)));
+        assert!(panics(&|| ring.store_release(64, 0, 0)));
         assert!(panics(&|| _ = ring.load(usize::MAX, 0)));
         assert!(panics(&|| ring.store_entry(64, [0; 8])));
         assert!(panics(&|| _ = ring.iova(64)));

@@ -206,7 +206,9 @@ impl DmaBuffer {
         Ok((Self { whole, offset, size }, second))
     }
 
-    /// Reads a little-endian value at `offset` bytes, by one access; those that follow are made after it.
+    /// Reads a little-endian value at `offset` bytes, by one access; those that follow are made after it
+    /// (acquire order): once a flag reads as set, what was written before
+    /// [`store_release`](Self::store_release) set it, or before a device did, is there.
     ///
     /// # Panics
     /// Where it leaves the buffer or is not aligned, as slices do.
@@ -218,7 +220,7 @@ impl DmaBuffer {
     }
 
     /// Writes a little-endian value at `offset` bytes, by one access, in no order with others but those of
-    /// [`Register::write`](super::Register::write).
+    /// [`Register::write`](super::Register::write) and [`store_release`](Self::store_release).
     ///
     /// # Panics
     /// As [`load`](Self::load).
@@ -227,6 +229,19 @@ impl DmaBuffer {
     pub fn store<T: Width>(&self, offset: usize, value: T) {
         // SAFETY: checked by `word`; mapped while `self` lives.
         unsafe { T::store_relaxed(self.word::<T>(offset), value) }
+    }
+
+    /// Writes a little-endian value at `offset` bytes, by one access, after all accesses to memory before it
+    /// (release order): a ring that a device reads is published by a flag or an index in memory so, not by
+    /// a register. On x86-64 it is the instruction of [`store`](Self::store); on aarch64 a barrier besides.
+    ///
+    /// # Panics
+    /// As [`load`](Self::load).
+    #[inline]
+    #[track_caller]
+    pub fn store_release<T: Width>(&self, offset: usize, value: T) {
+        // SAFETY: checked by `word`; mapped while `self` lives.
+        unsafe { T::store(self.word::<T>(offset), value) }
     }
 
     /// Copies bytes out, from `offset` on.
