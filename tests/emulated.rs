@@ -77,6 +77,22 @@ fn bus_mastering_must_be_on_for_transfers() {
 }
 
 #[test]
+fn decoding_and_bus_mastering_are_off_after_a_reset_and_mappings_stay() {
+    let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
+    let space = device.dma().unwrap();
+    let buffer = space.buffer(4096).unwrap();
+    let config = device.config().unwrap();
+    for _ in 0..2 {
+        config.set_memory_decoding(true).unwrap();
+        config.set_bus_mastering(true).unwrap();
+        device.reset().unwrap();
+        assert!(!config.memory_decoding().unwrap() && !config.bus_mastering().unwrap());
+        assert_eq!(space.mappings(), 1);
+    }
+    drop(buffer);
+}
+
+#[test]
 fn devices_over_one_model_share_its_io_addresses() {
     let edu = Emulated::new(Edu::new()).unwrap();
     let [one, other] = [(); 2].map(|()| Device::new(Arc::new(edu.clone())));

@@ -163,9 +163,21 @@ impl Device {
         Ok(Bar::new(self, index, region))
     }
 
-    /// All regions that the device has, in order; those that answer with an error are left out.
+    /// All regions that the device has, in order: of a PCI device its BARs (0 to 5), and then, as far as
+    /// there are any, the expansion ROM (6), configuration space (7), and those of its driver's own.
+    ///
+    /// One that answers with an error is left out; where that is another than `NotFound`, it is logged, and
+    /// [`bar`](Self::bar) tells it.
     pub fn bars(&self) -> impl Iterator<Item = Bar<'_>> + '_ {
-        (0..self.inner.regions.len() as u32).filter_map(|index| self.bar(index).ok())
+        (0..self.inner.regions.len() as u32).filter_map(|index| match self.bar(index) {
+            Ok(bar) => Some(bar),
+            Err(error) => {
+                if error.kind() != ErrorKind::NotFound {
+                    log::warn!("{error}");
+                }
+                None
+            }
+        })
     }
 
     /// Configuration space.
@@ -193,7 +205,13 @@ impl Device {
         Ok(self.inner.dma.get_or_init(|| space).clone())
     }
 
-    /// Resets the device, and it alone (PCIe 5.0 §6.6.2, or by its power state). Windows stay, and reach it again afterwards.
+    /// Resets the device, and it alone (PCIe 5.0 §6.6.2, or by its power state). Windows stay, and reach it
+    /// again once memory decoding is on.
+    ///
+    /// Take memory decoding, bus mastering and the device's interrupts as off afterwards. Under vfio-pci the
+    /// kernel restores the command register; a model, or a device behind a vfio-user server, has it cleared.
+    /// Switch both on again ([`Config::set_memory_decoding`], [`Config::set_bus_mastering`]), and bring the
+    /// device up as at first. What is mapped for DMA stays mapped.
     ///
     /// # Errors
     /// `Unsupported` where it cannot be reset, for which [`hot_reset`](Self::hot_reset) may be a way; what
@@ -211,7 +229,8 @@ impl Device {
     }
 
     /// Resets the bus or slot that the device sits on, and with it every device there: the way to reset a
-    /// device that has no reset of its own. Windows stay, and reach their devices again afterwards.
+    /// device that has no reset of its own. Windows stay; what [`reset`](Self::reset) says of afterwards
+    /// holds for each device.
     ///
     /// `others` are the affected devices besides this one that this process has open: their drivers find
     /// them reset. Affected devices that are not open must at least be bound to vfio-pci, and their IOMMU

@@ -56,7 +56,7 @@ impl Hardware {
     pub fn bring_up(&self, admin: &mut Admin, quiet: &mut bool) -> Result<()> {
         let timeout = self.capabilities.timeout();
         let config = self.device.config()?;
-        // A reset of the function has cleared both.
+        // A reset of the function may have cleared both.
         config.set_memory_decoding(true)?;
         self.registers.disable(timeout)?;
         *quiet = true;
