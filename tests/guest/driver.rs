@@ -146,6 +146,39 @@ fn an_intx_is_unmasked_by_an_eventfd_as_a_hypervisor_does_it() {
 }
 
 #[test]
+fn without_bus_mastering_dma_and_msi_silently_do_nothing_and_an_intx_comes() {
+    let device = lab::open("edu");
+    let config = device.config().unwrap();
+    assert!(!config.bus_mastering().unwrap(), "VFIO opens a device with it off");
+    let bar = device.bar(0).unwrap();
+    let register = |offset| bar.trapped::<u32>(offset).unwrap();
+    let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(28));
+    let buffer = device.dma().unwrap().buffer_with(request).unwrap();
+    for (kind, mastering) in
+        [(Interrupt::Msi, false), (Interrupt::Intx, false), (Interrupt::Msi, true)]
+    {
+        config.set_bus_mastering(mastering).unwrap();
+        let vectors = device.vectors(kind, 1).unwrap();
+        buffer.write(0, &[0x5a; 4]);
+        for (offset, value) in [(0x80, BUFFER as u32), (0x88, buffer.iova().0 as u32), (0x90, 4)] {
+            register(offset).write(value).unwrap();
+            register(offset + 4).write(0).unwrap();
+        }
+        // Go, to memory, with an interrupt at the end.
+        register(0x98).write(1 | TO_MEMORY | 4).unwrap();
+        while register(0x98).read().unwrap() & 1 != 0 {}
+        let came = vectors.wait(0, Duration::from_millis(500)).unwrap();
+        assert_eq!(came, u64::from(mastering || kind == Interrupt::Intx), "{kind:?}");
+        let mut found = [0; 4];
+        buffer.read(0, &mut found);
+        assert_eq!(found == [0x5a; 4], !mastering, "{kind:?}");
+        register(ACKNOWLEDGE).write(u32::MAX).unwrap();
+    }
+    drop(buffer);
+    device.close().unwrap();
+}
+
+#[test]
 fn interrupts_that_a_device_does_not_have_are_refused_by_count() {
     let device = lab::open("edu");
     let refused = |kind, count| device.vectors(kind, count).unwrap_err();
