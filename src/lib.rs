@@ -28,6 +28,52 @@
 //! # Ok::<(), vfio_remap::Error>(())
 //! ```
 //!
+//! # Bringing a device up
+//! In this order; each step says what it needs.
+//!
+//! 1. Bind it to vfio-pci: [`PciDevice::bind_vfio_pci`](transport::PciDevice::bind_vfio_pci), as root, or
+//!    whoever sets the machine up.
+//! 2. Open it: [`Device::open`].
+//! 3. Memory decoding on: [`Config::set_memory_decoding`](device::Config::set_memory_decoding). Without it, an
+//!    access through a window is a SIGBUS, and one through the kernel an error (EIO).
+//! 4. Bus mastering on: [`Config::set_bus_mastering`](device::Config::set_bus_mastering). VFIO opens a device
+//!    with it off, and then DMA and MSI silently do nothing.
+//! 5. Windows and registers: [`Device::bar`], [`Bar::map`], [`Window::register`].
+//! 6. Memory that the device reaches: [`Device::dma`], [`DmaSpace::buffer`](device::DmaSpace::buffer). The
+//!    device is told of [`DmaBuffer::iova`](device::DmaBuffer::iova), never of an address of this process.
+//! 7. Interrupts: [`Device::vectors`].
+//! 8. Events: [`Device::events`], by which the kernel asks for the device back, or tells of an error.
+//! 9. When all is done, have the device stop, so that it reaches for no memory that is about to go: as its
+//!    data sheet says, or by [`Device::reset`], where it has a reset.
+//! 10. Drop what was made, and [`Device::close`], which names what was forgotten.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use vfio_remap::device::Interrupt;
+//! use vfio_remap::transport::Sysfs;
+//! use vfio_remap::{Device, PciAddress, Placement};
+//!
+//! let address: PciAddress = "0000:00:03.0".parse()?;
+//! let _binding = Sysfs::default().device(address)?.bind_vfio_pci()?; // restored at the end
+//! let device = Device::open(address)?;
+//! device.config()?.set_memory_decoding(true)?;
+//! device.config()?.set_bus_mastering(true)?;
+//! let window = device.bar(0)?.map(.., Placement::Anywhere)?;
+//! let buffer = device.dma()?.buffer(4096)?;
+//! let vectors = device.vectors(Interrupt::Msi, 1)?;
+//! let events = device.events()?;
+//!
+//! // Here the driver: where its device takes the address of its memory, and what makes it begin.
+//! window.register::<u64>(0x80)?.write(buffer.iova().0);
+//! window.register::<u32>(0x98)?.write(1);
+//! assert_eq!(vectors.wait(0, Duration::from_secs(1))?, 1);
+//!
+//! device.reset()?;
+//! drop((window, buffer, vectors, events));
+//! device.close()?;
+//! # Ok::<(), vfio_remap::Error>(())
+//! ```
+//!
 //! # Layers
 //! - [`device`]: what a driver holds.
 //! - [`transport`]: the seam to a device. Linux VFIO is one side of it; implement [`Transport`] to
@@ -38,6 +84,15 @@
 //! An [`Error`] says what was tried on which object, the errno, and what to do; an error of a verb that
 //! takes a [`Placement`] is a [`space::Failed`], which gives a reservation back. When a verb fails,
 //! nothing has changed.
+//!
+//! # Cargo features
+//! - `vfio-user` (default): the client of vfio-user servers, `transport::VfioUser`.
+//! - `emulated` (default; brings `vfio-user`): device models in this process, `transport::Emulated`, and
+//!   `transport::Server`, which offers one to others.
+//! - `vm-memory`: a guest's memory, of the crate vm-memory, mapped for DMA as a whole,
+//!   `DmaSpace::map_guest`.
+//!
+//! A driver for devices of this machine needs none of them.
 
 pub mod device;
 mod error;

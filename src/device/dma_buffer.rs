@@ -57,6 +57,9 @@ impl BufferRequest {
 /// [`split_at`](Self::split_at) gives parts of it away; the memory goes when the last part is dropped,
 /// after the device can no longer reach it. What a device is told of by
 /// [`Register::write`](super::Register::write) is written before.
+///
+/// The device reaches it while [`Config::set_bus_mastering`](super::Config::set_bus_mastering) is on; while
+/// it is off, what the device is told to read or write here silently does not happen.
 pub struct DmaBuffer {
     whole: Arc<Whole>,
     offset: usize,

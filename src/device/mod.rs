@@ -99,6 +99,10 @@ struct Trapped {
 impl Device {
     /// Opens the PCI device at `address` through Linux VFIO.
     ///
+    /// It may not answer yet, and may start nothing by itself: before its windows are touched,
+    /// [`Config::set_memory_decoding`] is called, or an access is a SIGBUS; before it is given work,
+    /// [`Config::set_bus_mastering`], or its DMA and its MSI silently do nothing.
+    ///
     /// # Errors
     /// As [`Vfio::open`].
     pub fn open(address: PciAddress) -> Result<Self> {
@@ -188,7 +192,8 @@ impl Device {
         Config::of(self)
     }
 
-    /// The memory that the device reaches.
+    /// The memory that the device reaches, once [`Config::set_bus_mastering`] has let it: before, what it
+    /// is told to read or write there silently does not happen.
     ///
     /// # Errors
     /// `Unsupported` where the device does no DMA, or its transport none for this process.

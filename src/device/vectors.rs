@@ -48,6 +48,10 @@ pub enum Growth {
 }
 
 /// Vectors of a device, each signalling an eventfd. Dropping them takes the interrupt out of use.
+///
+/// MSI and MSI-X are writes that the device starts: without
+/// [`Config::set_bus_mastering`](super::Config::set_bus_mastering) none ever comes, and nothing says so. An
+/// INTx needs no such leave.
 pub struct Vectors {
     device: Arc<Inner>,
     kind: Interrupt,
