@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::apt::Suite;
 use crate::cache::{self, Store};
@@ -131,6 +131,20 @@ impl Kernel {
         Ok(built_here && !patched::is_built(&self.directory(store))?)
     }
 
+    /// Refuses a kernel that has no nvme driver for what wants one.
+    pub fn must_have_nvme(&self, what: &str) -> Result<()> {
+        let has_nvme = |kernel: &Kernel| matches!(kernel.source, Source::Debian { .. });
+        let names: Vec<_> =
+            KERNELS.iter().filter(|kernel| has_nvme(kernel)).map(|kernel| kernel.name).collect();
+        ensure!(
+            has_nvme(self),
+            "kernel {} is built without an nvme driver, which {what} needs: one of {} will do",
+            self.name,
+            names.join(", ")
+        );
+        Ok(())
+    }
+
     fn directory(&self, store: &Store) -> PathBuf {
         store.directory.join("kernels").join(self.name)
     }
@@ -254,6 +268,15 @@ mod tests {
         assert_eq!(found, ["linux-image-7.3.4+deb13-amd64"]);
         let found: Vec<_> = kernel_packages(&image).collect();
         assert_eq!(found, &image[2..]);
+    }
+
+    #[test]
+    fn a_kernel_without_nvme_is_refused_by_name() {
+        let config = include_str!("../kernel/config");
+        assert!(!config.contains("CONFIG_BLK_DEV_NVME=y"));
+        let error = by_name(PATCHED).unwrap().must_have_nvme("this").unwrap_err().to_string();
+        assert!(error.starts_with("kernel patched") && error.contains("6.12, newest"), "{error}");
+        assert!(by_name(NEWEST).unwrap().must_have_nvme("this").is_ok());
     }
 
     #[test]

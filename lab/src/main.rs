@@ -228,6 +228,7 @@ fn perform(task: Task) -> Result<ExitCode> {
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::VfioUser { kernel, common } => {
+            kernel.must_have_nvme("vfio-user")?;
             let (lab, store) = ready(common)?;
             let passed = vfio_user::test(&lab, &store, kernel)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -265,9 +266,11 @@ fn perform(task: Task) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Task::Bench { name, kernel, common } if name == "nvme" => {
-            let (lab, store) = ready(common)?;
             let kernel = kernel.map_or_else(|| kernels::by_name(performance::KERNEL), Ok);
-            let reached = performance::write(&lab, &store, kernel.map_err(Error::msg)?)?;
+            let kernel = kernel.map_err(Error::msg)?;
+            kernel.must_have_nvme("bench nvme")?;
+            let (lab, store) = ready(common)?;
+            let reached = performance::write(&lab, &store, kernel)?;
             Ok(if reached { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Bench { name, kernel, common } => {
