@@ -24,7 +24,7 @@ use crate::ui::{self, Stage};
 
 /// Lines of the kernel log, and of the payload's output, that a failed boot
 /// shows.
-const TAIL: usize = 25;
+pub const TAIL: usize = 25;
 
 /// How often it is looked whether a guest still runs.
 const LOOK: Duration = Duration::from_secs(5);

@@ -77,7 +77,8 @@ enum Task {
     /// not the slot's own controller; what the patches of the
     /// patched kernel promise is tested in one more boot of that. Fails if a
     /// test fails, or if a kernel complains in its log while the tests run.
-    /// What `vfio-user` does is done, too.
+    /// What `vfio-user` does is done, too, and in the newest kernel the examples
+    /// tour, edu and nvme run on devices of the machine.
     Test {
         /// Only the guest tests, in this kernel; may be given several times.
         #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::by_name)]

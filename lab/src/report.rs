@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use crate::boot::{Attempt, Ending, Outcome};
+use crate::boot::{Attempt, Ending, Outcome, TAIL};
+use crate::klog::tail;
 use crate::libtest::Counts;
 
 /// One line of the table.
@@ -16,9 +17,19 @@ pub enum Result {
     Ran {
         version: String,
         outcome: Outcome,
+        proof: Proof,
     },
     /// Not run, and why.
     Skipped(String),
+}
+
+/// What a payload has to show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proof {
+    /// A test binary: how many tests it has run.
+    Counts,
+    /// An example: its exit status says it all.
+    Status,
 }
 
 impl Row {
@@ -29,9 +40,9 @@ impl Row {
     /// Skipped counts as passed.
     pub fn passed(&self) -> bool {
         match &self.result {
-            Result::Ran { outcome, .. } => {
+            Result::Ran { outcome, proof, .. } => {
                 matches!(outcome.ending, Ending::Exited(0))
-                    && Counts::find(&outcome.output).is_some()
+                    && (*proof == Proof::Status || Counts::find(&outcome.output).is_some())
                     && outcome.log.offences().is_empty()
             }
             Result::Skipped(_) => true,
@@ -59,9 +70,9 @@ pub fn table(rows: &[Row]) -> String {
             Result::Skipped(reason) => {
                 writeln!(table, "{:<24}skipped: {reason}", row.label).expect("a string takes all");
             }
-            Result::Ran { version, outcome } => {
+            Result::Ran { version, outcome, proof } => {
                 line(&mut table, &row.label, version, outcome);
-                explain(&mut details, &row.label, outcome);
+                explain(&mut details, &row.label, outcome, *proof);
             }
         }
     }
@@ -90,13 +101,17 @@ fn line(table: &mut String, label: &str, version: &str, outcome: &Outcome) {
     .expect("a string takes all");
 }
 
-fn explain(details: &mut String, label: &str, outcome: &Outcome) {
+fn explain(details: &mut String, label: &str, outcome: &Outcome, proof: Proof) {
     for Attempt { ending, log_path } in &outcome.given_up {
         writeln!(details, "\n{label} was booted again: {ending}; see {}", log_path.display())
             .expect("a string takes all");
     }
     let mut complaints = outcome.complaints();
     match (&outcome.ending, Counts::find(&outcome.output)) {
+        (Ending::Exited(0), None) if proof == Proof::Status => {}
+        (Ending::Exited(_), None) if proof == Proof::Status => {
+            complaints += &format!("{}\n{}\n", outcome.ending, tail(&outcome.output, TAIL));
+        }
         (Ending::Exited(_), None) => {
             complaints += &format!("no test result, but {}\n", outcome.ending);
         }
@@ -107,5 +122,57 @@ fn explain(details: &mut String, label: &str, outcome: &Outcome) {
     }
     if !complaints.is_empty() {
         write!(details, "\n{label}: {complaints}").expect("a string takes all");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::klog::KernelLog;
+
+    fn row(proof: Proof, status: u8, output: &str, log: &str) -> Row {
+        let log = KernelLog::new(format!("lab: payload starts\n{log}").as_bytes());
+        let outcome = Outcome {
+            ending: Ending::Exited(status),
+            log,
+            log_path: PathBuf::from("log"),
+            output: output.to_owned(),
+            took: Duration::ZERO,
+            given_up: Vec::new(),
+        };
+        let result = Result::Ran { version: "6.1".to_owned(), outcome, proof };
+        Row { label: "6.1".to_owned(), result }
+    }
+
+    #[test]
+    fn an_example_passes_by_its_status_and_a_clean_log() {
+        assert!(row(Proof::Status, 0, "all is well", "").passed());
+        assert!(!row(Proof::Status, 1, "all is well", "").passed());
+        assert!(!row(Proof::Status, 0, "all is well", "BUG: x").passed());
+        let told = table(&[row(Proof::Status, 1, "tour: no such device", "")]);
+        assert!(told.contains("\n6.1: exit status 1\ntour: no such device"), "{told}");
+    }
+
+    #[test]
+    fn a_test_binary_without_a_result_has_not_passed() {
+        assert!(!row(Proof::Counts, 0, "all is well", "").passed());
+        let result = "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured";
+        assert!(row(Proof::Counts, 0, result, "").passed());
+    }
+
+    #[test]
+    fn a_kernel_that_was_booted_again_says_so() {
+        let mut again = row(Proof::Status, 0, "", "");
+        let Result::Ran { outcome, .. } = &mut again.result else { panic!("it ran") };
+        outcome.given_up.push(Attempt {
+            ending: Ending::Crashed { signal: 6, qemu_said: "assertion failed".to_owned() },
+            log_path: PathBuf::from("6.1.attempt-1.kernel.log"),
+        });
+        let told = table(&[again]);
+        assert!(told.contains("     2   0.0 s  clean"), "{told}");
+        assert!(told.contains("died of signal 6: assertion failed; see 6.1.attempt-1"), "{told}");
     }
 }

@@ -1,18 +1,18 @@
 //! `cargo lab test`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 
 use crate::boot::Lab;
 use crate::cache::Store;
 use crate::command;
 use crate::guest::Payload;
 use crate::kernels::{KERNELS, Kernel, NEWEST, PATCHED};
-use crate::machine::Variant;
+use crate::machine::{self, Variant};
 use crate::payload;
-use crate::report::{self, Row};
+use crate::report::{self, Proof, Row};
 use crate::tools::Need;
 use crate::ui;
 
@@ -28,6 +28,13 @@ const ACPI_HOTPLUG: &str = "acpi_hotplug";
 
 /// Where `tests/hazards` says what the lab's kernel patches promise.
 const SERIES: &str = "series::";
+
+/// The examples that run on real devices, and their arguments.
+const EXAMPLES: [(&str, &[&str]); 3] = [
+    ("tour", &["--device", "@igb"]),
+    ("edu", &["--device", "@edu"]),
+    ("nvme", &["verify", "--device", "@disk", "--yes-destroy-data"]),
+];
 
 /// What the tests of these kernels, or of all if none is named, need programs for.
 pub fn needs(
@@ -53,7 +60,8 @@ pub fn needs(
 
 /// Boots each kernel with the guest tests, and once more with hotplug by ACPI;
 /// `newest` and `patched` once more without an IOMMU, and `patched` once more
-/// with the tests of its patches. Whether all that the mirror still has passed.
+/// with the tests of its patches. `newest` runs the examples, too, unless libtest is
+/// told something. Whether all that the mirror still has passed.
 pub fn guest(
     lab: &Lab,
     store: &Store,
@@ -66,6 +74,11 @@ pub fn guest(
     let special = |name: &str| name.contains(WITHOUT_IOMMU) || name.contains(ACPI_HOTPLUG);
     let usual = only(&program, libtest, |name| !special(name))?;
     let acpi_hotplug = only(&program, libtest, |name| name.contains(ACPI_HOTPLUG))?;
+    let examples = if libtest.is_empty() && kernels.iter().any(|kernel| kernel.name == NEWEST) {
+        examples()?
+    } else {
+        Vec::new()
+    };
     let mut rows = Vec::new();
     for (kernel, image) in kernels.iter().zip(images) {
         let Some(image) = image else {
@@ -77,12 +90,21 @@ pub fn guest(
             });
             continue;
         };
-        let mut boot = |variant, program: &Path, arguments: &[String], label: &str| -> Result<()> {
+        let mut run = |proof, variant, program: &Path, arguments: &[String], label: &str| {
             let payload = Payload { program, arguments, files: &[] };
             let outcome = lab.boot(&image, variant, &payload, label)?;
-            let result = report::Result::Ran { version: image.version.clone(), outcome };
+            let result = report::Result::Ran { version: image.version.clone(), outcome, proof };
             rows.push(Row { label: label.to_owned(), result });
-            Ok(())
+            Ok::<_, Error>(())
+        };
+        if kernel.name == NEWEST {
+            for Example { name, program, arguments } in &examples {
+                let label = format!("{}-{name}", kernel.name);
+                run(Proof::Status, Variant::Usual, program, arguments, &label)?;
+            }
+        }
+        let mut boot = |variant, program: &Path, arguments: &[String], label: &str| {
+            run(Proof::Counts, variant, program, arguments, label)
         };
         if let Some(arguments) = &usual {
             boot(Variant::Usual, &program, arguments, kernel.name)?;
@@ -115,6 +137,23 @@ pub fn guest(
         ui::error("not all is well in the guests: see the table above");
     }
     Ok(passed)
+}
+
+/// An example for guests, and what it is told.
+struct Example {
+    name: &'static str,
+    program: PathBuf,
+    arguments: Vec<String>,
+}
+
+/// Builds the examples that run on real devices.
+fn examples() -> Result<Vec<Example>> {
+    let example = |&(name, arguments): &(&'static str, &[&str])| {
+        let arguments = arguments.iter().map(|argument| machine::with_addresses(argument));
+        let arguments = arguments.collect::<Result<_>>()?;
+        Ok(Example { name, program: payload::example(name)?, arguments })
+    };
+    EXAMPLES.iter().map(example).collect()
 }
 
 /// The arguments that make libtest run, of the tests that the user's arguments
