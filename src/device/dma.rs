@@ -12,6 +12,9 @@ use crate::transport::{DmaLimits, Transport};
 
 /// The addresses that a device has for memory: what is mapped where, and what is free.
 ///
+/// The device reaches it while [`Config::set_bus_mastering`](super::Config::set_bus_mastering) is on; while
+/// it is off, what the device is told to read or write silently does not happen.
+///
 /// Clones are the same space.
 #[derive(Clone)]
 pub struct DmaSpace {

@@ -129,10 +129,13 @@ fn drives(device: Device, address: Option<PciAddress>) {
 #[test]
 fn a_file_that_is_no_devices_is_refused_and_closed() {
     leftovers::none_of(|| {
-        let group = file(&format!("/dev/vfio/{}", lab::sysfs("edu").iommu_group().unwrap()));
-        // SAFETY: no device is behind it.
-        let error = unsafe { Vfio::from_fd(group.into(), None) }.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-        assert!(error.to_string().contains("it is no VFIO device file"), "{error}");
+        let group = format!("/dev/vfio/{}", lab::sysfs("edu").iommu_group().unwrap());
+        for path in [&group, "/dev/vfio/vfio"] {
+            // SAFETY: no device is behind it.
+            let error = unsafe { Vfio::from_fd(file(path).into(), None) }.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{path}: {error}");
+            assert!(error.to_string().contains("it is no VFIO device file"), "{error}");
+            assert!(!error.advice().is_empty(), "{error}");
+        }
     });
 }

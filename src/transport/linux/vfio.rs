@@ -159,7 +159,18 @@ impl Vfio {
             None => format!("the device of file descriptor {}", fd.as_raw_fd()),
         };
         let answer = vfio::device_info(fd.as_fd()).map_err(|errno| {
-            Error::os(errno, "query", &name).because("it is no VFIO device file")
+            let error = Error::os(errno, "query", &name);
+            match errno {
+                // Of a container that is not set up, and a file of a device's own that is not bound, EINVAL.
+                Errno::ENOTTY | Errno::EINVAL => error
+                    .into_kind(ErrorKind::Unsupported)
+                    .because("it is no VFIO device file, or is not ready")
+                    .remedy(
+                        "take the file that VFIO_GROUP_GET_DEVICE_FD gives, or one that is bound to an \
+                         iommufd",
+                    ),
+                _ => error,
+            }
         })?;
         if answer.num_regions > MAX_REGIONS {
             return Err(Error::new(ErrorKind::Malformed, "query", name)
