@@ -70,7 +70,12 @@ pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
     let complaints = outcome.complaints();
     if !matches!(outcome.ending, Ending::Exited(0)) || !complaints.is_empty() {
         let log = outcome.log_path.display();
-        ui::error(&format!("{}: {complaints}the kernel log is {log}", outcome.ending));
+        // Of another ending the complaints tell.
+        let status = match outcome.ending {
+            Ending::Exited(_) => format!("{}\n", outcome.ending),
+            _ => String::new(),
+        };
+        ui::error(&format!("vfio-user: {status}{complaints}the kernel log is {log}"));
         return Ok(false);
     }
     inspect(root, &disk, short.path()).context("the guest has left a bad disk")?;
