@@ -271,6 +271,7 @@ fn perform(task: Task) -> Result<ExitCode> {
             let kernel = kernel.map_err(Error::msg)?;
             kernel.must_have_nvme("bench nvme")?;
             let (lab, store) = ready(common)?;
+            let lab = Lab { root: Root::ensure_for_nvme(&store)?, ..lab };
             let reached = performance::write(&lab, &store, kernel)?;
             Ok(if reached { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
