@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use vfio_remap::device::{BufferRequest, DmaArray, Iova, IovaPlacement};
 use vfio_remap::space::Access;
+use vfio_remap::transport::{DmaLimits, Transport};
 use vfio_remap::{Device, Error, ErrorKind};
 
 use scripted::Scripted;
@@ -31,6 +32,39 @@ fn what_is_unmapped_short_stays_the_devices_memory_and_addresses() {
     // Others come and go as ever.
     drop(space.buffer(4096).unwrap());
     assert_eq!(transport.mapped(), [(0x10_0000, 0x1000)]);
+}
+
+#[test]
+fn what_is_not_where_it_was_wanted_and_cannot_be_unmapped_keeps_its_addresses() {
+    let mut limits = Scripted::default().dma_limits().unwrap();
+    limits.translated = false;
+    let transport = Arc::new(Scripted::with_limits(limits));
+    let device = Device::new(transport.clone());
+    let space = device.dma().unwrap();
+    transport.unmaps.lock().unwrap().push(Some(Error::new(ErrorKind::Os, "unmap", "a page")));
+    let elsewhere = IovaPlacement::At(Iova(0x10_0000));
+    let refused = space.buffer_with(BufferRequest::new(4096).placement(elsewhere)).unwrap_err();
+    assert!(refused.to_string().contains("the memory is at"), "{refused}");
+    assert_eq!((transport.mapped().len(), space.mappings()), (1, 1));
+    let buffer = space.buffer(4096).unwrap();
+    assert_eq!(transport.mapped().len(), 2, "at addresses of its own");
+
+    let held = device.close().unwrap_err();
+    let words = "held by 2 DMA mappings at IOVA 0x1000..=0x2fff, its DMA space";
+    assert!(held.to_string().contains(words), "{held}");
+    drop(buffer);
+    assert_eq!((transport.mapped().len(), space.mappings()), (1, 1));
+}
+
+#[test]
+fn pages_of_no_power_of_two_are_a_transports_mistake() {
+    for page_size in [0, 3000] {
+        let limits = DmaLimits::new(vec![0..=0xffff], page_size);
+        let device = Device::new(Arc::new(Scripted::with_limits(limits)));
+        let error = device.dma().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
+        assert!(!error.advice().is_empty(), "{error}");
+    }
 }
 
 #[test]

@@ -91,10 +91,9 @@ impl DmaSpace {
         let limits = transport.dma_limits()?;
         if !limits.page_size.is_power_of_two() {
             let object = format!("the DMA limits of {}", transport.info().name);
-            return Err(Error::new(ErrorKind::Malformed, "read", object).because(format!(
-                "its pages have {:#x} bytes: no power of two",
-                limits.page_size
-            )));
+            return Err(Error::new(ErrorKind::Malformed, "read", object)
+                .because(format!("its pages have {:#x} bytes: no power of two", limits.page_size))
+                .remedy("have the transport answer with a power of two: DmaLimits::page_size"));
         }
         let state =
             State { free: IovaAllocator::new(&limits.ranges), mappings: 0, lost: Vec::new() };

@@ -21,9 +21,15 @@ pub struct Scripted {
     mapped: Mutex<BTreeMap<u64, (u64, Option<FilePart>)>>,
     /// Answers to the next unmaps, last first; none is success.
     pub unmaps: Mutex<Vec<Option<Error>>>,
+    /// What it says of its limits, if not what is above.
+    limits: Option<DmaLimits>,
 }
 
 impl Scripted {
+    pub fn with_limits(limits: DmaLimits) -> Self {
+        Self { limits: Some(limits), ..Self::default() }
+    }
+
     /// What is mapped: address and size.
     pub fn mapped(&self) -> Vec<(u64, u64)> {
         self.mapped.lock().unwrap().iter().map(|(iova, (size, _))| (*iova, *size)).collect()
@@ -53,7 +59,8 @@ impl Transport for Scripted {
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
-        Ok(DmaLimits::new(vec![0..=0xfedf_ffff, 0xfef0_0000..=(1 << 48) - 1], 4096))
+        let usual = || DmaLimits::new(vec![0..=0xfedf_ffff, 0xfef0_0000..=(1 << 48) - 1], 4096);
+        Ok(self.limits.clone().unwrap_or_else(usual))
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, _: Access) -> Result<()> {
