@@ -1,11 +1,9 @@
 //! Low power.
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
-
-use nix::sys::eventfd::EventFd;
 
 use super::vectors::{eventfd, wait};
 use super::{Device, Inner, Note};
@@ -26,7 +24,7 @@ use crate::sys::fork;
 /// more.
 pub struct LowPower {
     device: Arc<Inner>,
-    wakeup: Option<EventFd>,
+    wakeup: Option<OwnedFd>,
     slot: usize,
     generation: u32,
 }
@@ -51,9 +49,9 @@ impl Device {
         self.sleep(Some(eventfd()?))
     }
 
-    fn sleep(&self, wakeup: Option<EventFd>) -> Result<LowPower> {
+    fn sleep(&self, wakeup: Option<OwnedFd>) -> Result<LowPower> {
         let slot = self.inner.only(Note::LowPower)?;
-        if let Err(error) = self.transport().enter_low_power(wakeup.as_ref().map(EventFd::as_fd)) {
+        if let Err(error) = self.transport().enter_low_power(wakeup.as_ref().map(AsFd::as_fd)) {
             self.inner.notes().try_remove(slot);
             return Err(error);
         }
@@ -78,7 +76,7 @@ impl LowPower {
 
     /// Readable once something has woken the device; `None` where it was not asked to tell.
     pub fn wakeup_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.wakeup.as_ref().map(EventFd::as_fd)
+        self.wakeup.as_ref().map(AsFd::as_fd)
     }
 
     /// Wakes the device, as dropping does, and says what came of it.

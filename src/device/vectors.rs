@@ -2,17 +2,18 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::write;
 
 use super::{Device, Inner, Note};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::fork;
+use crate::sys::{self, fork};
 use crate::transport::{IrqInfo, irq_index};
 
 /// A kind of interrupt of a PCI device. A device uses one of them at a time.
@@ -57,9 +58,9 @@ pub struct Vectors {
     kind: Interrupt,
     info: IrqInfo,
     /// `None` is a hole: a vector that is not set up.
-    eventfds: Vec<Option<EventFd>>,
+    eventfds: Vec<Option<OwnedFd>>,
     /// What unmasks an INTx, beside [`set_masked`](Self::set_masked).
-    resample: Option<EventFd>,
+    resample: Option<OwnedFd>,
     slot: usize,
     /// The process that set them up: see [`fork::generation`].
     generation: u32,
@@ -139,13 +140,12 @@ fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()
     }
 }
 
-pub(super) fn eventfd() -> Result<EventFd> {
-    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map_err(|errno| Error::os(errno, "make", "an eventfd"))
+pub(super) fn eventfd() -> Result<OwnedFd> {
+    sys::eventfd::new().map_err(|errno| Error::os(errno, "make", "an eventfd"))
 }
 
-fn borrowed(eventfds: &[Option<EventFd>]) -> Vec<Option<BorrowedFd<'_>>> {
-    eventfds.iter().map(|eventfd| eventfd.as_ref().map(EventFd::as_fd)).collect()
+fn borrowed(eventfds: &[Option<OwnedFd>]) -> Vec<Option<BorrowedFd<'_>>> {
+    eventfds.iter().map(|eventfd| eventfd.as_ref().map(AsFd::as_fd)).collect()
 }
 
 impl Vectors {
@@ -166,6 +166,9 @@ impl Vectors {
     }
 
     /// Waits until a vector has fired: how often since it was last asked, 0 when the time is over.
+    ///
+    /// It waits no longer than `timeout`, whatever else has the eventfd: a server of a vfio-user device may
+    /// change its status flags and its counter. (`preadv2(2)` with `RWF_NOWAIT`, Linux 5.8.)
     ///
     /// # Errors
     /// `OutOfRange` for a hole, and past the last.
@@ -238,7 +241,7 @@ impl Vectors {
             return Ok(());
         }
         let wanted = if enabled { Some(eventfd()?) } else { None };
-        let fd = wanted.as_ref().map(EventFd::as_fd);
+        let fd = wanted.as_ref().map(AsFd::as_fd);
         self.device.transport.set_irqs(self.kind.index(), vector as u32, &[fd])?;
         *slot = wanted;
         Ok(())
@@ -279,7 +282,7 @@ impl Vectors {
     /// as `resamplefd` of `KVM_IRQFD`: its guest's end of interrupt then unmasks the device's, and what
     /// is still asserted fires again.
     pub fn resample_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.resample.as_ref().map(EventFd::as_fd)
+        self.resample.as_ref().map(AsFd::as_fd)
     }
 
     /// Fires a vector as the device would: for tests.
@@ -301,7 +304,7 @@ impl Vectors {
             .remedy("they are counted from 0; Vectors::grow adds some where the device has more"))
     }
 
-    fn eventfd(&self, vector: usize) -> Result<&EventFd> {
+    fn eventfd(&self, vector: usize) -> Result<&OwnedFd> {
         self.one(vector, "wait for")?;
         self.eventfds[vector].as_ref().ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "wait for", self.name(vector))
@@ -311,10 +314,7 @@ impl Vectors {
     }
 
     fn signal_all(&self) {
-        for eventfd in self.eventfds.iter().flatten() {
-            // A full counter is readable already.
-            let _ = eventfd.write(1);
-        }
+        self.eventfds.iter().flatten().for_each(signal);
     }
 
     fn name(&self, vector: usize) -> String {
@@ -341,7 +341,7 @@ impl fmt::Debug for Vectors {
 }
 
 /// The counter of an eventfd, once it is not zero or the time is over.
-pub(super) fn wait(eventfd: &EventFd, timeout: Duration, name: impl Fn() -> String) -> Result<u64> {
+pub(super) fn wait(eventfd: &OwnedFd, timeout: Duration, name: impl Fn() -> String) -> Result<u64> {
     let end = Instant::now().checked_add(timeout);
     loop {
         let count = take(eventfd, &name)?;
@@ -359,12 +359,25 @@ pub(super) fn wait(eventfd: &EventFd, timeout: Duration, name: impl Fn() -> Stri
     }
 }
 
-fn take(eventfd: &EventFd, name: impl Fn() -> String) -> Result<u64> {
-    match eventfd.read() {
-        Ok(count) => Ok(count),
-        Err(Errno::EAGAIN) => Ok(0),
-        Err(errno) => Err(Error::os(errno, "wait for", name())),
+/// Adds to the counter of an eventfd, without waiting.
+fn signal(eventfd: &OwnedFd) {
+    let Err(errno) = sys::eventfd::signal(eventfd) else { return };
+    // Whoever else has the eventfd can make a write wait: by a thread, then, that holds nothing but it.
+    log::debug!("an eventfd is signalled by a thread: {errno}");
+    let Ok(eventfd) = eventfd.try_clone() else { return };
+    let thread = thread::Builder::new().name("vfio-remap signal".to_owned());
+    let thread = thread.spawn(move || {
+        // A full counter is one that is told already; from zero the write does not wait.
+        let _ = sys::eventfd::take(&eventfd);
+        let _ = write(&eventfd, &1u64.to_ne_bytes());
+    });
+    if let Err(error) = thread {
+        log::warn!("vectors that were set up again are not signalled: {error}");
     }
+}
+
+fn take(eventfd: &OwnedFd, name: impl Fn() -> String) -> Result<u64> {
+    sys::eventfd::take(eventfd).map_err(|errno| Error::os(errno, "wait for", name()))
 }
 
 /// Something that the kernel says of the device as a whole.
@@ -385,8 +398,8 @@ pub enum Event {
 /// unbinds it.
 pub struct Events {
     device: Arc<Inner>,
-    error: Option<EventFd>,
-    release: Option<EventFd>,
+    error: Option<OwnedFd>,
+    release: Option<OwnedFd>,
     slot: usize,
     generation: u32,
 }
@@ -397,7 +410,7 @@ impl Device {
     /// # Errors
     /// `Unsupported` where it offers neither.
     pub fn events(&self) -> Result<Events> {
-        let connect = |index| -> Result<Option<EventFd>> {
+        let connect = |index| -> Result<Option<OwnedFd>> {
             let info = self.transport().irq(index)?;
             if info.count == 0 || !info.eventfd {
                 return Ok(None);
@@ -425,12 +438,12 @@ impl Device {
 impl Events {
     /// Readable when [`Event::Error`] has come; `None` where the device does not tell.
     pub fn error_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.error.as_ref().map(EventFd::as_fd)
+        self.error.as_ref().map(AsFd::as_fd)
     }
 
     /// Readable when [`Event::Release`] has come; `None` where the device does not tell.
     pub fn release_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.release.as_ref().map(EventFd::as_fd)
+        self.release.as_ref().map(AsFd::as_fd)
     }
 
     /// What has come since it was last asked, errors first; does not wait.

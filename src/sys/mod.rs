@@ -3,6 +3,7 @@
 //! `unsafe` is here because the kernel's contracts are: each function names what its caller owes,
 //! takes what it can from types (`BorrowedFd`), and turns errors into [`Errno`](nix::errno::Errno).
 
+pub(crate) mod eventfd;
 pub(crate) mod file;
 pub(crate) mod fork;
 pub(crate) mod hazard;

@@ -1,0 +1,239 @@
+//! Eventfds that are shared with somebody who is not trusted.
+//!
+//! An eventfd's status flags belong to the open file, which everybody who was sent the descriptor
+//! shares: a peer can clear `O_NONBLOCK` at any time, and fill the counter (`man 2 eventfd`). So no
+//! call here depends on that flag, and none waits.
+
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::{file, fork};
+
+/// `eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)`.
+pub(crate) fn new() -> Result<OwnedFd, Errno> {
+    // Non-blocking for the program's own reads: nothing here relies on it.
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map(OwnedFd::from)
+}
+
+/// `preadv2(eventfd, 8 bytes, offset -1, RWF_NOWAIT)`: the counter, which is zero from then on; 0 where
+/// it was zero.
+///
+/// Unlike `read(2)`, it cannot wait, whatever the status flags are. An eventfd takes `RWF_NOWAIT` from
+/// Linux 5.8 on, and no other offset than -1, the current one.
+pub(crate) fn take(eventfd: impl AsFd) -> Result<u64, Errno> {
+    let mut counter = [0; 8];
+    let part = [IoSliceMut::new(&mut counter)];
+    // The system call, since C libraries differ in whether they have preadv2. Its two halves of the
+    // offset are joined so that the lower one counts where a long has 64 bits.
+    // SAFETY: the one part is a buffer of ours, which lives until the call returns; IoSliceMut has the
+    // layout of iovec.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_preadv2,
+            eventfd.as_fd().as_raw_fd(),
+            part.as_ptr(),
+            part.len(),
+            -1 as libc::c_long,
+            -1 as libc::c_long,
+            libc::RWF_NOWAIT,
+        )
+    };
+    match Errno::result(done) {
+        Ok(_) => Ok(u64::from_ne_bytes(counter)),
+        Err(Errno::EAGAIN) => Ok(0),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Adds one to the counter, without waiting: a full one stays full.
+///
+/// `write(2)` waits while the counter is full, and `RWF_NOWAIT` is not for writing an eventfd
+/// (EOPNOTSUPP). What a kernel does to signal an eventfd of its own does not wait, and a completed
+/// asynchronous request is signalled so (`IOCB_FLAG_RESFD`, `man 2 io_submit`). Here that is a read of
+/// no bytes, which the kernel completes before the call returns.
+///
+/// # Errors
+/// ENOSYS where the kernel has no `CONFIG_AIO`; what a seccomp filter answers; EAGAIN past
+/// `fs.aio-max-nr`; EINVAL where the descriptor is no eventfd, or this process is a child of the one
+/// that signalled first.
+pub(crate) fn signal(eventfd: impl AsFd) -> Result<(), Errno> {
+    static QUEUE: OnceLock<Result<Queue, Errno>> = OnceLock::new();
+    let queue = QUEUE.get_or_init(Queue::new).as_ref().map_err(|errno| *errno)?;
+    queue.signal(eventfd.as_fd())
+}
+
+/// An AIO context of this process (`io_setup(2)`), for as long as the process lives: to destroy one
+/// takes milliseconds.
+struct Queue {
+    context: libc::c_ulong,
+    /// What is read: an empty file.
+    file: OwnedFd,
+    /// A child of `fork(2)` has not the context.
+    generation: u32,
+}
+
+/// `struct iocb` of `linux/aio_abi.h`.
+#[repr(C)]
+#[derive(Default)]
+struct Request {
+    data: u64,
+    key: u32,
+    rw_flags: u32,
+    opcode: u16,
+    priority: i16,
+    file: u32,
+    buffer: u64,
+    bytes: u64,
+    offset: i64,
+    reserved: u64,
+    flags: u32,
+    eventfd: u32,
+}
+
+/// `struct io_event` of `linux/aio_abi.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Completion {
+    data: u64,
+    request: u64,
+    results: [i64; 2],
+}
+
+impl Queue {
+    /// How many requests may have completed before somebody looks; the kernel makes it more.
+    const REQUESTS: libc::c_uint = 64;
+    const ATTEMPTS: u32 = 16;
+    const IOCB_CMD_PREAD: u16 = 0;
+    const IOCB_FLAG_RESFD: u32 = 1;
+
+    fn new() -> Result<Self, Errno> {
+        let file = file::memory_file("vfio-remap-signal", 0)?;
+        let mut context: libc::c_ulong = 0;
+        // SAFETY: the kernel writes the one word.
+        let done = unsafe { libc::syscall(libc::SYS_io_setup, Self::REQUESTS, &mut context) };
+        Errno::result(done)?;
+        Ok(Self { context, file, generation: fork::generation() })
+    }
+
+    fn signal(&self, eventfd: BorrowedFd<'_>) -> Result<(), Errno> {
+        if self.generation != fork::generation() {
+            return Err(Errno::EINVAL);
+        }
+        let request = Request {
+            opcode: Self::IOCB_CMD_PREAD,
+            file: self.file.as_raw_fd() as u32,
+            flags: Self::IOCB_FLAG_RESFD,
+            eventfd: eventfd.as_raw_fd() as u32,
+            ..Request::default()
+        };
+        let mut requests = [&raw const request];
+        let mut submit = || {
+            // SAFETY: one request, which reads no bytes to nowhere; the kernel has copied it when the
+            // call returns.
+            let done = unsafe {
+                libc::syscall(libc::SYS_io_submit, self.context, 1, requests.as_mut_ptr())
+            };
+            Errno::result(done).map(drop)
+        };
+        // Completions stay in the kernel's ring until there is no room for more. Other threads may take
+        // the room that this one makes.
+        for _ in 0..Self::ATTEMPTS {
+            match submit() {
+                Err(Errno::EAGAIN) => self.clear()?,
+                other => return other,
+            }
+        }
+        submit()
+    }
+
+    /// Takes completions out of the ring, which nobody looks at.
+    fn clear(&self) -> Result<(), Errno> {
+        let mut completions = [Completion::default(); Self::REQUESTS as usize];
+        let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the kernel writes no more completions than there is room for, and reads the time.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_io_getevents,
+                self.context,
+                0 as libc::c_long,
+                completions.len(),
+                completions.as_mut_ptr(),
+                &raw const at_once,
+            )
+        };
+        Errno::result(done).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    use nix::unistd::write;
+
+    use super::*;
+
+    /// An eventfd as a peer may leave it: blocking, and with this in its counter.
+    fn hostile(counter: u64) -> OwnedFd {
+        let eventfd = new().unwrap();
+        fcntl(&eventfd, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        if counter > 0 {
+            write(&eventfd, &counter.to_ne_bytes()).unwrap();
+        }
+        eventfd
+    }
+
+    #[test]
+    fn taking_does_not_wait_on_a_blocking_eventfd() {
+        assert_eq!(take(hostile(0)), Ok(0));
+        let eventfd = hostile(7);
+        assert_eq!((take(&eventfd), take(&eventfd)), (Ok(7), Ok(0)));
+    }
+
+    #[test]
+    fn signalling_does_not_wait_on_a_full_eventfd() {
+        let full = u64::MAX - 1;
+        let eventfd = hostile(full);
+        signal(&eventfd).unwrap();
+        signal(&eventfd).unwrap();
+        assert!(take(&eventfd).unwrap() >= full);
+        assert_eq!(take(&eventfd), Ok(0));
+    }
+
+    #[test]
+    fn each_signal_counts_however_many_there_are() {
+        let eventfd = hostile(0);
+        for _ in 0..10_000 {
+            signal(&eventfd).unwrap();
+        }
+        assert_eq!(take(&eventfd), Ok(10_000));
+    }
+
+    #[test]
+    fn threads_may_signal_at_once() {
+        let eventfd = hostile(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| (0..2_000).for_each(|_| signal(&eventfd).unwrap()));
+            }
+        });
+        assert_eq!(take(&eventfd), Ok(16_000));
+    }
+
+    #[test]
+    fn other_files_cannot_be_signalled() {
+        assert_eq!(signal(file::memory_file("test", 0).unwrap()), Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn a_child_is_told_that_it_cannot_signal() {
+        let eventfd = hostile(0);
+        signal(&eventfd).unwrap();
+        // SAFETY: the child makes a system call at most.
+        assert!(unsafe { fork::holds_in_child(|| signal(&eventfd) == Err(Errno::EINVAL)) });
+        assert_eq!(take(&eventfd), Ok(1));
+    }
+}
