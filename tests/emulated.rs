@@ -5,13 +5,18 @@
 mod edu;
 #[path = "support/shared.rs"]
 mod shared;
+#[path = "support/watch.rs"]
+mod watch;
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vfio_remap::device::{Interrupt, Iova, IovaPlacement};
 use vfio_remap::space::Access;
-use vfio_remap::transport::{Bus, Edu, Emulated, Model, RegionInfo, Shape, Transport, irq_index};
+use vfio_remap::transport::{
+    Activity, Bus, Edu, Emulated, IrqInfo, Model, RegionInfo, Shape, Transport, irq_index,
+};
 use vfio_remap::{Device, ErrorKind, Result};
 
 #[test]
@@ -160,4 +165,150 @@ impl Model for Liar {
 #[test]
 fn mapped_parts_that_leave_their_region_are_refused() {
     assert_eq!(Emulated::new(Liar).unwrap_err().kind(), ErrorKind::OutOfRange);
+}
+
+/// What a model of [`Odd`] does.
+#[derive(Clone, Copy, PartialEq)]
+enum Oddity {
+    PanicsInPoll,
+    PanicsInRead,
+    PanicsInReset,
+    CallsItself,
+    DropsItself,
+}
+
+/// A model that does what it must not, once it has the device that it is.
+struct Odd {
+    does: Oddity,
+    /// The device, when there is one.
+    itself: Arc<Mutex<Option<Emulated>>>,
+    /// Nobody else has it any more.
+    last: Arc<AtomicBool>,
+    /// What came of calling it.
+    answer: Arc<Mutex<Option<ErrorKind>>>,
+}
+
+impl Odd {
+    /// A device whose model has it in its hands.
+    fn device(does: Oddity) -> (Emulated, Arc<Mutex<Option<ErrorKind>>>) {
+        let (device, answer, _) = Self::with_last(does);
+        (device, answer)
+    }
+
+    fn with_last(does: Oddity) -> (Emulated, Arc<Mutex<Option<ErrorKind>>>, Arc<AtomicBool>) {
+        let odd = Self::new(does);
+        let (itself, answer, last) = (odd.itself.clone(), odd.answer.clone(), odd.last.clone());
+        let device = Emulated::new(odd).unwrap();
+        if [Oddity::CallsItself, Oddity::DropsItself].contains(&does) {
+            *itself.lock().unwrap() = Some(device.clone());
+        }
+        (device, answer, last)
+    }
+
+    fn new(does: Oddity) -> Self {
+        Self { does, itself: Arc::default(), last: Arc::default(), answer: Arc::default() }
+    }
+}
+
+impl Model for Odd {
+    fn shape(&self) -> Shape {
+        let mut shape = Shape::pci("odd", 256);
+        shape.regions[0] = RegionInfo::trapped(4);
+        shape.regions[2] = RegionInfo::mappable(0x1000);
+        shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(1);
+        shape
+    }
+
+    fn read(&mut self, bus: &Bus, _: u32, _: u64, _: &mut [u8]) -> Result<()> {
+        assert!(self.does != Oddity::PanicsInRead, "reading is {}", "too hard");
+        bus.wake();
+        Ok(())
+    }
+
+    fn write(&mut self, _: &Bus, _: u32, _: u64, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self, _: &Bus) {
+        assert!(self.does != Oddity::PanicsInReset, "no reset");
+    }
+
+    fn poll(&mut self, _: &Bus) -> Activity {
+        assert!(self.does != Oddity::PanicsInPoll, "polling is too hard");
+        let mut itself = self.itself.lock().unwrap();
+        match (self.does, &*itself) {
+            (Oddity::CallsItself, Some(device)) => {
+                let error = device.read_at(0, 0, &mut [0; 4]).unwrap_err();
+                *self.answer.lock().unwrap() = Some(error.kind());
+                *itself = None;
+            }
+            // The test lets go of its own about now; whoever is last, nothing waits for ever.
+            (Oddity::DropsItself, Some(_)) if self.last.load(Ordering::Relaxed) => *itself = None,
+            _ => return Activity::Watching,
+        }
+        Activity::Asleep
+    }
+}
+
+#[test]
+fn a_model_that_panics_is_a_device_that_has_gone() {
+    for does in [Oddity::PanicsInPoll, Oddity::PanicsInRead] {
+        watch::in_time(move || {
+            let (device, _) = Odd::device(does);
+            let _ = device.read_at(0, 0, &mut [0; 4]);
+            watch::until("it panics", || device.reset().is_err());
+            let event = edu::event();
+            let memory = shared::memory(0x1000, false);
+            let calls: [(&str, Result<()>); 6] = [
+                ("read", device.read_at(0, 0, &mut [0; 4])),
+                ("write", device.write_at(2, 0, &[0; 4])),
+                ("reset", device.reset()),
+                ("connect", device.set_irqs(irq_index::MSIX, 0, &[Some(event.as_fd())])),
+                ("map", device.dma_map(0, &memory, Access::ReadWrite)),
+                ("poll", device.poll().map(drop)),
+            ];
+            for (call, result) in calls {
+                let error = result.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Gone, "{call}: {error}");
+                assert!(error.to_string().contains("too hard"), "{call}: {error}");
+            }
+            // What a driver lets go of, it can let go of.
+            device.set_irqs(irq_index::MSIX, 0, &[]).unwrap();
+        });
+    }
+    assert_eq!(Emulated::new(Odd::new(Oddity::PanicsInReset)).unwrap_err().kind(), ErrorKind::Gone);
+}
+
+#[test]
+fn a_device_can_be_closed_after_its_model_has_panicked() {
+    watch::in_time(|| {
+        let (emulated, _) = Odd::device(Oddity::PanicsInRead);
+        let device = Device::new(Arc::new(emulated.clone()));
+        let vectors = device.vectors(Interrupt::MsiX, 1).unwrap();
+        let buffer = device.dma().unwrap().buffer(4096).unwrap();
+        emulated.read_at(0, 0, &mut [0; 4]).unwrap_err();
+        drop((vectors, buffer));
+        device.close().unwrap();
+    });
+}
+
+#[test]
+fn a_model_that_calls_its_own_device_is_told() {
+    watch::in_time(|| {
+        let (device, answer) = Odd::device(Oddity::CallsItself);
+        watch::until("it was told", || *answer.lock().unwrap() == Some(ErrorKind::InUse));
+        // It goes on.
+        device.read_at(0, 0, &mut [0; 4]).unwrap();
+    });
+}
+
+#[test]
+fn a_model_may_drop_the_last_of_its_device() {
+    watch::in_time(|| {
+        let (device, answer, last) = Odd::with_last(Oddity::DropsItself);
+        drop(device);
+        last.store(true, Ordering::Relaxed);
+        // The model goes with its thread.
+        watch::until("the model is dropped", || Arc::strong_count(&answer) == 1);
+    });
 }

@@ -60,7 +60,7 @@ fn with_model<T>(model: &Emulated, f: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                model.poll();
+                model.poll().unwrap();
                 std::thread::sleep(std::time::Duration::from_micros(50));
             }
         });
@@ -125,7 +125,7 @@ fn reads(batches: u64) -> u64 {
         counted_submission(&mut queue, &namespace, &mut buffers);
         allocations += ALLOCATIONS.load(Ordering::Relaxed) - before;
         while queue.outstanding() > 0 {
-            while model.poll() == Activity::Busy {}
+            while model.poll().unwrap() == Activity::Busy {}
             let before = ALLOCATIONS.load(Ordering::Relaxed);
             counted_completion(&mut queue, &mut buffers);
             allocations += ALLOCATIONS.load(Ordering::Relaxed) - before;

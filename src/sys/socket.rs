@@ -24,15 +24,15 @@ pub(crate) struct Received {
 /// Up to this many bytes it is cheaper to bring the parts together here than to have the kernel do it.
 const SHORT: usize = 128;
 
-/// `sendmsg(socket, parts, SCM_RIGHTS fds, MSG_NOSIGNAL)`: how many bytes were taken. By `send(2)` where
-/// that says the same.
+/// `sendmsg(socket, parts, SCM_RIGHTS fds, MSG_NOSIGNAL | MSG_DONTWAIT)`: how many bytes were taken; EAGAIN
+/// where there is no room. By `send(2)` where that says the same.
 pub(crate) fn send(
     socket: impl AsFd,
     parts: &[IoSlice<'_>],
     fds: &[BorrowedFd<'_>],
 ) -> Result<usize, Errno> {
     let socket = socket.as_fd().as_raw_fd();
-    let flags = MsgFlags::MSG_NOSIGNAL;
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
     let len = parts.iter().map(|part| part.len()).sum();
     if fds.is_empty() && len <= SHORT {
         let mut bytes = [0; SHORT];
@@ -47,10 +47,15 @@ pub(crate) fn send(
     sendmsg::<()>(socket, parts, &[ControlMessage::ScmRights(&fds)], flags, None)
 }
 
-/// `recvmsg(socket, buffer, MSG_CMSG_CLOEXEC)`. EAGAIN after the socket's receive timeout.
+/// `recvmsg(socket, buffer, MSG_CMSG_CLOEXEC | flags)`. EAGAIN after the socket's receive timeout, or at once
+/// with `MSG_DONTWAIT`.
 ///
 /// By `libc`, because nix loses the descriptors of a truncated control message: they stay open.
-pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> Result<Received, Errno> {
+pub(crate) fn receive(
+    socket: impl AsFd,
+    buffer: &mut [u8],
+    flags: MsgFlags,
+) -> Result<Received, Errno> {
     // SAFETY: CMSG_SPACE computes.
     const ROOM: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
     // Words give the alignment of `cmsghdr`.
@@ -62,9 +67,10 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> Result<Received, 
     header.msg_iovlen = 1;
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = ROOM as _;
+    let flags = flags.bits() | libc::MSG_CMSG_CLOEXEC;
+    let socket = socket.as_fd().as_raw_fd();
     // SAFETY: the header names one buffer of bytes and one for control messages, both ours and alive.
-    let done =
-        unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &mut header, libc::MSG_CMSG_CLOEXEC) };
+    let done = unsafe { libc::recvmsg(socket, &mut header, flags) };
     let bytes = Errno::result(done)? as usize;
     let mut fds = Vec::new();
     // SAFETY: the kernel has filled the control buffer as the header now says.
@@ -76,7 +82,10 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> Result<Received, 
         if (message.cmsg_level, message.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             // SAFETY: CMSG_LEN computes.
             let empty = unsafe { libc::CMSG_LEN(0) } as usize;
-            let count = (message.cmsg_len - empty) / size_of::<RawFd>();
+            // It has 32 bits in musl's headers, and a word in glibc's.
+            #[allow(clippy::unnecessary_cast)]
+            let len = message.cmsg_len as usize;
+            let count = (len - empty) / size_of::<RawFd>();
             // SAFETY: the message is one of the buffer, and `next` reaches all of that.
             let data = unsafe { libc::CMSG_DATA(next) }.cast::<RawFd>();
             fds.extend((0..count).map(|index| {
@@ -109,7 +118,7 @@ mod tests {
             let fds: Vec<_> = files[..count].iter().map(AsFd::as_fd).collect();
             assert_eq!(send(&ours, &[IoSlice::new(b"fds")], &fds), Ok(3));
             let mut bytes = [0; 8];
-            let received = receive(&theirs, &mut bytes).unwrap();
+            let received = receive(&theirs, &mut bytes, MsgFlags::empty()).unwrap();
             assert_eq!((received.bytes, &bytes[..3], received.truncated), (3, &b"fds"[..], false));
             let sizes = received.fds.iter().map(|fd| fstat(fd).unwrap().st_size as usize);
             assert!(sizes.eq(0..count));

@@ -26,8 +26,8 @@ use crate::sys::file;
 
 #[cfg(feature = "emulated")]
 pub use emulated::{
-    Activity, Bus, Edu, Emulated, Fault, Faults, Memory, Model, Namespace, Nvme, PciConfig, Power,
-    Server, Shape,
+    Activity, Bus, ClientLimits, Edu, Emulated, Fault, Faults, Memory, Model, Namespace, Nvme,
+    PciConfig, Power, Server, Shape,
 };
 pub use irq::{IrqInfo, irq_index};
 pub use linux::{

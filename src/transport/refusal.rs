@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use crate::error::{Error, ErrorKind};
 
-/// The error of a mapping that was answered by `errno`: EEXIST, EINVAL and ENOSPC mean the same whoever
+/// The error of a mapping that was answered by `errno`: EEXIST, EINVAL, ENOSPC and EMFILE mean the same whoever
 /// says them. The kinds are those that [`DmaSpace::map`](crate::device::DmaSpace::map) promises, and goes
 /// by: it tries another place for `AddressTaken`.
 #[cold]
@@ -28,6 +28,12 @@ pub(super) fn refused(errno: Errno, object: impl fmt::Display) -> Error {
             .into_kind(ErrorKind::TooManyMappings)
             .because("there is no room for another mapping")
             .remedy("unmap some, or map more at once"),
+        Errno::EMFILE => error
+            .into_kind(ErrorKind::TooManyMappings)
+            .because("the server keeps a file descriptor for each mapping, and may have no more")
+            .remedy(
+                "map more at once, or raise the server's limit: ClientLimits::files, ulimit -n",
+            ),
         _ => error,
     }
 }

@@ -10,22 +10,29 @@ use nix::errno::Errno;
 
 use super::irq::Line;
 use super::memory::Memory;
+use super::user::User;
 use super::wire::Wire;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
 use crate::transport::vfio_user::dma::{self, DmaTable, Piece, Rights};
-use crate::transport::vfio_user::version::MAX_DMA_MAPS;
 
 /// A model's way to the rest of the machine.
 pub struct Bus {
     name: String,
     memories: Box<[Option<Memory>]>,
     lines: Mutex<Box<[Line]>>,
-    dma: Mutex<DmaTable<Target>>,
+    dma: Mutex<DmaTable<Mapping>>,
     worker: OnceLock<Thread>,
 }
 
-/// Where memory lies that a driver has mapped for DMA.
+/// Memory that a user has mapped for DMA.
+#[derive(Clone)]
+struct Mapping {
+    user: Arc<User>,
+    target: Target,
+}
+
+/// Where it lies.
 #[derive(Clone)]
 pub(super) enum Target {
     /// In this process.
@@ -42,7 +49,8 @@ impl Bus {
             name,
             memories,
             lines: Mutex::new(lines),
-            dma: Mutex::new(DmaTable::new(MAX_DMA_MAPS)),
+            // Each user has a limit of its own.
+            dma: Mutex::new(DmaTable::new(u32::MAX)),
             worker: OnceLock::new(),
         }
     }
@@ -62,7 +70,7 @@ impl Bus {
         let table = self.dma();
         let failed = |errno| self.dma_error(errno, "read", address, data.len());
         for piece in table.find(address, data.len(), Rights::READ).map_err(failed)? {
-            let Piece { target, offset, range } = piece;
+            let Piece { target: Mapping { target, .. }, offset, range } = piece;
             let part = &mut data[range.clone()];
             let done = match target {
                 Target::Here(memory) => dma::read(&memory, offset, part),
@@ -84,7 +92,7 @@ impl Bus {
         let table = self.dma();
         let failed = |errno| self.dma_error(errno, "write", address, data.len());
         for piece in table.find(address, data.len(), Rights::WRITE).map_err(failed)? {
-            let Piece { target, offset, range } = piece;
+            let Piece { target: Mapping { target, .. }, offset, range } = piece;
             let part = &data[range];
             match target {
                 Target::Here(memory) => dma::write(&memory, offset, part),
@@ -136,14 +144,55 @@ impl Bus {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn dma(&self) -> MutexGuard<'_, DmaTable<Target>> {
+    fn dma(&self) -> MutexGuard<'_, DmaTable<Mapping>> {
         self.dma.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The driver has left: nothing of it is reached any more.
-    pub(super) fn detach(&self) {
-        self.lines().iter_mut().for_each(Line::disconnect);
-        self.dma().clear();
+    /// Maps memory of a user's for DMA. EINVAL where the range is empty or wraps around, EEXIST where it
+    /// overlaps another, whoever's; ENOSPC or EMFILE past the user's limits.
+    pub(super) fn map(
+        &self,
+        user: &Arc<User>,
+        iova: u64,
+        size: u64,
+        rights: Rights,
+        target: Target,
+    ) -> std::result::Result<(), Errno> {
+        let mut table = self.dma();
+        let with_file = target.is_file();
+        user.add_mapping(with_file)?;
+        let mapping = Mapping { user: user.clone(), target };
+        table.insert(iova, size, rights, mapping).inspect_err(|_| user.remove_mapping(with_file))
+    }
+
+    /// ENOENT where no mapping of this user's is exactly this one.
+    pub(super) fn unmap(
+        &self,
+        user: &Arc<User>,
+        iova: u64,
+        size: u64,
+    ) -> std::result::Result<(), Errno> {
+        let theirs = |mapping: &Mapping| Arc::ptr_eq(&mapping.user, user);
+        let removed = self.dma().remove_if(iova, size, theirs)?;
+        user.remove_mapping(removed.target.is_file());
+        Ok(())
+    }
+
+    /// Unmaps all that a user has mapped.
+    pub(super) fn unmap_all(&self, user: &Arc<User>) {
+        self.dma().retain(|mapping| {
+            let theirs = Arc::ptr_eq(&mapping.user, user);
+            if theirs {
+                user.remove_mapping(mapping.target.is_file());
+            }
+            !theirs
+        });
+    }
+
+    /// A user has left: nothing of it is reached any more.
+    pub(super) fn detach(&self, user: &Arc<User>) {
+        self.lines().iter_mut().for_each(|line| line.disconnect_user(user));
+        self.unmap_all(user);
     }
 
     fn dma_error(&self, errno: Errno, operation: &'static str, address: u64, len: usize) -> Error {
@@ -154,6 +203,12 @@ impl Bus {
             _ => return Error::os(errno, operation, object),
         };
         Error::new(ErrorKind::OutOfRange, operation, object).because(reason)
+    }
+}
+
+impl Target {
+    fn is_file(&self) -> bool {
+        matches!(self, Self::File(..))
     }
 }
 

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -14,9 +14,11 @@ use super::bus::{Bus, Target};
 use super::irq::Line;
 use super::memory::Memory;
 use super::model::{Activity, Model};
+use super::stage::Stage;
+use super::user::User;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
-use crate::sys;
+use crate::sys::{self, fork};
 use crate::transport::refusal::refused;
 use crate::transport::vfio_user::dma::Rights;
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
@@ -38,13 +40,16 @@ pub(super) struct Core {
     info: DeviceInfo,
     regions: Box<[RegionInfo]>,
     pub(super) bus: Bus,
-    model: Mutex<Box<dyn Model>>,
+    model: Stage,
+    /// The program that it is in.
+    user: Arc<User>,
     stop: AtomicBool,
 }
 
 struct Worker {
     core: Arc<Core>,
     thread: Option<JoinHandle<()>>,
+    generation: u32,
 }
 
 impl Emulated {
@@ -52,7 +57,7 @@ impl Emulated {
     ///
     /// # Errors
     /// `Os` where the kernel has no memory or thread to give; `OutOfRange` where the model's regions
-    /// have mapped parts that leave them.
+    /// have mapped parts that leave them; `Gone` where its reset panics.
     pub fn new(model: impl Model + 'static) -> Result<Self> {
         let core = Core::new(model)?;
         let thread = thread::Builder::new().name(core.info.name.clone());
@@ -63,8 +68,7 @@ impl Emulated {
             })
             .map_err(|error| Error::io(&error, "start a thread for", &core.info.name))?;
         core.bus.set_worker(thread.thread().clone());
-        let worker = Arc::new(Worker { core: core.clone(), thread: Some(thread) });
-        Ok(Self { core, _worker: worker })
+        Ok(Self::with_thread(core, Some(thread)))
     }
 
     /// Brings a model to life, reset, without a thread: its work is done in [`poll`](Self::poll), when
@@ -74,14 +78,22 @@ impl Emulated {
     /// As [`new`](Self::new).
     pub fn polled(model: impl Model + 'static) -> Result<Self> {
         let core = Core::new(model)?;
-        let worker = Arc::new(Worker { core: core.clone(), thread: None });
-        Ok(Self { core, _worker: worker })
+        Ok(Self::with_thread(core, None))
+    }
+
+    fn with_thread(core: Arc<Core>, thread: Option<JoinHandle<()>>) -> Self {
+        let generation = fork::generation();
+        let worker = Arc::new(Worker { core: core.clone(), thread, generation });
+        Self { core, _worker: worker }
     }
 
     /// Has the model do what is to be done now, in this thread ([`Model::poll`]), whether or not it has
     /// one of its own.
-    pub fn poll(&self) -> Activity {
-        self.core.model().poll(&self.core.bus)
+    ///
+    /// # Errors
+    /// `Gone` where the model has panicked, now or before; `InUse` where it calls its own device.
+    pub fn poll(&self) -> Result<Activity> {
+        self.core.poll()
     }
 }
 
@@ -112,22 +124,47 @@ impl Core {
             bus: Bus::new(info.name.clone(), memories, lines),
             info,
             regions: shape.regions.into(),
-            model: Mutex::new(Box::new(model)),
+            model: Stage::new(model),
+            user: User::new(0),
             stop: AtomicBool::new(false),
         });
-        core.model().reset(&core.bus);
+        core.reset()?;
         Ok(core)
     }
 
-    pub(super) fn model(&self) -> MutexGuard<'_, Box<dyn Model>> {
-        self.model.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Has the model do something.
+    fn call<R>(
+        &self,
+        operation: &'static str,
+        object: impl fmt::Display,
+        act: impl FnOnce(&mut dyn Model, &Bus) -> R,
+    ) -> Result<R> {
+        self.model
+            .call(|model| act(model, &self.bus))
+            .map_err(|refused| refused.error(operation, object))
+    }
+
+    fn poll(&self) -> Result<Activity> {
+        self.call("poll", &self.info.name, |model, bus| model.poll(bus))
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.call("reset", &self.info.name, |model, bus| model.reset(bus))
+    }
+
+    /// `Gone` where the model has panicked.
+    fn check(&self, operation: &'static str, object: impl fmt::Display) -> Result<()> {
+        self.model.check().map_err(|refused| refused.error(operation, object))
     }
 
     /// Polls the model, as often as it asks for, until the device goes.
     fn work(&self) {
         let mut idle = 0;
         while !self.stop.load(Ordering::Relaxed) {
-            let activity = self.model().poll(&self.bus);
+            let activity = match self.poll() {
+                Ok(activity) => activity,
+                Err(error) => return log::error!("{error}"),
+            };
             match activity {
                 Activity::Busy => idle = 0,
                 Activity::Watching if idle < EAGER => {
@@ -171,11 +208,23 @@ impl Core {
         if operation == "write" && !region.writable {
             return Err(Error::new(ErrorKind::ReadOnly, operation, object()));
         }
+        // Memory goes on, but nobody looks at it.
+        self.check(operation, object())?;
         let mapped = match &region.areas {
             Some(areas) => areas.iter().any(|area| area.start <= offset && end <= area.end),
             None => true,
         };
         Ok(self.bus.memory(index).filter(|_| mapped))
+    }
+
+    /// An access to a part of a region that the model serves.
+    fn access(
+        &self,
+        region: u32,
+        operation: &'static str,
+        act: impl FnOnce(&mut dyn Model, &Bus) -> Result<()>,
+    ) -> Result<()> {
+        self.call(operation, RegionName(&self.info, region), act)?
     }
 
     pub(super) fn irq_error(&self, errno: Errno, operation: &'static str, index: u32) -> Error {
@@ -204,8 +253,16 @@ impl Core {
             .map_err(|errno| self.irq_error(errno, operation, index))
     }
 
-    pub(super) fn connect(&self, index: u32, start: u32, fds: Vec<Option<OwnedFd>>) -> Result<()> {
-        self.with_line(index, "connect", |line| line.connect(start, fds))
+    /// Connects a user's eventfds.
+    pub(super) fn connect(
+        &self,
+        user: &Arc<User>,
+        index: u32,
+        start: u32,
+        fds: Vec<Option<OwnedFd>>,
+    ) -> Result<()> {
+        self.check("connect", format_args!("interrupt {index} of {}", self.info.name))?;
+        self.with_line(index, "connect", |line| line.connect(user, start, fds))
     }
 }
 
@@ -221,14 +278,18 @@ impl Transport for Emulated {
     fn read_at(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
         match self.core.locate(region, offset, data.len(), "read")? {
             Some(memory) => memory.load(offset, data),
-            None => self.core.model().read(&self.core.bus, region, offset, data),
+            None => {
+                self.core.access(region, "read", |model, bus| model.read(bus, region, offset, data))
+            }
         }
     }
 
     fn write_at(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
         match self.core.locate(region, offset, data.len(), "write")? {
             Some(memory) => memory.store(offset, data),
-            None => self.core.model().write(&self.core.bus, region, offset, data),
+            None => self
+                .core
+                .access(region, "write", |model, bus| model.write(bus, region, offset, data)),
         }
     }
 
@@ -242,8 +303,7 @@ impl Transport for Emulated {
     }
 
     fn reset(&self) -> Result<()> {
-        self.core.model().reset(&self.core.bus);
-        Ok(())
+        self.core.reset()
     }
 
     fn irq(&self, index: u32) -> Result<IrqInfo> {
@@ -261,7 +321,7 @@ impl Transport for Emulated {
         let fds = fds.iter().map(own).collect::<std::io::Result<_>>().map_err(|error| {
             Error::io(&error, "connect", format!("interrupt {index} of {}", self.core.info.name))
         })?;
-        self.core.connect(index, start, fds)
+        self.core.connect(&self.core.user, index, start, fds)
     }
 
     fn mask_irqs(&self, index: u32, vectors: Range<u32>, masked: bool) -> Result<()> {
@@ -274,22 +334,25 @@ impl Transport for Emulated {
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
-        let mappings = Some(self.core.bus.dma().room());
+        let mappings = Some(self.core.user.room());
         let page_size = sys::page_size() as u64;
         Ok(DmaLimits { mappings, ..DmaLimits::new(vec![0..=u64::MAX], page_size) })
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
         let size = memory.size() as u64;
+        let object =
+            || format!("{size:#x} bytes at I/O address {iova:#x} of {}", self.core.info.name);
+        self.core.check("map for DMA", object())?;
         let target = Target::Here(memory.clone());
-        self.core.bus.dma().insert(iova, size, Rights::from(access), target).map_err(|errno| {
-            let name = &self.core.info.name;
-            refused(errno, format!("{size:#x} bytes at I/O address {iova:#x} of {name}"))
-        })
+        self.core
+            .bus
+            .map(&self.core.user, iova, size, Rights::from(access), target)
+            .map_err(|errno| refused(errno, object()))
     }
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
-        self.core.bus.dma().remove(iova, size).map_err(|errno| {
+        self.core.bus.unmap(&self.core.user, iova, size).map_err(|errno| {
             let name = &self.core.info.name;
             Error::os(errno, "unmap", format!("{size:#x} bytes at I/O address {iova:#x} of {name}"))
         })
@@ -298,13 +361,26 @@ impl Transport for Emulated {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.core.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            if thread.join().is_err() {
-                log::error!("the model of {} has panicked", self.core.info.name);
-            }
+        let Some(thread) = self.thread.take() else { return };
+        if self.generation != fork::generation() {
+            // A child of fork(2) has not the thread.
+            return std::mem::forget(thread);
         }
+        self.core.stop.store(true, Ordering::Relaxed);
+        thread.thread().unpark();
+        // The model itself may have held the last clone: then this is its thread, which ends by itself.
+        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+            log::error!("the thread of {} has panicked", self.core.info.name);
+        }
+    }
+}
+
+/// Made into text only where there is an error.
+struct RegionName<'a>(&'a DeviceInfo, u32);
+
+impl fmt::Display for RegionName<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.region_name(self.1))
     }
 }
 

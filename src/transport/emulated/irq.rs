@@ -1,26 +1,25 @@
 //! Interrupts of a model: which eventfd each vector signals, and what waits behind a mask.
 
-use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{SFlag, fstat};
-use nix::unistd::write;
 
+use super::user::User;
 use crate::transport::IrqInfo;
 
 /// An interrupt index.
-#[derive(Debug)]
 pub(super) struct Line {
     info: IrqInfo,
     vectors: Vec<Vector>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Vector {
-    eventfd: Option<OwnedFd>,
+    /// The eventfd that it signals, and whose that is.
+    eventfd: Option<(Arc<OwnedFd>, Arc<User>)>,
     masked: bool,
     /// It fired while it was masked.
     pending: bool,
@@ -47,24 +46,36 @@ impl Line {
         self.vectors.get_mut(vectors.start as usize..vectors.end as usize).ok_or(Errno::EINVAL)
     }
 
-    /// Connects the vectors from `start` on; EINVAL where one of the files is no eventfd, or they are
-    /// more than the vectors.
-    pub(super) fn connect(&mut self, start: u32, fds: Vec<Option<OwnedFd>>) -> Result<(), Errno> {
+    /// Connects the vectors from `start` on to a user's eventfds; EINVAL where one of the files is no
+    /// eventfd, or they are more than the vectors.
+    pub(super) fn connect(
+        &mut self,
+        user: &Arc<User>,
+        start: u32,
+        fds: Vec<Option<OwnedFd>>,
+    ) -> Result<(), Errno> {
         let end = u32::try_from(fds.len()).ok().and_then(|count| start.checked_add(count));
         let vectors = self.get(start..end.ok_or(Errno::EINVAL)?)?;
         if fds.iter().flatten().any(|fd| !may_be_eventfd(fd)) {
             return Err(Errno::EINVAL);
         }
         for (vector, eventfd) in vectors.iter_mut().zip(fds) {
-            vector.eventfd = eventfd;
+            vector.eventfd = eventfd.map(|eventfd| (Arc::new(eventfd), user.clone()));
         }
         Ok(())
     }
 
     /// Takes all vectors out of use, and unmasks them.
     pub(super) fn disconnect(&mut self) {
+        self.vectors.iter_mut().for_each(Vector::disconnect);
+    }
+
+    /// The same with the vectors that a user has connected.
+    pub(super) fn disconnect_user(&mut self, user: &Arc<User>) {
         for vector in &mut self.vectors {
-            *vector = Vector { asserted: vector.asserted, ..Vector::default() };
+            if vector.eventfd.as_ref().is_some_and(|(_, owner)| Arc::ptr_eq(owner, user)) {
+                vector.disconnect();
+            }
         }
     }
 
@@ -108,44 +119,36 @@ impl Vector {
             self.pending = true;
             return;
         }
-        let Some(eventfd) = &self.eventfd else { return };
+        let Some((eventfd, user)) = &self.eventfd else { return };
         self.masked = automasked;
-        if let Err(error) = signal(eventfd) {
-            log::debug!("an interrupt was lost: {error}");
-        }
+        user.signal(eventfd);
+    }
+
+    fn disconnect(&mut self) {
+        *self = Self { asserted: self.asserted, ..Self::default() };
     }
 }
 
-/// Eventfds are anonymous inodes, whose mode names no type. Pipes, sockets and files, which might make
-/// a write wait, are not.
+/// Eventfds are anonymous inodes, whose mode names no type. Pipes, sockets and files are not.
 fn may_be_eventfd(fd: &OwnedFd) -> bool {
     fstat(fd).is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == 0)
 }
 
-/// Adds one to the eventfd. A counter that is full has signalled already, and would make the write
-/// wait.
-fn signal(eventfd: &OwnedFd) -> io::Result<()> {
-    let mut ready = [PollFd::new(eventfd.as_fd(), PollFlags::POLLOUT)];
-    if poll(&mut ready, PollTimeout::ZERO)? > 0 {
-        write(eventfd, &1u64.to_ne_bytes())?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
-    use nix::sys::eventfd::{EfdFlags, EventFd};
+    use std::os::fd::AsFd;
 
     use super::*;
+    use crate::sys::eventfd;
 
     /// A line of two vectors, and how often each has fired since asked last.
     fn line(automasked: bool) -> (Line, impl Fn() -> [u64; 2]) {
         let info = IrqInfo { maskable: true, automasked, ..IrqInfo::eventfds(2) };
         let mut line = Line::new(info);
-        let events = [0; 2].map(|_| EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
+        let events = [0; 2].map(|_| eventfd::new().unwrap());
         let fds = events.iter().map(|event| Some(event.as_fd().try_clone_to_owned().unwrap()));
-        line.connect(0, fds.collect()).unwrap();
-        (line, move || [0, 1].map(|index: usize| events[index].read().unwrap_or(0)))
+        line.connect(&User::new(0), 0, fds.collect()).unwrap();
+        (line, move || [0, 1].map(|index: usize| eventfd::take(&events[index]).unwrap()))
     }
 
     #[test]
@@ -177,10 +180,22 @@ mod tests {
         let (mut line, fired) = line(false);
         assert_eq!(line.fire(1..3), Err(Errno::EINVAL));
         assert_eq!(line.mask(Range { start: 2, end: 1 }, true), Err(Errno::EINVAL));
-        assert_eq!(line.connect(u32::MAX, vec![None, None]), Err(Errno::EINVAL));
+        let user = User::new(0);
+        assert_eq!(line.connect(&user, u32::MAX, vec![None, None]), Err(Errno::EINVAL));
         let (_reader, writer) = std::io::pipe().unwrap();
-        assert_eq!(line.connect(0, vec![None, Some(writer.into())]), Err(Errno::EINVAL));
+        assert_eq!(line.connect(&user, 0, vec![None, Some(writer.into())]), Err(Errno::EINVAL));
         line.fire(0..2).unwrap();
         assert_eq!(fired(), [1, 1], "nothing has changed");
+    }
+
+    #[test]
+    fn a_user_that_leaves_takes_its_own_vectors_only() {
+        let (mut line, fired) = line(false);
+        let other = User::new(0);
+        let event = eventfd::new().unwrap();
+        line.connect(&other, 1, vec![Some(event.try_clone().unwrap())]).unwrap();
+        line.disconnect_user(&other);
+        line.fire(0..2).unwrap();
+        assert_eq!((fired(), eventfd::take(event)), ([1, 0], Ok(0)));
     }
 }

@@ -11,6 +11,9 @@ mod nvme;
 mod pci;
 mod server;
 mod session;
+mod signal;
+mod stage;
+mod user;
 mod wire;
 
 pub use bus::Bus;
@@ -20,4 +23,4 @@ pub use memory::Memory;
 pub use model::{Activity, Model, Shape};
 pub use nvme::{Fault, Faults, Namespace, Nvme, Power};
 pub use pci::PciConfig;
-pub use server::Server;
+pub use server::{ClientLimits, Server};

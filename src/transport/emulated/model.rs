@@ -12,8 +12,12 @@ use crate::transport::{IrqInfo, RegionInfo};
 /// [`Bus::memory`]). A trapped part is whatever [`read`](Self::read) and [`write`](Self::write) make of
 /// it. One call is made at a time.
 ///
-/// Whoever drives the device is not trusted: addresses, values and lengths may be anything. A panic in
-/// a model is a panic of whoever called the device.
+/// Whoever drives the device is not trusted: addresses, values and lengths may be anything.
+///
+/// A model that panics is a device that has gone: whoever called it gets `Gone`, and so does every later
+/// call but those that unmap and disconnect. A model that calls its own device, through an
+/// [`Emulated`](super::Emulated) that it holds, gets `InUse`; it must not wait for another thread that
+/// does, which nobody can see, and which waits for the model.
 ///
 /// ```
 /// use vfio_remap::transport::{Bus, Emulated, Model, RegionInfo, Shape};

@@ -5,7 +5,6 @@ use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
 
 use nix::errno::Errno;
 use vfio_bindings::bindings::vfio::{
@@ -20,6 +19,8 @@ use vfio_bindings::bindings::vfio::{
 
 use super::bus::Target;
 use super::device::Emulated;
+use super::server::ClientLimits;
+use super::user::User;
 use super::wire::Wire;
 use crate::error::{Error, ErrorKind};
 use crate::sys::file;
@@ -34,6 +35,7 @@ use crate::transport::{self, RegionFile, Transport};
 /// A client that is connected.
 pub(super) struct Session<'a> {
     device: &'a Emulated,
+    user: Arc<User>,
     wire: Arc<Wire>,
     greeted: bool,
 }
@@ -57,9 +59,11 @@ impl<'a> Session<'a> {
     pub(super) fn new(
         device: &'a Emulated,
         stream: UnixStream,
-        time: Duration,
+        limits: ClientLimits,
     ) -> std::io::Result<Self> {
-        Ok(Self { device, wire: Arc::new(Wire::new(stream, time)?), greeted: false })
+        let ClientLimits { time, files } = limits;
+        let wire = Arc::new(Wire::new(stream, time)?);
+        Ok(Self { device, user: User::new(files), wire, greeted: false })
     }
 
     /// Answers commands until the client leaves.
@@ -141,16 +145,16 @@ impl<'a> Session<'a> {
             None => Target::Client(self.wire.clone(), map.address),
         };
         let rights = Rights::from_flags(map.flags);
-        self.device.core.bus.dma().insert(map.address, map.size, rights, target)?;
+        self.device.core.bus.map(&self.user, map.address, map.size, rights, target)?;
         Ok(Reply::default())
     }
 
     fn dma_unmap(&self, body: &[u8]) -> Answer {
         let (unmap, _) = DmaUnmap::decode(body).ok_or(Errno::EINVAL)?;
-        let mut table = self.device.core.bus.dma();
+        let bus = &self.device.core.bus;
         match unmap.flags {
-            0 => table.remove(unmap.address, unmap.size)?,
-            DMA_UNMAP_ALL if (unmap.address, unmap.size) == (0, 0) => table.clear(),
+            0 => bus.unmap(&self.user, unmap.address, unmap.size)?,
+            DMA_UNMAP_ALL if (unmap.address, unmap.size) == (0, 0) => bus.unmap_all(&self.user),
             _ => return Err(Errno::EINVAL),
         }
         Ok(unmap.encode().to_vec().into())
@@ -240,7 +244,7 @@ impl<'a> Session<'a> {
                     some if some == count as usize => fds.into_iter().map(Some).collect(),
                     _ => return Err(Errno::EINVAL),
                 };
-                self.device.core.connect(index, start, fds).map_err(errno)?;
+                self.device.core.connect(&self.user, index, start, fds).map_err(errno)?;
             }
             // Eventfds that are told of masking.
             _ => return Err(Errno::EOPNOTSUPP),
@@ -284,7 +288,7 @@ impl<'a> Session<'a> {
 impl Drop for Session<'_> {
     /// What the client has lent us is given back; the device stays as it is.
     fn drop(&mut self) {
-        self.device.core.bus.detach();
+        self.device.core.bus.detach(&self.user);
     }
 }
 

@@ -10,11 +10,11 @@ use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
-use crate::transport::vfio_user::channel::{self, Fault, Message, Patience, Receiver, Sender};
+use crate::transport::vfio_user::channel::{self, Deadline, Fault, Message, Receiver, Sender};
 use crate::transport::vfio_user::version::MAX_TRANSFER;
 use crate::transport::vfio_user::wire::{DmaAccess, Header, command};
 
@@ -22,6 +22,8 @@ use crate::transport::vfio_user::wire::{DmaAccess, Header, command};
 const MAX_AHEAD: usize = 1024;
 /// How many bytes they may have.
 const MAX_AHEAD_BYTES: usize = 16 << 20;
+/// How many file descriptors.
+const MAX_AHEAD_FDS: usize = 128;
 
 pub(super) struct Wire {
     time: Duration,
@@ -37,6 +39,7 @@ struct Inbox {
     receiver: Option<Receiver>,
     commands: VecDeque<Message>,
     bytes: usize,
+    fds: usize,
     /// Replies by id, to those who wait for them.
     awaited: HashSet<u16>,
     replies: HashMap<u16, Message>,
@@ -49,15 +52,14 @@ struct Inbox {
 }
 
 /// What is waited for.
-#[derive(Clone, Copy)]
 enum Wanted {
     Command,
-    Reply(u16, Instant),
+    Reply(u16, Deadline),
 }
 
 impl Wire {
     pub(super) fn new(stream: UnixStream, time: Duration) -> std::io::Result<Self> {
-        let (sender, receiver) = channel::split(stream, time, Some(time))?;
+        let (sender, receiver) = channel::split(stream, time)?;
         Ok(Self {
             time,
             stream: receiver.stream().clone(),
@@ -66,6 +68,7 @@ impl Wire {
                 receiver: Some(receiver),
                 commands: VecDeque::new(),
                 bytes: 0,
+                fds: 0,
                 awaited: HashSet::new(),
                 replies: HashMap::new(),
                 next_id: 0,
@@ -88,7 +91,7 @@ impl Wire {
 
     /// The client's next command, whenever it comes; the first must come in time.
     pub(super) fn command(&self) -> Result<Message, Fault> {
-        self.wait(Wanted::Command)
+        self.wait(&mut Wanted::Command)
     }
 
     pub(super) fn send(
@@ -97,7 +100,18 @@ impl Wire {
         parts: [&[u8]; 2],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), Fault> {
-        self.sender.lock().unwrap_or_else(PoisonError::into_inner).send(header, parts, fds)
+        self.send_by(header, parts, fds, &mut Deadline::new(self.time))
+    }
+
+    fn send_by(
+        &self,
+        header: Header,
+        parts: [&[u8]; 2],
+        fds: &[BorrowedFd<'_>],
+        deadline: &mut Deadline,
+    ) -> Result<(), Fault> {
+        let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
+        sender.send(header, parts, fds, deadline)
     }
 
     /// Reads the client's memory by messages.
@@ -138,9 +152,11 @@ impl Wire {
         };
         let fields = access.encode();
         let header = Header::command(id, command, fields.len() + data.len());
+        // One time for all of it.
+        let mut deadline = Deadline::new(self.time).by_poll();
         let reply = self
-            .send(header, [&fields, data], &[])
-            .and_then(|()| self.wait(Wanted::Reply(id, Instant::now() + self.time)));
+            .send_by(header, [&fields, data], &[], &mut deadline)
+            .and_then(|()| self.wait(&mut Wanted::Reply(id, deadline)));
         let reply = match reply {
             Ok(reply) => reply,
             Err(fault) => {
@@ -164,7 +180,7 @@ impl Wire {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait(&self, wanted: Wanted) -> Result<Message, Fault> {
+    fn wait(&self, wanted: &mut Wanted) -> Result<Message, Fault> {
         let mut inbox = self.inbox();
         loop {
             if let Some(message) = inbox.take(wanted) {
@@ -177,7 +193,7 @@ impl Wire {
                 drop(inbox);
                 let received = match wanted {
                     Wanted::Command => receiver.receive_idle(self.time),
-                    Wanted::Reply(_, until) => receiver.receive(&mut Patience::until(until)),
+                    Wanted::Reply(_, deadline) => receiver.receive(deadline),
                 };
                 inbox = self.inbox();
                 inbox.receiver = Some(receiver);
@@ -192,13 +208,12 @@ impl Wire {
             inbox.waiting += 1;
             inbox = match wanted {
                 Wanted::Command => self.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner),
-                Wanted::Reply(_, until) => {
-                    let left = until.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
+                Wanted::Reply(_, deadline) => {
+                    if let Err(fault) = deadline.check() {
                         inbox.waiting -= 1;
-                        return Err(Fault::Silent(self.time));
+                        return Err(fault);
                     }
-                    let waited = self.changed.wait_timeout(inbox, left);
+                    let waited = self.changed.wait_timeout(inbox, deadline.left());
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
@@ -216,14 +231,15 @@ impl Wire {
 }
 
 impl Inbox {
-    fn take(&mut self, wanted: Wanted) -> Option<Message> {
+    fn take(&mut self, wanted: &Wanted) -> Option<Message> {
         match wanted {
             Wanted::Command => {
                 let message = self.commands.pop_front()?;
                 self.bytes -= message.body.len();
+                self.fds -= message.fds.len();
                 Some(message)
             }
-            Wanted::Reply(id, _) => self.replies.remove(&id),
+            Wanted::Reply(id, _) => self.replies.remove(id),
         }
     }
 
@@ -231,8 +247,12 @@ impl Inbox {
         let Header { id, .. } = message.header;
         if message.header.is_command() {
             self.bytes += message.body.len();
+            self.fds += message.fds.len();
             self.commands.push_back(message);
-            if self.commands.len() > MAX_AHEAD || self.bytes > MAX_AHEAD_BYTES {
+            if self.commands.len() > MAX_AHEAD
+                || self.bytes > MAX_AHEAD_BYTES
+                || self.fds > MAX_AHEAD_FDS
+            {
                 return Err(Fault::Nonsense("the client sends too many commands ahead".to_owned()));
             }
             return Ok(());

@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::MsgFlags;
 
 use super::version::{MAX_FDS, MAX_TRANSFER};
 use super::wire::Header;
-use crate::sys::socket;
+use crate::sys::socket::{self, Received};
 
 /// The longest message that is believed: data, and what is said of them.
 const MAX_MESSAGE: usize = MAX_TRANSFER + 4096;
@@ -70,33 +71,44 @@ pub(crate) fn within_reason(time: Duration) -> Duration {
     time.clamp(Duration::from_millis(1), CENTURY)
 }
 
-/// Until when an exchange may last. Its first wait is the socket's own, by `SO_RCVTIMEO`, which costs
-/// no system call; only later ones are measured.
+/// Until when an exchange may last, whatever happens in it. If nothing was waited for before, its first
+/// wait for a message is the socket's own (`SO_RCVTIMEO`), which costs no system call.
 #[derive(Debug)]
-pub(crate) struct Patience {
+pub(crate) struct Deadline {
     until: Instant,
     time: Duration,
     waited: bool,
 }
 
-impl Patience {
+impl Deadline {
+    /// For an exchange that begins now and may take as long as `time`, which is the socket's receive
+    /// timeout too.
     pub(crate) fn new(time: Duration) -> Self {
         Self { until: Instant::now() + time, time, waited: false }
     }
 
-    /// Until a certain instant, on a socket without a time of its own.
-    #[cfg(feature = "emulated")]
-    pub(crate) fn until(until: Instant) -> Self {
-        Self { until, time: until.saturating_duration_since(Instant::now()), waited: true }
+    /// The same on a socket without a receive timeout of its own, or after something was waited for.
+    pub(crate) fn by_poll(self) -> Self {
+        Self { waited: true, ..self }
+    }
+
+    /// How much time is left.
+    pub(crate) fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    /// `Silent` once the time is over.
+    pub(crate) fn check(&self) -> Result<(), Fault> {
+        if self.left().is_zero() { Err(Fault::Silent(self.time)) } else { Ok(()) }
     }
 
     /// Waits until the socket is ready, or no longer than it may.
-    fn wait(&self, stream: &UnixStream, events: PollFlags) -> Result<(), Fault> {
+    fn wait(&mut self, stream: &UnixStream, events: PollFlags) -> Result<(), Fault> {
+        self.waited = true;
         loop {
-            let left = self.until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(Fault::Silent(self.time));
-            }
+            self.check()?;
+            // Rounded up, so that the last millisecond is not spent in a loop.
+            let left = self.left().saturating_add(Duration::from_micros(999));
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(stream.as_fd(), events)], timeout) {
                 Ok(0) | Err(Errno::EINTR) => {}
@@ -111,7 +123,6 @@ impl Patience {
 #[derive(Debug)]
 pub(crate) struct Sender {
     stream: Arc<UnixStream>,
-    time: Duration,
 }
 
 impl Sender {
@@ -121,12 +132,12 @@ impl Sender {
         header: Header,
         parts: [&[u8]; 2],
         fds: &[BorrowedFd<'_>],
+        deadline: &mut Deadline,
     ) -> Result<(), Fault> {
         let header = header.encode();
         let mut slices = [IoSlice::new(&header), IoSlice::new(parts[0]), IoSlice::new(parts[1])];
         let mut rest = &mut slices[..];
         let mut fds = fds;
-        let mut patience = None;
         loop {
             match socket::send(&self.stream, rest, fds) {
                 Ok(count) => {
@@ -135,11 +146,9 @@ impl Sender {
                         return Ok(());
                     }
                     fds = &[];
-                    let patience = patience.get_or_insert_with(|| Patience::new(self.time));
-                    patience.wait(&self.stream, PollFlags::POLLOUT)?;
                 }
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return Err(Fault::Silent(self.time)),
+                Err(Errno::EAGAIN) => deadline.wait(&self.stream, PollFlags::POLLOUT)?,
                 Err(errno) => return Err(errno.into()),
             }
         }
@@ -157,16 +166,11 @@ pub(crate) struct Receiver {
     fds: VecDeque<(usize, OwnedFd)>,
 }
 
-/// A connected socket as its two sides. `time` bounds how long the peer may take to take a message;
-/// `idle` how long the first byte of one may take to come, if it is bounded.
-pub(crate) fn split(
-    stream: UnixStream,
-    time: Duration,
-    idle: Option<Duration>,
-) -> std::io::Result<(Sender, Receiver)> {
+/// A connected socket as its two sides. `time` bounds how long the first byte of a message may take to
+/// come.
+pub(crate) fn split(stream: UnixStream, time: Duration) -> std::io::Result<(Sender, Receiver)> {
     stream.set_nonblocking(false)?;
-    stream.set_write_timeout(Some(time))?;
-    stream.set_read_timeout(idle)?;
+    stream.set_read_timeout(Some(time))?;
     let stream = Arc::new(stream);
     let receiver = Receiver {
         stream: stream.clone(),
@@ -174,7 +178,7 @@ pub(crate) fn split(
         filled: 0,
         fds: VecDeque::new(),
     };
-    Ok((Sender { stream, time }, receiver))
+    Ok((Sender { stream }, receiver))
 }
 
 impl Receiver {
@@ -184,19 +188,20 @@ impl Receiver {
     }
 
     /// The next message; waits for it as long as the exchange may last.
-    pub(crate) fn receive(&mut self, patience: &mut Patience) -> Result<Message, Fault> {
+    pub(crate) fn receive(&mut self, deadline: &mut Deadline) -> Result<Message, Fault> {
         loop {
             if let Some(message) = self.take()? {
                 return Ok(message);
             }
-            if std::mem::replace(&mut patience.waited, true) {
-                patience.wait(&self.stream, PollFlags::POLLIN)?;
+            if std::mem::replace(&mut deadline.waited, true) {
+                deadline.wait(&self.stream, PollFlags::POLLIN)?;
             }
-            self.fill(patience.time)?;
+            self.fill(deadline.time)?;
         }
     }
 
     /// The next message, whenever it comes; once it has begun, the rest may take `time`.
+    #[cfg(feature = "emulated")]
     pub(crate) fn receive_idle(&mut self, time: Duration) -> Result<Message, Fault> {
         if let Some(message) = self.take()? {
             return Ok(message);
@@ -204,21 +209,25 @@ impl Receiver {
         if self.filled == 0 {
             self.fill(time)?;
         }
-        let mut patience = Patience { waited: true, ..Patience::new(time) };
-        self.receive(&mut patience)
+        self.receive(&mut Deadline::new(time).by_poll())
     }
 
-    /// The next message if it is there, or has begun to be; `None` where there is nothing.
-    pub(crate) fn receive_now(&mut self, time: Duration) -> Result<Option<Message>, Fault> {
-        if self.filled == 0 {
-            let mut socket = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut socket, PollTimeout::ZERO) {
-                Ok(0) | Err(Errno::EINTR) => return Ok(None),
-                Ok(_) => {}
-                Err(errno) => return Err(Fault::Os(errno)),
+    /// The next message if all of it is there. Does not wait.
+    pub(crate) fn receive_now(&mut self) -> Result<Option<Message>, Fault> {
+        loop {
+            if let Some(message) = self.take()? {
+                return Ok(Some(message));
+            }
+            match socket::receive(
+                &self.stream,
+                &mut self.buffer[self.filled..],
+                MsgFlags::MSG_DONTWAIT,
+            ) {
+                Err(Errno::EAGAIN) => return Ok(None),
+                Err(Errno::EINTR) => {}
+                other => self.arrived(other?)?,
             }
         }
-        self.receive_idle(time).map(Some)
     }
 
     /// The first message of the buffer, if all of it has arrived.
@@ -252,13 +261,17 @@ impl Receiver {
 
     /// Reads what has arrived, or waits for it. The buffer has room whenever no whole message is in it.
     fn fill(&mut self, time: Duration) -> Result<(), Fault> {
-        let received = loop {
-            match socket::receive(&self.stream, &mut self.buffer[self.filled..]) {
+        loop {
+            let buffer = &mut self.buffer[self.filled..];
+            match socket::receive(&self.stream, buffer, MsgFlags::empty()) {
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Err(Fault::Silent(time)),
-                other => break other?,
+                other => return self.arrived(other?),
             }
-        };
+        }
+    }
+
+    fn arrived(&mut self, received: Received) -> Result<(), Fault> {
         if received.bytes == 0 {
             return Err(Fault::Closed { cut_short: self.filled > 0 });
         }
@@ -287,11 +300,14 @@ mod tests {
     use super::*;
     use crate::transport::vfio_user::wire::command;
 
+    /// How long a silent peer is waited for.
     const TIME: Duration = Duration::from_millis(200);
+    /// How long one that means well may take on a machine that is busy.
+    const AMPLE: Duration = Duration::from_secs(120);
 
-    fn pair() -> (UnixStream, Sender, Receiver) {
+    fn pair(time: Duration) -> (UnixStream, Sender, Receiver) {
         let (theirs, ours) = UnixStream::pair().unwrap();
-        let (sender, receiver) = split(ours, TIME, Some(TIME)).unwrap();
+        let (sender, receiver) = split(ours, time).unwrap();
         (theirs, sender, receiver)
     }
 
@@ -302,12 +318,17 @@ mod tests {
     }
 
     fn receive(receiver: &mut Receiver) -> Result<Message, Fault> {
-        receiver.receive(&mut Patience::new(TIME))
+        receiver.receive(&mut Deadline::new(AMPLE))
+    }
+
+    fn send(sender: &mut Sender, id: u16, body: &[u8], fds: &[BorrowedFd<'_>]) {
+        let header = Header::command(id, command::DMA_MAP, body.len());
+        sender.send(header, [body, &[]], fds, &mut Deadline::new(AMPLE)).unwrap();
     }
 
     #[test]
     fn messages_come_whole_however_they_are_cut() {
-        let (mut theirs, _sender, mut receiver) = pair();
+        let (mut theirs, _sender, mut receiver) = pair(AMPLE);
         let large = vec![7; MAX_TRANSFER];
         let mut bytes = message(1, b"one");
         bytes.extend(message(2, b""));
@@ -328,12 +349,11 @@ mod tests {
 
     #[test]
     fn descriptors_stay_with_the_message_that_they_came_with() {
-        let (theirs, _sender, mut receiver) = pair();
+        let (theirs, _sender, mut receiver) = pair(AMPLE);
         let null = std::fs::File::open("/dev/null").unwrap();
-        let mut sender = split(theirs, TIME, None).unwrap().0;
+        let mut sender = split(theirs, AMPLE).unwrap().0;
         for (id, fds) in [(1, 0), (2, 2), (3, 0), (4, 1), (5, 0)] {
-            let fds = vec![null.as_fd(); fds];
-            sender.send(Header::command(id, command::DMA_MAP, 3), [b"ab", b"c"], &fds).unwrap();
+            send(&mut sender, id, b"abc", &vec![null.as_fd(); fds]);
         }
         let counts: Vec<usize> =
             (0..5).map(|_| receive(&mut receiver).unwrap().fds.len()).collect();
@@ -343,7 +363,7 @@ mod tests {
     #[test]
     fn sizes_that_cannot_be_are_refused() {
         for size in [0, 15, MAX_MESSAGE as u32 + 1, u32::MAX] {
-            let (mut theirs, _sender, mut receiver) = pair();
+            let (mut theirs, _sender, mut receiver) = pair(AMPLE);
             let header = Header { size, ..Header::command(1, command::VERSION, 0) };
             theirs.write_all(&header.encode()).unwrap();
             let fault = receive(&mut receiver).unwrap_err();
@@ -353,11 +373,10 @@ mod tests {
 
     #[test]
     fn too_many_descriptors_are_refused_and_closed() {
-        let (theirs, _sender, mut receiver) = pair();
+        let (theirs, _sender, mut receiver) = pair(AMPLE);
         let (reader, writer) = std::io::pipe().unwrap();
-        let mut sender = split(theirs, TIME, None).unwrap().0;
-        let fds = vec![writer.as_fd(); MAX_FDS + 1];
-        sender.send(Header::command(1, command::DMA_MAP, 0), [&[], &[]], &fds).unwrap();
+        let mut sender = split(theirs, AMPLE).unwrap().0;
+        send(&mut sender, 1, &[], &vec![writer.as_fd(); MAX_FDS + 1]);
         let fault = receive(&mut receiver).unwrap_err();
         assert!(fault.to_string().contains("65 file descriptors"), "{fault}");
         drop((receiver, writer));
@@ -365,36 +384,69 @@ mod tests {
         assert_eq!(std::io::read_to_string(reader).unwrap(), "");
     }
 
+    /// A byte now and then: as long as it goes on, the socket is never silent for long.
     #[test]
     fn a_peer_that_trickles_is_given_up_in_time() {
-        let (mut theirs, _sender, mut receiver) = pair();
+        let (mut theirs, _sender, mut receiver) = pair(TIME);
         let writer = std::thread::spawn(move || {
-            for byte in message(1, &[0; 200]) {
+            for byte in message(1, &[0; 4000]) {
                 std::thread::sleep(TIME / 20);
                 if theirs.write_all(&[byte]).is_err() {
-                    return;
+                    return false;
                 }
             }
+            true
         });
-        let start = Instant::now();
-        assert_eq!(receive(&mut receiver).unwrap_err(), Fault::Silent(TIME));
-        assert!(start.elapsed() < 2 * TIME);
+        let fault = receiver.receive(&mut Deadline::new(TIME)).unwrap_err();
+        assert_eq!(fault, Fault::Silent(TIME));
         drop((receiver, _sender));
-        writer.join().unwrap();
+        // It would have gone on for twenty seconds more.
+        assert!(!writer.join().unwrap(), "all of it was waited for");
     }
 
     #[test]
     fn a_peer_that_does_not_take_is_given_up_in_time() {
-        let (_theirs, mut sender, _receiver) = pair();
+        let (_theirs, mut sender, _receiver) = pair(TIME);
         let body = vec![0; MAX_TRANSFER];
-        let start = Instant::now();
+        let header = Header::command(1, command::REGION_WRITE, body.len());
         let fault = (0..4)
-            .find_map(|id| {
-                let header = Header::command(id, command::REGION_WRITE, body.len());
-                sender.send(header, [&body, &[]], &[]).err()
+            .find_map(|_| sender.send(header, [&body, &[]], &[], &mut Deadline::new(TIME)).err());
+        assert_eq!(fault, Some(Fault::Silent(TIME)));
+    }
+
+    /// However many waits there are in an exchange, they have one time together.
+    #[test]
+    fn the_waits_of_an_exchange_share_its_time() {
+        let (mut theirs, mut sender, mut receiver) = pair(TIME);
+        let mut deadline = Deadline::new(TIME);
+        let writer = std::thread::spawn(move || {
+            // Each message comes in time, and the next one, for a hundred times as long.
+            (0..200).all(|id| {
+                std::thread::sleep(TIME / 2);
+                theirs.write_all(&message(id, b"")).is_ok()
             })
-            .unwrap();
+        });
+        let fault = loop {
+            let served = receiver.receive(&mut deadline).and_then(|message| {
+                sender.send(message.header.reply(0), [&[], &[]], &[], &mut deadline)
+            });
+            if let Err(fault) = served {
+                break fault;
+            }
+        };
         assert_eq!(fault, Fault::Silent(TIME));
-        assert!(start.elapsed() < 4 * TIME);
+        drop((receiver, sender));
+        assert!(!writer.join().unwrap(), "each message had a time of its own");
+    }
+
+    #[test]
+    fn a_part_of_a_message_is_not_waited_for() {
+        let (mut theirs, _sender, mut receiver) = pair(AMPLE);
+        assert!(receiver.receive_now().unwrap().is_none());
+        let bytes = message(1, b"body");
+        theirs.write_all(&bytes[..18]).unwrap();
+        assert!(receiver.receive_now().unwrap().is_none());
+        theirs.write_all(&bytes[18..]).unwrap();
+        assert_eq!(receiver.receive_now().unwrap().unwrap().body, b"body");
     }
 }

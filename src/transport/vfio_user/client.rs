@@ -26,7 +26,7 @@ use super::version::Capabilities;
 use super::wire::{self, DmaMap, DmaUnmap, IrqSet, RegionAccess, command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
-use crate::sys::file;
+use crate::sys::{file, fork};
 use crate::transport::refusal::refused;
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
@@ -40,9 +40,17 @@ const MAX_VECTORS: u32 = 1 << 16;
 /// A device that a vfio-user server emulates: SPDK, libvfio-user, our own
 /// [`Server`](crate::transport::Server), or any other that speaks version 0.1 of the protocol.
 ///
-/// The server is not trusted. Each exchange with it has a time limit; one that takes longer, or that
-/// brings what makes no sense, ends the connection, and whatever is asked afterwards is `Gone`. What a
+/// The server is not trusted. Each exchange with it has one time limit for all that happens in it, however
+/// many messages the server sends meanwhile; one that takes longer, or that brings what makes no sense,
+/// ends the connection, and whatever is asked afterwards is `Gone`. Exchanges go one at a time: one that
+/// waits for others waits as long as they may take, each. A register access and a call that sets
+/// something up are one exchange; longer reads and writes are one for each `max_data_xfer_size` of the
+/// server, and vectors one for as many as it takes descriptors with a message. Waiting for an interrupt
+/// depends on nothing that a server can do to the eventfd that it was sent. What a
 /// server can do is to shrink the file behind a window: an access there raises SIGBUS.
+///
+/// The connection belongs to the process that made it: in a child of `fork(2)` it must not be used, and
+/// dropping it there leaves it as it is.
 ///
 /// Memory that is mapped for DMA and is a file's is shared with the server whole and for writing,
 /// whatever part of it and access the mapping is for; other memory is copied to and fro by messages.
@@ -62,6 +70,7 @@ pub struct VfioUser {
     regions: Vec<Option<Region>>,
     /// Serves the server's own commands, once memory is mapped that it cannot share.
     listener: Mutex<Option<JoinHandle<()>>>,
+    generation: u32,
 }
 
 impl VfioUser {
@@ -126,7 +135,9 @@ impl VfioUser {
         let regions = (0..answer.regions)
             .map(|index| read_region(&connection, index, &info.region_name(index)))
             .collect::<Result<_>>()?;
-        Ok(Self { connection, capabilities, info, regions, listener: Mutex::new(None) })
+        let generation = fork::generation();
+        let listener = Mutex::new(None);
+        Ok(Self { connection, capabilities, info, regions, listener, generation })
     }
 
     fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
@@ -398,7 +409,9 @@ impl Transport for VfioUser {
         }
         // The device behind the server may be somebody else's, too.
         told.map_err(|error| match error.errno().map(Errno::from_raw) {
-            Some(errno @ (Errno::EEXIST | Errno::ENOSPC)) => refused(errno, object()),
+            Some(errno @ (Errno::EEXIST | Errno::ENOSPC | Errno::EMFILE)) => {
+                refused(errno, object())
+            }
             _ => error,
         })
     }
@@ -436,6 +449,11 @@ impl Transport for VfioUser {
 
 impl Drop for VfioUser {
     fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            // The socket is the parent's, too, and the thread is not here; nor may its lock be taken.
+            let listener = std::mem::take(&mut self.listener);
+            return std::mem::forget(listener);
+        }
         self.connection.shut_down();
         let listener = self.listener.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Some(thread) = listener.take()

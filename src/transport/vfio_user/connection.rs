@@ -1,16 +1,21 @@
 //! Exchanges with a server: one at a time, each within its time, and none after one that went wrong.
+//!
+//! A thread that listens serves what the server asks for while nobody exchanges anything. It lets go of
+//! the socket after each message, and an exchange goes first: a server that sends without pause delays
+//! an exchange by one message.
 
 use std::fmt;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::channel::{self, Fault, Message, Patience, Receiver, Sender};
+use super::channel::{self, Deadline, Fault, Message, Receiver, Sender};
 use super::dma::{self, DmaTable, Rights};
 use super::version::{Capabilities, MAX_TRANSFER};
 use super::wire::{DmaAccess, Header, command};
@@ -22,7 +27,13 @@ pub(super) struct Connection {
     name: String,
     time: Duration,
     stream: Arc<UnixStream>,
+    /// Held during an exchange.
+    turn: Mutex<()>,
+    /// An exchange waits for the listener to let go of `inner`.
+    wanted: AtomicBool,
     inner: Mutex<Inner>,
+    /// Why nothing can be exchanged any more.
+    fault: Mutex<Option<Fault>>,
     memory: Mutex<DmaTable<DmaMemory>>,
 }
 
@@ -30,8 +41,6 @@ struct Inner {
     sender: Sender,
     receiver: Receiver,
     next_id: u16,
-    /// Why nothing can be exchanged any more.
-    fault: Option<Fault>,
 }
 
 /// A command to send: what follows its header, and the descriptors that go with it.
@@ -46,11 +55,18 @@ pub(super) struct Request<'a> {
 
 impl Connection {
     pub(super) fn new(stream: UnixStream, name: String, time: Duration) -> Result<Self> {
-        let (sender, receiver) = channel::split(stream, time, Some(time))
-            .map_err(|error| Error::io(&error, "connect to", &name))?;
-        let stream = receiver.stream().clone();
-        let inner = Mutex::new(Inner { sender, receiver, next_id: 0, fault: None });
-        Ok(Self { name, time, stream, inner, memory: Mutex::new(DmaTable::new(0)) })
+        let (sender, receiver) =
+            channel::split(stream, time).map_err(|error| Error::io(&error, "connect to", &name))?;
+        Ok(Self {
+            name,
+            time,
+            stream: receiver.stream().clone(),
+            turn: Mutex::new(()),
+            wanted: AtomicBool::new(false),
+            inner: Mutex::new(Inner { sender, receiver, next_id: 0 }),
+            fault: Mutex::new(None),
+            memory: Mutex::new(DmaTable::new(0)),
+        })
     }
 
     /// Agrees on a version; what the server can do.
@@ -74,26 +90,51 @@ impl Connection {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends a command and waits for its reply, serving what the server asks for meanwhile.
-    /// `operation` and `object` are for the error.
+    fn fault(&self) -> MutexGuard<'_, Option<Fault>> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The socket, from the listener: which may have a message to serve first, and the time for that is
+    /// the exchange's.
+    fn socket(&self, deadline: Deadline) -> (MutexGuard<'_, Inner>, Deadline) {
+        match self.inner.try_lock() {
+            Ok(inner) => (inner, deadline),
+            Err(TryLockError::Poisoned(poisoned)) => (poisoned.into_inner(), deadline),
+            Err(TryLockError::WouldBlock) => {
+                self.wanted.store(true, Ordering::Relaxed);
+                let inner = self.inner();
+                self.wanted.store(false, Ordering::Relaxed);
+                (inner, deadline.by_poll())
+            }
+        }
+    }
+
+    /// Sends a command and waits for its reply, serving what the server asks for meanwhile: all within
+    /// the connection's time, from the end of the exchange before on. `operation` and `object` are for
+    /// the error.
     pub(super) fn exchange(
         &self,
         request: Request<'_>,
         operation: &'static str,
         object: impl fmt::Display,
     ) -> Result<Message> {
-        let mut inner = self.inner();
-        if let Some(fault) = &inner.fault {
+        let turn = self.turn();
+        let (mut inner, mut deadline) = self.socket(Deadline::new(self.time));
+        if let Some(fault) = &*self.fault() {
             return Err(Error::new(ErrorKind::Gone, operation, object)
                 .because(format!("the connection has failed before: {fault}"))
                 .remedy("connect again"));
         }
-        let reply = self.converse(&mut inner, request).map_err(|fault| {
+        let reply = self.converse(&mut inner, request, &mut deadline).map_err(|fault| {
             let error = self.error(&fault, operation, &object);
-            self.fail(&mut inner, fault);
+            self.fail(fault);
             error
         })?;
-        drop(inner);
+        drop((inner, turn));
         match reply.header.failed() {
             None => Ok(reply),
             Some(0) => Err(Error::new(ErrorKind::Os, operation, object)
@@ -114,7 +155,7 @@ impl Connection {
     ) -> Error {
         let fault = Fault::Nonsense(reason);
         let error = self.error(&fault, operation, object);
-        self.fail(&mut self.inner(), fault);
+        self.fail(fault);
         error
     }
 
@@ -122,17 +163,18 @@ impl Connection {
         &self,
         inner: &mut Inner,
         request: Request<'_>,
+        deadline: &mut Deadline,
     ) -> std::result::Result<Message, Fault> {
         let id = inner.next_id;
         inner.next_id = id.wrapping_add(1);
         let Request { command, body, fds, reply } = request;
         let header = Header::command(id, command, body[0].len() + body[1].len());
-        let mut patience = Patience::new(self.time);
-        inner.sender.send(header, body, fds)?;
+        inner.sender.send(header, body, fds, deadline)?;
         loop {
-            let message = inner.receiver.receive(&mut patience)?;
+            let message = inner.receiver.receive(deadline)?;
             if message.header.is_command() {
-                self.serve(&mut inner.sender, &message)?;
+                self.serve(&mut inner.sender, &message, deadline)?;
+                deadline.check()?;
                 continue;
             }
             let Header { id: its, command: for_command, .. } = message.header;
@@ -150,31 +192,38 @@ impl Connection {
                     message.body.len()
                 )));
             }
-            self.serve_rest(inner)?;
+            // Whatever comes of the rest, this was answered.
+            if let Err(fault) = self.serve_rest(inner, deadline) {
+                self.fail(fault);
+            }
             return Ok(message);
         }
     }
 
     /// Serves the commands that have arrived with a reply: nobody will find them in the socket.
-    fn serve_rest(&self, inner: &mut Inner) -> std::result::Result<(), Fault> {
+    fn serve_rest(
+        &self,
+        inner: &mut Inner,
+        deadline: &mut Deadline,
+    ) -> std::result::Result<(), Fault> {
         while let Some(message) = inner.receiver.take()? {
             if !message.header.is_command() {
                 return Err(unasked());
             }
-            self.serve(&mut inner.sender, &message)?;
+            self.serve(&mut inner.sender, &message, deadline)?;
         }
         Ok(())
     }
 
     /// Whether it has ended: nothing is sent or received on it any more.
     pub(super) fn has_failed(&self) -> bool {
-        self.inner().fault.is_some()
+        self.fault().is_some()
     }
 
     /// Nothing will be exchanged any more: the socket is shut down, so that the server knows.
-    fn fail(&self, inner: &mut Inner, fault: Fault) {
+    fn fail(&self, fault: Fault) {
         log::debug!("{}: {fault}", self.name);
-        inner.fault.get_or_insert(fault);
+        self.fault().get_or_insert(fault);
         self.shut_down();
     }
 
@@ -193,7 +242,12 @@ impl Connection {
     }
 
     /// Answers the server's own command.
-    fn serve(&self, sender: &mut Sender, message: &Message) -> std::result::Result<(), Fault> {
+    fn serve(
+        &self,
+        sender: &mut Sender,
+        message: &Message,
+        deadline: &mut Deadline,
+    ) -> std::result::Result<(), Fault> {
         let Message { header, body, .. } = message;
         let answer = match header.command {
             command::DMA_READ => self.read_memory(body),
@@ -207,9 +261,9 @@ impl Connection {
             Ok((access, data)) => {
                 let access = access.encode();
                 let reply = header.reply(access.len() + data.len());
-                sender.send(reply, [&access, &data], &[])
+                sender.send(reply, [&access, &data], &[], deadline)
             }
-            Err(errno) => sender.send(header.failure(errno), [&[], &[]], &[]),
+            Err(errno) => sender.send(header.failure(errno), [&[], &[]], &[], deadline),
         }
     }
 
@@ -248,24 +302,34 @@ impl Connection {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return log::error!("{}: {errno}", self.name),
             }
-            // An exchange that is under way serves it; then there is nothing left here.
-            let mut inner = self.inner();
-            while inner.fault.is_none() {
-                let served = match inner.receiver.receive_now(self.time) {
-                    Ok(None) => break,
-                    Ok(Some(message)) if message.header.is_command() => {
-                        self.serve(&mut inner.sender, &message)
-                    }
-                    Ok(Some(_)) => Err(unasked()),
-                    Err(fault) => Err(fault),
-                };
-                if let Err(fault) = served {
-                    self.fail(&mut inner, fault);
+            loop {
+                if self.wanted.load(Ordering::Relaxed) {
+                    // Until that exchange is over; it serves what comes meanwhile.
+                    drop(self.turn());
+                }
+                match self.serve_next() {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(fault) => self.fail(fault),
+                }
+                if self.has_failed() {
+                    return;
                 }
             }
-            if inner.fault.is_some() {
-                return;
+        }
+    }
+
+    /// Serves one command, if one has arrived.
+    fn serve_next(&self) -> std::result::Result<bool, Fault> {
+        let mut inner = self.inner();
+        match inner.receiver.receive_now()? {
+            None => Ok(false),
+            Some(message) if message.header.is_command() => {
+                let mut deadline = Deadline::new(self.time).by_poll();
+                self.serve(&mut inner.sender, &message, &mut deadline)?;
+                Ok(true)
             }
+            Some(_) => Err(unasked()),
         }
     }
 }

@@ -98,19 +98,30 @@ impl<T: Clone> DmaTable<T> {
         Ok(())
     }
 
-    /// ENOENT where no mapping is exactly this one.
-    pub(crate) fn remove(&mut self, address: u64, size: u64) -> Result<(), Errno> {
-        match self.entries.get(&address) {
-            Some(entry) if entry.size == size => {
-                self.entries.remove(&address);
-                Ok(())
-            }
-            _ => Err(Errno::ENOENT),
+    /// Removes a mapping if `may` says so of what it leads to: ENOENT where not, or no mapping is exactly
+    /// this one.
+    pub(crate) fn remove_if(
+        &mut self,
+        address: u64,
+        size: u64,
+        may: impl FnOnce(&T) -> bool,
+    ) -> Result<T, Errno> {
+        let entry = self.entries.get(&address).filter(|entry| entry.size == size);
+        if !entry.is_some_and(|entry| may(&entry.target)) {
+            return Err(Errno::ENOENT);
         }
+        self.entries.remove(&address).map(|entry| entry.target).ok_or(Errno::ENOENT)
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.entries.clear();
+    /// ENOENT where no mapping is exactly this one.
+    pub(crate) fn remove(&mut self, address: u64, size: u64) -> Result<(), Errno> {
+        self.remove_if(address, size, |_| true).map(drop)
+    }
+
+    /// Removes all of which `keep` does not hold.
+    #[cfg(feature = "emulated")]
+    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
+        self.entries.retain(|_, entry| keep(&entry.target));
     }
 
     /// Where the `len` bytes at `address` lie. EFAULT where a part of them is not mapped, EACCES where

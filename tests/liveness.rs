@@ -1,0 +1,358 @@
+//! What a peer shares with us, it cannot use to hold us up: eventfds, sockets, descriptors.
+#![cfg(feature = "emulated")]
+
+#[path = "support/edu.rs"]
+mod edu;
+#[path = "support/hostile_server.rs"]
+mod hostile_server;
+#[path = "support/shared.rs"]
+mod shared;
+#[path = "support/watch.rs"]
+mod watch;
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use hostile_server::{READ, Reply, serve, serve_among};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::unistd::{read, write};
+use vfio_remap::device::{Growth, Interrupt};
+use vfio_remap::space::Access;
+use vfio_remap::transport::{
+    ClientLimits, DeviceInfo, Edu, Emulated, IrqInfo, RegionInfo, Server, Transport, VfioUser,
+    irq_index,
+};
+use vfio_remap::{Device, ErrorKind, Result};
+use watch::in_time;
+
+/// How long a peer is waited for that does not answer.
+const TIME: Duration = Duration::from_millis(200);
+/// How long one may take that does.
+const AMPLE: Duration = Duration::from_secs(60);
+const FULL: u64 = u64::MAX - 1;
+
+/// What whoever was sent an eventfd can do to it: make it blocking, and fill it.
+fn spoil(eventfd: impl AsFd, counter: u64) {
+    fcntl(&eventfd, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    if counter > 0 {
+        write(&eventfd, &counter.to_ne_bytes()).unwrap();
+    }
+}
+
+/// A device that keeps the eventfds it is given, spoiled.
+#[derive(Debug, Default)]
+struct Spoiling {
+    noresize: bool,
+    kept: Mutex<Vec<OwnedFd>>,
+    /// What it fills each with.
+    counter: u64,
+}
+
+impl Transport for Spoiling {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo::new("spoiling", 0)
+    }
+
+    fn region(&self, _: u32) -> Result<RegionInfo> {
+        Ok(RegionInfo::trapped(4))
+    }
+
+    fn read_at(&self, _: u32, _: u64, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn write_at(&self, _: u32, _: u64, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn irq(&self, _: u32) -> Result<IrqInfo> {
+        let mut info = IrqInfo::eventfds(4);
+        info.noresize = self.noresize;
+        Ok(info)
+    }
+
+    fn set_irqs(&self, _: u32, _: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+        let mut kept = self.kept.lock().unwrap();
+        let own = fds.iter().flatten().map(|fd| fd.try_clone_to_owned().unwrap());
+        for fd in own {
+            if !kept.iter().any(|old| same(old, &fd)) {
+                spoil(&fd, self.counter);
+            }
+            kept.push(fd);
+        }
+        Ok(())
+    }
+}
+
+/// Whether two descriptors are the same eventfd: its number is shown with the descriptor.
+fn same(one: &OwnedFd, other: &OwnedFd) -> bool {
+    let id = |fd: &OwnedFd| {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+        info.unwrap().lines().find(|line| line.starts_with("eventfd-id")).map(str::to_owned)
+    };
+    id(one) == id(other)
+}
+
+#[test]
+fn waiting_for_a_vector_ends_on_a_blocking_eventfd() {
+    in_time(|| {
+        let device = Device::new(Arc::new(Spoiling::default()));
+        let vectors = device.vectors(Interrupt::MsiX, 2).unwrap();
+        assert_eq!(vectors.take(0).unwrap(), 0);
+        assert_eq!(vectors.wait(1, TIME).unwrap(), 0);
+    });
+}
+
+#[test]
+fn waiting_for_events_ends_on_a_blocking_eventfd() {
+    in_time(|| {
+        let device = Device::new(Arc::new(Spoiling::default()));
+        let events = device.events().unwrap();
+        assert_eq!(events.poll().unwrap(), None);
+        assert_eq!(events.wait(TIME).unwrap(), None);
+    });
+}
+
+#[test]
+fn growing_ends_where_every_eventfd_is_full() {
+    in_time(|| {
+        let device = Device::new(Arc::new(Spoiling {
+            noresize: true,
+            counter: FULL,
+            ..Spoiling::default()
+        }));
+        let mut vectors = device.vectors(Interrupt::MsiX, 1).unwrap();
+        assert_eq!(vectors.grow(2).unwrap(), Growth::Rearmed);
+        assert!(vectors.take(0).unwrap() >= FULL);
+    });
+}
+
+#[test]
+fn a_full_eventfd_does_not_hold_up_an_emulated_device() {
+    in_time(|| {
+        let device = Emulated::new(Edu::new()).unwrap();
+        let event = edu::event();
+        spoil(&event, FULL);
+        device.set_irqs(irq_index::MSI, 0, &[Some(event.as_fd())]).unwrap();
+        device.trigger_irqs(irq_index::MSI, 0..1).unwrap();
+        device.trigger_irqs(irq_index::MSI, 0..1).unwrap();
+        assert!(device.irq(irq_index::MSI).unwrap().count > 0);
+        device.set_irqs(irq_index::MSI, 0, &[]).unwrap();
+    });
+}
+
+/// Two threads of the client's fill the eventfd whenever it is empty, and empty it once for each
+/// interrupt: so it may be full at any instant, and stay so.
+#[test]
+fn a_client_that_fills_its_eventfd_does_not_hold_up_the_server() {
+    in_time(|| {
+        let device = Emulated::new(Edu::new()).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let server = thread::spawn({
+            let device = device.clone();
+            move || Server::serve_stream(&device, theirs, AMPLE)
+        });
+        let client = VfioUser::from_stream(ours, AMPLE).unwrap();
+        let event = Arc::new(OwnedFd::from(edu::event()));
+        client.set_irqs(irq_index::MSI, 0, &[Some(event.as_fd())]).unwrap();
+        spoil(&*event, 0);
+        let stop = Arc::new(AtomicBool::new(false));
+        let filler = thread::spawn({
+            let (event, stop) = (event.clone(), stop.clone());
+            move || {
+                while !stop.load(Ordering::Relaxed) {
+                    write(&*event, &FULL.to_ne_bytes()).unwrap();
+                }
+            }
+        });
+        let (empty, asked) = channel::<()>();
+        let emptier = thread::spawn({
+            let event = event.clone();
+            move || {
+                for () in asked {
+                    read(&*event, &mut [0; 8]).unwrap();
+                }
+            }
+        });
+        for _ in 0..3_000 {
+            empty.send(()).unwrap();
+            client.trigger_irqs(irq_index::MSI, 0..1).unwrap();
+        }
+        drop(client);
+        server.join().unwrap().unwrap();
+        assert!(device.irq(irq_index::MSI).unwrap().count > 0);
+        stop.store(true, Ordering::Relaxed);
+        empty.send(()).unwrap();
+        drop(empty);
+        filler.join().unwrap();
+        emptier.join().unwrap();
+    });
+}
+
+/// A command of the server's own: `DMA_READ` of `count` bytes at 0.
+fn dma_read(count: u64, wants_reply: bool) -> Vec<u8> {
+    let mut command = vec![0; 32];
+    (command[2], command[4]) = (11, 32);
+    command[8] = if wants_reply { 0 } else { 0x10 };
+    command[24..].copy_from_slice(&count.to_ne_bytes());
+    command
+}
+
+/// It answers as well; its commands keep the client's listener busy all the time.
+#[test]
+fn a_server_that_commands_without_pause_does_not_starve_reads() {
+    in_time(|| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let lock = Arc::new(Mutex::new(()));
+        let sent = Arc::new(AtomicU32::new(0));
+        let mut flood = theirs.try_clone().unwrap();
+        let server = thread::spawn({
+            let lock = lock.clone();
+            move || serve_among(theirs, &lock, u16::MAX, |_| {})
+        });
+        let client = VfioUser::from_stream(ours, AMPLE).unwrap();
+        let memory = shared::memory(1 << 20, false);
+        client.dma_map(0, &memory, Access::ReadWrite).unwrap();
+        let flooding = thread::spawn({
+            let (sent, commands) = (sent.clone(), dma_read(1 << 20, false).repeat(64));
+            move || {
+                loop {
+                    let whole = lock.lock().unwrap();
+                    if flood.write_all(&commands).is_err() {
+                        return;
+                    }
+                    drop(whole);
+                    sent.fetch_add(64, Ordering::Relaxed);
+                    thread::yield_now();
+                }
+            }
+        });
+        watch::until("it floods", || sent.load(Ordering::Relaxed) > 1_000);
+        for _ in 0..3 {
+            let mut data = [0; 4];
+            client.read_at(0, 8, &mut data).unwrap();
+            assert_eq!(data, [7; 4]);
+        }
+        drop(client);
+        flooding.join().unwrap();
+        server.join().unwrap();
+    });
+}
+
+/// Each reply of the client's is taken well within the time, a hundred times over; the answer that the
+/// client waits for never comes.
+#[test]
+fn commands_of_the_server_do_not_prolong_an_exchange() {
+    in_time(|| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let commanding = theirs.try_clone().unwrap();
+        let (rounds, done) = (100, Arc::new(AtomicU32::new(0)));
+        let server = thread::spawn({
+            let done = done.clone();
+            move || {
+                serve(theirs, READ, move |reply: &mut Reply| {
+                    reply.silent = true;
+                    let (command, mut answer) = (dma_read(1 << 20, true), vec![0; 32 + (1 << 20)]);
+                    for _ in 0..rounds {
+                        if Write::write_all(&mut &commanding, &command).is_err() {
+                            return;
+                        }
+                        thread::sleep(TIME / 2);
+                        if Read::read_exact(&mut &commanding, &mut answer).is_err() {
+                            return;
+                        }
+                        done.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            }
+        });
+        let client = VfioUser::from_stream(ours, TIME).unwrap();
+        let memory = shared::memory(1 << 20, false);
+        client.dma_map(0, &memory, Access::ReadWrite).unwrap();
+        let error = client.read_at(0, 8, &mut [0; 4]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+        server.join().unwrap();
+        let done = done.load(Ordering::Relaxed);
+        assert!(done < rounds, "all {done} commands were waited for");
+    });
+}
+
+/// A client maps what it likes and leaves: what the program itself has is as it was.
+#[test]
+fn a_client_that_leaves_takes_only_what_was_its_own() {
+    in_time(|| {
+        let emulated = Emulated::new(Edu::new()).unwrap();
+        let device = Device::new(Arc::new(emulated.clone()));
+        let vectors = device.vectors(Interrupt::Msi, 1).unwrap();
+        let buffer = device.dma().unwrap().buffer(4096).unwrap();
+        let iova = buffer.iova().0;
+
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let server = thread::spawn({
+            let emulated = emulated.clone();
+            move || Server::serve_stream(&emulated, theirs, AMPLE)
+        });
+        let client = VfioUser::from_stream(ours, AMPLE).unwrap();
+        let event = edu::event();
+        client.set_irqs(irq_index::INTX, 0, &[Some(event.as_fd())]).unwrap();
+        let memory = shared::memory(4096, true);
+        let far = iova ^ (1 << 30);
+        client.dma_map(far, &memory, Access::ReadWrite).unwrap();
+        let taken = client.dma_map(iova, &memory, Access::ReadWrite).unwrap_err();
+        assert_eq!(taken.kind(), ErrorKind::AddressTaken, "{taken}");
+        let foreign = client.dma_unmap(iova, 4096).unwrap_err();
+        assert_eq!(foreign.errno(), Some(libc::ENOENT), "{foreign}");
+        drop(client);
+        server.join().unwrap().unwrap();
+
+        // What the client had is free, and what the program has works.
+        emulated.dma_map(far, &memory, Access::ReadWrite).unwrap();
+        emulated.dma_unmap(far, 4096).unwrap();
+        vectors.trigger(0).unwrap();
+        assert_eq!(vectors.wait(0, AMPLE).unwrap(), 1);
+        drop((buffer, vectors));
+        device.close().unwrap();
+    });
+}
+
+/// Each mapping that comes with a file costs the server a descriptor.
+#[test]
+fn a_client_can_have_the_server_open_only_so_many_files() {
+    in_time(|| {
+        let device = Emulated::new(Edu::new()).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut limits = ClientLimits::from(AMPLE);
+        limits.files = 4;
+        let server = thread::spawn(move || Server::serve_stream(&device, theirs, limits));
+        let client = VfioUser::from_stream(ours, AMPLE).unwrap();
+        let (file, none) = (shared::memory(4096, true), shared::memory(4096, false));
+        let map = |page: u64, memory| client.dma_map(page << 12, memory, Access::ReadWrite);
+        for page in 0..4 {
+            map(page, &file).unwrap();
+        }
+        let error = map(4, &file).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TooManyMappings, "{error}");
+        assert_eq!(error.errno(), Some(libc::EMFILE), "{error}");
+        assert!(error.advice().contains("ClientLimits::files"), "{error}");
+        // What comes without a file costs none, and what is unmapped is given back.
+        map(5, &none).unwrap();
+        client.dma_unmap(0, 4096).unwrap();
+        map(4, &file).unwrap();
+        map(6, &file).unwrap_err();
+        drop(client);
+        server.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn the_limit_of_files_follows_that_of_the_process() {
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    assert_eq!(u64::from(ClientLimits::default().files), (soft / 2).min(u32::MAX.into()));
+}
