@@ -259,11 +259,13 @@ fn commands_of_the_server_do_not_prolong_an_exchange() {
             move || {
                 serve(theirs, READ, move |reply: &mut Reply| {
                     reply.silent = true;
-                    let (command, mut answer) = (dma_read(1 << 20, true), vec![0; 32 + (1 << 20)]);
+                    let commands = dma_read(1 << 20, true).repeat(rounds as usize);
+                    let mut answer = vec![0; 32 + (1 << 20)];
+                    // All at once: the client finds each without waiting for it.
+                    if Write::write_all(&mut &commanding, &commands).is_err() {
+                        return;
+                    }
                     for _ in 0..rounds {
-                        if Write::write_all(&mut &commanding, &command).is_err() {
-                            return;
-                        }
                         thread::sleep(TIME / 2);
                         if Read::read_exact(&mut &commanding, &mut answer).is_err() {
                             return;
