@@ -181,7 +181,7 @@ fn a_client_that_fills_its_eventfd_does_not_hold_up_the_server() {
                 }
             }
         });
-        for _ in 0..3_000 {
+        for _ in 0..10_000 {
             empty.send(()).unwrap();
             client.trigger_irqs(irq_index::MSI, 0..1).unwrap();
         }
