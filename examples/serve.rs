@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
-use vfio_remap::transport::{Edu, Emulated, Namespace, Nvme, Server, Transport};
+use vfio_remap::emulated::{Edu, Emulated, Namespace, Nvme, Server};
+use vfio_remap::transport::Transport;
 use vfio_remap::{Error, ErrorKind, Result};
 
 /// Serves an emulated device to vfio-user clients, one after another.

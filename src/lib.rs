@@ -87,8 +87,8 @@
 //!
 //! # Cargo features
 //! - `vfio-user` (default): the client of vfio-user servers, `transport::VfioUser`.
-//! - `emulated` (default; brings `vfio-user`): device models in this process, `transport::Emulated`, and
-//!   `transport::Server`, which offers one to others.
+//! - `emulated` (default; brings `vfio-user`): device models in this process, `emulated::Emulated`, and
+//!   `emulated::Server`, which offers one to others.
 //! - `vm-memory`: a guest's memory, of the crate vm-memory, mapped for DMA as a whole,
 //!   `DmaSpace::map_guest`.
 //!
@@ -100,6 +100,8 @@ compile_error!(
 );
 
 pub mod device;
+#[cfg(feature = "emulated")]
+pub mod emulated;
 mod error;
 pub mod space;
 mod sys;

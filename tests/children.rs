@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use vfio_remap::Device;
+use vfio_remap::emulated::{Edu, Emulated, Server};
 use vfio_remap::space::Access;
-use vfio_remap::transport::{Edu, Emulated, Server, Transport, VfioUser};
+use vfio_remap::transport::{Transport, VfioUser};
 
 /// Drops something in a child, which must come to an end by itself and without a panic.
 #[track_caller]

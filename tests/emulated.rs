@@ -13,10 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vfio_remap::device::{Interrupt, Iova, IovaPlacement};
+use vfio_remap::emulated::{Activity, Bus, Edu, Emulated, Model, Shape};
 use vfio_remap::space::Access;
-use vfio_remap::transport::{
-    Activity, Bus, Edu, Emulated, IrqInfo, Model, RegionInfo, Shape, Transport, irq_index,
-};
+use vfio_remap::transport::{IrqInfo, RegionInfo, Transport, irq_index};
 use vfio_remap::{Device, ErrorKind, Result};
 
 #[test]

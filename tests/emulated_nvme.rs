@@ -14,10 +14,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vfio_remap::emulated::{Emulated, Fault, Faults, Namespace, Nvme, Power, Server};
 use vfio_remap::space::{Access, DmaMemory};
-use vfio_remap::transport::{
-    Emulated, Fault, Faults, Namespace, Nvme, Power, Server, Transport, VfioUser,
-};
+use vfio_remap::transport::{Transport, VfioUser};
 use vfio_remap::{Device, ErrorKind, Placement, Window};
 
 const ENTRIES: u16 = 8;

@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::fstat;
+use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::space::Access;
-use vfio_remap::transport::{Edu, Emulated};
 use vfio_remap::{Device, ErrorKind};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};

@@ -24,11 +24,9 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::{read, write};
 use vfio_remap::device::{Growth, Interrupt};
+use vfio_remap::emulated::{ClientLimits, Edu, Emulated, Server};
 use vfio_remap::space::Access;
-use vfio_remap::transport::{
-    ClientLimits, DeviceInfo, Edu, Emulated, IrqInfo, RegionInfo, Server, Transport, VfioUser,
-    irq_index,
-};
+use vfio_remap::transport::{DeviceInfo, IrqInfo, RegionInfo, Transport, VfioUser, irq_index};
 use vfio_remap::{Device, ErrorKind, Result};
 use watch::in_time;
 

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use driver::{Controller, Done, Refused, Settings, Status};
 use liar::{Liar, Lie, TRUTH};
-use vfio_remap::transport::{Edu, Emulated, Transport};
+use vfio_remap::emulated::{Edu, Emulated};
+use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind, Result};
 
 /// Patient: what must succeed has time to, on whatever machine.

@@ -15,7 +15,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use driver::{Controller, Done, IoQueue, Namespace, Settings};
 use vfio_remap::Device;
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::transport::{Activity, Emulated, Namespace as Storage, Nvme};
+use vfio_remap::emulated::Namespace as Storage;
+use vfio_remap::emulated::{Activity, Emulated, Nvme};
 
 const DEPTH: usize = 32;
 const SIZE: usize = 4096;

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use driver::{Controller, Done, IoQueue, Namespace, Settings, Status};
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::transport::{
-    Emulated, Fault, Faults, Namespace as Storage, Nvme, Power, Transport,
-};
+use vfio_remap::emulated::Namespace as Storage;
+use vfio_remap::emulated::{Emulated, Fault, Faults, Nvme, Power};
+use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind};
 
 const SETTINGS: Settings = Settings {

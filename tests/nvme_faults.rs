@@ -15,7 +15,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use fault_worker::{Outcome, Run};
-use vfio_remap::transport::Fault;
+use vfio_remap::emulated::Fault;
 
 /// Seeds, each with so many faults: a thousand in all.
 const SEEDS: std::ops::Range<u64> = 0..20;

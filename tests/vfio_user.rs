@@ -13,8 +13,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vfio_remap::emulated::{Edu, Emulated, Server};
 use vfio_remap::space::Access;
-use vfio_remap::transport::{Edu, Emulated, Server, Transport, VfioUser};
+use vfio_remap::transport::{Transport, VfioUser};
 use vfio_remap::{Device, ErrorKind, Placement, Result};
 
 #[test]

@@ -13,7 +13,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use vfio_remap::transport::{Edu, Emulated, Server, Transport, VfioUser};
+use vfio_remap::emulated::{Edu, Emulated, Server};
+use vfio_remap::transport::{Transport, VfioUser};
 use vfio_remap::{ErrorKind, Result};
 
 const TIME: Duration = Duration::from_millis(200);

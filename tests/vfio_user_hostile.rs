@@ -19,8 +19,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hostile_server::{INFO, IRQ, READ, REGION, Reply, VERSION, WRITE, memory, serve, words};
+use vfio_remap::emulated::{Edu, Emulated, Server};
 use vfio_remap::space::Access;
-use vfio_remap::transport::{Edu, Emulated, Server, Transport, VfioUser};
+use vfio_remap::transport::{Transport, VfioUser};
 use vfio_remap::{Device, Error, ErrorKind, Result};
 
 /// How long a server is waited for that is silent.

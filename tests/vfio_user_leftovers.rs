@@ -17,7 +17,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use vfio_remap::transport::{Edu, Emulated, Server, VfioUser};
+use vfio_remap::emulated::{Edu, Emulated, Server};
+use vfio_remap::transport::VfioUser;
 use vfio_remap::{Device, Transport};
 
 fn drive(transport: Arc<dyn Transport>) {

@@ -7,7 +7,8 @@ use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_remap::transport::{Edu, Emulated, Namespace, Nvme, Server, VfioUser};
+use vfio_remap::emulated::{Edu, Emulated, Namespace, Nvme, Server};
+use vfio_remap::transport::VfioUser;
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
 
 /// The argument by which an example runs itself as the server of an emulated device.

@@ -85,7 +85,7 @@ pub fn permit(common: &Common, session: &Session, mover: &mut Mover) -> Result<(
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use vfio_remap::transport::{Namespace, Nvme};
+    use vfio_remap::emulated::{Namespace, Nvme};
 
     use super::*;
     use crate::options::Options;

@@ -200,7 +200,8 @@ fn buffer(queue: &IoQueue, size: usize) -> Result<DmaBuffer> {
 
 #[cfg(test)]
 mod tests {
-    use vfio_remap::transport::{Fault, Faults, Namespace as Storage, Nvme};
+    use vfio_remap::emulated::Namespace as Storage;
+    use vfio_remap::emulated::{Fault, Faults, Nvme};
 
     use super::*;
 

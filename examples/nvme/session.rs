@@ -43,8 +43,8 @@ pub fn open_controller(
 #[cfg(test)]
 impl Session {
     /// A session with a model in this process.
-    pub fn with(model: vfio_remap::transport::Nvme) -> Self {
-        let model = vfio_remap::transport::Emulated::new(model).unwrap();
+    pub fn with(model: vfio_remap::emulated::Nvme) -> Self {
+        let model = vfio_remap::emulated::Emulated::new(model).unwrap();
         let device = vfio_remap::Device::new(Arc::new(model));
         let controller = Controller::new(device, Settings::default()).unwrap();
         let namespace = controller.namespace(1).unwrap();

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use clap::Parser;
-use vfio_remap::transport::{Emulated, Namespace, Nvme, Server};
+use vfio_remap::emulated::{Emulated, Namespace, Nvme, Server};
 use vfio_remap::{ErrorKind, Result};
 
 use crate::options::Options;

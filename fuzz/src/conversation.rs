@@ -12,7 +12,8 @@ use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::close;
 use vfio_remap::space::Access;
-use vfio_remap::transport::{Emulated, MemoryDevice, Server, Transport, VfioUser};
+use vfio_remap::emulated::{Emulated, Server};
+use vfio_remap::transport::{MemoryDevice, Transport, VfioUser};
 use vfio_remap::{Device, Placement, Window};
 
 use crate::messages::{Message, append, flag};

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use vfio_remap::device::{BufferRequest, Iova, IovaPlacement};
-use vfio_remap::transport::{
-    Bus, Edu, Emulated, IrqInfo, Model, Namespace, Nvme, RegionInfo, Shape, VfioUser,
-};
+use vfio_remap::emulated::{Bus, Edu, Emulated, Model, Namespace, Nvme, Shape};
+use vfio_remap::transport::{IrqInfo, RegionInfo, VfioUser};
 use vfio_remap::{Device, Result};
 
 use crate::conversation::{drive, record};

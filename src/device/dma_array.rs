@@ -19,7 +19,7 @@ use super::register_access::Width;
 ///
 /// ```
 /// # use std::sync::Arc;
-/// # use vfio_remap::{Device, device::DmaArray, transport::{Edu, Emulated}};
+/// # use vfio_remap::{Device, device::DmaArray, emulated::{Edu, Emulated}};
 /// # let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
 /// let ring = DmaArray::<u64, 8>::new(device.dma()?.buffer(4096)?).expect("it is aligned");
 /// assert_eq!(ring.len(), 64);
@@ -168,7 +168,7 @@ mod tests {
 
     use super::*;
     use crate::Device;
-    use crate::transport::{Edu, Emulated};
+    use crate::emulated::{Edu, Emulated};
 
     fn buffer() -> DmaBuffer {
         let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));

@@ -5,6 +5,8 @@
 //! [`Reservation`] owns its range, a mapping owns its own, and only the owner of a range replaces it.
 
 mod backing;
+mod hazard;
+mod kernel;
 mod ladder;
 mod mapping;
 mod memory;
@@ -14,6 +16,8 @@ mod reservation;
 
 pub(crate) use backing::Backing;
 pub use backing::BackingKind;
+pub use hazard::Hazard;
+pub use kernel::KernelVersion;
 pub use ladder::Relocation;
 pub(crate) use mapping::Mapping;
 pub use memory::DmaMemory;
@@ -21,6 +25,4 @@ pub use placement::{Failed, Placement, Request, Strategy};
 pub use report::{Attempt, Attempts, Outcome, Report, Source, Verb};
 pub use reservation::Reservation;
 
-pub use crate::sys::hazard::Hazard;
-pub use crate::sys::kernel::KernelVersion;
 pub use crate::sys::mm::Access;

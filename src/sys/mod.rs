@@ -1,4 +1,4 @@
-//! One function per system call and ioctl, and what is known of the kernels behind them.
+//! One function per system call and ioctl.
 //!
 //! `unsafe` is here because the kernel's contracts are: each function names what its caller owes,
 //! takes what it can from types (`BorrowedFd`), and turns errors into [`Errno`](nix::errno::Errno).
@@ -6,9 +6,7 @@
 pub(crate) mod eventfd;
 pub(crate) mod file;
 pub(crate) mod fork;
-pub(crate) mod hazard;
 pub(crate) mod iommufd;
-pub(crate) mod kernel;
 pub(crate) mod maps;
 pub(crate) mod mm;
 #[cfg(feature = "vfio-user")]

@@ -4,16 +4,14 @@
 //! process ([`MemoryDevice`]), or whatever you write. [`Device`](crate::Device) is built on any.
 
 mod answer;
-#[cfg(feature = "emulated")]
-mod emulated;
 mod irq;
 mod linux;
 mod memory;
-mod refusal;
+pub(crate) mod refusal;
 mod region;
 mod reset;
 #[cfg(feature = "vfio-user")]
-mod vfio_user;
+pub(crate) mod vfio_user;
 
 use std::fmt::Debug;
 use std::ops::{Range, RangeInclusive};
@@ -24,11 +22,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, BackingKind, DmaMemory};
 use crate::sys::file;
 
-#[cfg(feature = "emulated")]
-pub use emulated::{
-    Activity, Bus, ClientLimits, Edu, Emulated, Fault, Faults, Memory, Model, Namespace, Nvme,
-    PciConfig, Power, Server, Shape,
-};
 pub use irq::{IrqInfo, irq_index};
 pub use linux::{
     Binding, ParseAddressError, PciAddress, PciDevice, StillBound, Sysfs, VfToken, Vfio,

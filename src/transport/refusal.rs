@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind};
 /// says them. The kinds are those that [`DmaSpace::map`](crate::device::DmaSpace::map) promises, and goes
 /// by: it tries another place for `AddressTaken`.
 #[cold]
-pub(super) fn refused(errno: Errno, object: impl fmt::Display) -> Error {
+pub(crate) fn refused(errno: Errno, object: impl fmt::Display) -> Error {
     let error = Error::os(errno, "map for DMA", object);
     match errno {
         Errno::EEXIST => error

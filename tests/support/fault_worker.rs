@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::transport::{Emulated, Fault, Faults, Namespace as Storage, Nvme, Power};
+use vfio_remap::emulated::Namespace as Storage;
+use vfio_remap::emulated::{Emulated, Fault, Faults, Nvme, Power};
 use vfio_remap::{Device, Result};
 
 use crate::driver::{Controller, Done, IoQueue, Namespace, Settings};

@@ -4,9 +4,8 @@
 use std::sync::{Arc, Mutex};
 
 use vfio_remap::Result;
-use vfio_remap::transport::{
-    Activity, Bus, IrqInfo, Model, PciConfig, RegionInfo, Shape, irq_index,
-};
+use vfio_remap::emulated::{Activity, Bus, Model, PciConfig, Shape};
+use vfio_remap::transport::{IrqInfo, RegionInfo, irq_index};
 
 /// Doorbells up to here.
 pub const BAR: u64 = 0x2000;

@@ -10,7 +10,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vfio_remap::Result;
-use vfio_remap::transport::{Edu, Emulated, Server, Transport, VfioUser};
+use vfio_remap::emulated::{Edu, Emulated, Server};
+use vfio_remap::transport::{Transport, VfioUser};
 
 const SOCKET: &str = "VFIO_REMAP_TEST_SOCKET";
 

@@ -18,12 +18,12 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
 };
 
-use super::channel::within_reason;
 use super::connection::{Connection, Request};
-use super::dma::Rights;
+use super::protocol::channel::within_reason;
+use super::protocol::dma::Rights;
+use super::protocol::version::Capabilities;
+use super::protocol::wire::{self, DmaMap, DmaUnmap, IrqSet, RegionAccess, command};
 use super::regions::{Region, read_region};
-use super::version::Capabilities;
-use super::wire::{self, DmaMap, DmaUnmap, IrqSet, RegionAccess, command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{file, fork};
@@ -38,7 +38,7 @@ const MAX_INDEXES: u32 = 1024;
 const MAX_VECTORS: u32 = 1 << 16;
 
 /// A device that a vfio-user server emulates: SPDK, libvfio-user, our own
-/// [`Server`](crate::transport::Server), or any other that speaks version 0.1 of the protocol.
+/// [`Server`](crate::emulated::Server), or any other that speaks version 0.1 of the protocol.
 ///
 /// The server is not trusted. Each exchange with it has one time limit for all that happens in it, however
 /// many messages the server sends meanwhile; one that takes longer, or that brings what makes no sense,

@@ -15,10 +15,10 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::channel::{self, Deadline, Fault, Message, Receiver, Sender};
-use super::dma::{self, DmaTable, Rights};
-use super::version::{Capabilities, MAX_TRANSFER};
-use super::wire::{DmaAccess, Header, command};
+use super::protocol::channel::{self, Deadline, Fault, Message, Receiver, Sender};
+use super::protocol::dma::{self, DmaTable, Rights};
+use super::protocol::version::{Capabilities, MAX_TRANSFER};
+use super::protocol::wire::{DmaAccess, Header, command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
 

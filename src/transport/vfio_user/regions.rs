@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::connection::{Connection, Request};
-use super::wire::{self, command};
+use super::protocol::wire::{self, command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file;
 use crate::transport::{RegionFile, RegionInfo};

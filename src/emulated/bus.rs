@@ -10,11 +10,11 @@ use nix::errno::Errno;
 
 use super::irq::Line;
 use super::memory::Memory;
+use super::server::wire::Wire;
 use super::user::User;
-use super::wire::Wire;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
-use crate::transport::vfio_user::dma::{self, DmaTable, Piece, Rights};
+use crate::transport::vfio_user::protocol::dma::{self, DmaTable, Piece, Rights};
 
 /// A model's way to the rest of the machine.
 pub struct Bus {

@@ -1,4 +1,4 @@
-//! Devices that are programs: a [`Model`] in this process, used as a [`Transport`](super::Transport)
+//! Devices that are programs: a [`Model`] in this process, used as a [`Transport`](crate::Transport)
 //! ([`Emulated`]), or served to other processes by the vfio-user protocol ([`Server`]).
 
 mod bus;
@@ -10,11 +10,9 @@ mod model;
 mod nvme;
 mod pci;
 mod server;
-mod session;
 mod signal;
 mod stage;
 mod user;
-mod wire;
 
 pub use bus::Bus;
 pub use device::Emulated;

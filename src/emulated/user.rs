@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::errno::Errno;
 
 use super::signal::Signaller;
-use crate::transport::vfio_user::version::MAX_DMA_MAPS;
+use crate::transport::vfio_user::protocol::version::MAX_DMA_MAPS;
 
 /// One user of a device, and what it may still have.
 pub(super) struct User {

@@ -17,17 +17,17 @@ use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_WRITE,
 };
 
-use super::bus::Target;
-use super::device::Emulated;
-use super::server::ClientLimits;
-use super::user::User;
+use super::ClientLimits;
 use super::wire::Wire;
+use crate::emulated::bus::Target;
+use crate::emulated::device::Emulated;
+use crate::emulated::user::User;
 use crate::error::{Error, ErrorKind};
 use crate::sys::file;
-use crate::transport::vfio_user::channel::{Fault, Message};
-use crate::transport::vfio_user::dma::Rights;
-use crate::transport::vfio_user::version::{Capabilities, MAX_TRANSFER};
-use crate::transport::vfio_user::wire::{
+use crate::transport::vfio_user::protocol::channel::{Fault, Message};
+use crate::transport::vfio_user::protocol::dma::Rights;
+use crate::transport::vfio_user::protocol::version::{Capabilities, MAX_TRANSFER};
+use crate::transport::vfio_user::protocol::wire::{
     DMA_UNMAP_ALL, DeviceInfo, DmaMap, DmaUnmap, IrqInfo, IrqSet, RegionAccess, RegionInfo, command,
 };
 use crate::transport::{self, RegionFile, Transport};

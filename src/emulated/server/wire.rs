@@ -14,9 +14,11 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use crate::transport::vfio_user::channel::{self, Deadline, Fault, Message, Receiver, Sender};
-use crate::transport::vfio_user::version::MAX_TRANSFER;
-use crate::transport::vfio_user::wire::{DmaAccess, Header, command};
+use crate::transport::vfio_user::protocol::channel::{
+    self, Deadline, Fault, Message, Receiver, Sender,
+};
+use crate::transport::vfio_user::protocol::version::MAX_TRANSFER;
+use crate::transport::vfio_user::protocol::wire::{DmaAccess, Header, command};
 
 /// How many commands a client may send ahead while a model waits for its memory.
 const MAX_AHEAD: usize = 1024;
@@ -25,7 +27,7 @@ const MAX_AHEAD_BYTES: usize = 16 << 20;
 /// How many file descriptors.
 const MAX_AHEAD_FDS: usize = 128;
 
-pub(super) struct Wire {
+pub(in crate::emulated) struct Wire {
     time: Duration,
     stream: Arc<UnixStream>,
     sender: Mutex<Sender>,
@@ -115,7 +117,7 @@ impl Wire {
     }
 
     /// Reads the client's memory by messages.
-    pub(super) fn dma_read(&self, address: u64, data: &mut [u8]) -> Result<(), Errno> {
+    pub(in crate::emulated) fn dma_read(&self, address: u64, data: &mut [u8]) -> Result<(), Errno> {
         let transfer = self.inbox().transfer;
         let mut address = address;
         for part in data.chunks_mut(transfer) {
@@ -129,7 +131,7 @@ impl Wire {
     }
 
     /// Writes the client's memory by messages.
-    pub(super) fn dma_write(&self, address: u64, data: &[u8]) -> Result<(), Errno> {
+    pub(in crate::emulated) fn dma_write(&self, address: u64, data: &[u8]) -> Result<(), Errno> {
         let transfer = self.inbox().transfer;
         let mut address = address;
         for part in data.chunks(transfer) {

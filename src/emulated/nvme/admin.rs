@@ -3,7 +3,7 @@
 use super::command::{Command, Outcome, Status};
 use super::queue::{CompletionQueue, SubmissionQueue};
 use super::{MAX_ENTRIES, MAX_EVENTS, Nvme, QUEUES, VECTORS, identify, scatter};
-use crate::transport::emulated::Bus;
+use crate::emulated::Bus;
 
 /// The feature that switches the volatile write cache.
 pub(super) const WRITE_CACHE: u8 = 0x06;

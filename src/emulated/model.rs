@@ -20,7 +20,8 @@ use crate::transport::{IrqInfo, RegionInfo};
 /// does, which nobody can see, and which waits for the model.
 ///
 /// ```
-/// use vfio_remap::transport::{Bus, Emulated, Model, RegionInfo, Shape};
+/// use vfio_remap::emulated::{Bus, Emulated, Model, Shape};
+/// use vfio_remap::transport::RegionInfo;
 /// use vfio_remap::{Device, Result};
 ///
 /// /// A device of one register that counts how often it is read.

@@ -1,5 +1,8 @@
 //! A device that is served to other processes.
 
+mod session;
+pub(super) mod wire;
+
 use std::fmt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -7,12 +10,13 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 
+use session::Session;
+
 use super::device::Emulated;
-use super::session::Session;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
 use crate::transport::Transport;
-use crate::transport::vfio_user::channel::{Fault, within_reason};
+use crate::transport::vfio_user::protocol::channel::{Fault, within_reason};
 
 /// What a server grants a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +61,7 @@ impl From<Duration> for ClientLimits {
 /// and goes with it; an I/O address that one has mapped, no other can map.
 ///
 /// ```no_run
-/// use vfio_remap::transport::{Edu, Emulated, Server};
+/// use vfio_remap::emulated::{Edu, Emulated, Server};
 ///
 /// let server = Server::bind("/run/edu.sock", Emulated::new(Edu::new())?)?;
 /// loop {

@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{self, fork};
 use crate::transport::refusal::refused;
-use crate::transport::vfio_user::dma::Rights;
+use crate::transport::vfio_user::protocol::dma::Rights;
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
 /// How often a thread that watches looks without sleeping, and how long it sleeps at most.

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::command::Status;
 use super::{BAR, DOORBELLS, FATAL, Namespace, Nvme};
+use crate::emulated::{Bus, Model};
 use crate::error::Result;
-use crate::transport::emulated::{Bus, Model};
 
 /// What goes wrong when the controller takes a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,7 +55,7 @@ impl Fault {
 /// the admin queue among them, so that a driver's recovery is struck as well. Clones are the same plan.
 ///
 /// ```
-/// use vfio_remap::transport::{Emulated, Fault, Faults, Namespace, Nvme};
+/// use vfio_remap::emulated::{Emulated, Fault, Faults, Namespace, Nvme};
 ///
 /// let faults = Faults::seeded(7, &Fault::ALL, 100, 10..=200);
 /// let nvme = Nvme::new(vec![Namespace::memory(1 << 20, 512)?]).with_faults(&faults);

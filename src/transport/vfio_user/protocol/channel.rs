@@ -298,7 +298,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::transport::vfio_user::wire::command;
+    use crate::transport::vfio_user::protocol::wire::command;
 
     /// How long a silent peer is waited for.
     const TIME: Duration = Duration::from_millis(200);

@@ -1,8 +1,8 @@
 //! Queues, and the data that commands point to.
 
 use super::command::{COMMAND, COMPLETION, Command, Status};
+use crate::emulated::Bus;
 use crate::error::Result;
-use crate::transport::emulated::Bus;
 
 #[derive(Debug)]
 pub(super) struct SubmissionQueue {
