@@ -234,8 +234,8 @@ impl Window {
     ///
     /// # Errors
     /// The window, with `InUse` while a clone or a register of it lives, or with what the kernel
-    /// answered. No window only with `ReservationLost`: it is unmapped, and a failing call has let
-    /// another mapping have its addresses.
+    /// answered. No window only with `ReservationLost`: a failing call may have unmapped it, and what is
+    /// mapped there now is another's, or cannot be told from another's and is left alone.
     pub fn into_reservation(self) -> std::result::Result<Reservation, StillMapped> {
         let users = Arc::strong_count(&self.inner) - 1;
         let mut inner = match Arc::try_unwrap(self.inner) {

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use super::{Hazard, KernelVersion};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mm::{self, Access};
+use crate::sys::turn::Turn;
 use crate::sys::{self, file};
 
 /// What stands behind a file descriptor, as far as remapping is concerned.
@@ -32,6 +33,8 @@ pub(crate) struct Backing {
     start: u64,
     kind: BackingKind,
     kernel: KernelVersion,
+    /// Device and inode number of the file, if it is the only one to have them.
+    pub(super) identity: Option<(u64, u64)>,
     /// Bits of [`Access`]es with which an un-FIXED `mmap` has been accepted.
     accepted: AtomicU8,
     /// What the probe of `DONTUNMAP` was answered: [`UNKNOWN`], [`ACCEPTED`] or [`REFUSED`].
@@ -75,11 +78,13 @@ impl Backing {
                 "it is said to be {size:#x} bytes from offset {start:#x}, and its file has {has:#x}"
             )));
         }
+        let identity = file::own_identity(&*fd).map_err(|errno| Error::os(errno, "map", &name))?;
         Ok(Self {
             name,
             fd,
             start,
             kind,
+            identity,
             kernel: KernelVersion::running(),
             accepted: AtomicU8::new(0),
             dont_unmap: AtomicU8::new(UNKNOWN),
@@ -113,11 +118,12 @@ impl Backing {
     /// `mmap` where the kernel likes; an acceptance is remembered.
     pub(super) fn map(
         &self,
+        turn: &Turn,
         offset: u64,
         len: usize,
         access: Access,
     ) -> std::result::Result<usize, Errno> {
-        let address = mm::map(self.fd(), self.file_offset(offset), len, access)?;
+        let address = mm::map(turn, self.fd(), self.file_offset(offset), len, access)?;
         self.accepted.fetch_or(bit(access), Ordering::Relaxed);
         Ok(address)
     }
@@ -136,7 +142,7 @@ impl Backing {
         if accepted && self.kind != BackingKind::Other {
             return Ok(());
         }
-        let address = self.map(offset, len, access)?;
+        let address = self.map(&Turn::take(), offset, len, access)?;
         // SAFETY: the mapping was made on the line above, and nobody knows of it.
         unsafe { mm::munmap(address, len) }
     }
@@ -177,10 +183,11 @@ impl Backing {
 
     fn ask(&self, offset: u64) -> std::result::Result<(), Errno> {
         let len = sys::page_size();
-        let old = mm::map(self.fd(), self.file_offset(offset), len, Access::ReadOnly)?;
+        let turn = Turn::take();
+        let old = mm::map(&turn, self.fd(), self.file_offset(offset), len, Access::ReadOnly)?;
         // SAFETY: the page was mapped on the line above, and nobody knows of it; whether the old side
         // is filled again does not matter, since nobody will touch it.
-        let new = unsafe { mm::dont_unmap(old, len) };
+        let new = unsafe { mm::dont_unmap(&turn, old, len) };
         for page in [Ok(old), new].into_iter().flatten() {
             // SAFETY: both pages are ours.
             if let Err(errno) = unsafe { mm::munmap(page, len) } {

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::error::{Error, ErrorKind};
 use crate::sys::mm::{self, Access};
+use crate::sys::turn::Turn;
 
 /// A new side, made by `strategy`.
 struct Made {
@@ -82,7 +83,8 @@ impl Mapping {
                 Ok(Released::Lost) => (None, Source::Lost),
                 Err(errno) => {
                     // SAFETY: the new side was made above, and nobody knows of it yet.
-                    let lost = !unsafe { destination.undo(&self.backing, address, self.len) };
+                    let lost =
+                        !unsafe { destination.undo(&self.backing, self.offset, address, self.len) };
                     let error = out_of_memory(errno, "relocate", self.object());
                     let error = if lost {
                         error.into_kind(ErrorKind::ReservationLost).because(
@@ -163,12 +165,14 @@ impl Mapping {
             return Err(Rejection { outcome: Outcome::Hazard(hazard), lost: false });
         }
         let new = match destination {
-            // SAFETY: the mapping owns its range, and its backing fills it again.
-            Destination::Chosen => unsafe { mm::dont_unmap(address, len) }.map_err(Refusal::from),
+            Destination::Chosen => {
+                // SAFETY: the mapping owns its range, and its backing fills it again.
+                unsafe { mm::dont_unmap(&Turn::take(), address, len) }.map_err(Refusal::from)
+            }
             Destination::Reserved(reservation, _) => {
                 // SAFETY: as above; the reservation owns the new range, and nothing uses it.
-                Destination::fixed(reservation, len, |new| unsafe {
-                    mm::dont_unmap_fixed(address, len, new)
+                Destination::fixed(reservation, len, |turn, new| unsafe {
+                    mm::dont_unmap_fixed(turn, address, len, new)
                 })
             }
         }?;
@@ -176,7 +180,7 @@ impl Mapping {
             // SAFETY: the new side was made above, and nobody knows of it yet.
             if let Err(errno) = unsafe { mm::protect_read_only(new, len) } {
                 // SAFETY: as above.
-                let lost = !unsafe { destination.undo(&self.backing, new, len) };
+                let lost = !unsafe { destination.undo(&self.backing, self.offset, new, len) };
                 return Err(Refusal { errno, lost }.into());
             }
         }
@@ -204,18 +208,20 @@ impl Mapping {
         };
         // SAFETY: the mapping owns its range and `relocate` holds it exclusively; the reservation
         // owns the new range, and nothing uses it.
-        let moved =
-            Destination::fixed(&place.0, len, |new| unsafe { mm::move_fixed(address, len, new) });
+        let moved = Destination::fixed(&place.0, len, |turn, new| unsafe {
+            mm::move_fixed(turn, address, len, new)
+        });
         *destination = Destination::Reserved(place.0, place.1);
         Ok(moved?)
     }
 
     /// Reserves the hole that a move has left.
     fn reserve_gap(&mut self) -> (Option<Reservation>, Source) {
+        let turn = Turn::take();
         let old = match self.home.take() {
             // SAFETY: the move has taken everything of ours out of the range.
-            Some(home) => unsafe { home.plug(self.len) }.then_some(home),
-            None => Reservation::over_gap(self.address, self.len),
+            Some(home) => unsafe { home.plug(&turn, self.len) }.then_some(home),
+            None => Reservation::over_gap(&turn, self.address, self.len),
         };
         let source = if old.is_some() { Source::ReleasedWithGap } else { Source::Lost };
         (old, source)

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::reservation::out_of_memory;
+use super::reservation::{Uncovered, out_of_memory};
 use super::{Backing, BackingKind, Failed, Placement, Reservation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mm::{self, Access};
-use crate::sys::{file, fork, maps};
+use crate::sys::turn::Turn;
+use crate::sys::{fork, maps};
 
 const HUGE: usize = 2 << 20;
 const GIB: usize = 1 << 30;
@@ -108,26 +109,39 @@ impl Destination {
     pub(super) fn fixed(
         reservation: &Reservation,
         len: usize,
-        call: impl FnOnce(usize) -> std::result::Result<(), Errno>,
+        call: impl FnOnce(&Turn, usize) -> std::result::Result<(), Errno>,
     ) -> std::result::Result<usize, Refusal> {
         let address = reservation.address();
-        match call(address) {
+        let turn = Turn::take();
+        match call(&turn, address) {
             Ok(()) => Ok(address),
             // SAFETY: the call has mapped nothing.
-            Err(errno) => Err(Refusal { errno, lost: !unsafe { reservation.plug(len) } }),
+            Err(errno) => Err(Refusal { errno, lost: !unsafe { reservation.plug(&turn, len) } }),
         }
     }
 
-    /// Takes away again what was mapped at `address`. False where that has cost the reservation.
+    /// Takes away again what was mapped at `address`, of `backing` from `offset` on. False where that has
+    /// cost the reservation.
     ///
     /// # Safety
     /// `[address, address + len)` is ours, and nothing reads or writes through it.
-    pub(super) unsafe fn undo(&self, backing: &Backing, address: usize, len: usize) -> bool {
+    pub(super) unsafe fn undo(
+        &self,
+        backing: &Backing,
+        offset: u64,
+        address: usize,
+        len: usize,
+    ) -> bool {
         match self {
-            // SAFETY: the caller's own contract.
-            Self::Reserved(reservation, _) => unsafe {
-                reservation.clear(len, || is_intact(backing, None, address..address + len))
-            },
+            Self::Reserved(reservation, _) => {
+                let turn = Turn::take();
+                // SAFETY: the caller's own contract.
+                unsafe {
+                    let cover = || reservation.cover(&turn, len);
+                    let covered = try_cover(&turn, backing, offset, address..address + len, cover);
+                    reservation.clear(&turn, len, covered)
+                }
+            }
             Self::Chosen => {
                 // SAFETY: the caller's own contract.
                 if let Err(errno) = unsafe { mm::munmap(address, len) } {
@@ -206,7 +220,8 @@ impl Mapping {
     ///
     /// # Errors
     /// `Os` where the kernel could not: the mapping is then as it was. `ReservationLost` where a failing
-    /// call unmapped it and somebody else took its addresses: the mapping has [gone](Self::has_gone).
+    /// call may have unmapped it, and what lies at its addresses is not known to be ours: the mapping has
+    /// [gone](Self::has_gone).
     pub(crate) fn vacate(&mut self) -> Result<Reservation> {
         self.check_process("unmap")?;
         // SAFETY: `&mut self` says that nobody uses the mapping; afterwards it owns nothing.
@@ -216,7 +231,10 @@ impl Mapping {
         self.len = 0;
         match released {
             Released::Whole(reservation) | Released::WithGap(reservation) => Ok(reservation),
-            Released::Lost => Err(error.because("another mapping has taken its addresses")),
+            Released::Lost => Err(error.because(
+                "a failing call may have unmapped it, and what is mapped there now is another's, or cannot \
+                 be told from another's",
+            )),
         }
     }
 
@@ -232,35 +250,32 @@ impl Mapping {
     /// Nothing reads or writes through the mapping any more.
     #[inline(always)]
     pub(super) unsafe fn release(&mut self) -> std::result::Result<Released, Errno> {
+        let turn = Turn::take();
         let home = self.home.take();
         // SAFETY: the mapping owns its range; the caller vouches for its users.
-        let covered = unsafe {
+        let cover = || unsafe {
             match &home {
-                Some(home) => home.cover(self.len).map(|()| None),
-                None => Reservation::over(self.address, self.len).map(Some),
+                Some(home) => home.cover(&turn, self.len).map(|()| None),
+                None => Reservation::over(&turn, self.address, self.len).map(Some),
             }
         };
+        let covered = try_cover(&turn, &self.backing, self.offset, self.range(), cover);
         match (covered, home) {
             (Ok(made), home) => Ok(made.or(home).map_or(Released::Lost, Released::Whole)),
-            (Err(errno), home) if self.is_intact() => {
+            (Err(Uncovered { errno, intact: true }), home) => {
                 self.home = home;
                 Err(errno)
             }
-            // The failing call had unmapped the range, as kernels up to 6.11 do.
+            // The failing call has unmapped the range, or nobody can tell.
             (Err(_), home) => {
                 let plugged = match home {
-                    // SAFETY: nothing of ours is mapped there any more.
-                    Some(home) => unsafe { home.plug(self.len) }.then_some(home),
-                    None => Reservation::over_gap(self.address, self.len),
+                    // SAFETY: nothing that is known to be ours is mapped there.
+                    Some(home) => unsafe { home.plug(&turn, self.len) }.then_some(home),
+                    None => Reservation::over_gap(&turn, self.address, self.len),
                 };
                 Ok(plugged.map_or(Released::Lost, Released::WithGap))
             }
         }
-    }
-
-    /// Whether a failing call has left the mapping where it was.
-    fn is_intact(&self) -> bool {
-        is_intact(&self.backing, Some(self.offset), self.range())
     }
 
     /// An error in a child of `fork(2)`, where the mapping is not.
@@ -273,16 +288,30 @@ impl Mapping {
     }
 }
 
-/// Whether `range` maps the backing, from `offset` of the region on if that is given. True where nobody
-/// can tell: a mapping that may be there is not given up.
-fn is_intact(backing: &Backing, offset: Option<u64>, range: Range<usize>) -> bool {
-    // vfio-pci before Linux 6.10 shows the BAR's physical address in place of the file's offset.
-    let offset = match backing.kind() {
-        BackingKind::VfioPci => None,
-        _ => offset.map(|offset| backing.file_offset(offset)),
+/// Covers a mapping of `backing`, from `offset` of the region on.
+///
+/// The kernel checks the limits on mappings, address space and locked memory before it touches the range
+/// (`do_mmap`, `mmap_region`; Linux 5.10 to 7.3). If it runs out of memory later, it has unmapped the range,
+/// and anybody may have mapped something there since.
+fn try_cover<T>(
+    turn: &Turn,
+    backing: &Backing,
+    offset: u64,
+    range: Range<usize>,
+    cover: impl FnOnce() -> std::result::Result<T, Errno>,
+) -> std::result::Result<T, Uncovered> {
+    let Some(file) = backing.identity else {
+        // Nobody could tell afterwards. So the limits are tried where nothing is mapped.
+        Reservation::try_room(turn, range.len())
+            .map_err(|errno| Uncovered { errno, intact: true })?;
+        return cover().map_err(|errno| Uncovered { errno, intact: false });
     };
-    let is_file = |identity| maps::is_file(&range, identity, offset, false);
-    file::identity(backing.fd()).is_ok_and(is_file) || !maps::are_told()
+    cover().map_err(|errno| {
+        // What shows the same bytes of the same file and is kept from children is a window of this crate;
+        // no other one came there, since `turn` was taken before the call.
+        let shown = maps::is_kept_from_children(&range, file, backing.file_offset(offset));
+        Uncovered { errno, intact: shown.unwrap_or(false) }
+    })
 }
 
 /// What became of the addresses of a mapping that was covered.
@@ -305,20 +334,20 @@ pub(super) fn map_again(
     destination: &Destination,
 ) -> std::result::Result<usize, Refusal> {
     let address = match destination {
-        Destination::Chosen => backing.map(offset, len, access)?,
+        Destination::Chosen => backing.map(&Turn::take(), offset, len, access)?,
         Destination::Reserved(reservation, _) => {
             backing.vet(offset, len, access)?;
             let file_offset = backing.file_offset(offset);
-            Destination::fixed(reservation, len, |address| {
+            Destination::fixed(reservation, len, |turn, address| {
                 // SAFETY: the reservation owns the range, and nothing uses it.
-                unsafe { mm::map_fixed(address, backing.fd(), file_offset, len, access) }
+                unsafe { mm::map_fixed(turn, address, backing.fd(), file_offset, len, access) }
             })?
         }
     };
     // SAFETY: the mapping was made above.
     if let Err(errno) = unsafe { mm::keep_from_children(address, len) } {
         // SAFETY: as above; nobody knows of it yet.
-        let lost = !unsafe { destination.undo(backing, address, len) };
+        let lost = !unsafe { destination.undo(backing, offset, address, len) };
         return Err(Refusal { errno, lost });
     }
     if len >= HUGE && backing.kind() == BackingKind::VfioPci {
@@ -346,9 +375,12 @@ impl Drop for Mapping {
                     // A reservation that nobody else has goes with it, in one munmap of its own; but not
                     // one that this process has inherited.
                     if !home.is_whole_area() {
-                        let (backing, offset) = (&self.backing, Some(self.offset));
+                        let (backing, offset) = (&self.backing, self.offset);
                         let range = self.address..self.address + self.len;
-                        home.clear(self.len, || is_intact(backing, offset, range));
+                        let turn = Turn::take();
+                        let cover = || home.cover(&turn, self.len);
+                        let covered = try_cover(&turn, backing, offset, range, cover);
+                        home.clear(&turn, self.len, covered);
                     }
                 }
             }
@@ -379,6 +411,7 @@ impl fmt::Display for Object<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::file;
 
     #[test]
     fn a_child_leaves_nothing_mapped_in_a_reservation_that_it_has_inherited() {

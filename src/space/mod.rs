@@ -5,6 +5,10 @@
 //! [`Reservation`] owns its range, a mapping owns its own, and only the owner of a range replaces it.
 
 mod backing;
+#[cfg(test)]
+mod failed_calls;
+#[cfg(test)]
+mod fixture;
 mod hazard;
 mod kernel;
 mod ladder;

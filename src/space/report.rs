@@ -93,7 +93,8 @@ pub enum Source {
     Released,
     /// Reserved memory that reaches nothing; for an instant it was a hole (`gap`).
     ReleasedWithGap,
-    /// It was a hole for an instant (`gap`), and somebody took it.
+    /// It was a hole for an instant (`gap`), and somebody took it; or nobody can tell whether it was, and
+    /// what is mapped there is left alone.
     Lost,
 }
 
@@ -134,7 +135,8 @@ impl fmt::Display for Report {
                 "; the old range is reserved and reaches nothing, but was a hole for an instant (gap)"
             }
             Source::Lost => {
-                "; the old range was a hole for an instant (gap), and another mapping has taken it"
+                "; the old range was lost: after a failed call, what is mapped there is another's, or cannot \
+                 be told from another's"
             }
         })
     }

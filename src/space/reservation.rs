@@ -11,6 +11,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::Failed;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::turn::Turn;
 use crate::sys::{self, fork, maps, mm};
 
 /// A range of addresses that belongs to its holder: reserved (`PROT_NONE`), reaching nothing, and
@@ -33,7 +34,7 @@ struct Area {
     bias: u64,
     /// The process that reserved it: see [`fork::generation`].
     generation: u32,
-    /// Ranges that somebody else took while a failing system call had them unmapped.
+    /// Ranges that somebody else may have taken while a failing system call had them unmapped.
     lost: Mutex<Vec<Range<usize>>>,
 }
 
@@ -69,6 +70,13 @@ impl Drop for Area {
             start = start.max(hole.end);
         }
     }
+}
+
+/// A mapping that could not be covered.
+pub(super) struct Uncovered {
+    pub errno: Errno,
+    /// Whether it is known to be there still.
+    pub intact: bool,
 }
 
 /// The file that reservations map, inaccessibly, each at offsets of its own.
@@ -171,7 +179,7 @@ impl Reservation {
         let file = placeholder()?;
         let failed = |errno| out_of_memory(errno, "reserve", format!("{size:#x} bytes"));
         let file_offset = fresh_offset(room).map_err(failed)?;
-        let at = mm::reserve(file.as_fd(), file_offset, room).map_err(|errno| {
+        let at = mm::reserve(&Turn::take(), file.as_fd(), file_offset, room).map_err(|errno| {
             unused_offset(file_offset, room);
             failed(errno)
         })?;
@@ -215,7 +223,8 @@ impl Reservation {
         let file = placeholder()?;
         let file_offset =
             fresh_offset(size).map_err(|errno| out_of_memory(errno, "reserve", &object))?;
-        match mm::reserve_at(address, file.as_fd(), file_offset, size) {
+        let reserved = mm::reserve_at(&Turn::take(), address, file.as_fd(), file_offset, size);
+        match reserved {
             Ok(()) => Ok(Self::of(Area::new(address, size, file_offset))),
             Err(Errno::EEXIST) => {
                 let error = Error::new(ErrorKind::AddressTaken, "reserve", object);
@@ -303,87 +312,105 @@ impl Reservation {
     ///
     /// # Safety
     /// Nothing reads or writes through the range any more.
-    pub(super) unsafe fn cover(&self, size: usize) -> std::result::Result<(), Errno> {
+    pub(super) unsafe fn cover(&self, turn: &Turn, size: usize) -> std::result::Result<(), Errno> {
         debug_assert!(size <= self.size);
         let file = placeholder().map_err(|_| Errno::EMFILE)?;
         // SAFETY: the reservation owns the range; the caller vouches for its users.
-        unsafe { mm::cover(self.start, file.as_fd(), self.area.offset_of(self.start), size) }
+        unsafe { mm::cover(turn, self.start, file.as_fd(), self.area.offset_of(self.start), size) }
+    }
+
+    /// Whether there is room for `size` bytes more.
+    pub(super) fn try_room(turn: &Turn, size: usize) -> std::result::Result<(), Errno> {
+        let file = placeholder().map_err(|_| Errno::EMFILE)?;
+        let at = mm::reserve(turn, file.as_fd(), 0, size)?;
+        // SAFETY: the range was reserved on the line above, and nobody knows of it.
+        unsafe { mm::munmap(at, size) }
     }
 
     /// Turns a mapping that the caller owns into a reservation, in one step.
     ///
     /// # Safety
     /// `[start, start + size)` is ours, and nothing reads or writes through it any more.
-    pub(super) unsafe fn over(start: usize, size: usize) -> std::result::Result<Self, Errno> {
+    pub(super) unsafe fn over(
+        turn: &Turn,
+        start: usize,
+        size: usize,
+    ) -> std::result::Result<Self, Errno> {
         let file = placeholder().map_err(|_| Errno::EMFILE)?;
         let offset = fresh_offset(size)?;
         // SAFETY: the caller's own contract.
-        unsafe { mm::cover(start, file.as_fd(), offset, size) }?;
+        unsafe { mm::cover(turn, start, file.as_fd(), offset, size) }?;
         Ok(Self::of(Area::new(start, size, offset)))
     }
 
     /// Reserves again what a move has left as a hole; `None` where somebody was quicker.
-    pub(super) fn over_gap(start: usize, size: usize) -> Option<Self> {
+    pub(super) fn over_gap(turn: &Turn, start: usize, size: usize) -> Option<Self> {
         let offset = fresh_offset(size).ok()?;
-        mm::reserve_at(start, placeholder().ok()?.as_fd(), offset, size).ok()?;
+        mm::reserve_at(turn, start, placeholder().ok()?.as_fd(), offset, size).ok()?;
         Some(Self::of(Area::new(start, size, offset)))
     }
 
     /// After a failed FIXED call over the first `size` bytes, or a move out of them: plugs the hole,
-    /// if there is one. False where somebody else has taken the range, which is then no longer ours.
+    /// if there is one. False where something is mapped that is not known to be ours: the range is then
+    /// left alone for good.
     ///
     /// # Safety
     /// Nothing of ours is mapped in the range but, perhaps, the placeholder itself.
-    pub(super) unsafe fn plug(&self, size: usize) -> bool {
+    pub(super) unsafe fn plug(&self, turn: &Turn, size: usize) -> bool {
         let range = self.start..self.start + size;
         if self.holds_placeholder(&range) {
             return true;
         }
         let plugged = placeholder().is_ok_and(|file| {
             let offset = self.area.offset_of(self.start);
-            mm::reserve_at(self.start, file.as_fd(), offset, size).is_ok()
+            mm::reserve_at(turn, self.start, file.as_fd(), offset, size).is_ok()
         });
         if !plugged {
-            log::error!("another mapping has taken {} after a failed call", show(&range));
+            log::error!(
+                "gave up {}: after a failed call, what is mapped there is another's, or cannot be told \
+                 from another's",
+                show(&range)
+            );
             self.area.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
         }
         plugged
     }
 
-    /// Makes the first `size` bytes the placeholder again, by whatever it takes: where there is no room
-    /// for the mapping that covers another, by unmapping that first, if it `is_intact` after the failure.
-    /// False where that left a mapping behind, or let somebody else in: the range is then no longer ours.
+    /// After the first `size` bytes were to be covered, and that may have failed: makes them the
+    /// placeholder again by whatever it takes. Where there is no room for the mapping that covers another,
+    /// that is by unmapping the other first. False where that left a mapping behind, or let somebody else
+    /// in: the range is then no longer ours.
     ///
     /// # Safety
     /// Nothing reads or writes through the range any more.
-    pub(super) unsafe fn clear(&self, size: usize, is_intact: impl FnOnce() -> bool) -> bool {
-        // SAFETY: the caller's own contract.
-        if unsafe { self.cover(size) }.is_ok() {
-            return true;
-        }
-        if !is_intact() {
-            // The failing call had unmapped it already; what is there now may be anybody's.
-            // SAFETY: nothing of ours is mapped there.
-            return unsafe { self.plug(size) };
-        }
-        // SAFETY: the reservation owns the range; the caller vouches for its users.
-        match unsafe { mm::munmap(self.start, size) } {
-            // SAFETY: nothing is mapped there.
-            Ok(()) => unsafe { self.plug(size) },
-            Err(errno) => {
-                let range = self.start..self.start + size;
-                log::error!("leaked a mapping at {}: {errno}", show(&range));
-                self.area.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
-                false
+    pub(super) unsafe fn clear(
+        &self,
+        turn: &Turn,
+        size: usize,
+        covered: std::result::Result<(), Uncovered>,
+    ) -> bool {
+        match covered {
+            Ok(()) => return true,
+            Err(Uncovered { intact: false, .. }) => {}
+            Err(Uncovered { intact: true, .. }) => {
+                // SAFETY: the mapping is ours and there still; the caller vouches for its users.
+                if let Err(errno) = unsafe { mm::munmap(self.start, size) } {
+                    let range = self.start..self.start + size;
+                    log::error!("leaked a mapping at {}: {errno}", show(&range));
+                    self.area.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+                    return false;
+                }
             }
         }
+        // SAFETY: nothing that is known to be ours is mapped there.
+        unsafe { self.plug(turn, size) }
     }
 
     /// Whether all of `range` is our placeholder still.
     fn holds_placeholder(&self, range: &Range<usize>) -> bool {
         let identity = placeholder().ok().and_then(|file| sys::file::identity(file).ok());
         let offset = self.area.offset_of(range.start);
-        identity.is_some_and(|identity| maps::is_file(range, identity, Some(offset), true))
+        identity.is_some_and(|identity| maps::is_reserved(range, identity, offset))
     }
 }
 
@@ -523,7 +550,7 @@ mod tests {
         unsafe { mm::munmap(second.address(), second.size()) }.unwrap();
         let other = Reservation::at(second.address() + 4096, 4096).unwrap();
         // SAFETY: nothing of ours is there.
-        assert!(!unsafe { second.plug(second.size()) });
+        assert!(!unsafe { second.plug(&Turn::take(), second.size()) });
         drop(second);
         assert_eq!(mapped(&range), 4096, "only what the other holds");
         drop(other);
@@ -554,7 +581,7 @@ mod tests {
         let reservation = Reservation::new(MIB).unwrap();
         let (kept, calls) = spy::record(|| {
             // SAFETY: the placeholder is there.
-            unsafe { reservation.plug(MIB) }
+            unsafe { reservation.plug(&Turn::take(), MIB) }
         });
         assert!(kept && calls.is_empty());
     }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
@@ -45,9 +46,24 @@ pub(crate) fn identity(fd: impl AsFd) -> Result<(u64, u64), Errno> {
     Ok((st_dev, st_ino))
 }
 
+/// The same, of a file that has an inode of its own; `None` for one that shares the anonymous inode with
+/// all of its kind: eventfds, perf events, KVM's vCPUs, and before Linux 6.10 VFIO's devices.
+pub(crate) fn own_identity(fd: impl AsFd) -> Result<Option<(u64, u64)>, Errno> {
+    let file = identity(fd)?;
+    let anonymous = identity(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?)?;
+    Ok((file != anonymous).then_some(file))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn eventfds_have_no_inode_of_their_own() {
+        let memory = memory_file("test", 1).unwrap();
+        assert_eq!(own_identity(&memory), identity(&memory).map(Some));
+        assert_eq!(own_identity(EventFd::new().unwrap()), Ok(None));
+    }
 
     #[test]
     fn a_device_in_a_tmpfs_is_no_shared_memory() {

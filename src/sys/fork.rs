@@ -3,10 +3,15 @@
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::turn;
+
 static GENERATION: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
+    // SAFETY: a child of fork has one thread, the one that called fork, and no code of this crate forks
+    // while it holds the turn.
+    unsafe { turn::renew() };
 }
 
 /// A number that is another one in every child of `fork(2)`.
@@ -17,14 +22,14 @@ extern "C" fn in_child() {
 pub(crate) fn generation() -> u32 {
     static WATCH: Once = Once::new();
     WATCH.call_once(|| {
-        // SAFETY: the handler adds to an atomic, which is allowed in a child of a threaded process.
+        // SAFETY: the handler writes to two statics, which is allowed in a child of a threaded process.
         // Should there be no memory for it, children are as they would be without this module.
         unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
     });
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Whether `f` holds in a child of `fork(2)`, which ends with it.
+/// Whether `f` holds in a child of `fork(2)`, which ends with it, and after two minutes in any case.
 ///
 /// # Safety
 /// `f` takes no lock that another thread may hold now. (The C library's allocator sees to its own.)
@@ -33,6 +38,8 @@ pub(crate) unsafe fn holds_in_child(f: impl FnOnce() -> bool) -> bool {
     // SAFETY: the caller vouches for what the child does.
     match unsafe { libc::fork() } {
         0 => {
+            // SAFETY: SIGALRM ends a child that waits for a lock that nobody will release.
+            unsafe { libc::alarm(120) };
             let holds = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(false);
             // SAFETY: ends the child without running anything of the parent's.
             unsafe { libc::_exit(i32::from(!holds)) };

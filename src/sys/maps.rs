@@ -1,7 +1,7 @@
 //! `/proc/self/maps`: what is mapped where in this process.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 
 /// A line of `/proc/self/maps` (`man 5 proc_pid_maps`).
@@ -33,6 +33,12 @@ impl Mapped {
             name: fields.collect::<Vec<_>>().join(" "),
         })
     }
+
+    /// Whether it maps this file, and would map it from `offset` on at address `start`.
+    fn shows(&self, (device, inode): (u64, u64), offset: u64, start: usize) -> bool {
+        let expected = offset.wrapping_add(self.range.start as u64).wrapping_sub(start as u64);
+        (self.device, self.inode, self.offset) == (device, inode, expected)
+    }
 }
 
 /// The mappings that overlap `range`, by address. Empty where `/proc` is not mounted.
@@ -46,34 +52,58 @@ pub(crate) fn overlapping(range: &Range<usize>) -> Vec<Mapped> {
         .collect()
 }
 
-/// Whether all of `range` maps the file with this device and inode number: with an `offset`, from there
-/// on; with `inaccessible`, without any rights.
-///
-/// False where `/proc` is not mounted: see [`are_told`].
-pub(crate) fn is_file(
+/// Whether all of `range` maps the file with this device and inode number, from `offset` on, without any
+/// rights. False where `/proc` is not mounted.
+pub(crate) fn is_reserved(range: &Range<usize>, file: (u64, u64), offset: u64) -> bool {
+    are(range, &overlapping(range), |mapped| {
+        mapped.inaccessible && mapped.shows(file, offset, range.start)
+    })
+}
+
+/// Whether all of `range` maps the file with this device and inode number, from `offset` on, accessible,
+/// and kept from children (`MADV_DONTFORK`). False where nobody tells: `/proc` is not mounted, or the
+/// kernel was built without `CONFIG_PROC_PAGE_MONITOR`.
+pub(crate) fn is_kept_from_children(
     range: &Range<usize>,
-    (device, inode): (u64, u64),
-    offset: Option<u64>,
-    inaccessible: bool,
-) -> bool {
+    file: (u64, u64),
+    offset: u64,
+) -> io::Result<bool> {
+    let smaps = BufReader::new(File::open("/proc/self/smaps")?);
+    let with_flags = kept_from_children(smaps.lines().map_while(Result::ok), range);
+    Ok(are(range, &with_flags, |mapped| {
+        !mapped.inaccessible && mapped.shows(file, offset, range.start)
+    }))
+}
+
+/// Of the lines of `/proc/self/smaps`: the mappings that overlap `range` and have the flag `dc`.
+fn kept_from_children(lines: impl Iterator<Item = String>, range: &Range<usize>) -> Vec<Mapped> {
+    let mut found = Vec::new();
+    let mut current = None;
+    for line in lines {
+        if let Some(mapped) = Mapped::parse(&line) {
+            if mapped.range.start >= range.end {
+                break;
+            }
+            current = Some(mapped).filter(|mapped| range.start < mapped.range.end);
+        } else if let Some(flags) = line.strip_prefix("VmFlags:")
+            && flags.split_ascii_whitespace().any(|flag| flag == "dc")
+        {
+            found.extend(current.take());
+        }
+    }
+    found
+}
+
+/// Whether `mappings` leave no hole in `range`, and are all as they should be.
+fn are(range: &Range<usize>, mappings: &[Mapped], right: impl Fn(&Mapped) -> bool) -> bool {
     let mut reached = range.start;
-    for mapped in overlapping(range) {
-        let expected = offset.map_or(mapped.offset, |offset| {
-            offset.wrapping_add(mapped.range.start as u64).wrapping_sub(range.start as u64)
-        });
-        let same = (mapped.device, mapped.inode, mapped.offset) == (device, inode, expected)
-            && mapped.inaccessible == inaccessible;
-        if !same || mapped.range.start > reached {
+    for mapped in mappings {
+        if mapped.range.start > reached || !right(mapped) {
             return false;
         }
         reached = mapped.range.end;
     }
     reached >= range.end
-}
-
-/// Whether this process can learn what it has mapped.
-pub(crate) fn are_told() -> bool {
-    File::open("/proc/self/maps").is_ok()
 }
 
 /// How many mappings this process has, and how many it may have (`vm.max_map_count`).
@@ -97,6 +127,51 @@ mod tests {
         assert_eq!(mapped.name, "/memfd:x (deleted)");
         assert_eq!(Mapped::parse("1000-2000 rw-p 00000000 00:00 0").unwrap().name, "");
         assert_eq!(Mapped::parse("nonsense"), None);
+    }
+
+    #[test]
+    fn mappings_kept_from_children_have_the_flag_dc() {
+        let smaps = [
+            "1000-2000 rw-s 00000000 00:01 1029  /memfd:x (deleted)",
+            "Size:                  4 kB",
+            "VmFlags: rd wr sh mr mw me ms dc sd",
+            "2000-3000 rw-s 00001000 00:01 1029  /memfd:x (deleted)",
+            "VmFlags: rd wr sh mr mw me ms sd",
+            "3000-5000 rw-s 00002000 00:01 1029  /memfd:x (deleted)",
+            "VmFlags: rd wr sh mr mw me ms dc",
+        ];
+        let kept = |range: Range<usize>| {
+            let kept = kept_from_children(smaps.iter().map(|line| line.to_string()), &range);
+            kept.into_iter().map(|mapped| mapped.range).collect::<Vec<_>>()
+        };
+        assert_eq!(kept(0x1000..0x5000), [0x1000..0x2000, 0x3000..0x5000]);
+        assert_eq!(kept(0x1fff..0x3000), [0x1000..0x2000]);
+        assert_eq!(kept(0x2000..0x3000), []);
+        assert_eq!(kept(0x4000..0x9000), [0x3000..0x5000]);
+    }
+
+    #[test]
+    fn a_range_is_as_it_should_be_only_without_holes() {
+        let mapping = |start, end| {
+            Mapped::parse(&format!("{start:x}-{end:x} ---s {:08x} 00:01 7", start - 0x1000))
+                .unwrap()
+        };
+        let are = |range: Range<usize>, mappings: &[Mapped]| {
+            are(&range, mappings, |mapped| {
+                mapped.shows((1, 7), range.start as u64 - 0x1000, range.start)
+            })
+        };
+        let both = [mapping(0x1000, 0x2000), mapping(0x2000, 0x4000)];
+        assert!(are(0x1000..0x4000, &both) && are(0x1800..0x3000, &both));
+        assert!(!are(0x1000..0x5000, &both), "the end");
+        assert!(!are(0x0800..0x4000, &both), "the start");
+        let torn = [mapping(0x1000, 0x2000), mapping(0x3000, 0x4000)];
+        assert!(!are(0x1000..0x4000, &torn), "the middle");
+        assert!(!are(0x1000..0x2000, &[]), "all of it");
+        let strange = Mapped { offset: 0x9000, ..mapping(0x2000, 0x4000) };
+        assert!(!are(0x1000..0x4000, &[mapping(0x1000, 0x2000), strange]), "another offset");
+        let strange = Mapped { inode: 8, ..mapping(0x2000, 0x4000) };
+        assert!(!are(0x1000..0x4000, &[mapping(0x1000, 0x2000), strange]), "another file");
     }
 
     #[test]

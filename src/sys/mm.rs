@@ -3,6 +3,8 @@
 //! Addresses are `usize`: these functions rearrange address space and never look at what is in it.
 //! Lengths and addresses are multiples of the page size. A range is *ours* when nobody but the caller
 //! uses or replaces it: a reservation, or a mapping whose last user is the caller.
+//!
+//! Calls that give addresses out, or replace what is mapped, take the [`Turn`].
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
@@ -11,6 +13,7 @@ use libc::{MAP_FIXED, MAP_SHARED, PROT_NONE};
 use nix::errno::Errno;
 
 use super::spy::{self, Call};
+use super::turn::Turn;
 
 type Result<T> = std::result::Result<T, Errno>;
 
@@ -51,7 +54,12 @@ unsafe fn mmap(
 }
 
 /// `mmap(NULL, len, PROT_NONE, MAP_SHARED, placeholder, offset)`: reserves address space.
-pub(crate) fn reserve(placeholder: BorrowedFd<'_>, offset: u64, len: usize) -> Result<usize> {
+pub(crate) fn reserve(
+    _: &Turn,
+    placeholder: BorrowedFd<'_>,
+    offset: u64,
+    len: usize,
+) -> Result<usize> {
     spy::call(Call::Reserve)?;
     // SAFETY: no MAP_FIXED.
     unsafe { mmap(0, len, PROT_NONE, MAP_SHARED, placeholder.as_raw_fd(), offset) }
@@ -59,6 +67,7 @@ pub(crate) fn reserve(placeholder: BorrowedFd<'_>, offset: u64, len: usize) -> R
 
 /// The same at `address`, by `MAP_FIXED_NOREPLACE` (Linux 4.17): EEXIST where something is there.
 pub(crate) fn reserve_at(
+    _: &Turn,
     address: usize,
     placeholder: BorrowedFd<'_>,
     offset: u64,
@@ -83,6 +92,7 @@ pub(crate) fn reserve_at(
 /// # Safety
 /// The range is ours, and nothing reads or writes through it any more.
 pub(crate) unsafe fn cover(
+    _: &Turn,
     address: usize,
     placeholder: BorrowedFd<'_>,
     offset: u64,
@@ -95,7 +105,13 @@ pub(crate) unsafe fn cover(
 }
 
 /// `mmap(NULL, len, prot, MAP_SHARED, fd, offset)`
-pub(crate) fn map(fd: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -> Result<usize> {
+pub(crate) fn map(
+    _: &Turn,
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    len: usize,
+    access: Access,
+) -> Result<usize> {
     spy::call(Call::Map)?;
     // SAFETY: no MAP_FIXED.
     unsafe { mmap(0, len, access.prot(), MAP_SHARED, fd.as_raw_fd(), offset) }
@@ -109,6 +125,7 @@ pub(crate) fn map(fd: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -
 /// # Safety
 /// The range is ours, and nothing reads or writes through it.
 pub(crate) unsafe fn map_fixed(
+    _: &Turn,
     address: usize,
     fd: BorrowedFd<'_>,
     offset: u64,
@@ -186,7 +203,7 @@ unsafe fn mremap(old: usize, len: usize, flags: libc::c_int, new: usize) -> Resu
 ///
 /// # Safety
 /// The old range is one mapping of ours, of a backing that fills it again.
-pub(crate) unsafe fn dont_unmap(old: usize, len: usize) -> Result<usize> {
+pub(crate) unsafe fn dont_unmap(_: &Turn, old: usize, len: usize) -> Result<usize> {
     spy::call(Call::DontUnmap)?;
     // SAFETY: the caller owns the old range; no MREMAP_FIXED.
     unsafe { mremap(old, len, libc::MREMAP_DONTUNMAP, 0) }
@@ -197,7 +214,7 @@ pub(crate) unsafe fn dont_unmap(old: usize, len: usize) -> Result<usize> {
 ///
 /// # Safety
 /// As [`dont_unmap`], and the new range is ours and unused.
-pub(crate) unsafe fn dont_unmap_fixed(old: usize, len: usize, new: usize) -> Result<()> {
+pub(crate) unsafe fn dont_unmap_fixed(_: &Turn, old: usize, len: usize, new: usize) -> Result<()> {
     spy::call(Call::DontUnmapFixed { address: new, len })?;
     // SAFETY: the caller owns both ranges.
     unsafe { mremap(old, len, libc::MREMAP_DONTUNMAP | libc::MREMAP_FIXED, new) }.map(drop)
@@ -208,7 +225,7 @@ pub(crate) unsafe fn dont_unmap_fixed(old: usize, len: usize, new: usize) -> Res
 ///
 /// # Safety
 /// Both ranges are ours; nothing reads or writes through either.
-pub(crate) unsafe fn move_fixed(old: usize, len: usize, new: usize) -> Result<()> {
+pub(crate) unsafe fn move_fixed(_: &Turn, old: usize, len: usize, new: usize) -> Result<()> {
     spy::call(Call::MoveFixed { address: new, len })?;
     // SAFETY: the caller owns both ranges.
     unsafe { mremap(old, len, libc::MREMAP_FIXED, new) }.map(drop)

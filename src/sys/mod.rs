@@ -12,6 +12,7 @@ pub(crate) mod mm;
 #[cfg(feature = "vfio-user")]
 pub(crate) mod socket;
 pub(crate) mod spy;
+pub(crate) mod turn;
 pub(crate) mod vfio;
 pub(crate) mod vfio_dma;
 pub(crate) mod vfio_feature;

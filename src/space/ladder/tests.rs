@@ -1,58 +1,11 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::space::{Backing, BackingKind, Hazard, KernelVersion, Placement};
+use crate::space::fixture::{
+    MIB, PAGE, backing, map, read, secluded, shared, state, unmap_and_let_in, write,
+};
+use crate::space::{BackingKind, Hazard, KernelVersion, Placement};
 use crate::sys::spy::{self, Call};
-use crate::sys::{file, maps};
-
-const PAGE: usize = 4096;
-const MIB: usize = 1 << 20;
-
-fn backing(size: usize, kind: BackingKind) -> Backing {
-    let fd = file::memory_file("vfio-remap-test", size as u64).unwrap();
-    Backing::new("bar 0 of test", Arc::new(fd), 0, size as u64, kind).unwrap()
-}
-
-fn map(backing: &Arc<Backing>, len: usize) -> Mapping {
-    Mapping::new(backing.clone(), 0, len, Access::ReadWrite, Placement::Anywhere).unwrap()
-}
-
-fn shared(len: usize) -> Mapping {
-    map(&Arc::new(backing(len, BackingKind::SharedMemory)), len)
-}
-
-fn read(mapping: &Mapping, offset: usize) -> u32 {
-    // SAFETY: the mapping is alive and at least a page long.
-    unsafe { ((mapping.range().start + offset) as *const u32).read_volatile() }
-}
-
-fn write(mapping: &Mapping, offset: usize, value: u32) {
-    // SAFETY: as above.
-    unsafe { ((mapping.range().start + offset) as *mut u32).write_volatile(value) }
-}
-
-/// How many bytes of the range are accessible, and how many reserved.
-fn state(range: &std::ops::Range<usize>) -> (usize, usize) {
-    let (mut accessible, mut reserved) = (0, 0);
-    for mapped in maps::overlapping(range) {
-        let len = mapped.range.end.min(range.end) - mapped.range.start.max(range.start);
-        if mapped.inaccessible {
-            reserved += len;
-        } else {
-            accessible += len;
-        }
-    }
-    (accessible, reserved)
-}
-
-/// A reservation far below where the kernel puts mappings of its own choice: a hole that a test makes
-/// there is not taken by the tests beside it.
-fn secluded(len: usize) -> Reservation {
-    static NEXT: AtomicUsize = AtomicUsize::new(0x10_0000_0000);
-    let step = len.next_multiple_of(2 * MIB);
-    Reservation::at(NEXT.fetch_add(step, Ordering::Relaxed), len).unwrap()
-}
 
 fn is_fixed(call: Call) -> bool {
     matches!(call, Call::MapFixed { .. } | Call::DontUnmapFixed { .. } | Call::MoveFixed { .. })
@@ -221,15 +174,11 @@ fn a_reservation_that_others_took_meanwhile_is_reported_lost_and_left_alone() {
     let at = window.range();
     let place = secluded(2 * MIB);
     let range = place.range();
-    let start = range.start;
     let failed = spy::script(
         move |call| match call {
             Call::MapFixed { address, len } => {
-                // What a kernel and another thread do: the destination goes, and is taken.
                 // SAFETY: the reservation is the caller's to replace.
-                unsafe { mm::munmap(address, len) }.unwrap();
-                let other = Reservation::at(start, PAGE).unwrap();
-                std::mem::forget(other);
+                unsafe { unmap_and_let_in(address..address + len, None) };
                 Some(Errno::EIO)
             }
             _ => None,
@@ -238,7 +187,7 @@ fn a_reservation_that_others_took_meanwhile_is_reported_lost_and_left_alone() {
     );
     assert_eq!(failed.kind(), ErrorKind::ReservationLost);
     assert!(failed.into_reservation().is_none());
-    assert_eq!(state(&range), (0, PAGE), "what the other holds stays, and nothing else");
+    assert_eq!(state(&range), (2 * MIB, 0), "what the other holds stays");
     assert_eq!((window.range(), read(&window, 0)), (at, 0));
 }
 
@@ -325,30 +274,6 @@ fn a_mapping_that_cannot_be_covered_when_it_is_dropped_is_unmapped() {
     assert_eq!(state(&range), (0, PAGE), "reserved, and no device");
     drop(rest);
     assert_eq!(state(&range), (0, 0));
-}
-
-#[test]
-fn what_others_took_while_a_cover_failed_is_not_unmapped_with_the_mapping() {
-    let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
-    let (home, rest) = secluded(2 * PAGE).split_at(PAGE).unwrap();
-    let range = home.range();
-    let start = range.start;
-    let placement = Placement::In(home);
-    let window = Mapping::new(backing, 0, PAGE, Access::ReadWrite, placement).unwrap();
-    spy::script(
-        move |call| match call {
-            Call::Cover { address, len } => {
-                // SAFETY: the mapping is the caller's to replace.
-                unsafe { mm::munmap(address, len) }.unwrap();
-                std::mem::forget(Reservation::at(start, PAGE).unwrap());
-                Some(Errno::ENOMEM)
-            }
-            _ => None,
-        },
-        || drop(window),
-    );
-    drop(rest);
-    assert_eq!(state(&range), (0, PAGE), "the other's mapping stands");
 }
 
 #[test]
