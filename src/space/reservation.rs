@@ -419,19 +419,26 @@ impl Reservation {
 fn stack_may_grow_into(range: &Range<usize>) -> bool {
     const GAP: usize = 1 << 20;
     const LEAST: u64 = 8 << 20;
-    let all = maps::overlapping(&(0..usize::MAX));
-    let Some(index) = all.iter().position(|mapped| mapped.name == "[stack]") else { return false };
-    let start = all[index].range.start;
-    let below = all[..index].last().map_or(0, |mapped| mapped.range.end);
-    let limit = getrlimit(Resource::RLIMIT_STACK).map_or(RLIM_INFINITY, |(limit, _)| limit);
-    let floor = match limit {
-        RLIM_INFINITY => below,
+    /// One past the stack's highest byte, which stays as it is.
+    static END: OnceLock<Option<usize>> = OnceLock::new();
+    let find = || {
+        let all = maps::overlapping(&(0..usize::MAX));
+        all.iter().find(|mapped| mapped.name == "[stack]").map(|stack| stack.range.end)
+    };
+    let Some(end) = *END.get_or_init(find) else { return false };
+    let floor = match getrlimit(Resource::RLIMIT_STACK).map_or(RLIM_INFINITY, |(limit, _)| limit) {
+        RLIM_INFINITY => None,
         limit => usize::try_from(limit.max(LEAST))
             .ok()
-            .and_then(|limit| all[index].range.end.checked_sub(limit)?.checked_sub(GAP))
-            .unwrap_or(below),
+            .and_then(|limit| end.checked_sub(limit)?.checked_sub(GAP)),
     };
-    range.start < start && floor < range.end
+    // Without a limit it grows down to what is mapped below it.
+    let floor = floor.unwrap_or_else(|| {
+        let all = maps::overlapping(&(0..end));
+        let stack = all.iter().position(|mapped| mapped.range.end == end).unwrap_or(0);
+        all[..stack].last().map_or(0, |below| below.range.end)
+    });
+    range.start < end && floor < range.end
 }
 
 impl fmt::Debug for Reservation {

@@ -48,7 +48,8 @@ pub(crate) fn overlapping(range: &Range<usize>) -> Vec<Mapped> {
         .lines()
         .map_while(Result::ok)
         .filter_map(|line| Mapped::parse(&line))
-        .filter(|mapped| mapped.range.start < range.end && range.start < mapped.range.end)
+        .take_while(|mapped| mapped.range.start < range.end)
+        .filter(|mapped| range.start < mapped.range.end)
         .collect()
 }
 
