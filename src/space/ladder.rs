@@ -220,7 +220,7 @@ impl Mapping {
         let turn = Turn::take();
         let old = match self.home.take() {
             // SAFETY: the move has taken everything of ours out of the range.
-            Some(home) => unsafe { home.plug(&turn, self.len) }.then_some(home),
+            Some(home) => unsafe { home.fill(&turn, self.len) }.then_some(home),
             None => Reservation::over_gap(&turn, self.address, self.len),
         };
         let source = if old.is_some() { Source::ReleasedWithGap } else { Source::Lost };

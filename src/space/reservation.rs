@@ -3,7 +3,6 @@
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::errno::Errno;
@@ -79,12 +78,12 @@ pub(super) struct Uncovered {
     pub intact: bool,
 }
 
-/// The file that reservations map, inaccessibly, each at offsets of its own.
+/// The file that reservations map, inaccessibly, each from offset 0 on.
 ///
-/// Reservations could be anonymous memory; file and offset make each known: after a failing FIXED
-/// call, which up to Linux 6.16 has unmapped the destination and on later ones mostly has not,
-/// `/proc/self/maps` tells our placeholder from what another thread may have put there. The file's
-/// name also tells people who read that list whose the ranges are.
+/// Reservations could be anonymous memory; the file makes them known. After a failing FIXED call, which up
+/// to Linux 6.16 has unmapped the destination and on later ones mostly has not, `/proc/self/maps` tells
+/// whether it is there still: other code does not have the file, and no reservation is made within the
+/// [`Turn`] of the call. The file's name also tells people who read that list whose the ranges are.
 fn placeholder() -> Result<&'static OwnedFd> {
     static FILE: OnceLock<OwnedFd> = OnceLock::new();
     if let Some(file) = FILE.get() {
@@ -95,26 +94,8 @@ fn placeholder() -> Result<&'static OwnedFd> {
     Ok(FILE.get_or_init(|| file))
 }
 
-/// More than any address space has, and little enough that offsets do not run out.
+/// More than any address space has, and little enough that no sum of two overflows.
 const MAX_SIZE: usize = 1 << 52;
-
-/// The next offset in the placeholder file that no reservation has had.
-static NEXT_OFFSET: AtomicU64 = AtomicU64::new(0);
-
-/// Offsets that no other reservation uses, for `size` bytes of at most [`MAX_SIZE`].
-fn fresh_offset(size: usize) -> std::result::Result<u64, Errno> {
-    NEXT_OFFSET
-        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
-            next.checked_add(size as u64).filter(|end| *end < 1 << 62)
-        })
-        .map_err(|_| Errno::EOVERFLOW)
-}
-
-/// Gives offsets back that a failed call has not used, if nobody took others meanwhile.
-fn unused_offset(offset: u64, size: usize) {
-    let next = offset + size as u64;
-    let _ = NEXT_OFFSET.compare_exchange(next, offset, Ordering::Relaxed, Ordering::Relaxed);
-}
 
 fn show(range: &Range<usize>) -> String {
     format!("addresses {:#x}..{:#x}", range.start, range.end)
@@ -178,11 +159,7 @@ impl Reservation {
         let room = room.ok_or_else(|| no_such_space(size))?;
         let file = placeholder()?;
         let failed = |errno| out_of_memory(errno, "reserve", format!("{size:#x} bytes"));
-        let file_offset = fresh_offset(room).map_err(failed)?;
-        let at = mm::reserve(&Turn::take(), file.as_fd(), file_offset, room).map_err(|errno| {
-            unused_offset(file_offset, room);
-            failed(errno)
-        })?;
+        let at = mm::reserve(&Turn::take(), file.as_fd(), 0, room).map_err(failed)?;
         let start = at + (want.wrapping_sub(at) & (modulus - 1));
         let end = at + room;
         for surplus in [at..start, start + size..end] {
@@ -193,7 +170,7 @@ impl Reservation {
                 }
             }
         }
-        Ok(Self::of(Area::new(start, size, file_offset + (start - at) as u64)))
+        Ok(Self::of(Area::new(start, size, (start - at) as u64)))
     }
 
     /// Reserves `size` bytes, rounded up to whole pages, at `address`, if nothing is mapped there
@@ -221,11 +198,9 @@ impl Reservation {
                 .remedy("choose another address, or Placement::Anywhere"));
         }
         let file = placeholder()?;
-        let file_offset =
-            fresh_offset(size).map_err(|errno| out_of_memory(errno, "reserve", &object))?;
-        let reserved = mm::reserve_at(&Turn::take(), address, file.as_fd(), file_offset, size);
+        let reserved = mm::reserve_at(&Turn::take(), address, file.as_fd(), 0, size);
         match reserved {
-            Ok(()) => Ok(Self::of(Area::new(address, size, file_offset))),
+            Ok(()) => Ok(Self::of(Area::new(address, size, 0))),
             Err(Errno::EEXIST) => {
                 let error = Error::new(ErrorKind::AddressTaken, "reserve", object);
                 Err(match maps::overlapping(&(address..end)).first() {
@@ -337,43 +312,48 @@ impl Reservation {
         size: usize,
     ) -> std::result::Result<Self, Errno> {
         let file = placeholder().map_err(|_| Errno::EMFILE)?;
-        let offset = fresh_offset(size)?;
         // SAFETY: the caller's own contract.
-        unsafe { mm::cover(turn, start, file.as_fd(), offset, size) }?;
-        Ok(Self::of(Area::new(start, size, offset)))
+        unsafe { mm::cover(turn, start, file.as_fd(), 0, size) }?;
+        Ok(Self::of(Area::new(start, size, 0)))
     }
 
     /// Reserves again what a move has left as a hole; `None` where somebody was quicker.
     pub(super) fn over_gap(turn: &Turn, start: usize, size: usize) -> Option<Self> {
-        let offset = fresh_offset(size).ok()?;
-        mm::reserve_at(turn, start, placeholder().ok()?.as_fd(), offset, size).ok()?;
-        Some(Self::of(Area::new(start, size, offset)))
+        mm::reserve_at(turn, start, placeholder().ok()?.as_fd(), 0, size).ok()?;
+        Some(Self::of(Area::new(start, size, 0)))
     }
 
-    /// After a failed FIXED call over the first `size` bytes, or a move out of them: plugs the hole,
-    /// if there is one. False where something is mapped that is not known to be ours: the range is then
-    /// left alone for good.
+    /// After a call within this turn that has failed over the first `size` bytes: plugs the hole, if there
+    /// is one. False where something is mapped that is not known to be ours: the range is then left alone
+    /// for good.
     ///
     /// # Safety
     /// Nothing of ours is mapped in the range but, perhaps, the placeholder itself.
     pub(super) unsafe fn plug(&self, turn: &Turn, size: usize) -> bool {
         let range = self.start..self.start + size;
-        if self.holds_placeholder(&range) {
-            return true;
-        }
-        let plugged = placeholder().is_ok_and(|file| {
+        // SAFETY: the caller's own contract.
+        self.holds_placeholder(&range) || unsafe { self.fill(turn, size) }
+    }
+
+    /// Reserves the first `size` bytes again, which are a hole. False as for [`plug`](Self::plug).
+    ///
+    /// # Safety
+    /// Nothing of ours is mapped in the range.
+    pub(super) unsafe fn fill(&self, turn: &Turn, size: usize) -> bool {
+        let range = self.start..self.start + size;
+        let filled = placeholder().is_ok_and(|file| {
             let offset = self.area.offset_of(self.start);
             mm::reserve_at(turn, self.start, file.as_fd(), offset, size).is_ok()
         });
-        if !plugged {
+        if !filled {
             log::error!(
-                "gave up {}: after a failed call, what is mapped there is another's, or cannot be told \
-                 from another's",
+                "gave up {}: after a failed call or a move, what is mapped there is another's, or cannot \
+                 be told from another's",
                 show(&range)
             );
             self.area.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
         }
-        plugged
+        filled
     }
 
     /// After the first `size` bytes were to be covered, and that may have failed: makes them the
@@ -470,9 +450,12 @@ pub(super) fn out_of_memory(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::space::fixture::{MIB, secluded};
+    use crate::space::{Access, Backing, BackingKind, Mapping, Placement};
     use crate::sys::spy;
 
-    const MIB: usize = 1 << 20;
+    /// Half of the address space of a process.
+    const HALF: usize = 1 << 46;
 
     fn mapped(range: &Range<usize>) -> usize {
         maps::overlapping(range).iter().map(|mapped| mapped.range.len()).sum()
@@ -573,14 +556,26 @@ mod tests {
         assert!(error.to_string().contains("stack"), "{error}");
     }
 
+    /// As often as a guest may choose addresses that are taken.
     #[test]
-    fn no_two_reservations_have_the_same_offsets_whatever_was_asked_for_between_them() {
-        let first = Reservation::new(MIB).unwrap();
-        for size in [usize::MAX, (1 << 62) - 4096, 1 << 52, 1 << 51] {
-            assert!(Reservation::new(size).is_err());
+    fn refused_placements_use_nothing_up() {
+        let file = sys::file::memory_file("vfio-remap-test", HALF as u64).unwrap();
+        let kind = BackingKind::SharedMemory;
+        let backing = Backing::new("bar 0 of test", Arc::new(file), 0, HALF as u64, kind).unwrap();
+        let backing = Arc::new(backing);
+        let taken = secluded(sys::page_size());
+        for _ in 0..200_000 {
+            let placement = Placement::At(taken.address());
+            let failed = Mapping::new(backing.clone(), 0, HALF, Access::ReadOnly, placement);
+            assert_eq!(failed.unwrap_err().kind(), ErrorKind::AddressTaken);
         }
-        let second = Reservation::new(MIB).unwrap();
-        assert_ne!(first.area.offset_of(first.start), second.area.offset_of(second.start));
+    }
+
+    #[test]
+    fn dropped_reservations_use_nothing_up() {
+        for _ in 0..200_000 {
+            drop(Reservation::new(HALF).unwrap());
+        }
     }
 
     #[test]
