@@ -29,10 +29,10 @@ pub struct PciConfig {
 }
 
 impl PciConfig {
-    /// `size` bytes (256 or 4096) that describe a device of this vendor, device, class (24 bits) and
+    /// `size` bytes, 256 or 4096 (any other is the next of the two), that describe a device of this vendor, device, class (24 bits) and
     /// revision, without BARs.
     pub fn new(size: usize, vendor: u16, device: u16, class: u32, revision: u8) -> Self {
-        let size = size.max(256);
+        let size = if size <= 256 { 256 } else { 4096 };
         let mut config = Self {
             bytes: vec![0; size],
             writable: vec![0; size],
@@ -83,7 +83,8 @@ impl PciConfig {
         self.sealed()
     }
 
-    /// One message-signalled interrupt, with an address of 64 bits (PCI 3.0 §6.8.1).
+    /// One message-signalled interrupt, with an address of 64 bits (PCI 3.0 §6.8.1). A function has one such
+    /// capability: asking for it again changes nothing.
     #[must_use]
     pub fn msi(mut self) -> Self {
         let at = self.capability(MSI, 14);
@@ -95,7 +96,7 @@ impl PciConfig {
     }
 
     /// `vectors` of MSI-X (1 to 2048), their table and pending bits at these offsets of BARs
-    /// (PCIe 5.0 §7.7.2).
+    /// (PCIe 5.0 §7.7.2). A function has one such capability: the last call counts.
     #[must_use]
     pub fn msix(mut self, vectors: u16, table: (u8, u32), pending: (u8, u32)) -> Self {
         let at = self.capability(MSIX, 12);
@@ -107,8 +108,12 @@ impl PciConfig {
         self.sealed()
     }
 
-    /// Appends a capability of `size` bytes, which fits in the first 256 for all that are made here.
+    /// The capability `id`, appended with `size` bytes if it is not there yet. Each is there at most once,
+    /// so all that are made here fit in the first 256 bytes.
     fn capability(&mut self, id: u8, size: usize) -> usize {
+        if let Some(at) = self.find(id) {
+            return at;
+        }
         let at = self.next;
         self.set(self.link, &[at as u8]);
         self.set(at, &[id, 0]);
@@ -116,6 +121,13 @@ impl PciConfig {
         self.link = at + 1;
         self.next = (at + size).next_multiple_of(4);
         at
+    }
+
+    fn find(&self, id: u8) -> Option<usize> {
+        let next = |at: &usize| Some(usize::from(self.bytes[at + 1]));
+        std::iter::successors(Some(usize::from(self.bytes[CAPABILITIES])), next)
+            .take_while(|&at| at != 0)
+            .find(|&at| self.bytes[at] == id)
     }
 
     fn set(&mut self, at: usize, bytes: &[u8]) {
@@ -195,6 +207,20 @@ mod tests {
         assert_eq!(read_u32(&config, 0x50), 0x0004_0011);
         assert_eq!(read_u32(&config, 0x54), 0x2002);
         assert_eq!(read_u32(&config, 4) >> 16, 0x10);
+    }
+
+    #[test]
+    fn a_capability_made_again_is_the_same_one() {
+        let mut config = config();
+        for vectors in 1..20 {
+            config = config.msi().msix(vectors, (1, 0x4000), (1, 0x5000));
+        }
+        assert_eq!(read_u32(&config, 0x40), 0x0080_5005);
+        // The last, of 19 vectors, whose table is at 0x4000 of BAR 1.
+        assert_eq!([0x50, 0x54, 0x58].map(|at| read_u32(&config, at)), [0x12_0011, 0x4001, 0x5001]);
+        assert_eq!(read_u32(&config, 0x5c), 0, "there is no third");
+        let size = |wanted| PciConfig::new(wanted, 0, 0, 0, 0).bytes.len();
+        assert_eq!([0, 256, 4096, usize::MAX].map(size), [256, 256, 4096, 4096]);
     }
 
     #[test]

@@ -165,3 +165,77 @@ impl fmt::Display for StillBound {
 }
 
 impl std::error::Error for StillBound {}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::path::PathBuf;
+
+    use super::super::Sysfs;
+    use super::*;
+    use crate::sys::fork;
+
+    /// A copy of what sysfs shows of one device that the driver `serial` holds. Files keep what is written
+    /// to them; nothing happens.
+    struct Tree(PathBuf);
+
+    impl Tree {
+        fn new(name: &str) -> Self {
+            let root = std::env::temp_dir().join(format!("vfio-remap-{name}-{}", std::process::id()));
+            let device = root.join("bus/pci/devices/0000:00:03.0");
+            fs::create_dir_all(&device).unwrap();
+            for driver in ["serial", VFIO_PCI] {
+                let driver = root.join("bus/pci/drivers").join(driver);
+                fs::create_dir_all(&driver).unwrap();
+                for file in ["bind", "unbind"] {
+                    fs::write(driver.join(file), "").unwrap();
+                }
+            }
+            symlink("../../drivers/serial", device.join("driver")).unwrap();
+            fs::write(device.join("driver_override"), "(null)\n").unwrap();
+            Self(root)
+        }
+
+        fn device(&self) -> PciDevice {
+            Sysfs::at(&self.0).device("0000:00:03.0".parse().unwrap()).unwrap()
+        }
+
+        /// What was written to `driver_override` last, which is shorter than what was there before it by a
+        /// line at most.
+        fn overridden(&self) -> String {
+            let path = self.0.join("bus/pci/devices/0000:00:03.0/driver_override");
+            fs::read_to_string(path).unwrap()
+        }
+    }
+
+    impl Drop for Tree {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_child_leaves_the_binding_of_its_parent_alone() {
+        let tree = Tree::new("binding-of-parent");
+        let mut binding = Some(tree.device().bind_vfio_pci().unwrap());
+        assert_eq!(tree.overridden(), "vfio-pci");
+        let drops = || {
+            drop(binding.take());
+            true
+        };
+        // SAFETY: no other thread knows of this tree, and the child takes no lock.
+        assert!(unsafe { fork::holds_in_child(drops) });
+        assert_eq!(tree.overridden(), "vfio-pci", "the child wrote to it");
+        drop(binding);
+        assert_eq!(tree.overridden(), "\nfio-pci", "the parent restores it");
+    }
+
+    #[test]
+    fn what_cannot_be_bound_gets_back_what_it_had() {
+        let tree = Tree::new("not-bound");
+        fs::remove_file(tree.0.join("bus/pci/drivers/vfio-pci/bind")).unwrap();
+        let error = tree.device().bind_vfio_pci().unwrap_err();
+        assert!(error.to_string().contains("vfio-pci/bind"), "{error}");
+        assert_eq!(tree.overridden(), "\nfio-pci");
+    }
+}
