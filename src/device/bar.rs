@@ -1,13 +1,12 @@
 //! Regions of a device, as drivers see them.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::ops::{Bound, Range, RangeBounds};
 
-use super::layout::Layout;
+use super::layout::{Layout, Span, Trap};
 use super::register::{IoRegister, Width};
 use super::window::Window;
-use super::{Device, Region};
+use super::{Device, Region, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, BackingKind, Failed, Placement};
 use crate::transport::RegionInfo;
@@ -18,12 +17,12 @@ pub struct Bar<'d> {
     device: &'d Device,
     index: u32,
     region: &'d Region,
-    layout: Cow<'d, Layout>,
+    view: &'d View,
 }
 
 impl<'d> Bar<'d> {
     pub(super) fn new(device: &'d Device, index: u32, region: &'d Region) -> Self {
-        Self { device, index, region, layout: Cow::Borrowed(&region.layout) }
+        Self { device, index, region, view: &region.usual }
     }
 
     /// The region's index.
@@ -43,12 +42,12 @@ impl<'d> Bar<'d> {
 
     /// What of it can be mapped, and what must be trapped and why.
     pub fn layout(&self) -> &Layout {
-        &self.layout
+        &self.view.layout
     }
 
     /// What stands behind its mappable parts; `None` where nothing can be mapped.
     pub fn backing_kind(&self) -> Option<BackingKind> {
-        self.region.backing.as_ref().map(|backing| backing.kind())
+        self.view.backing.as_ref().map(|backing| backing.kind())
     }
 
     /// The same region, with the MSI-X table among what can be mapped.
@@ -58,7 +57,7 @@ impl<'d> Bar<'d> {
     ///
     /// # Errors
     /// `NotMappable` where the kernel does not allow it (it does from Linux 4.16 on, where interrupts
-    /// are remapped or isolated otherwise).
+    /// are remapped or isolated otherwise); `Malformed` where the region's file ends before its table.
     pub fn with_msix_table(&self) -> Result<Bar<'d>> {
         let info = &self.region.info;
         if !info.msix_mappable {
@@ -68,8 +67,19 @@ impl<'d> Bar<'d> {
                     "reach it by Bar::trapped; vectors are set up by Device::vectors, without the table",
                 ));
         }
-        let layout = Layout::new(info, &Default::default(), self.device.page_size())?;
-        Ok(Self { layout: Cow::Owned(layout), ..self.clone() })
+        let Region { usual, with_table, .. } = self.region;
+        let is_msix = |span: &Span| matches!(span.trap, Some(Trap::MsixTable | Trap::MsixPending));
+        let view = match with_table.get() {
+            Some(view) => view,
+            // The table is elsewhere.
+            None if !usual.layout.spans().iter().any(is_msix) => usual,
+            None => {
+                let layout = Layout::new(info, &Default::default(), self.device.page_size())?;
+                let view = self.device.view(self.index, layout)?;
+                with_table.get_or_init(|| view)
+            }
+        };
+        Ok(Self { view, ..self.clone() })
     }
 
     /// Maps a range of the region, in bytes; `..` maps all of it. The pages that hold the range are
@@ -92,7 +102,7 @@ impl<'d> Bar<'d> {
     ) -> std::result::Result<Window, Failed> {
         match self.check(range) {
             Ok((range, access)) => {
-                let Some(backing) = &self.region.backing else {
+                let Some(backing) = &self.view.backing else {
                     return Err(refused(self.not_mappable(&range), placement));
                 };
                 Window::map(&self.device.inner, self.index, backing, range, access, placement)
@@ -138,7 +148,7 @@ impl<'d> Bar<'d> {
                 .because(format!("the region has {size:#x} bytes"))
                 .remedy(format!("map a part of 0x0..{size:#x}, or all of it: ..")));
         }
-        if !self.region.info.readable || self.layout.obstacle(&range).is_some() {
+        if !self.region.info.readable || self.layout().obstacle(&range).is_some() {
             return Err(self.not_mappable(&range));
         }
         let writable = self.region.info.writable;
@@ -147,7 +157,7 @@ impl<'d> Bar<'d> {
 
     fn not_mappable(&self, range: &Range<u64>) -> Error {
         let error = Error::new(ErrorKind::NotMappable, "map", self.part(range));
-        let error = match self.layout.obstacle(range) {
+        let error = match self.layout().obstacle(range) {
             Some(span) => {
                 let why = span.trap.map(|trap| trap.to_string()).unwrap_or_default();
                 error.because(format!(
@@ -158,7 +168,7 @@ impl<'d> Bar<'d> {
             None => error.because("it cannot be read, or its transport has no file to map"),
         };
         let parts: Vec<String> = self
-            .layout
+            .layout()
             .mappable()
             .take(4)
             .map(|part| format!("{:#x}..{:#x}", part.start, part.end))

@@ -71,7 +71,16 @@ const OTHER_REGIONS: &str = "see which it has: Device::bars";
 /// What is known of a region once it was asked for.
 struct Region {
     info: RegionInfo,
+    /// Without the MSI-X table.
+    usual: View,
+    /// With it, once it was asked for.
+    with_table: OnceLock<View>,
+}
+
+/// What of a region can be mapped, and what that is mapped of.
+struct View {
     layout: Layout,
+    /// As long as the layout's mappable parts reach; `None` where it has none.
     backing: Option<Arc<Backing>>,
 }
 
@@ -147,7 +156,7 @@ impl Device {
     ///
     /// # Errors
     /// `NotFound` where the device has none there; `Malformed` where what its transport says of it
-    /// makes no sense.
+    /// makes no sense; `Gone` where its configuration space reads all ones.
     pub fn bar(&self, index: u32) -> Result<Bar<'_>> {
         let Some(cell) = self.inner.regions.get(index as usize) else {
             return Err(Error::new(ErrorKind::NotFound, "find", self.inner.region_name(index))
@@ -290,16 +299,21 @@ impl Device {
             };
             Layout::new(&info, &reserved, self.page_size())?
         };
-        let backing = if layout.mappable().next().is_some() {
-            let file = transport.backing(index)?;
-            let name = self.inner.region_name(index);
-            // A file need not go further than what is mapped of it.
-            let end = layout.mappable().last().map_or(0, |part| part.end);
-            Some(Arc::new(Backing::new(name, file.fd, file.start, end, file.kind)?))
-        } else {
-            None
+        let usual = self.view(index, layout)?;
+        Ok(Region { info, usual, with_table: OnceLock::new() })
+    }
+
+    fn view(&self, index: u32, layout: Layout) -> Result<View> {
+        let backing = match layout.mappable().last() {
+            Some(last) => {
+                let file = self.transport().backing(index)?;
+                let name = self.inner.region_name(index);
+                // A file need not go further than what is mapped of it.
+                Some(Arc::new(Backing::new(name, file.fd, file.start, last.end, file.kind)?))
+            }
+            None => None,
         };
-        Ok(Region { info, layout, backing })
+        Ok(View { layout, backing })
     }
 
     fn msix(&self) -> Result<Option<&config::Msix>> {
