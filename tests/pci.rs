@@ -133,3 +133,49 @@ fn io_ports_are_not_mapped_with_a_table_either() {
     assert_eq!(bar.layout().spans()[0].trap, Some(Trap::IoPorts));
     assert_eq!(bar.map(.., Placement::Anywhere).unwrap_err().kind(), ErrorKind::NotMappable);
 }
+
+#[test]
+fn a_device_that_has_gone_is_not_one_with_io_ports() {
+    let pci = Pci::new(0x4000, 0x2000, 0x4000);
+    let device = Device::new(pci.clone());
+    let config = device.config().unwrap();
+    assert_eq!(config.capability(0x10).unwrap(), Some(0x60));
+    pci.pull();
+    let gone = |error: Error| {
+        assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+        assert!(error.to_string().contains("reads all ones"), "{error}");
+        assert!(!error.advice().is_empty(), "{error}");
+    };
+    gone(device.bar(0).map(drop).unwrap_err());
+    gone(config.capability(0x10).map(drop).unwrap_err());
+    gone(config.memory_decoding().map(drop).unwrap_err());
+    gone(config.bus_mastering().map(drop).unwrap_err());
+    gone(config.set_memory_decoding(true).unwrap_err());
+    gone(config.set_bus_mastering(false).unwrap_err());
+    gone(config.set_error_reporting(true).unwrap_err());
+    assert_eq!(*pci.written.lock().unwrap(), [], "nothing is written to what has gone");
+    // What programs ask for by its offset they get as it is.
+    assert_eq!((config.vendor().unwrap(), config.read_u32(4).unwrap()), (u16::MAX, u32::MAX));
+}
+
+/// A register of all ones by itself: the device goes between one read and the next.
+#[test]
+fn a_device_that_goes_meanwhile_is_gone_wherever_it_is_seen() {
+    const REGISTERS: [(u64, usize); 6] =
+        [(0x06, 2), (0x10, 4), (0x40, 2), (0x42, 2), (0x44, 4), (0x48, 4)];
+    for (at, len) in REGISTERS {
+        let pci = Pci::new(0x4000, 0x2000, 0x4000);
+        if let Some(config) = &mut *pci.config.lock().unwrap() {
+            config[at as usize..][..len].fill(0xff);
+        }
+        let error = Device::new(pci).bar(0).map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Gone, "{at:#x}: {error}");
+    }
+    let pci = Pci::new(0x4000, 0x2000, 0x4000);
+    if let Some(config) = &mut *pci.config.lock().unwrap() {
+        config[0x68..0x6a].fill(0xff);
+    }
+    let device = Device::new(pci);
+    let error = device.config().unwrap().set_error_reporting(true).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+}

@@ -127,16 +127,17 @@ impl<'d> Config<'d> {
     /// Whether the device answers accesses to its memory BARs.
     ///
     /// # Errors
-    /// As [`read_u8`](Self::read_u8).
+    /// `Gone` where the register reads all ones, which no device's does; what the transport answers. So for
+    /// all that follow.
     pub fn memory_decoding(&self) -> Result<bool> {
-        Ok(self.read_u16(COMMAND)? & MEMORY_SPACE != 0)
+        Ok(self.present_u16(COMMAND)? & MEMORY_SPACE != 0)
     }
 
     /// Makes the device answer accesses to its memory BARs, or not. While it does not, an access
     /// through a window of a vfio-pci device raises SIGBUS.
     ///
     /// # Errors
-    /// As [`read_u8`](Self::read_u8).
+    /// As [`memory_decoding`](Self::memory_decoding).
     pub fn set_memory_decoding(&self, on: bool) -> Result<()> {
         self.set_command(MEMORY_SPACE, on)
     }
@@ -144,15 +145,15 @@ impl<'d> Config<'d> {
     /// Whether the device may start accesses of its own, DMA and MSI.
     ///
     /// # Errors
-    /// As [`read_u8`](Self::read_u8).
+    /// As [`memory_decoding`](Self::memory_decoding).
     pub fn bus_mastering(&self) -> Result<bool> {
-        Ok(self.read_u16(COMMAND)? & BUS_MASTER != 0)
+        Ok(self.present_u16(COMMAND)? & BUS_MASTER != 0)
     }
 
     /// Lets the device start accesses of its own, or not.
     ///
     /// # Errors
-    /// As [`read_u8`](Self::read_u8).
+    /// As [`memory_decoding`](Self::memory_decoding).
     pub fn set_bus_mastering(&self, on: bool) -> Result<()> {
         self.set_command(BUS_MASTER, on)
     }
@@ -161,7 +162,8 @@ impl<'d> Config<'d> {
     /// handles them (AER), [`Event::Error`](super::Event::Error) follows. Resets may switch it off.
     ///
     /// # Errors
-    /// `Unsupported` where the device is not PCI Express; as [`read_u8`](Self::read_u8).
+    /// `Unsupported` where the device is not PCI Express; as
+    /// [`memory_decoding`](Self::memory_decoding).
     pub fn set_error_reporting(&self, on: bool) -> Result<()> {
         let Some(capability) = self.capability(EXPRESS)? else {
             let object = format!("the errors of {}", self.device.name());
@@ -174,9 +176,10 @@ impl<'d> Config<'d> {
     /// The offset of the first capability with this ID (PCI 3.0 §6.7); `None` where there is none.
     ///
     /// # Errors
-    /// `Malformed` where the list loops or points into the header; what the transport answers.
+    /// `Malformed` where the list loops or points into the header; as
+    /// [`memory_decoding`](Self::memory_decoding).
     pub fn capability(&self, id: u8) -> Result<Option<u64>> {
-        if self.read_u16(STATUS)? & STATUS_CAPABILITIES == 0 {
+        if self.present_u16(STATUS)? & STATUS_CAPABILITIES == 0 {
             return Ok(None);
         }
         let mut at = u64::from(self.read_u8(CAPABILITIES)? & !3);
@@ -188,10 +191,11 @@ impl<'d> Config<'d> {
             if at < 0x40 {
                 return Err(self.malformed(format!("a capability at {at:#x} lies in the header")));
             }
-            if self.read_u8(at)? == id {
+            let [found, next] = self.present_u16(at)?.to_le_bytes();
+            if found == id {
                 return Ok(Some(at));
             }
-            at = u64::from(self.read_u8(at + 1)? & !3);
+            at = u64::from(next & !3);
         }
         Err(self.malformed("the capability list loops".to_owned()))
     }
@@ -201,17 +205,17 @@ impl<'d> Config<'d> {
         let mut at = 0;
         // A memory BAR of 64 bits takes two registers, the second of which is an address.
         while at < index {
-            let is_64_bits = self.read_u32(BAR0 + 4 * u64::from(at))? & 7 == 4;
+            let is_64_bits = self.present_u32(BAR0 + 4 * u64::from(at))? & 7 == 4;
             at += if is_64_bits { 2 } else { 1 };
         }
-        Ok(at == index && self.read_u32(BAR0 + 4 * u64::from(index))? & 1 != 0)
+        Ok(at == index && self.present_u32(BAR0 + 4 * u64::from(index))? & 1 != 0)
     }
 
     pub(super) fn msix(&self) -> Result<Option<Msix>> {
         let Some(at) = self.capability(MSIX)? else { return Ok(None) };
-        let vectors = u64::from(self.read_u16(at + 2)? & 0x7ff) + 1;
+        let vectors = u64::from(self.present_u16(at + 2)? & 0x7ff) + 1;
         let place = |offset: u64, size: u64| -> Result<(u32, Range<u64>)> {
-            let value = self.read_u32(at + offset)?;
+            let value = self.present_u32(at + offset)?;
             let start = u64::from(value & !7);
             Ok((value & 7, start..start + size))
         };
@@ -227,8 +231,29 @@ impl<'d> Config<'d> {
 
     fn set_bits(&self, register: u64, bits: u16, on: bool) -> Result<()> {
         let _one = self.device.control_lock();
-        let value = self.read_u16(register)?;
+        let value = self.present_u16(register)?;
         self.write_u16(register, if on { value | bits } else { value & !bits })
+    }
+
+    /// Reads 16 bits of which some are 0 in every device: `Gone` where all are 1, as a device reads that
+    /// does not answer (PCIe 5.0 §2.3.2).
+    fn present_u16(&self, offset: u64) -> Result<u16> {
+        let value = self.read_u16(offset)?;
+        if value == u16::MAX { Err(self.gone(offset)) } else { Ok(value) }
+    }
+
+    /// The same of 32 bits.
+    fn present_u32(&self, offset: u64) -> Result<u32> {
+        let value = self.read_u32(offset)?;
+        if value == u32::MAX { Err(self.gone(offset)) } else { Ok(value) }
+    }
+
+    #[cold]
+    fn gone(&self, offset: u64) -> Error {
+        let object = format!("configuration space of {}", self.device.name());
+        Error::new(ErrorKind::Gone, "read", object)
+            .because(format!("it reads all ones at {offset:#x}: the device does not answer"))
+            .remedy("see whether it was unplugged, or its slot or link is off; then drop and open it again")
     }
 
     fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
