@@ -25,7 +25,7 @@ const VFIO: &str = "vfio-pci";
 const SERIAL: &str = "serial";
 
 /// Each is alone in its IOMMU group, except for crowded and neighbour, and for the twins.
-pub const DEVICES: [Device; 16] = [
+pub const DEVICES: [Device; 17] = [
     Device {
         name: "nvme",
         address: "0000:00:03.0",
@@ -110,6 +110,13 @@ pub const DEVICES: [Device; 16] = [
         driver: VFIO,
         about: "NVMe controller of two namespaces that keep what is written: blocks of 512, of 4096 bytes",
         qemu: "nvme,serial=lab-disk",
+    },
+    Device {
+        name: "xhci",
+        address: "0000:00:11.0",
+        driver: VFIO,
+        about: "USB host controller with 16 vectors of MSI, and no MSI-X",
+        qemu: "nec-usb-xhci,msix=off",
     },
     Device {
         name: "hot",
@@ -210,6 +217,9 @@ pub enum Variant {
     /// the others translates for VFIO's only, and those of the kernel's own
     /// drivers pass (iommu=pt).
     Translating,
+    /// With an IOMMU that does not remap interrupts: a device has one vector of
+    /// MSI, however many it offers.
+    WithoutIntremap,
 }
 
 impl Variant {
@@ -224,6 +234,7 @@ impl Variant {
             Self::WithoutIommu => " without an IOMMU",
             Self::AcpiHotplug => " with hotplug by ACPI",
             Self::Translating => " with iommu=nopt",
+            Self::WithoutIntremap => " without interrupt remapping",
         }
     }
 }
@@ -258,7 +269,8 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     add("-global", &format!("ICH9-LPC.acpi-pci-hotplug-with-bridge-support={by_acpi}"));
     if variant.has_iommu() {
         // Before the devices: QEMU wants it so.
-        add("-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on");
+        let intremap = if variant == Variant::WithoutIntremap { "off" } else { "on" };
+        add("-device", &format!("intel-iommu,intremap={intremap},caching-mode=on,device-iotlb=on"));
     }
     for (option, value) in BACKENDS {
         add(option, value);
@@ -291,7 +303,9 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
 pub fn kernel_command_line(variant: Variant) -> String {
     let iommu = match variant {
         Variant::WithoutIommu => "",
-        Variant::Usual | Variant::AcpiHotplug => "intel_iommu=on iommu=pt ",
+        Variant::Usual | Variant::AcpiHotplug | Variant::WithoutIntremap => {
+            "intel_iommu=on iommu=pt "
+        }
         Variant::Translating => "intel_iommu=on iommu=nopt ",
     };
     format!(

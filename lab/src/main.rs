@@ -74,7 +74,9 @@ enum Task {
     /// Those with `without_iommu` in their names run in one more boot of the
     /// newest kernel, on a machine without an IOMMU; those with `acpi_hotplug`
     /// in one more boot of each, on a machine where ACPI plugs and unplugs, and
-    /// not the slot's own controller; what the patches of the
+    /// not the slot's own controller; those with `without_intremap` in one more
+    /// boot of the last but the patched one, on a machine whose IOMMU does not
+    /// remap interrupts; what the patches of the
     /// patched kernel promise is tested in one more boot of that. Fails if a
     /// test fails, or if a kernel complains in its log while the tests run.
     /// What `vfio-user` does is done, too, and in the newest kernel the examples

@@ -26,6 +26,9 @@ const NOIOMMU_MODE: &str = "noiommu_mode::";
 /// In the name of each test that wants hotplug by ACPI.
 const ACPI_HOTPLUG: &str = "acpi_hotplug";
 
+/// In the name of each test that wants an IOMMU that does not remap interrupts.
+const WITHOUT_INTREMAP: &str = "without_intremap";
+
 /// Where `tests/hazards` says what the lab's kernel patches promise.
 const SERIES: &str = "series::";
 
@@ -59,8 +62,9 @@ pub fn needs(
 }
 
 /// Boots each kernel with the guest tests, and once more with hotplug by ACPI;
-/// `newest` and `patched` once more without an IOMMU, and `patched` once more
-/// with the tests of its patches. `newest` runs the examples, too, unless libtest is
+/// `newest` and `patched` once more without an IOMMU, `patched` once more with
+/// the tests of its patches, and the last but `patched` once more without
+/// interrupt remapping. `newest` runs the examples, too, unless libtest is
 /// told something. Whether all that the mirror still has passed.
 pub fn guest(
     lab: &Lab,
@@ -71,9 +75,14 @@ pub fn guest(
     let program = payload::guest_tests()?;
     // All before the first boot: what is missing for one is then known early.
     let images = kernels.iter().map(|kernel| kernel.image(store)).collect::<Result<Vec<_>>>()?;
-    let special = |name: &str| name.contains(WITHOUT_IOMMU) || name.contains(ACPI_HOTPLUG);
+    let special = |name: &str| {
+        [WITHOUT_IOMMU, ACPI_HOTPLUG, WITHOUT_INTREMAP].iter().any(|wish| name.contains(wish))
+    };
     let usual = only(&program, libtest, |name| !special(name))?;
     let acpi_hotplug = only(&program, libtest, |name| name.contains(ACPI_HOTPLUG))?;
+    let without_intremap = only(&program, libtest, |name| name.contains(WITHOUT_INTREMAP))?;
+    // One kernel is enough for what they all answer alike.
+    let last = kernels.iter().map(|kernel| kernel.name).rfind(|&name| name != PATCHED);
     let examples = if libtest.is_empty() && kernels.iter().any(|kernel| kernel.name == NEWEST) {
         examples()?
     } else {
@@ -112,6 +121,12 @@ pub fn guest(
         if let Some(arguments) = &acpi_hotplug {
             let label = format!("{}-acpi-hotplug", kernel.name);
             boot(Variant::AcpiHotplug, &program, arguments, &label)?;
+        }
+        if let Some(arguments) = &without_intremap
+            && last == Some(kernel.name)
+        {
+            let label = format!("{}-without-intremap", kernel.name);
+            boot(Variant::WithoutIntremap, &program, arguments, &label)?;
         }
         if [NEWEST, PATCHED].contains(&kernel.name) {
             let some = only(&program, libtest, |name| {

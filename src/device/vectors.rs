@@ -78,8 +78,9 @@ impl Device {
     /// Sets up the first `count` vectors.
     ///
     /// # Errors
-    /// `OutOfRange` where the device has fewer, or none of that kind; what the kernel answers where
-    /// another kind is in use.
+    /// `OutOfRange` where the device has fewer, or none of that kind, or the machine has fewer to give
+    /// (MSI without interrupt remapping: one), and says how many; what the kernel answers where another kind
+    /// is in use.
     pub fn vectors(&self, kind: Interrupt, count: usize) -> Result<Vectors> {
         let info = self.interrupt(kind)?;
         check(kind, &info, count, self.name())?;
@@ -187,8 +188,8 @@ impl Vectors {
     /// Adds vectors up to `count`.
     ///
     /// # Errors
-    /// `OutOfRange` where the device has fewer, or there are as many already. Where vectors had to be
-    /// set up anew and that failed, the old ones are set up again.
+    /// `OutOfRange` where the device or the machine has fewer, or there are as many already. Where vectors
+    /// had to be set up anew and that failed, the old ones are set up again.
     pub fn grow(&mut self, count: usize) -> Result<Growth> {
         check(self.kind, &self.info, count, &self.device.info.name)?;
         let before = self.count();

@@ -58,13 +58,16 @@ pub(crate) fn info(device: BorrowedFd<'_>, index: u32) -> Result<vfio_irq_info> 
 
 /// `VFIO_DEVICE_SET_IRQS` with eventfds, −1 for none: what signals a vector (`Trigger`), or is
 /// signalled to mask or unmask it.
+///
+/// 0 where that is done. Any other answer is how many vectors of the index the machine has to give: fewer
+/// than were asked for, and none is connected (vfio-pci, for MSI and MSI-X).
 pub(crate) fn set_eventfds(
     device: BorrowedFd<'_>,
     index: u32,
     start: u32,
     action: Action,
     fds: &[Option<BorrowedFd<'_>>],
-) -> Result<()> {
+) -> Result<u32> {
     let fds: Vec<u32> =
         fds.iter().map(|fd| fd.map_or(-1, |fd| fd.as_raw_fd()).cast_unsigned()).collect();
     set(device, index, start, fds.len() as u32, VFIO_IRQ_SET_DATA_EVENTFD | action.flag(), &fds)
@@ -79,7 +82,7 @@ pub(crate) fn set_now(
     action: Action,
 ) -> Result<()> {
     let count = vectors.end.saturating_sub(vectors.start);
-    set(device, index, vectors.start, count, VFIO_IRQ_SET_DATA_NONE | action.flag(), &[])
+    set(device, index, vectors.start, count, VFIO_IRQ_SET_DATA_NONE | action.flag(), &[]).map(drop)
 }
 
 fn set(
@@ -89,10 +92,11 @@ fn set(
     count: u32,
     flags: u32,
     data: &[u32],
-) -> Result<()> {
+) -> Result<u32> {
     let size = (size_of::<vfio_irq_set>() + size_of_val(data)) as u32;
     let mut words = vec![size, flags, index, start, count];
     words.extend_from_slice(data);
     // SAFETY: a vfio_irq_set of five words, and the data behind it, as long as its argsz says.
-    unsafe { raw::set(device.as_raw_fd(), words.as_ptr().cast()) }.map(drop)
+    let answer = unsafe { raw::set(device.as_raw_fd(), words.as_ptr().cast()) }?;
+    Ok(answer.cast_unsigned())
 }

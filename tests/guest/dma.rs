@@ -19,26 +19,6 @@ fn a_guests_memory_is_mapped_whole_at_its_own_addresses_or_not_at_all() {
     leftovers::none_of(|| guest_memory::is_reached_whole_or_not_at_all(lab::open("edu")));
 }
 
-/// A number in `/proc` or `/sys`, set to a value while this lives.
-struct Setting {
-    path: &'static str,
-    before: String,
-}
-
-impl Setting {
-    fn set(path: &'static str, value: u32) -> Self {
-        let before = std::fs::read_to_string(path).unwrap();
-        std::fs::write(path, value.to_string()).unwrap();
-        Self { path, before }
-    }
-}
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        std::fs::write(self.path, self.before.trim()).unwrap();
-    }
-}
-
 #[test]
 fn the_limit_on_locked_memory_is_named_with_the_need_and_the_command_that_raises_it() {
     // By its group, and by its own file where there is one, the device is given to nobody.
@@ -112,7 +92,7 @@ fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
     const LIMIT: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
     const MOST: u32 = 100;
     leftovers::none_of(|| {
-        let _limit = Setting::set(LIMIT, MOST);
+        let _limit = lab::Setting::set(LIMIT, MOST);
         let device = Device::new(Arc::new(Vfio::open_by_group(lab::address("edu")).unwrap()));
         let space = device.dma().unwrap();
         assert_eq!(space.limits().mappings, Some(MOST));
@@ -166,7 +146,7 @@ fn huge_pages_are_had_where_there_are_any_and_otherwise_the_buffer_says_why_not(
     let request =
         BufferRequest::new(HUGE + 1).placement(IovaPlacement::below_bits(28)).huge_pages();
     let made = |pages: u32| -> DmaBuffer {
-        let _pool = Setting::set(POOL, pages);
+        let _pool = lab::Setting::set(POOL, pages);
         space.buffer_with(request).unwrap()
     };
     let ordinary = made(0);

@@ -95,6 +95,26 @@ pub fn open(name: &str) -> Device {
     device
 }
 
+/// A number in `/proc` or `/sys`, set to a value while this lives.
+pub struct Setting {
+    path: &'static str,
+    before: String,
+}
+
+impl Setting {
+    pub fn set(path: &'static str, value: u32) -> Self {
+        let before = std::fs::read_to_string(path).unwrap();
+        std::fs::write(path, value.to_string()).unwrap();
+        Self { path, before }
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        std::fs::write(self.path, self.before.trim()).unwrap();
+    }
+}
+
 /// Waits until a device that was unplugged is gone.
 pub fn until_gone(name: &str) {
     until(name, false);

@@ -18,6 +18,7 @@ mod lab;
 mod leftovers;
 mod low_power;
 mod machine;
+mod msi;
 mod noiommu_mode;
 mod nvme;
 #[path = "../../examples/nvme/driver/mod.rs"]

@@ -49,14 +49,28 @@ pub(super) fn set(
     fds: &[Option<BorrowedFd<'_>>],
     name: &str,
 ) -> Result<()> {
+    let vectors = start..start.saturating_add(fds.len() as u32);
     let done = if fds.is_empty() {
-        vfio_irq::set_now(device, index, 0..0, Action::Trigger)
+        vfio_irq::set_now(device, index, 0..0, Action::Trigger).map(|()| 0)
     } else {
         vfio_irq::set_eventfds(device, index, start, Action::Trigger, fds)
     };
-    done.map_err(|errno| {
-        failed(errno, "connect", index, start..start.saturating_add(fds.len() as u32), name)
-    })
+    done.map_err(|errno| failed(errno, "connect", index, vectors.clone(), name))
+        .and_then(|available| given(available, index, vectors, name))
+}
+
+/// Whether all vectors are connected; `available` is what the kernel answers: 0, or how many there are.
+fn given(available: u32, index: u32, vectors: Range<u32>, name: &str) -> Result<()> {
+    if available == 0 {
+        return Ok(());
+    }
+    let object = format!("vectors {}..{} of {}", vectors.start, vectors.end, object(index, name));
+    Err(Error::new(ErrorKind::OutOfRange, "connect", object)
+        .because(format!("the machine has {available} of these {} vectors to give", vectors.end))
+        .remedy(format!(
+            "ask for {available}; for more MSI than one, switch on interrupt remapping (intremap, in \
+             the firmware: VT-d or AMD-Vi)"
+        )))
 }
 
 pub(super) fn act(
@@ -87,7 +101,8 @@ pub(super) fn unmask_by(
     fd: Option<BorrowedFd<'_>>,
     name: &str,
 ) -> Result<()> {
-    vfio_irq::set_eventfds(device, index, vector, Action::Unmask, &[fd]).map_err(|errno| {
+    let done = vfio_irq::set_eventfds(device, index, vector, Action::Unmask, &[fd]);
+    done.map(drop).map_err(|errno| {
         failed(errno, "unmask by an eventfd", index, vector..vector.saturating_add(1), name)
     })
 }
@@ -110,5 +125,21 @@ fn failed(
             .into_kind(ErrorKind::Refused)
             .because("the machine has no more interrupt vectors to give"),
         _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_count_for_an_answer_is_an_error_that_names_it() {
+        given(0, irq_index::MSI, 0..4, "0000:00:03.0").unwrap();
+        // All vectors up to the last are meant, also where only some are added.
+        let error = given(3, irq_index::MSIX, 2..16, "0000:00:03.0").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange);
+        let words = "vectors 2..16 of MSI-X of 0000:00:03.0: the machine has 3 of these 16 vectors";
+        assert!(error.to_string().contains(words), "{error}");
+        assert!(error.advice().starts_with("ask for 3"), "{error}");
     }
 }
