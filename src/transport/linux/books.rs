@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::locked::{Counter, Exceeded, Locked};
+use crate::error::Result;
 use crate::space::DmaMemory;
 
 /// The mappings that were made through one file. Each is counted before the kernel is told of it, and until
@@ -12,8 +13,6 @@ use crate::space::DmaMemory;
 pub(super) struct Books {
     mappings: AtomicUsize,
     locked: Locked,
-    /// How many entries `kept` has: looked at without its lock.
-    entries: AtomicUsize,
     /// Memory that the kernel does not keep from being reused, by IOVA: windows of other devices, and what
     /// belongs to others.
     kept: Mutex<BTreeMap<u64, DmaMemory>>,
@@ -21,8 +20,8 @@ pub(super) struct Books {
 
 impl Books {
     pub(super) fn new(counter: &'static Counter) -> Self {
-        let (mappings, entries) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Self { mappings, locked: Locked::nothing(counter), entries, kept: Mutex::default() }
+        let mappings = AtomicUsize::new(0);
+        Self { mappings, locked: Locked::nothing(counter), kept: Mutex::default() }
     }
 
     pub(super) fn mappings(&self) -> usize {
@@ -31,7 +30,7 @@ impl Books {
 
     /// Counts a mapping more, allowed or not.
     #[inline]
-    pub(super) fn enter(&self, memory: &DmaMemory) -> Result<(), Exceeded> {
+    pub(super) fn enter(&self, memory: &DmaMemory) -> std::result::Result<(), Exceeded> {
         self.mappings.fetch_add(1, Ordering::Relaxed);
         self.locked.add(memory.lockable())
     }
@@ -54,26 +53,39 @@ impl Books {
         exceeded
     }
 
-    /// Keeps memory that is mapped.
-    #[cold]
-    pub(super) fn keep(&self, iova: u64, memory: DmaMemory) {
-        let mut kept = self.kept();
-        kept.insert(iova, memory);
-        self.entries.store(kept.len(), Ordering::Release);
-    }
-
-    /// What is kept for the mapping at `iova`, kept no longer.
+    /// Maps `memory` at `iova` by `tell_kernel`, and keeps it where the kernel does not.
+    ///
+    /// The kernel is told, and the memory kept, under one lock, as in [`unmap`](Self::unmap): what the
+    /// kernel has mapped is what is kept, whatever other threads do at the same address.
     #[inline]
-    pub(super) fn let_go(&self, iova: u64) -> Option<DmaMemory> {
-        if self.entries.load(Ordering::Acquire) == 0 { None } else { self.remove(iova) }
+    pub(super) fn map(
+        &self,
+        iova: u64,
+        memory: &DmaMemory,
+        tell_kernel: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if memory.is_kept_by_kernel() {
+            return tell_kernel();
+        }
+        let mut kept = self.kept();
+        tell_kernel()?;
+        // What was kept here, if anything, the kernel has unmapped with something larger.
+        let before = kept.insert(iova, memory.clone());
+        drop(kept);
+        drop(before);
+        Ok(())
     }
 
-    #[cold]
-    fn remove(&self, iova: u64) -> Option<DmaMemory> {
+    /// Unmaps what is mapped at `iova` by `tell_kernel`: what was kept for it, kept no longer.
+    #[inline]
+    pub(super) fn unmap(
+        &self,
+        iova: u64,
+        tell_kernel: impl FnOnce() -> Result<()>,
+    ) -> Result<Option<DmaMemory>> {
         let mut kept = self.kept();
-        let memory = kept.remove(&iova);
-        self.entries.store(kept.len(), Ordering::Release);
-        memory
+        tell_kernel()?;
+        Ok(kept.remove(&iova))
     }
 
     /// All that is kept, kept no longer.
@@ -88,11 +100,63 @@ impl Books {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::sync::{Arc, mpsc};
+    use std::time::Duration;
 
     use super::*;
     use crate::transport::MemoryDevice;
-    use crate::{Device, Placement};
+    use crate::{Device, Error, ErrorKind, Placement};
+
+    fn memory() -> DmaMemory {
+        let device = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
+        device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap().dma_memory()
+    }
+
+    /// The first thread has had the kernel map A, and is not back yet; the second unmaps that and maps B.
+    #[test]
+    fn what_is_mapped_is_kept_whatever_two_threads_do() {
+        static COUNTER: Counter = Counter::new(false);
+        let (books, mapped) = (Books::new(&COUNTER), Mutex::new(None));
+        let (a, b) = (memory(), memory());
+        let kernel_maps = &|memory: &DmaMemory| {
+            *mapped.lock().unwrap() = Some(memory.address());
+            Ok(())
+        };
+        let (mapped_a, wait_for_a) = mpsc::channel();
+        let (mapped_b, wait_for_b) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let (books, mapped, b) = (&books, &mapped, &b);
+            scope.spawn(move || {
+                wait_for_a.recv().unwrap();
+                books.unmap(0x1000, || Ok(*mapped.lock().unwrap() = None)).unwrap();
+                books.map(0x1000, b, || kernel_maps(b)).unwrap();
+                // Nobody waits any more, where all is well.
+                let _ = mapped_b.send(());
+            });
+            let first = || {
+                kernel_maps(&a)?;
+                mapped_a.send(()).unwrap();
+                // In vain, where all is well: the second thread waits for the first.
+                let _ = wait_for_b.recv_timeout(Duration::from_millis(200));
+                Ok(())
+            };
+            books.map(0x1000, &a, first).unwrap();
+        });
+        let kept: Vec<_> = books.kept().values().map(DmaMemory::address).collect();
+        assert_eq!((kept, *mapped.lock().unwrap()), (vec![b.address()], Some(b.address())));
+    }
+
+    #[test]
+    fn the_kernel_is_told_under_the_lock_of_the_books() {
+        static COUNTER: Counter = Counter::new(false);
+        let (books, memory) = (Books::new(&COUNTER), memory());
+        let locked = || {
+            assert!(books.kept.try_lock().is_err());
+            Ok(())
+        };
+        books.map(0x1000, &memory, locked).unwrap();
+        books.unmap(0x1000, locked).unwrap();
+    }
 
     #[test]
     fn memory_of_others_is_kept_until_it_is_unmapped_and_nothing_is_counted_below_none() {
@@ -103,21 +167,27 @@ mod tests {
 
         let memory = window.dma_memory();
         assert!(books.enter(&memory).is_ok() && !memory.is_kept_by_kernel());
-        books.keep(0x1000, memory);
+        books.map(0x1000, &memory, || Ok(())).unwrap();
+        drop(memory);
         assert_eq!((books.mappings(), COUNTER.mapped()), (1, 4096));
         let device = device.close().expect_err("a window is there").into_device();
         drop(window);
         let device = device.close().expect_err("the memory is the window's").into_device();
 
-        assert!(books.let_go(0x2000).is_none());
-        let memory = books.let_go(0x1000).expect("it is kept");
+        assert!(books.unmap(0x2000, || Ok(())).unwrap().is_none());
+        let refused = || Err(Error::new(ErrorKind::Os, "unmap from DMA", "it"));
+        books.unmap(0x1000, refused).unwrap_err();
+        let memory =
+            books.unmap(0x1000, || Ok(())).unwrap().expect("it is kept, since it is mapped");
         books.strike(memory.lockable());
         // What another file has mapped.
         books.strike(4096);
         assert_eq!((books.mappings(), COUNTER.mapped()), (0, 0));
 
+        books.map(0x2000, &memory, refused).unwrap_err();
         assert!(books.enter(&memory).is_ok());
-        books.keep(0x1000, memory);
+        books.map(0x1000, &memory, || Ok(())).unwrap();
+        drop(memory);
         assert_eq!(books.let_all_go().len(), 1);
         drop(books);
         assert_eq!(COUNTER.mapped(), 0, "what was not unmapped goes with the file");

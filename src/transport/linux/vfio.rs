@@ -403,16 +403,12 @@ impl Transport for Vfio {
             return Err(dma::too_many(mapped, memory.size(), iova));
         }
         let done = match self.books.enter(memory) {
-            Ok(()) => self.space.map(iova, memory, access, &self.info.name),
+            Ok(()) => self
+                .books
+                .map(iova, memory, || self.space.map(iova, memory, access, &self.info.name)),
             Err(exceeded) => Err(exceeded.error(dma::object(iova, memory.size() as u64))),
         };
-        if let Err(error) = done {
-            return Err(self.not_mapped(error, iova, memory));
-        }
-        if !memory.is_kept_by_kernel() {
-            self.books.keep(iova, memory.clone());
-        }
-        Ok(())
+        done.map_err(|error| self.not_mapped(error, iova, memory))
     }
 
     fn dma_address(&self, iova: u64, size: u64) -> Result<u64> {
@@ -420,14 +416,7 @@ impl Transport for Vfio {
     }
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
-        // Before: once it is unmapped, another may be mapped there.
-        let kept = self.books.let_go(iova);
-        if let Err(error) = self.space.unmap(iova, size, &self.info.name) {
-            if let Some(memory) = kept {
-                self.books.keep(iova, memory);
-            }
-            return Err(error);
-        }
+        let kept = self.books.unmap(iova, || self.space.unmap(iova, size, &self.info.name))?;
         self.books.strike(kept.as_ref().map_or(size, DmaMemory::lockable));
         Ok(())
     }
