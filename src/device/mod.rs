@@ -7,11 +7,13 @@ mod dma_array;
 mod dma_buffer;
 #[cfg(feature = "vm-memory")]
 mod dma_guest;
+mod events;
 mod iova;
 mod layout;
 mod power;
 mod register;
 mod register_access;
+mod signals;
 mod vectors;
 mod window;
 
@@ -33,11 +35,12 @@ pub use dma_array::DmaArray;
 pub use dma_buffer::{BufferRequest, DmaBuffer};
 #[cfg(feature = "vm-memory")]
 pub use dma_guest::GuestMapping;
+pub use events::{Event, Events};
 pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
 pub use power::LowPower;
 pub use register::{IoRegister, Mode, ReadOnly, ReadWrite, Register, Registers, Width};
-pub use vectors::{Event, Events, Growth, Interrupt, Vectors};
+pub use vectors::{Growth, Interrupt, Vector, Vectors};
 pub use window::{StillMapped, Window};
 
 /// A device, opened.

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::vectors::{eventfd, wait};
+use super::signals::{eventfd, wait};
 use super::{Device, Inner, Note};
 use crate::error::Result;
 use crate::sys::fork;

@@ -2,18 +2,14 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::write;
-
+use super::signals::{eventfd, signal, take, wait};
 use super::{Device, Inner, Note};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::{self, fork};
+use crate::sys::fork;
 use crate::transport::{IrqInfo, irq_index};
 
 /// A kind of interrupt of a PCI device. A device uses one of them at a time.
@@ -57,13 +53,79 @@ pub struct Vectors {
     device: Arc<Inner>,
     kind: Interrupt,
     info: IrqInfo,
-    /// `None` is a hole: a vector that is not set up.
-    eventfds: Vec<Option<OwnedFd>>,
+    slots: Vec<Slot>,
     /// What unmasks an INTx, beside [`set_masked`](Self::set_masked).
     resample: Option<OwnedFd>,
     slot: usize,
     /// The process that set them up: see [`fork::generation`].
     generation: u32,
+}
+
+/// A vector's eventfd, which stays the same as long as there is the vector.
+struct Slot {
+    eventfd: Arc<OwnedFd>,
+    /// Not set up, otherwise: a hole.
+    enabled: bool,
+}
+
+impl Slot {
+    fn new() -> Result<Self> {
+        Ok(Self { eventfd: Arc::new(eventfd()?), enabled: true })
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.enabled.then(|| self.eventfd.as_fd())
+    }
+}
+
+/// One vector, to be waited for wherever it suits: in a thread of its own, or by an event loop, for which
+/// its descriptor is readable once the vector has fired (`man 2 eventfd`).
+///
+/// It keeps neither the device nor its [`Vectors`], which may grow meanwhile. Once those are dropped, it
+/// does not fire any more. Clones are the same vector: what one of them takes, the others do not.
+///
+/// With tokio it is what `AsyncFd` takes; the example `async_interrupts` shows it.
+#[derive(Clone)]
+pub struct Vector {
+    eventfd: Arc<OwnedFd>,
+    name: Arc<str>,
+}
+
+impl Vector {
+    /// Waits until it has fired: how often since it was last asked, 0 when the time is over.
+    ///
+    /// # Errors
+    /// `Os` where the kernel refuses to read the eventfd.
+    pub fn wait(&self, timeout: Duration) -> Result<u64> {
+        wait(&*self.eventfd, timeout, || self.name.to_string())
+    }
+
+    /// How often it has fired since it was last asked, without waiting. Its descriptor is not readable
+    /// from then on, until it fires again.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn take(&self) -> Result<u64> {
+        take(&*self.eventfd, || self.name.to_string())
+    }
+}
+
+impl AsFd for Vector {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.eventfd.as_fd()
+    }
+}
+
+impl AsRawFd for Vector {
+    fn as_raw_fd(&self) -> RawFd {
+        self.eventfd.as_raw_fd()
+    }
+}
+
+impl fmt::Debug for Vector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
 }
 
 impl Device {
@@ -84,9 +146,9 @@ impl Device {
     pub fn vectors(&self, kind: Interrupt, count: usize) -> Result<Vectors> {
         let info = self.interrupt(kind)?;
         check(kind, &info, count, self.name())?;
-        let eventfds = (0..count).map(|_| eventfd().map(Some)).collect::<Result<Vec<_>>>()?;
+        let slots = (0..count).map(|_| Slot::new()).collect::<Result<Vec<_>>>()?;
         let slot = self.inner.only(Note::Vectors { kind, count })?;
-        if let Err(error) = self.transport().set_irqs(kind.index(), 0, &borrowed(&eventfds)) {
+        if let Err(error) = self.transport().set_irqs(kind.index(), 0, &borrowed(&slots)) {
             // A transport that does it in parts may have connected some.
             let _ = self.transport().set_irqs(kind.index(), 0, &[]);
             self.inner.notes().try_remove(slot);
@@ -94,7 +156,7 @@ impl Device {
         }
         let generation = fork::generation();
         let device = self.inner.clone();
-        Ok(Vectors { device, kind, info, eventfds, resample: None, slot, generation })
+        Ok(Vectors { device, kind, info, slots, resample: None, slot, generation })
     }
 }
 
@@ -141,18 +203,14 @@ fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()
     }
 }
 
-pub(super) fn eventfd() -> Result<OwnedFd> {
-    sys::eventfd::new().map_err(|errno| Error::os(errno, "make", "an eventfd"))
-}
-
-fn borrowed(eventfds: &[Option<OwnedFd>]) -> Vec<Option<BorrowedFd<'_>>> {
-    eventfds.iter().map(|eventfd| eventfd.as_ref().map(AsFd::as_fd)).collect()
+fn borrowed(slots: &[Slot]) -> Vec<Option<BorrowedFd<'_>>> {
+    slots.iter().map(Slot::fd).collect()
 }
 
 impl Vectors {
     /// How many there are, holes included.
     pub fn count(&self) -> usize {
-        self.eventfds.len()
+        self.slots.len()
     }
 
     /// Which kind they are.
@@ -160,10 +218,20 @@ impl Vectors {
         self.kind
     }
 
-    /// The eventfd of a vector, to be watched by poll, epoll, mio or tokio: readable once it has fired.
-    /// `None` for a hole, and past the last.
+    /// The eventfd of a vector, to be watched by poll or epoll: readable once it has fired. `None` for a
+    /// hole, and past the last.
     pub fn fd(&self, vector: usize) -> Option<BorrowedFd<'_>> {
-        Some(self.eventfds.get(vector)?.as_ref()?.as_fd())
+        self.slots.get(vector)?.fd()
+    }
+
+    /// A vector to be waited for elsewhere.
+    ///
+    /// # Errors
+    /// `OutOfRange` past the last. That of a hole fires once the vector has been put back in.
+    pub fn vector(&self, vector: usize) -> Result<Vector> {
+        self.one(vector, "hand out")?;
+        let eventfd = self.slots[vector].eventfd.clone();
+        Ok(Vector { eventfd, name: self.name(vector).into() })
     }
 
     /// Waits until a vector has fired: how often since it was last asked, 0 when the time is over.
@@ -197,16 +265,15 @@ impl Vectors {
             return Err(Error::new(ErrorKind::OutOfRange, "add", self.name(count))
                 .because(format!("there are {before} vectors")));
         }
-        let added = (before..count).map(|_| eventfd().map(Some)).collect::<Result<Vec<_>>>()?;
+        let added = (before..count).map(|_| Slot::new()).collect::<Result<Vec<_>>>()?;
         let transport = &self.device.transport;
         let index = self.kind.index();
         let growth = if self.info.noresize {
-            let all: Vec<_> =
-                borrowed(&self.eventfds).into_iter().chain(borrowed(&added)).collect();
+            let all: Vec<_> = borrowed(&self.slots).into_iter().chain(borrowed(&added)).collect();
             transport.set_irqs(index, 0, &[])?;
             let result = transport.set_irqs(index, 0, &all);
             if let Err(error) = result {
-                let restored = transport.set_irqs(index, 0, &borrowed(&self.eventfds));
+                let restored = transport.set_irqs(index, 0, &borrowed(&self.slots));
                 // Whoever waits looks for work, whether or not more will be told.
                 self.signal_all();
                 return Err(match restored {
@@ -221,7 +288,7 @@ impl Vectors {
             transport.set_irqs(index, before as u32, &borrowed(&added))?;
             Growth::InPlace
         };
-        self.eventfds.extend(added);
+        self.slots.extend(added);
         if growth == Growth::Rearmed {
             self.signal_all();
         }
@@ -231,20 +298,22 @@ impl Vectors {
         Ok(growth)
     }
 
-    /// Takes a vector out, which leaves a hole, or puts it back in, with an eventfd of its own anew.
+    /// Takes a vector out, which leaves a hole, or puts it back in. What it has fired before is forgotten.
     ///
     /// # Errors
     /// `OutOfRange` past the last; what the kernel answers.
     pub fn set_enabled(&mut self, vector: usize, enabled: bool) -> Result<()> {
         self.one(vector, "set up")?;
-        let slot = &mut self.eventfds[vector];
-        if slot.is_some() == enabled {
+        let slot = &self.slots[vector];
+        if slot.enabled == enabled {
             return Ok(());
         }
-        let wanted = if enabled { Some(eventfd()?) } else { None };
-        let fd = wanted.as_ref().map(AsFd::as_fd);
+        if enabled {
+            take(&*slot.eventfd, || self.name(vector))?;
+        }
+        let fd = enabled.then(|| slot.eventfd.as_fd());
         self.device.transport.set_irqs(self.kind.index(), vector as u32, &[fd])?;
-        *slot = wanted;
+        self.slots[vector].enabled = enabled;
         Ok(())
     }
 
@@ -307,7 +376,8 @@ impl Vectors {
 
     fn eventfd(&self, vector: usize) -> Result<&OwnedFd> {
         self.one(vector, "wait for")?;
-        self.eventfds[vector].as_ref().ok_or_else(|| {
+        let slot = &self.slots[vector];
+        slot.enabled.then_some(&*slot.eventfd).ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "wait for", self.name(vector))
                 .because("it is a hole")
                 .remedy("put it back in: Vectors::set_enabled")
@@ -315,7 +385,7 @@ impl Vectors {
     }
 
     fn signal_all(&self) {
-        self.eventfds.iter().flatten().for_each(signal);
+        self.slots.iter().filter(|slot| slot.enabled).for_each(|slot| signal(&slot.eventfd));
     }
 
     fn name(&self, vector: usize) -> String {
@@ -338,179 +408,5 @@ impl Drop for Vectors {
 impl fmt::Debug for Vectors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} vectors of {:?} of {}", self.count(), self.kind, self.device.info.name)
-    }
-}
-
-/// The counter of an eventfd, once it is not zero or the time is over.
-pub(super) fn wait(eventfd: &OwnedFd, timeout: Duration, name: impl Fn() -> String) -> Result<u64> {
-    let end = Instant::now().checked_add(timeout);
-    loop {
-        let count = take(eventfd, &name)?;
-        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        if count > 0 || left == Some(Duration::ZERO) {
-            return Ok(count);
-        }
-        // Rounded up, so that the last millisecond is not spent in a loop.
-        let left = left.unwrap_or(Duration::MAX).saturating_add(Duration::from_micros(999));
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(eventfd.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(Error::os(errno, "wait for", name())),
-        }
-    }
-}
-
-/// Adds to the counter of an eventfd, without waiting.
-fn signal(eventfd: &OwnedFd) {
-    let Err(errno) = sys::eventfd::signal(eventfd) else { return };
-    // Whoever else has the eventfd can make a write wait: by a thread, then, that holds nothing but it.
-    log::debug!("an eventfd is signalled by a thread: {errno}");
-    let Ok(eventfd) = eventfd.try_clone() else { return };
-    let thread = thread::Builder::new().name("vfio-remap signal".to_owned());
-    let thread = thread.spawn(move || {
-        // A full counter is one that is told already; from zero the write does not wait.
-        let _ = sys::eventfd::take(&eventfd);
-        let _ = write(&eventfd, &1u64.to_ne_bytes());
-    });
-    if let Err(error) = thread {
-        log::warn!("vectors that were set up again are not signalled: {error}");
-    }
-}
-
-fn take(eventfd: &OwnedFd, name: impl Fn() -> String) -> Result<u64> {
-    sys::eventfd::take(eventfd).map_err(|errno| Error::os(errno, "wait for", name()))
-}
-
-/// Something that the kernel says of the device as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Event {
-    /// The device has reported an uncorrectable error (PCIe AER). What it does from here on is not to
-    /// be trusted; reset it. It reports where that is switched on:
-    /// [`Config::set_error_reporting`](super::Config::set_error_reporting).
-    Error,
-    /// Somebody wants the device back: it is being unbound or removed. Let go of it: drop windows,
-    /// buffers and vectors, and [`Device::close`] it. The kernel repeats this every ten seconds.
-    Release,
-}
-
-/// The events of a device. Watch the descriptors, or ask.
-///
-/// A driver that does not ask for them keeps its device until it exits, and so long holds up whoever
-/// unbinds it.
-pub struct Events {
-    device: Arc<Inner>,
-    error: Option<OwnedFd>,
-    release: Option<OwnedFd>,
-    slot: usize,
-    generation: u32,
-}
-
-impl Device {
-    /// Asks to be told of errors and of requests to release the device, as far as it offers them.
-    ///
-    /// # Errors
-    /// `Unsupported` where it offers neither.
-    pub fn events(&self) -> Result<Events> {
-        let connect = |index| -> Result<Option<OwnedFd>> {
-            let info = self.transport().irq(index)?;
-            if info.count == 0 || !info.eventfd {
-                return Ok(None);
-            }
-            let eventfd = eventfd()?;
-            self.transport().set_irqs(index, 0, &[Some(eventfd.as_fd())])?;
-            Ok(Some(eventfd))
-        };
-        let slot = self.inner.only(Note::Events)?;
-        let generation = fork::generation();
-        // From here on, an error drops what was connected so far.
-        let device = self.inner.clone();
-        let mut events = Events { device, error: None, release: None, slot, generation };
-        events.error = connect(irq_index::ERR)?;
-        events.release = connect(irq_index::REQ)?;
-        if events.error.is_none() && events.release.is_none() {
-            return Err(Error::new(ErrorKind::Unsupported, "watch", self.name())
-                .because("it tells neither of errors nor of requests to release it")
-                .remedy("do without: its registers tell of errors, and nobody asks for it"));
-        }
-        Ok(events)
-    }
-}
-
-impl Events {
-    /// Readable when [`Event::Error`] has come; `None` where the device does not tell.
-    pub fn error_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.error.as_ref().map(AsFd::as_fd)
-    }
-
-    /// Readable when [`Event::Release`] has come; `None` where the device does not tell.
-    pub fn release_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.release.as_ref().map(AsFd::as_fd)
-    }
-
-    /// What has come since it was last asked, errors first; does not wait.
-    ///
-    /// # Errors
-    /// `Os` where the descriptor cannot be read.
-    pub fn poll(&self) -> Result<Option<Event>> {
-        let name = || format!("events of {}", self.device.info.name);
-        for (eventfd, event) in [(&self.error, Event::Error), (&self.release, Event::Release)] {
-            if let Some(eventfd) = eventfd
-                && take(eventfd, name)? > 0
-            {
-                return Ok(Some(event));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Waits for an event; `None` when the time is over.
-    ///
-    /// # Errors
-    /// As [`poll`](Self::poll).
-    pub fn wait(&self, timeout: Duration) -> Result<Option<Event>> {
-        let end = Instant::now().checked_add(timeout);
-        loop {
-            if let Some(event) = self.poll()? {
-                return Ok(Some(event));
-            }
-            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-            if left == Some(Duration::ZERO) {
-                return Ok(None);
-            }
-            let left = left.unwrap_or(Duration::MAX).saturating_add(Duration::from_micros(999));
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            let fds = [&self.error, &self.release].into_iter().flatten();
-            let mut fds: Vec<_> =
-                fds.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
-            match poll(&mut fds, timeout) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => {
-                    let object = format!("events of {}", self.device.info.name);
-                    return Err(Error::os(errno, "wait for", object));
-                }
-            }
-        }
-    }
-}
-
-impl Drop for Events {
-    fn drop(&mut self) {
-        if self.generation != fork::generation() {
-            return;
-        }
-        for (eventfd, index) in [(&self.error, irq_index::ERR), (&self.release, irq_index::REQ)] {
-            if eventfd.is_some()
-                && let Err(error) = self.device.transport.set_irqs(index, 0, &[])
-            {
-                log::warn!("an event stays connected until the device is closed: {error}");
-            }
-        }
-        self.device.notes().try_remove(self.slot);
-    }
-}
-
-impl fmt::Debug for Events {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Events({})", self.device.info.name)
     }
 }

@@ -1,0 +1,47 @@
+//! Interrupts in an asynchronous program: a vector is what tokio's `AsyncFd` takes.
+//!
+//! `cargo run --release --example async_interrupts` computes factorials on an emulated edu device, which says by
+//! interrupt when one is done.
+
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use tokio::io::unix::AsyncFd;
+use vfio_remap::device::{Interrupt, Vector};
+use vfio_remap::emulated::{Edu, Emulated};
+use vfio_remap::{Device, IoRegister, Result};
+
+/// Waits until the vector has fired, and leaves the thread to others meanwhile.
+async fn fired(vector: &AsyncFd<Vector>) -> Result<u64> {
+    loop {
+        let mut guard = vector.readable().await?;
+        match guard.get_inner().take()? {
+            // tokio was told before, and may ask again.
+            0 => guard.clear_ready(),
+            count => return Ok(count),
+        }
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
+    device.config()?.set_bus_mastering(true)?;
+    let vectors = device.vectors(Interrupt::Msi, 1)?;
+    let done = AsyncFd::register(vectors.vector(0)?)?;
+
+    let register = |offset| -> Result<IoRegister<u32>> { device.bar(0)?.trapped(offset) };
+    let (factorial, status) = (register(0x08)?, register(0x20)?);
+    let (causes, acknowledge) = (register(0x24)?, register(0x64)?);
+    // An interrupt is wanted when a factorial is computed.
+    status.write(0x80)?;
+    for n in 1..=12 {
+        factorial.write(n)?;
+        fired(&done).await?;
+        acknowledge.write(causes.read()?)?;
+        println!("{n}! = {}", factorial.read()?);
+    }
+    drop((done, vectors));
+    Ok(device.close()?)
+}

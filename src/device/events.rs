@@ -1,0 +1,148 @@
+//! What the kernel says of a device as a whole.
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+
+use super::signals::{eventfd, take, wait_until};
+use super::{Device, Inner, Note};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::fork;
+use crate::transport::irq_index;
+
+/// Something that the kernel says of the device as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The device has reported an uncorrectable error (PCIe AER). What it does from here on is not to
+    /// be trusted; reset it. It reports where that is switched on:
+    /// [`Config::set_error_reporting`](super::Config::set_error_reporting).
+    Error,
+    /// Somebody wants the device back: it is being unbound or removed. Let go of it: drop windows,
+    /// buffers and vectors, and [`Device::close`] it. The kernel repeats this every ten seconds.
+    Release,
+}
+
+/// The events of a device. Ask, or watch the descriptor: it is readable while there is an event to
+/// [`poll`](Self::poll).
+///
+/// A driver that does not ask for them keeps its device until it exits, and holds up whoever unbinds it
+/// until then.
+pub struct Events {
+    device: Arc<Inner>,
+    error: Option<OwnedFd>,
+    release: Option<OwnedFd>,
+    /// Watches both.
+    both: Epoll,
+    slot: usize,
+    generation: u32,
+}
+
+impl Device {
+    /// Asks to be told of errors and of requests to release the device, as far as it offers them.
+    ///
+    /// # Errors
+    /// `Unsupported` where it offers neither.
+    pub fn events(&self) -> Result<Events> {
+        let failed = |errno| Error::os(errno, "watch", self.name());
+        let both = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
+        let connect = |both: &Epoll, index| -> Result<Option<OwnedFd>> {
+            let info = self.transport().irq(index)?;
+            if info.count == 0 || !info.eventfd {
+                return Ok(None);
+            }
+            let eventfd = eventfd()?;
+            both.add(&eventfd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(failed)?;
+            self.transport().set_irqs(index, 0, &[Some(eventfd.as_fd())])?;
+            Ok(Some(eventfd))
+        };
+        let slot = self.inner.only(Note::Events)?;
+        let generation = fork::generation();
+        // From here on, an error drops what was connected so far.
+        let device = self.inner.clone();
+        let mut events = Events { device, error: None, release: None, both, slot, generation };
+        events.error = connect(&events.both, irq_index::ERR)?;
+        events.release = connect(&events.both, irq_index::REQ)?;
+        if events.error.is_none() && events.release.is_none() {
+            return Err(Error::new(ErrorKind::Unsupported, "watch", self.name())
+                .because("the device reports neither errors nor requests to release it")
+                .remedy("poll its status registers for errors instead"));
+        }
+        Ok(events)
+    }
+}
+
+impl Events {
+    /// Readable when [`Event::Error`] has come; `None` where the device does not tell.
+    pub fn error_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.error.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Readable when [`Event::Release`] has come; `None` where the device does not tell.
+    pub fn release_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.release.as_ref().map(AsFd::as_fd)
+    }
+
+    /// What has come since it was last asked, errors first; does not wait.
+    ///
+    /// # Errors
+    /// `Os` where the descriptor cannot be read.
+    pub fn poll(&self) -> Result<Option<Event>> {
+        for (eventfd, event) in [(&self.error, Event::Error), (&self.release, Event::Release)] {
+            if let Some(eventfd) = eventfd
+                && take(eventfd, || self.name())? > 0
+            {
+                return Ok(Some(event));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits for an event; `None` when the time is over.
+    ///
+    /// # Errors
+    /// As [`poll`](Self::poll).
+    pub fn wait(&self, timeout: Duration) -> Result<Option<Event>> {
+        wait_until(self.as_fd(), timeout, || self.poll(), || self.name())
+    }
+
+    fn name(&self) -> String {
+        format!("events of {}", self.device.info.name)
+    }
+}
+
+impl AsFd for Events {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.both.0.as_fd()
+    }
+}
+
+impl AsRawFd for Events {
+    fn as_raw_fd(&self) -> RawFd {
+        self.both.0.as_raw_fd()
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return;
+        }
+        for (eventfd, index) in [(&self.error, irq_index::ERR), (&self.release, irq_index::REQ)] {
+            if eventfd.is_some()
+                && let Err(error) = self.device.transport.set_irqs(index, 0, &[])
+            {
+                log::warn!("an event stays connected until the device is closed: {error}");
+            }
+        }
+        self.device.notes().try_remove(self.slot);
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Events({})", self.device.info.name)
+    }
+}
