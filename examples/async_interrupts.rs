@@ -13,7 +13,7 @@ use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::{Device, IoRegister, Result};
 
 /// Waits until the vector has fired, and leaves the thread to others meanwhile.
-async fn fired(vector: &AsyncFd<Vector>) -> Result<u64> {
+async fn fired(vector: &AsyncFd<Vector>) -> std::io::Result<u64> {
     loop {
         let mut guard = vector.readable().await?;
         match guard.get_inner().take()? {
@@ -25,11 +25,13 @@ async fn fired(vector: &AsyncFd<Vector>) -> Result<u64> {
 }
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<()> {
+async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
     device.config()?.set_bus_mastering(true)?;
     let vectors = device.vectors(Interrupt::Msi, 1)?;
-    let done = AsyncFd::register(vectors.vector(0)?)?;
+    // Since 1.54 tokio has this deprecated, for descriptors that change under it: a Vector's stays the same.
+    #[allow(deprecated)]
+    let done = AsyncFd::new(vectors.vector(0)?)?;
 
     let register = |offset| -> Result<IoRegister<u32>> { device.bar(0)?.trapped(offset) };
     let (factorial, status) = (register(0x08)?, register(0x20)?);
@@ -42,6 +44,6 @@ async fn main() -> Result<()> {
         acknowledge.write(causes.read()?)?;
         println!("{n}! = {}", factorial.read()?);
     }
-    drop((done, vectors));
+    drop((done, vectors, factorial, status, causes, acknowledge));
     Ok(device.close()?)
 }

@@ -107,10 +107,19 @@ pub mod space;
 mod sys;
 pub mod transport;
 
-pub use device::{Bar, Device, IoRegister, Register, Registers, Window};
+pub use device::{
+    Bar, Device, IoRegister, IoRegisterBlock, Register, RegisterBlock, Registers, Window,
+};
 pub use error::{Error, ErrorKind, Result};
 pub use space::{Placement, Report, Reservation, Strategy};
 pub use transport::{PciAddress, Transport};
+
+/// What [`register_block!`] refers to by path.
+#[doc(hidden)]
+pub mod __register_block {
+    pub use crate::device::register_layout::max_align;
+    pub use bitfield_struct::bitfield;
+}
 
 /// The README's code is tested with the documentation's.
 #[cfg(doctest)]

@@ -1,7 +1,7 @@
 //! Vectors and events as tokio's `AsyncFd` takes them.
 #![cfg(feature = "emulated")]
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -68,6 +68,13 @@ impl Transport for Bell {
     }
 }
 
+/// What tokio wants to be promised since 1.54: that the descriptor stays open, and the same. It does, as
+/// long as its owner lives.
+fn watched<T: AsRawFd>(inner: T) -> std::io::Result<AsyncFd<T>> {
+    // SAFETY: the tests pass owners of descriptors, which tokio owns from here on.
+    unsafe { AsyncFd::register(inner) }.map_err(std::io::Error::from)
+}
+
 async fn fired(vector: &AsyncFd<Vector>) -> u64 {
     loop {
         let mut guard = timeout(LIMIT, vector.readable()).await.expect("it fires").unwrap();
@@ -85,7 +92,7 @@ async fn a_vector_in_use_lets_others_be_added() {
         let bell = Arc::new(Bell { noresize, ..Bell::default() });
         let device = Device::new(bell.clone());
         let mut vectors = device.vectors(Interrupt::MsiX, 1).unwrap();
-        let first = AsyncFd::register(vectors.vector(0).unwrap()).unwrap();
+        let first = watched(vectors.vector(0).unwrap()).unwrap();
         let task = tokio::spawn(async move {
             let count = fired(&first).await;
             (first, count)
@@ -95,7 +102,7 @@ async fn a_vector_in_use_lets_others_be_added() {
         bell.ring(irq_index::MSIX, 0);
         let (first, count) = task.await.unwrap();
         assert!(count >= 1);
-        let last = AsyncFd::register(vectors.vector(2).unwrap()).unwrap();
+        let last = watched(vectors.vector(2).unwrap()).unwrap();
         last.get_ref().take().unwrap();
         bell.ring(irq_index::MSIX, 2);
         assert_eq!(fired(&last).await, 1);
@@ -112,7 +119,7 @@ async fn a_vector_is_the_same_after_it_was_a_hole() {
     let bell = Arc::new(Bell::default());
     let device = Device::new(bell.clone());
     let mut vectors = device.vectors(Interrupt::MsiX, 2).unwrap();
-    let vector = AsyncFd::register(vectors.vector(1).unwrap()).unwrap();
+    let vector = watched(vectors.vector(1).unwrap()).unwrap();
     bell.ring(irq_index::MSIX, 1);
     vectors.set_enabled(1, false).unwrap();
     assert!(vectors.fd(1).is_none());
@@ -127,7 +134,7 @@ async fn a_vector_is_the_same_after_it_was_a_hole() {
 async fn events_are_waited_for_together() {
     let bell = Arc::new(Bell::default());
     let device = Device::new(bell.clone());
-    let events = AsyncFd::register(device.events().unwrap()).unwrap();
+    let events = watched(device.events().unwrap()).unwrap();
     for (index, event) in [(irq_index::REQ, Event::Release), (irq_index::ERR, Event::Error)] {
         bell.ring(index, 0);
         let mut guard = timeout(LIMIT, events.readable()).await.expect("it comes").unwrap();

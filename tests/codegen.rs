@@ -9,7 +9,7 @@ use iced_x86::{
     Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess,
     Register as Cpu,
 };
-use vfio_remap::Register;
+use vfio_remap::{Register, RegisterBlock, register_block};
 
 /// Functions that do one access and nothing else; `extern "C"`, so that arguments are in RDI and RSI.
 macro_rules! accessors {
@@ -49,6 +49,73 @@ accessors!(
     u64: read64 write64 read_relaxed64 write_relaxed64
 );
 
+register_block! {
+    Block[0x1000] {
+        BYTE(u8) @ 0x01;
+        HALF(u16) @ 0x02;
+        WORD(u32 => Fields) @ 0x04 {
+            pub on: bool,
+            #[bits(31)]
+            pub rest: u32,
+        }
+        LONG(u64) @ 0x08;
+        WORDS(ro u32)[4] @ 0x10;
+        DOORBELLS(wo u32)[64, stride = 8] @ 0x100;
+        RINGS(block Ring)[4, stride = 0x40] @ 0x400;
+    }
+
+    Ring[0x20] {
+        TAIL(u32) @ 0x18;
+    }
+}
+
+/// As above, through a block. What is read is returned in RAX, so that it is used.
+macro_rules! block_accessors {
+    ($($name:ident($($argument:ident: $type:ty),*) -> $result:ty = $device:expr, $access:expr;)*) => {
+        $(
+            #[inline(never)]
+            extern "C" fn $name(block: &RegisterBlock<Block>, $($argument: $type),*) -> $result {
+                ($access)(block, $($argument),*)
+            }
+        )*
+
+        fn block_accessors() -> Vec<(&'static str, usize, Vec<(OpAccess, usize)>)> {
+            vec![$((stringify!($name), $name as *const () as usize, $device.to_vec())),*]
+        }
+    };
+}
+
+type Here<'a> = &'a RegisterBlock<Block>;
+const READ: OpAccess = OpAccess::Read;
+const WRITE: OpAccess = OpAccess::Write;
+
+block_accessors! {
+    block_read8() -> u8 = [(READ, 1)], |block: Here<'_>| block.read(Block::BYTE);
+    block_read16() -> u16 = [(READ, 2)], |block: Here<'_>| block.read(Block::HALF);
+    block_read32() -> u32 = [(READ, 4)], |block: Here<'_>| block.read(Block::WORD).rest();
+    block_read64() -> u64 = [(READ, 8)], |block: Here<'_>| block.read(Block::LONG);
+    block_read_relaxed() -> u64 = [(READ, 8)], |block: Here<'_>| block.read_relaxed(Block::LONG);
+    block_read_element() -> u32 = [(READ, 4)], |block: Here<'_>| block.read(Block::WORDS.at(3));
+    block_write8(value: u8) -> () = [(WRITE, 1)], |block: Here<'_>, value| block.write(Block::BYTE, value);
+    block_write16(value: u16) -> () = [(WRITE, 2)], |block: Here<'_>, value| block.write(Block::HALF, value);
+    block_write32(value: bool) -> () = [(WRITE, 4)], |block: Here<'_>, value| {
+        block.write(Block::WORD, Fields::new().with_on(value));
+    };
+    block_write64(value: u64) -> () = [(WRITE, 8)], |block: Here<'_>, value| block.write(Block::LONG, value);
+    block_write_relaxed(value: u64) -> () = [(WRITE, 8)], |block: Here<'_>, value| {
+        block.write_relaxed(Block::LONG, value);
+    };
+    block_write_element(value: u32) -> () = [(WRITE, 4)], |block: Here<'_>, value| {
+        block.write(Block::DOORBELLS.at(63), value);
+    };
+    block_write_inner(value: u32) -> () = [(WRITE, 4)], |block: Here<'_>, value| {
+        block.write(Block::RINGS.at(2).register(Ring::TAIL), value);
+    };
+    block_update() -> () = [(READ, 4), (WRITE, 4)], |block: Here<'_>| {
+        block.update(Block::WORD, |word| word.with_on(true));
+    };
+}
+
 /// The instructions of a function up to its `ret`.
 fn instructions(address: usize) -> Vec<Instruction> {
     // SAFETY: code of this program, which is mapped readable; a function is followed by others or by
@@ -64,27 +131,44 @@ fn instructions(address: usize) -> Vec<Instruction> {
     panic!("no end within {} instructions", list.len());
 }
 
+/// Which accesses a function makes to the device, and how many instructions it has. It has no branch and
+/// no call.
+fn device_accesses(name: &str, address: usize) -> (Vec<(OpAccess, usize)>, usize) {
+    let list = instructions(address);
+    let last = list.last().unwrap();
+    assert_eq!(last.flow_control(), FlowControl::Return, "{name}: {last:?}");
+    let mut factory = InstructionInfoFactory::new();
+    let mut device = Vec::new();
+    for instruction in &list[..list.len() - 1] {
+        for access in factory.info(instruction).used_memory() {
+            // The register's own pointer is loaded from behind the argument.
+            if access.base() == Cpu::RDI {
+                assert_eq!(access.access(), OpAccess::Read, "{name}");
+            } else {
+                device.push((access.access(), access.memory_size().size()));
+            }
+        }
+    }
+    (device, list.len())
+}
+
 #[test]
 #[cfg_attr(debug_assertions, ignore = "needs an optimised build: --release")]
 fn a_register_access_is_one_access_to_the_device_with_no_branch_and_no_call() {
     for (name, address, bytes, writes) in accessors() {
-        let list = instructions(address);
-        let last = list.last().unwrap();
-        assert_eq!(last.flow_control(), FlowControl::Return, "{name}: {last:?}");
-        let mut factory = InstructionInfoFactory::new();
-        let mut device = Vec::new();
-        for instruction in &list[..list.len() - 1] {
-            for access in factory.info(instruction).used_memory() {
-                // The register's own pointer is loaded from behind the argument.
-                if access.base() == Cpu::RDI {
-                    assert_eq!(access.access(), OpAccess::Read, "{name}");
-                } else {
-                    device.push((access.access(), access.memory_size().size()));
-                }
-            }
-        }
         let expected = if writes { OpAccess::Write } else { OpAccess::Read };
+        let (device, instructions) = device_accesses(&name, address);
         assert_eq!(device, [(expected, bytes)], "{name}");
-        println!("{name:<18} {} instructions, one {}-byte access", list.len(), bytes);
+        println!("{name:<20} {instructions} instructions, one {bytes}-byte access");
+    }
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "needs an optimised build: --release")]
+fn an_access_through_a_block_is_one_access_to_the_device() {
+    for (name, address, expected) in block_accessors() {
+        let (device, instructions) = device_accesses(name, address);
+        assert_eq!(device, expected, "{name}");
+        println!("{name:<20} {instructions} instructions");
     }
 }

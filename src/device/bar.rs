@@ -5,6 +5,8 @@ use std::ops::{Bound, Range, RangeBounds};
 
 use super::layout::{Layout, Span, Trap};
 use super::register::{IoRegister, Width};
+use super::register_block::IoRegisterBlock;
+use super::register_layout::BlockLayout;
 use super::window::Window;
 use super::{Device, Region, View};
 use crate::error::{Error, ErrorKind, Result};
@@ -118,6 +120,29 @@ impl<'d> Bar<'d> {
     /// `OutOfRange`, `Unaligned`.
     pub fn trapped<T: Width>(&self, offset: u64) -> Result<IoRegister<T>> {
         IoRegister::trapped(self.device.inner.clone(), self.index, offset, self.size())
+    }
+
+    /// A block of registers at `offset` bytes into the region: in a window of its own where it can be mapped,
+    /// and trapped where it cannot.
+    ///
+    /// # Errors
+    /// `OutOfRange`, `Unaligned`, `ReadOnly`, and those of [`map`](Self::map).
+    pub fn block<L: BlockLayout>(&self, offset: u64) -> Result<IoRegisterBlock<L>> {
+        let end = offset.saturating_add(L::SIZE as u64);
+        match self.map(offset..end, Placement::Anywhere) {
+            Ok(window) => Ok(window.block(0)?.into()),
+            Err(failed) if failed.kind() == ErrorKind::NotMappable => self.trapped_block(offset),
+            Err(failed) => Err(failed.into()),
+        }
+    }
+
+    /// A block of registers that is reached by reads and writes of the device's file, as
+    /// [`trapped`](Self::trapped) registers are.
+    ///
+    /// # Errors
+    /// `OutOfRange`, `Unaligned`.
+    pub fn trapped_block<L: BlockLayout>(&self, offset: u64) -> Result<IoRegisterBlock<L>> {
+        IoRegisterBlock::trapped(self.device.inner.clone(), self.index, offset, self.size())
     }
 
     fn check(&self, range: impl RangeBounds<u64>) -> Result<(Range<u64>, Access)> {

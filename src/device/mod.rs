@@ -13,6 +13,9 @@ mod layout;
 mod power;
 mod register;
 mod register_access;
+mod register_block;
+pub(crate) mod register_layout;
+mod register_macro;
 mod signals;
 mod vectors;
 mod window;
@@ -39,7 +42,12 @@ pub use events::{Event, Events};
 pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
 pub use power::LowPower;
-pub use register::{IoRegister, Mode, ReadOnly, ReadWrite, Register, Registers, Width};
+pub use register::{
+    IoRegister, Mode, ReadOnly, ReadWrite, Readable, Register, Registers, Width, Writable,
+    WriteOnly,
+};
+pub use register_block::{IoRegisterBlock, RegisterBlock};
+pub use register_layout::{BlockArrayAt, BlockAt, BlockLayout, RegisterArrayAt, RegisterAt};
 pub use vectors::{Growth, Interrupt, Vector, Vectors};
 pub use window::{StillMapped, Window};
 
@@ -92,6 +100,8 @@ struct View {
 enum Note {
     /// A window over a range of a region.
     Window { region: u32, range: Range<u64>, address: usize },
+    /// A block of trapped registers.
+    Block { name: &'static str, region: u32, range: Range<u64> },
     /// Vectors that are set up.
     Vectors { kind: Interrupt, count: usize },
     /// Events that are watched.
@@ -370,6 +380,9 @@ impl Inner {
         match note {
             Note::Window { region, range, address } => {
                 format!("a window over {} at {address:#x}", self.range_name(*region, range))
+            }
+            Note::Block { name, region, range } => {
+                format!("the register block {name}, {}", self.range_name(*region, range))
             }
             Note::Vectors { kind, count } => format!("{count} vectors of {kind:?}"),
             Note::Events => "its events".to_owned(),

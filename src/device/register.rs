@@ -23,6 +23,10 @@ pub enum ReadWrite {}
 #[derive(Clone, Copy, Debug)]
 pub enum ReadOnly {}
 
+/// Marks registers that can be written only: what a device answers to a read means nothing.
+#[derive(Clone, Copy, Debug)]
+pub enum WriteOnly {}
+
 mod sealed {
     pub trait Mode: Send + Sync + 'static {
         const ACCESS: crate::space::Access;
@@ -35,12 +39,35 @@ mod sealed {
     impl Mode for super::ReadOnly {
         const ACCESS: crate::space::Access = crate::space::Access::ReadOnly;
     }
+
+    impl Mode for super::WriteOnly {
+        const ACCESS: crate::space::Access = crate::space::Access::ReadWrite;
+    }
 }
 
-/// [`ReadWrite`] or [`ReadOnly`].
+/// [`ReadWrite`], [`ReadOnly`] or [`WriteOnly`].
 pub trait Mode: sealed::Mode {}
 impl Mode for ReadWrite {}
 impl Mode for ReadOnly {}
+impl Mode for WriteOnly {}
+
+/// [`ReadWrite`] or [`ReadOnly`].
+#[diagnostic::on_unimplemented(
+    message = "a `{Self}` register cannot be read",
+    label = "this register can be written only"
+)]
+pub trait Readable: Mode {}
+impl Readable for ReadWrite {}
+impl Readable for ReadOnly {}
+
+/// [`ReadWrite`] or [`WriteOnly`].
+#[diagnostic::on_unimplemented(
+    message = "a `{Self}` register cannot be written",
+    label = "this register can be read only"
+)]
+pub trait Writable: Mode {}
+impl Writable for ReadWrite {}
+impl Writable for WriteOnly {}
 
 /// A register of `T` in a window, little-endian as PCI has it.
 ///
@@ -67,6 +94,16 @@ impl<T: Width, M: Mode> Register<T, M> {
         Ok(Self { at: at.cast(), _window: window.inner.clone(), _mode: PhantomData })
     }
 
+    /// The register at an address.
+    ///
+    /// # Safety
+    /// `at` is aligned and lies within the window, which can be written if `M` is to be.
+    pub(super) unsafe fn within(at: NonNull<T>, window: Arc<window::Inner>) -> Self {
+        Self { at, _window: window, _mode: PhantomData }
+    }
+}
+
+impl<T: Width, M: Readable> Register<T, M> {
     /// Reads the register. Accesses to memory that follow are made after it.
     #[inline(always)]
     pub fn read(&self) -> T {
@@ -82,7 +119,7 @@ impl<T: Width, M: Mode> Register<T, M> {
     }
 }
 
-impl<T: Width> Register<T, ReadWrite> {
+impl<T: Width, M: Writable> Register<T, M> {
     /// Writes the register, after all accesses to memory before it: a device that is told of work
     /// finds in DMA memory what was written there.
     #[inline(always)]
@@ -96,6 +133,15 @@ impl<T: Width> Register<T, ReadWrite> {
     pub fn write_relaxed(&self, value: T) {
         // SAFETY: as `write`.
         unsafe { T::store_relaxed(self.at.as_ptr(), value) }
+    }
+}
+
+impl<T: Width> Register<T, ReadWrite> {
+    /// Reads the register, and writes what `change` makes of its value. What the device, or another thread,
+    /// writes to it in between is lost.
+    #[inline(always)]
+    pub fn update(&self, change: impl FnOnce(T) -> T) {
+        self.write(change(self.read()));
     }
 }
 
@@ -253,18 +299,7 @@ impl<T: Width> IoRegister<T> {
     pub fn read(&self) -> Result<T> {
         match &self.0 {
             Route::Mapped(register) => Ok(register.read()),
-            Route::Trapped(trapped) => {
-                let mut bytes = [0; 8];
-                let bytes = &mut bytes[..size_of::<T>()];
-                trapped.device.transport.read_at(trapped.region, trapped.offset, bytes)?;
-                T::from_bytes(bytes).ok_or_else(|| {
-                    Error::new(
-                        ErrorKind::Malformed,
-                        "read",
-                        trapped.device.region_name(trapped.region),
-                    )
-                })
-            }
+            Route::Trapped(trapped) => trapped.read(0),
         }
     }
 
@@ -278,10 +313,36 @@ impl<T: Width> IoRegister<T> {
                 register.write(value);
                 Ok(())
             }
-            Route::Trapped(trapped) => value.with_bytes(|bytes| {
-                trapped.device.transport.write_at(trapped.region, trapped.offset, bytes)
-            }),
+            Route::Trapped(trapped) => trapped.write(0, value),
         }
+    }
+
+    /// Reads the register, and writes what `change` makes of its value. What the device, or another thread,
+    /// writes to it in between is lost.
+    ///
+    /// # Errors
+    /// What the transport answers; if to the read, nothing was written.
+    pub fn update(&self, change: impl FnOnce(T) -> T) -> Result<()> {
+        self.write(change(self.read()?))
+    }
+}
+
+impl Trapped {
+    /// Reads `offset` bytes further on.
+    pub(super) fn read<T: Width>(&self, offset: u64) -> Result<T> {
+        let mut bytes = [0; 8];
+        let bytes = &mut bytes[..size_of::<T>()];
+        self.device.transport.read_at(self.region, self.offset + offset, bytes)?;
+        T::from_bytes(bytes).ok_or_else(|| {
+            Error::new(ErrorKind::Malformed, "read", self.device.region_name(self.region))
+        })
+    }
+
+    /// Writes `offset` bytes further on.
+    pub(super) fn write<T: Width>(&self, offset: u64, value: T) -> Result<()> {
+        value.with_bytes(|bytes| {
+            self.device.transport.write_at(self.region, self.offset + offset, bytes)
+        })
     }
 }
 

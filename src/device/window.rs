@@ -3,7 +3,9 @@
 use std::fmt;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use slab::Slab;
 
 use super::register::{ReadOnly, ReadWrite, Register, Registers, Width, permits};
 use super::{Inner as DeviceInner, Note};
@@ -47,6 +49,8 @@ pub(super) struct Inner {
     size: usize,
     /// Where the device has noted the window.
     slot: usize,
+    /// The names of the register blocks that hold the window.
+    blocks: Mutex<Slab<&'static str>>,
     device: Arc<DeviceInner>,
 }
 
@@ -90,7 +94,9 @@ impl Window {
         skip: usize,
         size: usize,
     ) -> Self {
-        let mut inner = Inner { mapping, region, skip, size, slot: 0, device: device.clone() };
+        let blocks = Mutex::default();
+        let mut inner =
+            Inner { mapping, region, skip, size, slot: 0, blocks, device: device.clone() };
         inner.slot = device.notes().insert(inner.note());
         Self { inner: Arc::new(inner) }
     }
@@ -264,8 +270,19 @@ impl Window {
         if self.inner.mapping.is_shared_memory() { memory } else { memory.of_device() }
     }
 
-    /// Where `size` bytes at `offset` lie, aligned and within the window.
+    /// Where a register of `size` bytes at `offset` lies, naturally aligned and within the window.
     pub(super) fn place(&self, offset: usize, size: usize, wanted: Access) -> Result<NonNull<u8>> {
+        self.place_aligned(offset, size, size, wanted)
+    }
+
+    /// Where `size` bytes at `offset` lie, aligned and within the window.
+    pub(super) fn place_aligned(
+        &self,
+        offset: usize,
+        size: usize,
+        alignment: usize,
+        wanted: Access,
+    ) -> Result<NonNull<u8>> {
         let Inner { mapping, skip, size: all, .. } = &*self.inner;
         let object = || format!("{size} bytes at {offset:#x} of {self:?}");
         if !permits(mapping.access(), wanted) {
@@ -281,10 +298,15 @@ impl Window {
                 )));
         }
         let address = mapping.range().start + skip + offset;
-        if !address.is_multiple_of(size) {
-            return Err(Error::new(ErrorKind::Unaligned, "find", object())
-                .because(format!("a register of {size} bytes lies at a multiple of {size}"))
-                .remedy("use a narrower register, or several"));
+        if !address.is_multiple_of(alignment) {
+            let reason =
+                format!("a register of {alignment} bytes lies at a multiple of {alignment}");
+            let error = Error::new(ErrorKind::Unaligned, "find", object()).because(reason);
+            return Err(if alignment == size {
+                error.remedy("use a narrower register, or several")
+            } else {
+                error.remedy(format!("place the block at a multiple of {alignment}"))
+            });
         }
         NonNull::new(ptr::with_exposed_provenance_mut(address)).ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "find", object())
@@ -303,12 +325,22 @@ fn reservation_of(placement: Placement) -> Option<Reservation> {
 
 fn in_use(operation: &'static str, inner: &Inner, users: usize) -> Error {
     let object = inner.device.range_name(inner.region, &inner.region_range());
+    let mut holders: Vec<String> =
+        inner.blocks().iter().map(|(_, name)| format!("the register block {name}")).collect();
+    let others = users.saturating_sub(holders.len());
+    if others > 0 || holders.is_empty() {
+        holders.push(format!("{others} registers or clones of the window"));
+    }
     Error::new(ErrorKind::InUse, operation, object)
-        .because(format!("{users} registers or clones of the window are alive"))
+        .because(format!("it is held by {}", holders.join(", ")))
         .remedy("drop them; or duplicate the window, switch over, and drop this one")
 }
 
 impl Inner {
+    pub(super) fn blocks(&self) -> MutexGuard<'_, Slab<&'static str>> {
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn region_range(&self) -> Range<u64> {
         let start = self.mapping.offset() + self.skip as u64;
         start..start + self.size as u64

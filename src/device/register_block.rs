@@ -1,0 +1,366 @@
+//! Blocks of registers: one pointer, one proof, and one count for all registers of a device.
+//!
+//! `unsafe` is here because a register of a block is reached by a raw pointer. The proof has two halves:
+//! when a block was made, `SIZE` bytes lay within the window, aligned to `ALIGN`, and the window, whose
+//! owner the block shares, neither moves nor goes while the block lives; and a [`RegisterAt`] of the
+//! block's layout lies within `SIZE` and is aligned within `ALIGN`, which was checked when it was
+//! declared.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::register::{Mode, ReadWrite, Readable, Register, Width, Writable};
+use super::register_layout::{BlockAt, BlockLayout, RegisterAt};
+use super::window::{self, Window};
+use super::{Inner, Note, Trapped};
+use crate::error::{Error, ErrorKind, Result};
+
+/// A block of registers in a window, laid out as `L` says: see [`register_block!`](crate::register_block).
+///
+/// Reading and writing cost one load or store, and cannot fail: width, alignment and bounds were checked
+/// when the layout was compiled and when the block was made. A block keeps its window where it is: as
+/// long as it lives, [`Window::relocate`] answers `InUse` and names it. Clones are the same block; blocks
+/// within it are kept alive by the same count.
+pub struct RegisterBlock<L, M: Mode = ReadWrite> {
+    at: NonNull<u8>,
+    hold: Arc<WindowHold>,
+    _what: PhantomData<fn() -> (L, M)>,
+}
+
+// SAFETY: a block only loads and stores whole values by single instructions; the device at the other end
+// serializes them, and no reference to its memory is ever made.
+unsafe impl<L, M: Mode> Send for RegisterBlock<L, M> {}
+// SAFETY: as above.
+unsafe impl<L, M: Mode> Sync for RegisterBlock<L, M> {}
+
+impl<L: BlockLayout, M: Mode> RegisterBlock<L, M> {
+    fn new(window: &Window, offset: usize) -> Result<Self> {
+        let at = window.place_aligned(offset, L::SIZE, L::ALIGN, M::ACCESS)?;
+        let hold = Arc::new(WindowHold::new(window, L::NAME));
+        Ok(Self { at, hold, _what: PhantomData })
+    }
+
+    /// Reads a register. Accesses to memory that follow are made after it.
+    #[inline(always)]
+    pub fn read<R: Width, T: From<R>, A: Readable>(&self, at: RegisterAt<L, R, T, A>) -> T {
+        // SAFETY: in bounds and aligned, as the head of the file says; readable, as all windows are; mapped
+        // while `hold` lives.
+        T::from(unsafe { R::load(self.pointer(at)) })
+    }
+
+    /// Reads a register, in no order with accesses to memory; in order with other registers.
+    #[inline(always)]
+    pub fn read_relaxed<R: Width, T: From<R>, A: Readable>(&self, at: RegisterAt<L, R, T, A>) -> T {
+        // SAFETY: as `read`.
+        T::from(unsafe { R::load_relaxed(self.pointer(at)) })
+    }
+
+    /// A block within this one, to keep: it shares this one's count.
+    pub fn block<B: BlockLayout>(&self, at: BlockAt<L, B>) -> RegisterBlock<B, M> {
+        // SAFETY: a `BlockAt` of this layout lies within it, and `self.at` has `L::SIZE` bytes behind it.
+        let at = unsafe { self.at.byte_add(at.offset()) };
+        RegisterBlock { at, hold: self.hold.clone(), _what: PhantomData }
+    }
+
+    /// The layout's name, and where the block is.
+    fn describe(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {:p}", L::NAME, self.at)
+    }
+
+    #[inline(always)]
+    fn pointer<R: Width, T, A>(&self, at: RegisterAt<L, R, T, A>) -> *mut R {
+        // SAFETY: a `RegisterAt` of this layout lies within it, and `self.at` has `L::SIZE` bytes behind it.
+        unsafe { self.at.byte_add(at.offset()).cast().as_ptr() }
+    }
+}
+
+impl<L: BlockLayout> RegisterBlock<L> {
+    /// Writes a register, after all accesses to memory before it: a device that is told of work finds in
+    /// DMA memory what was written there.
+    #[inline(always)]
+    pub fn write<R: Width + From<T>, T, A: Writable>(&self, at: RegisterAt<L, R, T, A>, value: T) {
+        // SAFETY: in bounds and aligned, as the head of the file says; writable since `new`; mapped while
+        // `hold` lives.
+        unsafe { R::store(self.pointer(at), R::from(value)) }
+    }
+
+    /// Writes a register, in no order with accesses to memory; in order with other registers.
+    #[inline(always)]
+    pub fn write_relaxed<R: Width + From<T>, T, A: Writable>(
+        &self,
+        at: RegisterAt<L, R, T, A>,
+        value: T,
+    ) {
+        // SAFETY: as `write`.
+        unsafe { R::store_relaxed(self.pointer(at), R::from(value)) }
+    }
+
+    /// Reads a register, and writes what `change` makes of its value. What the device, or another thread,
+    /// writes to it in between is lost.
+    #[inline(always)]
+    pub fn update<R: Width + From<T>, T: From<R>>(
+        &self,
+        at: RegisterAt<L, R, T>,
+        change: impl FnOnce(T) -> T,
+    ) {
+        self.write(at, change(self.read(at)));
+    }
+
+    /// A register by itself, to hand to those that need no more: it holds the window as others do.
+    pub fn register<R: Width, T, A: Mode>(&self, at: RegisterAt<L, R, T, A>) -> Register<R, A> {
+        // SAFETY: a `RegisterAt` of this layout lies within it, and `self.at` has `L::SIZE` bytes behind it,
+        // which can be read and written since `new`.
+        let at = unsafe { self.at.byte_add(at.offset()) }.cast();
+        // SAFETY: in bounds and aligned, as the head of the file says; mapped while the window lives.
+        unsafe { Register::within(at, self.hold.window.clone()) }
+    }
+}
+
+impl<L, M: Mode> Clone for RegisterBlock<L, M> {
+    fn clone(&self) -> Self {
+        Self { at: self.at, hold: self.hold.clone(), _what: PhantomData }
+    }
+}
+
+impl<L: BlockLayout, M: Mode> fmt::Debug for RegisterBlock<L, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RegisterBlock(")?;
+        self.describe(f)?;
+        f.write_str(")")
+    }
+}
+
+/// Keeps a window alive and in place, under a name.
+struct WindowHold {
+    window: Arc<window::Inner>,
+    slot: usize,
+}
+
+impl WindowHold {
+    fn new(window: &Window, name: &'static str) -> Self {
+        let window = window.inner.clone();
+        let slot = window.blocks().insert(name);
+        Self { window, slot }
+    }
+}
+
+impl Drop for WindowHold {
+    fn drop(&mut self) {
+        self.window.blocks().try_remove(self.slot);
+    }
+}
+
+impl Window {
+    /// The block of registers at `offset` bytes into the window.
+    ///
+    /// ```
+    /// # use vfio_remap::{Device, Placement, register_block, transport::MemoryDevice};
+    /// # let device = Device::new(std::sync::Arc::new(MemoryDevice::new(0x4000)?));
+    /// register_block! {
+    ///     Uart[0x10] {
+    ///         DATA(u32) @ 0x00;
+    ///         STATUS(ro u32) @ 0x04;
+    ///     }
+    /// }
+    ///
+    /// let window = device.bar(0)?.map(.., Placement::Anywhere)?;
+    /// let uart = window.block::<Uart>(0x1000)?;
+    /// uart.write(Uart::DATA, 0x55);
+    /// assert_eq!(uart.read(Uart::STATUS), 0);
+    /// # Ok::<(), vfio_remap::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `OutOfRange` where it leaves the window, `Unaligned` where its registers would not be naturally
+    /// aligned, `ReadOnly` for a read-only window.
+    pub fn block<L: BlockLayout>(&self, offset: usize) -> Result<RegisterBlock<L>> {
+        RegisterBlock::new(self, offset)
+    }
+
+    /// The block of registers at `offset` bytes into the window, for reading.
+    ///
+    /// # Errors
+    /// As [`block`](Self::block).
+    pub fn read_only_block<L: BlockLayout>(
+        &self,
+        offset: usize,
+    ) -> Result<RegisterBlock<L, super::ReadOnly>> {
+        RegisterBlock::new(self, offset)
+    }
+}
+
+/// A block of registers that is reached through a window, or by reads and writes of the device's file
+/// where it cannot be mapped. Only the latter can fail.
+///
+/// [`Bar::block`](super::Bar::block) makes one of whichever sort the region allows,
+/// [`Bar::trapped_block`](super::Bar::trapped_block) one of the second sort, and `From<RegisterBlock>` one
+/// of the first.
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use vfio_remap::transport::{Edu, Emulated};
+/// # use vfio_remap::{Device, register_block};
+/// register_block! {
+///     EduRegisters[0x100] {
+///         ID(ro u32) @ 0x00;
+///         LIVENESS(u32) @ 0x04;
+///     }
+/// }
+///
+/// # let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
+/// let edu = device.bar(0)?.block::<EduRegisters>(0)?;
+/// assert!(!edu.is_mapped(), "QEMU's edu traps them");
+/// edu.write(EduRegisters::LIVENESS, 1)?;
+/// assert_eq!(edu.read(EduRegisters::LIVENESS)?, !1);
+/// # Ok::<(), vfio_remap::Error>(())
+/// ```
+pub struct IoRegisterBlock<L>(Route<L>);
+
+enum Route<L> {
+    Mapped(RegisterBlock<L>),
+    Trapped {
+        hold: Arc<TrappedHold>,
+        /// Where the block begins, in bytes from that which is held.
+        offset: u64,
+    },
+}
+
+/// Keeps a device open, under a name.
+struct TrappedHold {
+    /// The first byte of the block.
+    first: Trapped,
+    slot: usize,
+}
+
+impl Drop for TrappedHold {
+    fn drop(&mut self) {
+        self.first.device.notes().try_remove(self.slot);
+    }
+}
+
+impl<L: BlockLayout> IoRegisterBlock<L> {
+    pub(super) fn trapped(device: Arc<Inner>, region: u32, offset: u64, size: u64) -> Result<Self> {
+        let end = offset.checked_add(L::SIZE as u64);
+        let object = || format!("{} at {offset:#x} of {}", L::NAME, device.region_name(region));
+        let Some(end) = end.filter(|end| *end <= size) else {
+            return Err(Error::new(ErrorKind::OutOfRange, "find", object())
+                .because(format!("it has {:#x} bytes, and the region {size:#x}", L::SIZE))
+                .remedy("offsets count from the region's first byte, not from a window's"));
+        };
+        if !offset.is_multiple_of(L::ALIGN as u64) {
+            return Err(Error::new(ErrorKind::Unaligned, "find", object())
+                .because(format!("its widest register has {} bytes", L::ALIGN))
+                .remedy(format!("a block lies at a multiple of {}", L::ALIGN)));
+        }
+        let slot = device.notes().insert(Note::Block { name: L::NAME, region, range: offset..end });
+        let first = Trapped { device, region, offset };
+        Ok(Self(Route::Trapped { hold: Arc::new(TrappedHold { first, slot }), offset: 0 }))
+    }
+
+    /// Whether it is reached through a window.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.0, Route::Mapped(_))
+    }
+
+    /// The block in the window; `None` where it is trapped.
+    pub fn mapped(&self) -> Option<&RegisterBlock<L>> {
+        match &self.0 {
+            Route::Mapped(block) => Some(block),
+            Route::Trapped { .. } => None,
+        }
+    }
+
+    /// Reads a register, as [`RegisterBlock::read`].
+    ///
+    /// # Errors
+    /// What the transport answers.
+    #[inline]
+    pub fn read<R: Width, T: From<R>, A: Readable>(&self, at: RegisterAt<L, R, T, A>) -> Result<T> {
+        match &self.0 {
+            Route::Mapped(block) => Ok(block.read(at)),
+            Route::Trapped { hold, offset } => {
+                hold.first.read::<R>(offset + at.offset() as u64).map(T::from)
+            }
+        }
+    }
+
+    /// Writes a register, as [`RegisterBlock::write`].
+    ///
+    /// # Errors
+    /// What the transport answers.
+    #[inline]
+    pub fn write<R: Width + From<T>, T, A: Writable>(
+        &self,
+        at: RegisterAt<L, R, T, A>,
+        value: T,
+    ) -> Result<()> {
+        match &self.0 {
+            Route::Mapped(block) => {
+                block.write(at, value);
+                Ok(())
+            }
+            Route::Trapped { hold, offset } => {
+                hold.first.write(offset + at.offset() as u64, R::from(value))
+            }
+        }
+    }
+
+    /// Reads a register, and writes what `change` makes of its value. What the device, or another thread,
+    /// writes to it in between is lost.
+    ///
+    /// # Errors
+    /// What the transport answers; if to the read, nothing was written.
+    #[inline]
+    pub fn update<R: Width + From<T>, T: From<R>>(
+        &self,
+        at: RegisterAt<L, R, T>,
+        change: impl FnOnce(T) -> T,
+    ) -> Result<()> {
+        let value = self.read(at)?;
+        self.write(at, change(value))
+    }
+
+    /// A block within this one, to keep: it shares this one's count.
+    pub fn block<B: BlockLayout>(&self, at: BlockAt<L, B>) -> IoRegisterBlock<B> {
+        IoRegisterBlock(match &self.0 {
+            Route::Mapped(block) => Route::Mapped(block.block(at)),
+            Route::Trapped { hold, offset } => {
+                Route::Trapped { hold: hold.clone(), offset: offset + at.offset() as u64 }
+            }
+        })
+    }
+}
+
+impl<L> From<RegisterBlock<L>> for IoRegisterBlock<L> {
+    fn from(block: RegisterBlock<L>) -> Self {
+        Self(Route::Mapped(block))
+    }
+}
+
+impl<L> Clone for IoRegisterBlock<L> {
+    fn clone(&self) -> Self {
+        Self(match &self.0 {
+            Route::Mapped(block) => Route::Mapped(block.clone()),
+            Route::Trapped { hold, offset } => {
+                Route::Trapped { hold: hold.clone(), offset: *offset }
+            }
+        })
+    }
+}
+
+impl<L: BlockLayout> fmt::Debug for IoRegisterBlock<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("IoRegisterBlock(")?;
+        match &self.0 {
+            Route::Mapped(block) => block.describe(f)?,
+            Route::Trapped { hold, offset } => {
+                let Trapped { device, region, offset: start } = &hold.first;
+                let region = device.region_name(*region);
+                write!(f, "{} at {:#x} of {region}, trapped", L::NAME, start + offset)?;
+            }
+        }
+        f.write_str(")")
+    }
+}
