@@ -53,6 +53,8 @@ pub enum ErrorKind {
     TooManyMappings,
     /// The process may not lock more memory (RLIMIT_MEMLOCK).
     LockedMemory,
+    /// The process may not have more address space (RLIMIT_AS).
+    AddressSpace,
     /// The device has gone.
     Gone,
     /// The transport or the kernel does not offer this.
