@@ -179,8 +179,8 @@ impl Window {
     ///
     /// # Errors
     /// `Refused` with what each strategy was answered, `Hazard`, `UnsuitablePlacement`,
-    /// `AddressTaken`, `TooManyMappings`. This window is as it was, and a reservation comes back with
-    /// the failure.
+    /// `AddressTaken`, `TooManyMappings`, `AddressSpace`, `LockedMemory`. This window is as it was, and a
+    /// reservation comes back with the failure.
     pub fn duplicate(
         &self,
         request: impl Into<Request>,

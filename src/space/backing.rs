@@ -131,7 +131,8 @@ impl Backing {
     /// Makes sure that a `MAP_FIXED` mapping will be accepted, since a refusal would cost its
     /// destination: the same is mapped where the kernel likes, and unmapped.
     ///
-    /// Known backings are asked once; of others nobody knows what a second range would be answered.
+    /// Known backings are asked once, and with one page, since a limit may allow no more; of others nobody
+    /// knows what a second range would be answered.
     pub(super) fn vet(
         &self,
         offset: u64,
@@ -142,6 +143,7 @@ impl Backing {
         if accepted && self.kind != BackingKind::Other {
             return Ok(());
         }
+        let len = if self.kind == BackingKind::Other { len } else { sys::page_size() };
         let address = self.map(&Turn::take(), offset, len, access)?;
         // SAFETY: the mapping was made on the line above, and nobody knows of it.
         unsafe { mm::munmap(address, len) }

@@ -103,7 +103,8 @@ fn calls_that_give_addresses_out_take_the_turn() {
     let calls = [Strategy::DontUnmap, Strategy::MapAgain, Strategy::Move].map(|strategy| {
         let backing = Arc::new(backing(2 * PAGE, BackingKind::SharedMemory));
         let watch = |call| {
-            let gives_out = !matches!(call, Call::Unmap | Call::Protect | Call::Advise);
+            let gives_out =
+                !matches!(call, Call::Unmap | Call::Protect | Call::Unlock | Call::Advise);
             assert!(!gives_out || Turn::is_taken(), "{call:?}");
             None
         };

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use super::limits::out_of_memory;
 use super::mapping::{Destination, Refusal, Released, map_again};
-use super::reservation::out_of_memory;
 use super::{
     Attempt, Attempts, Failed, Mapping, Outcome, Report, Request, Reservation, Source, Strategy,
     Verb,
@@ -85,13 +85,15 @@ impl Mapping {
                     // SAFETY: the new side was made above, and nobody knows of it yet.
                     let lost =
                         !unsafe { destination.undo(&self.backing, self.offset, address, self.len) };
-                    let error = out_of_memory(errno, "relocate", self.object());
+                    let error = out_of_memory(errno, "relocate", self.object(), self.len);
                     let error = if lost {
                         error.into_kind(ErrorKind::ReservationLost).because(
                             "the old range could not be covered, and the new not be reserved again",
                         )
-                    } else {
+                    } else if error.kind() == ErrorKind::Os {
                         error.because("the old range could not be covered; nothing has changed")
+                    } else {
+                        error
                     };
                     return Err(Failed::new(error, destination.given_back(lost)));
                 }
@@ -236,11 +238,14 @@ impl Mapping {
         });
         let hazard = attempts.iter().any(|attempt| matches!(attempt.outcome, Outcome::Hazard(_)));
         let error = match errno {
-            Some(errno) => out_of_memory(errno, operation, self.object()),
+            Some(errno) => out_of_memory(errno, operation, self.object(), self.len),
             None => Error::new(ErrorKind::Refused, operation, self.object()),
         };
         let error = match error.kind() {
-            ErrorKind::TooManyMappings | ErrorKind::Gone => return error,
+            ErrorKind::TooManyMappings
+            | ErrorKind::LockedMemory
+            | ErrorKind::AddressSpace
+            | ErrorKind::Gone => return error,
             _ if hazard && errno.is_none() => error.into_kind(ErrorKind::Hazard),
             _ => error.into_kind(ErrorKind::Refused),
         };

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::reservation::{Uncovered, out_of_memory};
+use super::limits::out_of_memory;
+use super::reservation::Uncovered;
 use super::{Backing, BackingKind, Failed, Placement, Reservation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mm::{self, Access};
@@ -109,11 +110,15 @@ impl Destination {
     pub(super) fn fixed(
         reservation: &Reservation,
         len: usize,
-        call: impl FnOnce(&Turn, usize) -> std::result::Result<(), Errno>,
+        call: impl Fn(&Turn, usize) -> std::result::Result<(), Errno>,
     ) -> std::result::Result<usize, Refusal> {
         let address = reservation.address();
         let turn = Turn::take();
-        match call(&turn, address) {
+        let mut made = call(&turn, address);
+        if made == Err(Errno::EAGAIN) && reservation.unlock(len) {
+            made = call(&turn, address);
+        }
+        match made {
             Ok(()) => Ok(address),
             // SAFETY: the call has mapped nothing.
             Err(errno) => Err(Refusal { errno, lost: !unsafe { reservation.plug(&turn, len) } }),
@@ -187,7 +192,7 @@ impl Mapping {
                 Ok(Self { backing, offset, address, len, access, home, generation })
             }
             Err(Refusal { errno, lost }) => {
-                let error = out_of_memory(errno, "map", object);
+                let error = out_of_memory(errno, "map", object, len);
                 let error = if lost { error.into_kind(ErrorKind::ReservationLost) } else { error };
                 Err(Failed::new(error, destination.given_back(lost)))
             }
@@ -226,7 +231,8 @@ impl Mapping {
         self.check_process("unmap")?;
         // SAFETY: `&mut self` says that nobody uses the mapping; afterwards it owns nothing.
         let result = unsafe { self.release() };
-        let released = result.map_err(|errno| out_of_memory(errno, "unmap", self.object()))?;
+        let released =
+            result.map_err(|errno| out_of_memory(errno, "unmap", self.object(), self.len))?;
         let error = Error::new(ErrorKind::ReservationLost, "unmap", self.object());
         self.len = 0;
         match released {
@@ -298,7 +304,7 @@ fn try_cover<T>(
     backing: &Backing,
     offset: u64,
     range: Range<usize>,
-    cover: impl FnOnce() -> std::result::Result<T, Errno>,
+    cover: impl Fn() -> std::result::Result<T, Errno>,
 ) -> std::result::Result<T, Uncovered> {
     let Some(file) = backing.identity else {
         // Nobody could tell afterwards. So the limits are tried where nothing is mapped.
@@ -306,12 +312,24 @@ fn try_cover<T>(
             .map_err(|errno| Uncovered { errno, intact: true })?;
         return cover().map_err(|errno| Uncovered { errno, intact: false });
     };
-    cover().map_err(|errno| {
-        // What shows the same bytes of the same file and is kept from children is a window of this crate;
-        // no other one came there, since `turn` was taken before the call.
+    // What shows the same bytes of the same file and is kept from children is a window of this crate; no
+    // other one came there, since `turn` was taken before the call.
+    let is_intact = || {
         let shown = maps::is_kept_from_children(&range, file, backing.file_offset(offset));
-        Uncovered { errno, intact: shown.unwrap_or(false) }
-    })
+        shown.unwrap_or(false)
+    };
+    let refused = |errno| Uncovered { errno, intact: is_intact() };
+    let locked = match cover().map_err(refused) {
+        Err(uncovered) if uncovered.errno == Errno::EAGAIN && uncovered.intact => uncovered,
+        other => return other,
+    };
+    // After mlockall(MCL_FUTURE) the mapping counts, and so would what covers it: neither has to.
+    // SAFETY: the mapping is there still, and it is ours; so is what covers it.
+    let unlock = || unsafe { mm::munlock(range.start, range.len()) };
+    unlock().map_err(|_| locked)?;
+    let covered = cover().map_err(refused)?;
+    let _ = unlock();
+    Ok(covered)
 }
 
 /// What became of the addresses of a mapping that was covered.

@@ -12,6 +12,7 @@ mod fixture;
 mod hazard;
 mod kernel;
 mod ladder;
+mod limits;
 mod mapping;
 mod memory;
 mod placement;

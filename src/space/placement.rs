@@ -13,6 +13,10 @@ pub enum Strategy {
     /// `mremap(MREMAP_MAYMOVE|MREMAP_DONTUNMAP)`: the page tables go to the new side, the old side is
     /// filled again when it is touched. Linux 5.13 and newer accept it for shared memory; for a BAR
     /// no released kernel does.
+    ///
+    /// If the old side is locked (`mlock`, `mlockall`), the kernel counts both sides as locked memory, and
+    /// one of them until the process ends: `dontunmap_complete` clears `VM_LOCKED` and leaves the count (seen
+    /// on Linux 6.18; 7.3 reads the same). Where RLIMIT_MEMLOCK is short, ask for [`MapAgain`](Self::MapAgain).
     DontUnmap,
     /// `mmap` of the same file and offset once more: works on every kernel.
     MapAgain,

@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::Failed;
+use super::limits::out_of_memory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::turn::Turn;
 use crate::sys::{self, fork, maps, mm};
@@ -62,9 +63,7 @@ impl Drop for Area {
             if start < hole.start {
                 // SAFETY: the area's last holder has gone, and with it every user of the range; what
                 // others took is left out.
-                if let Err(errno) = unsafe { mm::munmap(start, hole.start - start) } {
-                    log::error!("leaked the reservation {start:#x}..{:#x}: {errno}", hole.start);
-                }
+                unsafe { unmap_or_leak(&(start..hole.start)) };
             }
             start = start.max(hole.end);
         }
@@ -122,7 +121,8 @@ impl Reservation {
     /// Reserves `size` bytes, rounded up to whole pages, where there is room.
     ///
     /// # Errors
-    /// `OutOfRange` for zero, and for more than an address space holds; `Os` with ENOMEM.
+    /// `OutOfRange` for zero, and for more than an address space holds; `TooManyMappings`, `AddressSpace`
+    /// and `LockedMemory` where a limit of the process is met; `Os` with ENOMEM.
     pub fn new(size: usize) -> Result<Self> {
         Self::congruent(size, sys::page_size(), 0)
     }
@@ -157,17 +157,24 @@ impl Reservation {
         }
         let room = size.checked_add(modulus - page).filter(|room| *room <= MAX_SIZE);
         let room = room.ok_or_else(|| no_such_space(size))?;
-        let file = placeholder()?;
-        let failed = |errno| out_of_memory(errno, "reserve", format!("{size:#x} bytes"));
-        let at = mm::reserve(&Turn::take(), file.as_fd(), 0, room).map_err(failed)?;
+        let file = placeholder()?.as_fd();
+        let turn = Turn::take();
+        let failed = |errno| out_of_memory(errno, "reserve", format!("{size:#x} bytes"), size);
+        let at = match mm::reserve(&turn, file, 0, room) {
+            Ok(at) => at,
+            Err(errno) if room == size => return Err(failed(errno)),
+            // A limit may allow the size alone.
+            Err(errno) => {
+                let start = search(&turn, file, size, modulus, want).map_err(|_| failed(errno))?;
+                return Ok(Self::of(Area::new(start, size, 0)));
+            }
+        };
         let start = at + (want.wrapping_sub(at) & (modulus - 1));
         let end = at + room;
         for surplus in [at..start, start + size..end] {
             if !surplus.is_empty() {
                 // SAFETY: the range was reserved above, and nobody knows of it.
-                if let Err(errno) = unsafe { mm::munmap(surplus.start, surplus.len()) } {
-                    log::error!("leaked {}: {errno}", show(&surplus));
-                }
+                unsafe { unmap_or_leak(&surplus) };
             }
         }
         Ok(Self::of(Area::new(start, size, (start - at) as u64)))
@@ -216,7 +223,7 @@ impl Reservation {
                 }
                 .remedy("choose another address, or Placement::Anywhere"))
             }
-            Err(errno) => Err(out_of_memory(errno, "reserve", object)),
+            Err(errno) => Err(out_of_memory(errno, "reserve", object, size)),
         }
     }
 
@@ -386,11 +393,56 @@ impl Reservation {
         unsafe { self.plug(turn, size) }
     }
 
+    /// Takes the first `size` bytes, if they are the placeholder still, off the count of locked memory:
+    /// after `mlockall(MCL_FUTURE)` the kernel counts a reservation, and what is about to replace it.
+    pub(super) fn unlock(&self, size: usize) -> bool {
+        let range = self.start..self.start + size;
+        // SAFETY: the reservation owns what is mapped there.
+        self.holds_placeholder(&range) && unsafe { mm::munlock(self.start, size) }.is_ok()
+    }
+
     /// Whether all of `range` is our placeholder still.
     fn holds_placeholder(&self, range: &Range<usize>) -> bool {
         let identity = placeholder().ok().and_then(|file| sys::file::identity(file).ok());
         let offset = self.area.offset_of(range.start);
         identity.is_some_and(|identity| maps::is_reserved(range, identity, offset))
+    }
+}
+
+/// Reserves `size` bytes at an address that is `want` modulo `modulus`, and never more than that: at the
+/// first such addresses below the one that the kernel chooses, which goes downwards.
+fn search(
+    turn: &Turn,
+    file: BorrowedFd<'_>,
+    size: usize,
+    modulus: usize,
+    want: usize,
+) -> std::result::Result<usize, Errno> {
+    const TRIES: usize = 64;
+    let at = mm::reserve(turn, file, 0, size)?;
+    let below = at.wrapping_sub(want) & (modulus - 1);
+    if below == 0 {
+        return Ok(at);
+    }
+    // SAFETY: the range was reserved above, and nobody knows of it.
+    unsafe { unmap_or_leak(&(at..at + size)) };
+    for step in 0..TRIES {
+        let Some(start) = at.checked_sub(below + step * modulus) else { break };
+        match mm::reserve_at(turn, start, file, 0, size) {
+            Ok(()) => return Ok(start),
+            Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Err(Errno::ENOMEM)
+}
+
+/// # Safety
+/// As [`mm::munmap`].
+unsafe fn unmap_or_leak(range: &Range<usize>) {
+    // SAFETY: the caller's own contract.
+    if let Err(errno) = unsafe { mm::munmap(range.start, range.len()) } {
+        log::error!("leaked {}: {errno}", show(range));
     }
 }
 
@@ -427,164 +479,5 @@ impl fmt::Debug for Reservation {
     }
 }
 
-/// ENOMEM from a call that maps has two causes that call for different remedies.
-pub(super) fn out_of_memory(
-    errno: Errno,
-    operation: &'static str,
-    object: impl fmt::Display,
-) -> Error {
-    let error = Error::os(errno, operation, object);
-    if errno != Errno::ENOMEM {
-        return error;
-    }
-    match maps::count_and_limit() {
-        // A call may need two more mappings than there are: the one it makes and one that it splits.
-        Some((count, limit)) if count + 2 >= limit => error
-            .into_kind(ErrorKind::TooManyMappings)
-            .because(format!("the process has {count} mappings of {limit} it may have"))
-            .remedy("drop windows, or raise the limit: sysctl vm.max_map_count"),
-        _ => error.remedy("check the limit on address space: ulimit -v"),
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::space::fixture::{MIB, secluded};
-    use crate::space::{Access, Backing, BackingKind, Mapping, Placement};
-    use crate::sys::spy;
-
-    /// Half of the address space of a process.
-    const HALF: usize = 1 << 46;
-
-    fn mapped(range: &Range<usize>) -> usize {
-        maps::overlapping(range).iter().map(|mapped| mapped.range.len()).sum()
-    }
-
-    #[test]
-    fn reservations_are_aligned_and_congruent_as_asked() {
-        let page = sys::page_size();
-        assert_eq!(Reservation::new(1).unwrap().size(), page);
-        assert_eq!(Reservation::aligned(page, 2 * MIB).unwrap().address() % (2 * MIB), 0);
-        for offset in [0, page as u64, 6 << 20, (1 << 40) + 0x5000] {
-            let reservation = Reservation::congruent(3 * page, 1 << 30, offset).unwrap();
-            assert_eq!(reservation.address() as u64 % (1 << 30), offset % (1 << 30));
-        }
-    }
-
-    #[test]
-    fn nonsense_is_refused() {
-        let kind = |result: Result<Reservation>| result.unwrap_err().kind();
-        assert_eq!(kind(Reservation::new(0)), ErrorKind::OutOfRange);
-        assert_eq!(kind(Reservation::new(usize::MAX)), ErrorKind::OutOfRange);
-        assert_eq!(kind(Reservation::new(usize::MAX / 2)), ErrorKind::OutOfRange);
-        assert_eq!(kind(Reservation::new(1 << 50)), ErrorKind::Os);
-        assert_eq!(kind(Reservation::aligned(1, 3 * MIB)), ErrorKind::Unaligned);
-        assert_eq!(kind(Reservation::aligned(1, 1)), ErrorKind::Unaligned);
-        assert_eq!(kind(Reservation::aligned(usize::MAX - 8192, 1 << 62)), ErrorKind::OutOfRange);
-        assert_eq!(kind(Reservation::congruent(1, MIB, 1)), ErrorKind::Unaligned);
-        assert_eq!(kind(Reservation::at(1, 1)), ErrorKind::Unaligned);
-        assert_eq!(kind(Reservation::at(usize::MAX - 4095, 8192)), ErrorKind::OutOfRange);
-    }
-
-    #[test]
-    fn a_taken_address_is_named_with_what_is_there() {
-        let first = Reservation::new(MIB).unwrap();
-        let error = Reservation::at(first.address(), MIB).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::AddressTaken);
-        assert!(error.to_string().contains("vfio-remap-reserved"), "{error}");
-        let range = first.range();
-        drop(first);
-        assert_eq!(Reservation::at(range.start, MIB).unwrap().range(), range);
-    }
-
-    #[test]
-    fn pieces_split_join_and_leave_no_hole_until_the_last_has_gone() {
-        let whole = Reservation::new(MIB).unwrap();
-        let range = whole.range();
-        let (a, rest) = whole.split_at(MIB / 4).unwrap();
-        let (b, c) = rest.split_at(MIB / 4).unwrap();
-        let (a, c) = a.join(c).unwrap_err();
-        drop(b);
-        drop(a);
-        assert_eq!(mapped(&range), MIB, "dropped pieces stay reserved");
-        drop(c);
-        assert_eq!(mapped(&range), 0, "until the last has gone");
-    }
-
-    #[test]
-    fn joined_pieces_are_the_whole_again() {
-        let whole = Reservation::new(MIB).unwrap();
-        let range = whole.range();
-        let (a, b) = whole.split_at(MIB / 2).unwrap();
-        assert_eq!(a.join(b).unwrap().range(), range);
-    }
-
-    #[test]
-    fn a_bad_split_gives_the_reservation_back() {
-        let whole = Reservation::new(MIB).unwrap();
-        let range = whole.range();
-        let failed = whole.split_at(MIB).unwrap_err();
-        assert_eq!(failed.kind(), ErrorKind::OutOfRange);
-        let failed = failed.into_reservation().unwrap().split_at(1).unwrap_err();
-        assert_eq!(failed.kind(), ErrorKind::Unaligned);
-        assert_eq!(failed.into_reservation().unwrap().range(), range);
-    }
-
-    #[test]
-    fn what_others_took_is_never_unmapped() {
-        let whole = Reservation::new(MIB).unwrap();
-        let range = whole.range();
-        let (_, second) = whole.split_at(MIB / 2).unwrap();
-        // SAFETY: the reservation is ours; this is the hole that a failing FIXED call leaves.
-        unsafe { mm::munmap(second.address(), second.size()) }.unwrap();
-        let other = Reservation::at(second.address() + 4096, 4096).unwrap();
-        // SAFETY: nothing of ours is there.
-        assert!(!unsafe { second.plug(&Turn::take(), second.size()) });
-        drop(second);
-        assert_eq!(mapped(&range), 4096, "only what the other holds");
-        drop(other);
-    }
-
-    #[test]
-    fn the_room_that_the_stack_grows_into_is_taken() {
-        let all = maps::overlapping(&(0..usize::MAX));
-        let stack = all.iter().find(|mapped| mapped.name == "[stack]").unwrap();
-        let address = stack.range.start - 2 * MIB;
-        let error = Reservation::at(address & !0xfff, MIB).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::AddressTaken);
-        assert!(error.to_string().contains("stack"), "{error}");
-    }
-
-    /// As often as a guest may choose addresses that are taken.
-    #[test]
-    fn refused_placements_use_nothing_up() {
-        let file = sys::file::memory_file("vfio-remap-test", HALF as u64).unwrap();
-        let kind = BackingKind::SharedMemory;
-        let backing = Backing::new("bar 0 of test", Arc::new(file), 0, HALF as u64, kind).unwrap();
-        let backing = Arc::new(backing);
-        let taken = secluded(sys::page_size());
-        for _ in 0..200_000 {
-            let placement = Placement::At(taken.address());
-            let failed = Mapping::new(backing.clone(), 0, HALF, Access::ReadOnly, placement);
-            assert_eq!(failed.unwrap_err().kind(), ErrorKind::AddressTaken);
-        }
-    }
-
-    #[test]
-    fn dropped_reservations_use_nothing_up() {
-        for _ in 0..200_000 {
-            drop(Reservation::new(HALF).unwrap());
-        }
-    }
-
-    #[test]
-    fn a_kept_destination_is_known_by_its_file() {
-        let reservation = Reservation::new(MIB).unwrap();
-        let (kept, calls) = spy::record(|| {
-            // SAFETY: the placeholder is there.
-            unsafe { reservation.plug(&Turn::take(), MIB) }
-        });
-        assert!(kept && calls.is_empty());
-    }
-}
+mod tests;

@@ -114,6 +114,24 @@ pub(crate) fn count_and_limit() -> Option<(usize, usize)> {
     Some((count, limit.trim().parse().ok()?))
 }
 
+/// How many bytes of address space this process has in use, as RLIMIT_AS counts them.
+pub(crate) fn address_space() -> Option<u64> {
+    status("VmSize:")
+}
+
+/// How many bytes this process has locked, as RLIMIT_MEMLOCK counts them for `mmap`.
+pub(crate) fn locked() -> Option<u64> {
+    status("VmLck:")
+}
+
+/// A size from `/proc/self/status` (`man 5 proc_pid_status`), in bytes.
+fn status(name: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let field = status.lines().find_map(|line| line.strip_prefix(name))?;
+    let kibibytes: u64 = field.split_ascii_whitespace().next()?.parse().ok()?;
+    kibibytes.checked_mul(1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

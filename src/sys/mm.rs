@@ -158,6 +158,17 @@ pub(crate) unsafe fn protect_read_only(address: usize, len: usize) -> Result<()>
     Errno::result(unsafe { libc::mprotect(address as *mut _, len, libc::PROT_READ) }).map(drop)
 }
 
+/// `munlock(address, len)`: takes the range off the count of locked memory. `mlockall(MCL_FUTURE)` puts on it
+/// what is mapped.
+///
+/// # Safety
+/// The range is ours.
+pub(crate) unsafe fn munlock(address: usize, len: usize) -> Result<()> {
+    spy::call(Call::Unlock)?;
+    // SAFETY: the caller owns the range; what is there stays there.
+    Errno::result(unsafe { libc::munlock(address as *const _, len) }).map(drop)
+}
+
 /// `madvise(address, len, MADV_DONTFORK)`: a child gets a hole instead of the device.
 ///
 /// # Safety

@@ -22,6 +22,8 @@ pub(crate) enum Call {
     Unmap,
     /// `mprotect`.
     Protect,
+    /// `munlock`.
+    Unlock,
     /// `madvise`.
     Advise,
     /// `mremap` with `MREMAP_DONTUNMAP`.

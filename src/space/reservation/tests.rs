@@ -1,0 +1,181 @@
+use super::*;
+use crate::space::fixture::{MIB, secluded};
+use crate::space::{Access, Backing, BackingKind, Mapping, Placement};
+use crate::sys::spy::{self, Call};
+
+/// Half of the address space of a process.
+const HALF: usize = 1 << 46;
+
+fn mapped(range: &Range<usize>) -> usize {
+    maps::overlapping(range).iter().map(|mapped| mapped.range.len()).sum()
+}
+
+#[test]
+fn reservations_are_aligned_and_congruent_as_asked() {
+    let page = sys::page_size();
+    assert_eq!(Reservation::new(1).unwrap().size(), page);
+    assert_eq!(Reservation::aligned(page, 2 * MIB).unwrap().address() % (2 * MIB), 0);
+    for offset in [0, page as u64, 6 << 20, (1 << 40) + 0x5000] {
+        let reservation = Reservation::congruent(3 * page, 1 << 30, offset).unwrap();
+        assert_eq!(reservation.address() as u64 % (1 << 30), offset % (1 << 30));
+    }
+}
+
+#[test]
+fn without_room_to_align_the_size_alone_is_enough() {
+    for (taken, modulus) in [(0, 2 * MIB), (3, 2 * MIB), (1, 1 << 30)] {
+        let (mut reserves, mut tries) = (0, 0);
+        let script = move |call| match call {
+            Call::Reserve => {
+                reserves += 1;
+                (reserves == 1).then_some(Errno::ENOMEM)
+            }
+            Call::ReserveAt => {
+                tries += 1;
+                (tries <= taken).then_some(Errno::EEXIST)
+            }
+            _ => None,
+        };
+        let make = || Reservation::congruent(4 * MIB, modulus, 0x5000).unwrap();
+        let (reservation, calls) = spy::record(|| spy::script(script, make));
+        assert_eq!(reservation.address() % modulus, 0x5000);
+        assert_eq!((reservation.size(), mapped(&reservation.range())), (4 * MIB, 4 * MIB));
+        let tries = calls.iter().filter(|call| **call == Call::ReserveAt).count();
+        // Or none, where the kernel's choice is congruent by chance.
+        assert!(tries == 0 || tries > taken, "{calls:?}");
+    }
+}
+
+#[test]
+fn an_aligned_address_is_not_searched_for_ever() {
+    let mut reserves = 0;
+    let script = move |call| match call {
+        Call::Reserve => {
+            reserves += 1;
+            (reserves == 1).then_some(Errno::EAGAIN)
+        }
+        Call::ReserveAt => Some(Errno::EEXIST),
+        _ => None,
+    };
+    let make = || Reservation::congruent(4 * MIB, 1 << 34, 0x5000).unwrap_err();
+    let (failed, calls) = spy::record(|| spy::script(script, make));
+    assert_eq!(failed.errno(), Some(libc::EAGAIN), "{failed}");
+    assert_eq!(calls.iter().filter(|call| **call == Call::ReserveAt).count(), 64);
+    assert_eq!(calls[..3], [Call::Reserve, Call::Reserve, Call::Unmap]);
+}
+
+#[test]
+fn nonsense_is_refused() {
+    let kind = |result: Result<Reservation>| result.unwrap_err().kind();
+    assert_eq!(kind(Reservation::new(0)), ErrorKind::OutOfRange);
+    assert_eq!(kind(Reservation::new(usize::MAX)), ErrorKind::OutOfRange);
+    assert_eq!(kind(Reservation::new(usize::MAX / 2)), ErrorKind::OutOfRange);
+    assert_eq!(kind(Reservation::new(1 << 50)), ErrorKind::Os);
+    assert_eq!(kind(Reservation::aligned(1, 3 * MIB)), ErrorKind::Unaligned);
+    assert_eq!(kind(Reservation::aligned(1, 1)), ErrorKind::Unaligned);
+    assert_eq!(kind(Reservation::aligned(usize::MAX - 8192, 1 << 62)), ErrorKind::OutOfRange);
+    assert_eq!(kind(Reservation::congruent(1, MIB, 1)), ErrorKind::Unaligned);
+    assert_eq!(kind(Reservation::at(1, 1)), ErrorKind::Unaligned);
+    assert_eq!(kind(Reservation::at(usize::MAX - 4095, 8192)), ErrorKind::OutOfRange);
+}
+
+#[test]
+fn a_taken_address_is_named_with_what_is_there() {
+    let first = Reservation::new(MIB).unwrap();
+    let error = Reservation::at(first.address(), MIB).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddressTaken);
+    assert!(error.to_string().contains("vfio-remap-reserved"), "{error}");
+    let range = first.range();
+    drop(first);
+    assert_eq!(Reservation::at(range.start, MIB).unwrap().range(), range);
+}
+
+#[test]
+fn pieces_split_join_and_leave_no_hole_until_the_last_has_gone() {
+    let whole = Reservation::new(MIB).unwrap();
+    let range = whole.range();
+    let (a, rest) = whole.split_at(MIB / 4).unwrap();
+    let (b, c) = rest.split_at(MIB / 4).unwrap();
+    let (a, c) = a.join(c).unwrap_err();
+    drop(b);
+    drop(a);
+    assert_eq!(mapped(&range), MIB, "dropped pieces stay reserved");
+    drop(c);
+    assert_eq!(mapped(&range), 0, "until the last has gone");
+}
+
+#[test]
+fn joined_pieces_are_the_whole_again() {
+    let whole = Reservation::new(MIB).unwrap();
+    let range = whole.range();
+    let (a, b) = whole.split_at(MIB / 2).unwrap();
+    assert_eq!(a.join(b).unwrap().range(), range);
+}
+
+#[test]
+fn a_bad_split_gives_the_reservation_back() {
+    let whole = Reservation::new(MIB).unwrap();
+    let range = whole.range();
+    let failed = whole.split_at(MIB).unwrap_err();
+    assert_eq!(failed.kind(), ErrorKind::OutOfRange);
+    let failed = failed.into_reservation().unwrap().split_at(1).unwrap_err();
+    assert_eq!(failed.kind(), ErrorKind::Unaligned);
+    assert_eq!(failed.into_reservation().unwrap().range(), range);
+}
+
+#[test]
+fn what_others_took_is_never_unmapped() {
+    let whole = Reservation::new(MIB).unwrap();
+    let range = whole.range();
+    let (_, second) = whole.split_at(MIB / 2).unwrap();
+    // SAFETY: the reservation is ours; this is the hole that a failing FIXED call leaves.
+    unsafe { mm::munmap(second.address(), second.size()) }.unwrap();
+    let other = Reservation::at(second.address() + 4096, 4096).unwrap();
+    // SAFETY: nothing of ours is there.
+    assert!(!unsafe { second.plug(&Turn::take(), second.size()) });
+    drop(second);
+    assert_eq!(mapped(&range), 4096, "only what the other holds");
+    drop(other);
+}
+
+#[test]
+fn the_room_that_the_stack_grows_into_is_taken() {
+    let all = maps::overlapping(&(0..usize::MAX));
+    let stack = all.iter().find(|mapped| mapped.name == "[stack]").unwrap();
+    let address = stack.range.start - 2 * MIB;
+    let error = Reservation::at(address & !0xfff, MIB).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddressTaken);
+    assert!(error.to_string().contains("stack"), "{error}");
+}
+
+/// As often as a guest may choose addresses that are taken.
+#[test]
+fn refused_placements_use_nothing_up() {
+    let file = sys::file::memory_file("vfio-remap-test", HALF as u64).unwrap();
+    let kind = BackingKind::SharedMemory;
+    let backing = Backing::new("bar 0 of test", Arc::new(file), 0, HALF as u64, kind).unwrap();
+    let backing = Arc::new(backing);
+    let taken = secluded(sys::page_size());
+    for _ in 0..200_000 {
+        let placement = Placement::At(taken.address());
+        let failed = Mapping::new(backing.clone(), 0, HALF, Access::ReadOnly, placement);
+        assert_eq!(failed.unwrap_err().kind(), ErrorKind::AddressTaken);
+    }
+}
+
+#[test]
+fn dropped_reservations_use_nothing_up() {
+    for _ in 0..200_000 {
+        drop(Reservation::new(HALF).unwrap());
+    }
+}
+
+#[test]
+fn a_kept_destination_is_known_by_its_file() {
+    let reservation = Reservation::new(MIB).unwrap();
+    let (kept, calls) = spy::record(|| {
+        // SAFETY: the placeholder is there.
+        unsafe { reservation.plug(&Turn::take(), MIB) }
+    });
+    assert!(kept && calls.is_empty());
+}
