@@ -56,7 +56,10 @@ pub(super) struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.device.notes().try_remove(self.slot);
+        // In a child the notes may be locked for good, by a thread that only the parent has.
+        if !self.mapping.is_inherited() {
+            self.device.notes().try_remove(self.slot);
+        }
     }
 }
 
@@ -393,5 +396,25 @@ impl fmt::Debug for Window {
         let Inner { region, device, .. } = &*self.inner;
         let name = device.range_name(*region, &self.region_range());
         write!(f, "Window({name} at {:p}, {:?})", self.as_ptr(), self.access())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+    use crate::sys::fork;
+    use crate::transport::MemoryDevice;
+
+    #[test]
+    fn a_child_drops_a_window_without_its_devices_lock() {
+        let device = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
+        let mut window = Some(device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap());
+        let notes = device.inner.notes();
+        // SAFETY: the child takes no lock, which is what the test shows.
+        let dropped = unsafe { fork::holds_in_child(|| window.take().map(drop).is_some()) };
+        drop(notes);
+        assert!(dropped);
+        assert!(window.is_some_and(|window| window.register::<u32>(0).is_ok()));
     }
 }

@@ -284,9 +284,14 @@ impl Mapping {
         }
     }
 
-    /// An error in a child of `fork(2)`, where the mapping is not.
+    /// Whether this is a child of the process that made it: the mapping is not there.
+    pub(crate) fn is_inherited(&self) -> bool {
+        self.generation != fork::generation()
+    }
+
+    /// An error in a child of `fork(2)`.
     pub(super) fn check_process(&self, operation: &'static str) -> Result<()> {
-        if self.generation == fork::generation() {
+        if !self.is_inherited() {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Gone, operation, self.object())
@@ -378,7 +383,7 @@ pub(super) fn map_again(
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if self.len == 0 || self.generation != fork::generation() {
+        if self.len == 0 || self.is_inherited() {
             return;
         }
         // SAFETY: the mapping's last holder is going, and with it every user of the range.
@@ -429,7 +434,61 @@ impl fmt::Display for Object<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::space::Strategy;
+    use crate::space::fixture::{PAGE, backing, secluded, state, unmap_and_let_in};
     use crate::sys::file;
+
+    #[test]
+    fn a_child_has_a_hole_where_a_mapping_was() {
+        let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
+        for strategy in [Strategy::DontUnmap, Strategy::MapAgain, Strategy::Move] {
+            let place = Placement::In(secluded(PAGE));
+            let made = Mapping::new(backing.clone(), 0, PAGE, Access::ReadWrite, place).unwrap();
+            let request = Placement::In(secluded(PAGE)).only(strategy);
+            let (made, other) = if strategy == Strategy::Move {
+                let mut made = made;
+                made.relocate(request).unwrap();
+                (made, None)
+            } else {
+                let (other, _) = made.duplicate(Access::ReadOnly, request).unwrap();
+                (made, Some(other))
+            };
+            let both = [Some(&made), other.as_ref()];
+            let ranges = both.into_iter().flatten().map(Mapping::range);
+            let ranges: Vec<_> = ranges.collect();
+            // SAFETY: the child takes no lock.
+            let holes = unsafe {
+                fork::holds_in_child(|| ranges.iter().all(|range| state(range) == (0, 0)))
+            };
+            assert!(holes, "{strategy}");
+            assert!(ranges.iter().all(|range| state(range) == (PAGE, 0)));
+        }
+    }
+
+    /// Where the hole is, anything may come to lie.
+    #[test]
+    fn a_child_leaves_alone_what_it_did_not_map() {
+        for placed in [false, true] {
+            let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
+            let (home, rest) = secluded(2 * PAGE).split_at(PAGE).unwrap();
+            let place = if placed { Placement::In(home) } else { Placement::Anywhere };
+            let mapping = Mapping::new(backing, 0, PAGE, Access::ReadWrite, place).unwrap();
+            let range = mapping.range();
+            let mut mapping = Some(mapping);
+            // SAFETY: nothing that the child comes by is locked; it has a hole in the range.
+            let left_alone = unsafe {
+                fork::holds_in_child(|| {
+                    unmap_and_let_in(range.clone(), None);
+                    let error = mapping.as_mut().unwrap().vacate().unwrap_err();
+                    assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+                    drop(mapping.take());
+                    state(&range) == (PAGE, 0)
+                })
+            };
+            assert!(left_alone, "placed: {placed}");
+            drop((mapping, rest));
+        }
+    }
 
     #[test]
     fn a_child_leaves_nothing_mapped_in_a_reservation_that_it_has_inherited() {

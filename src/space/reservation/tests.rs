@@ -124,6 +124,22 @@ fn a_bad_split_gives_the_reservation_back() {
 }
 
 #[test]
+fn a_child_keeps_the_reservations_of_its_parent() {
+    let mut reservation = Some(Reservation::new(MIB).unwrap());
+    let range = reservation.as_ref().unwrap().range();
+    // SAFETY: nothing that the child comes by is locked.
+    let kept = unsafe {
+        fork::holds_in_child(|| {
+            drop(reservation.take());
+            mapped(&range) == MIB
+        })
+    };
+    assert!(kept);
+    drop(reservation);
+    assert_eq!(mapped(&range), 0);
+}
+
+#[test]
 fn what_others_took_is_never_unmapped() {
     let whole = Reservation::new(MIB).unwrap();
     let range = whole.range();
