@@ -50,10 +50,24 @@ fn what_is_not_where_it_was_wanted_and_cannot_be_unmapped_keeps_its_addresses() 
     assert_eq!(transport.mapped().len(), 2, "at addresses of its own");
 
     let held = device.close().unwrap_err();
-    let words = "held by 2 DMA mappings at IOVA 0x1000..=0x2fff, its DMA space";
+    let words = "held by 2 DMA mappings at IOVA 0x100000000..=0x100001fff, its DMA space";
     assert!(held.to_string().contains(words), "{held}");
     drop(buffer);
     assert_eq!((transport.mapped().len(), space.mappings()), (1, 1));
+}
+
+#[test]
+fn low_addresses_are_left_to_devices_of_32_bits() {
+    let space = Device::new(Arc::new(Scripted::default())).dma().unwrap();
+    let wide = space.buffer(4096).unwrap();
+    assert_eq!(wide.iova(), Iova(1 << 32));
+    let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(32));
+    let narrow = space.buffer_with(request).unwrap();
+    assert!(narrow.iova() < Iova(1 << 32), "{narrow:?}");
+    // An IOMMU of 32 bits has no others.
+    let limits = DmaLimits::new(vec![0..=u64::from(u32::MAX)], 4096);
+    let space = Device::new(Arc::new(Scripted::with_limits(limits))).dma().unwrap();
+    assert_eq!(space.buffer(4096).unwrap().iova(), Iova(0x1000));
 }
 
 #[test]

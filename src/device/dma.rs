@@ -46,7 +46,9 @@ impl State {
 /// Where memory is to be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IovaPlacement {
-    /// Where there is room: in the smallest free range that has it. Never at 0, which devices take for none.
+    /// Where there is room: above 4 GiB while there is any and `limit` allows it, so that addresses of 32 bits
+    /// are left to devices that have no others and share the space; in the smallest free range that has it.
+    /// Never at 0, which devices take for none.
     Anywhere {
         /// A multiple of this, a power of two; the IOMMU's page size where that is larger.
         alignment: u64,
@@ -80,7 +82,7 @@ impl IovaPlacement {
 }
 
 impl Default for IovaPlacement {
-    /// Anywhere at all.
+    /// Anywhere at all, for a device of 64 address bits: above 4 GiB while there is room.
     fn default() -> Self {
         Self::Anywhere { alignment: 1, limit: u64::MAX }
     }

@@ -21,7 +21,12 @@ impl fmt::Display for Iova {
     }
 }
 
+/// The first address of more than 32 bits.
+const HIGH: u64 = 1 << 32;
+
 /// Free addresses in ranges: best fit, aligned or fixed, joined again when they are freed.
+///
+/// Addresses of more than 32 bits come first: those below are left to devices that have no others.
 ///
 /// Ranges are kept by their first and last address, so that all 2^64 addresses can be free. What was freed
 /// last is kept as it is until something else is done: a driver that maps, unmaps and maps again gets it
@@ -30,8 +35,10 @@ impl fmt::Display for Iova {
 pub(super) struct IovaAllocator {
     /// First address to last.
     free: BTreeMap<u64, u64>,
-    /// The same by size: last less first, and first.
-    by_size: BTreeSet<(u64, u64)>,
+    /// Those that end below [`HIGH`], by size: last less first, and first.
+    low: BTreeSet<(u64, u64)>,
+    /// All others: one of them at most begins below it.
+    high: BTreeSet<(u64, u64)>,
     /// First and last address of what was freed last, not joined with its neighbours yet.
     recent: Option<(u64, u64)>,
 }
@@ -59,9 +66,9 @@ impl IovaAllocator {
         allocator
     }
 
-    /// Takes `size` bytes at a multiple of `alignment`, but not at 0, no byte above `limit`, from the smallest
-    /// free range that has them; the lowest addresses of it. What was freed last comes first if it is exactly
-    /// that. `size` is not 0, `alignment` a power of two.
+    /// Takes `size` bytes at a multiple of `alignment`, but not at 0, no byte above `limit`: at [`HIGH`] or
+    /// above where they are free there, from the smallest free range that has them; the lowest addresses of
+    /// it. What was freed last comes first if it is exactly that. `size` is not 0, `alignment` a power of two.
     #[inline]
     pub(super) fn allocate(&mut self, size: u64, alignment: u64, limit: u64) -> Option<u64> {
         let extent = size.checked_sub(1)?;
@@ -70,6 +77,7 @@ impl IovaAllocator {
             && first != 0
             && first & (alignment - 1) == 0
             && last <= limit
+            && (first >= HIGH || limit < HIGH)
         {
             self.recent = None;
             return Some(first);
@@ -80,13 +88,21 @@ impl IovaAllocator {
     /// The same by what is free and joined: `extent` is the size less one.
     fn search(&mut self, extent: u64, alignment: u64, limit: u64) -> Option<u64> {
         self.settle();
-        let (first, last, start) =
-            self.by_size.range((extent, 0)..).find_map(|&(free, first)| {
-                let last = first + free;
-                let start = first.max(1).checked_next_multiple_of(alignment)?;
-                let end = start.checked_add(extent)?;
-                (end <= last.min(limit)).then_some((first, last, start))
-            })?;
+        let fit = |first: u64, last: u64, lowest: u64| {
+            let start = first.max(lowest).checked_next_multiple_of(alignment)?;
+            let end = start.checked_add(extent)?;
+            (end <= last.min(limit)).then_some((first, last, start))
+        };
+        let smallest = |ranges: &BTreeSet<(u64, u64)>, lowest: u64| {
+            ranges.range((extent, 0)..).find_map(|&(free, first)| fit(first, first + free, lowest))
+        };
+        let high = || if limit < HIGH { None } else { smallest(&self.high, HIGH) };
+        let low = || smallest(&self.low, 1);
+        let across = || {
+            let (&first, &last) = self.free.range(..HIGH).next_back()?;
+            if last < HIGH { None } else { fit(first, last, 1) }
+        };
+        let (first, last, start) = high().or_else(low).or_else(across)?;
         self.take(first, last, start, start + extent);
         Some(start)
     }
@@ -178,12 +194,17 @@ impl IovaAllocator {
 
     fn insert(&mut self, first: u64, last: u64) {
         self.free.insert(first, last);
-        self.by_size.insert((last - first, first));
+        self.by_size(last).insert((last - first, first));
     }
 
     fn remove(&mut self, first: u64, last: u64) {
         self.free.remove(&first);
-        self.by_size.remove(&(last - first, first));
+        self.by_size(last).remove(&(last - first, first));
+    }
+
+    /// Where a range with this last address is kept by its size.
+    fn by_size(&mut self, last: u64) -> &mut BTreeSet<(u64, u64)> {
+        if last < HIGH { &mut self.low } else { &mut self.high }
     }
 }
 
@@ -251,11 +272,44 @@ mod tests {
         assert_eq!(iova.ranges().collect::<Vec<_>>(), [0..=u64::MAX]);
     }
 
-    /// A million random operations against a map of which page is taken.
+    #[test]
+    fn addresses_of_32_bits_are_left_to_who_has_no_others() {
+        let mut iova = IovaAllocator::new(&[0..=0xfedf_ffff, 0xfef0_0000..=(1 << 39) - 1]);
+        let all = iova.ranges().collect::<Vec<_>>();
+        assert_eq!(iova.allocate(0x1000, 1, u64::MAX), Some(HIGH));
+        assert_eq!(iova.allocate(0x1000, 1, u64::MAX), Some(HIGH + 0x1000));
+        assert_eq!(iova.allocate(0x1000, 1, HIGH - 1), Some(0xfef0_0000), "the smallest that fits");
+        assert_eq!(iova.allocate(0x1000, 1, 0xffff), Some(1), "not 0");
+        iova.free(1, 0x1000);
+        assert_eq!(iova.allocate(0x1000, 1, u64::MAX), Some(HIGH + 0x2000), "freed last, but low");
+        iova.free(HIGH, 0x1000);
+        assert_eq!(iova.allocate(0x1000, 1, u64::MAX), Some(HIGH), "freed last");
+        // All that lies above is taken: what there is below.
+        let most = (1 << 39) - 1 - (HIGH + 0x3000);
+        assert_eq!(iova.allocate(most, 0x1000, u64::MAX), Some(HIGH + 0x3000));
+        assert_eq!(iova.allocate(0x10_0000, 0x10_0000, u64::MAX), Some(0xfef0_0000 + 0x10_0000));
+        iova.free(0xfef0_0000 + 0x10_0000, 0x10_0000);
+        iova.free(HIGH + 0x3000, most);
+        for (start, size) in [(0xfef0_0000, 0x1000), (HIGH + 0x1000, 0x2000), (HIGH, 0x1000)] {
+            iova.free(start, size);
+        }
+        // As much as lies neither below nor above, but across.
+        assert_eq!(iova.allocate((1 << 39) - HIGH + 0x1000, 0x1000, u64::MAX), Some(0xfef0_0000));
+        iova.free(0xfef0_0000, (1 << 39) - HIGH + 0x1000);
+        assert_eq!(iova.ranges().collect::<Vec<_>>(), all);
+    }
+
+    /// A million random operations against a map of which page is taken. Half of the pages have addresses
+    /// of more than 32 bits.
     #[test]
     fn a_million_operations_agree_with_a_naive_model() {
+        agrees_with_a_naive_model(0);
+        agrees_with_a_naive_model(HIGH - 256);
+    }
+
+    fn agrees_with_a_naive_model(base: u64) {
         const PAGES: usize = 512;
-        let mut iova = IovaAllocator::new(&[0..=PAGES as u64 - 1]);
+        let mut iova = IovaAllocator::new(&[base..=base + PAGES as u64 - 1]);
         let mut taken = [false; PAGES];
         let mut live: Vec<(u64, u64)> = Vec::new();
         let mut seed = 0x9e37_79b9_7f4a_7c15u64;
@@ -266,27 +320,33 @@ mod tests {
             seed ^= seed << 17;
             seed % below
         };
-        for operation in 0..1_000_000 {
+        for operation in 0..500_000 {
             let size = 1 + random(16);
             let fits = |start: usize, taken: &[bool; PAGES]| {
                 taken.get(start..start + size as usize).is_some_and(|run| !run.contains(&true))
             };
             match random(3) {
                 0 => {
-                    let (alignment, limit) = (1 << random(4), random(PAGES as u64));
+                    let (alignment, limit) = (1 << random(4), base + random(PAGES as u64));
                     // Not at 0.
-                    let possible = (alignment as usize..PAGES)
-                        .step_by(alignment as usize)
-                        .any(|start| start as u64 + size - 1 <= limit && fits(start, &taken));
+                    let possible = |from: u64| {
+                        let pages = (0..PAGES as u64).map(|page| base + page);
+                        pages.filter(|start| *start >= from && start % alignment == 0).any(
+                            |start| {
+                                start + size - 1 <= limit && fits((start - base) as usize, &taken)
+                            },
+                        )
+                    };
                     match iova.allocate(size, alignment, limit) {
                         Some(start) => {
-                            assert!(fits(start as usize, &taken) && start % alignment == 0);
-                            assert_ne!(start, 0);
+                            assert!(fits((start - base) as usize, &taken));
+                            assert!(start != 0 && start % alignment == 0);
                             assert!(start + size - 1 <= limit);
+                            assert!(start >= HIGH || !possible(HIGH), "operation {operation}");
                             live.push((start, size));
                         }
                         None => {
-                            assert!(!possible, "operation {operation}");
+                            assert!(!possible(1), "operation {operation}");
                             continue;
                         }
                     }
@@ -294,6 +354,7 @@ mod tests {
                 1 => {
                     let start = random(PAGES as u64);
                     let possible = fits(start as usize, &taken);
+                    let start = base + start;
                     assert_eq!(iova.allocate_at(start, size), possible, "operation {operation}");
                     if !possible {
                         continue;
@@ -306,17 +367,19 @@ mod tests {
                     }
                     let (start, size) = live.swap_remove(random(live.len() as u64) as usize);
                     iova.free(start, size);
-                    taken[start as usize..(start + size) as usize].fill(false);
+                    let page = (start - base) as usize;
+                    taken[page..page + size as usize].fill(false);
                     continue;
                 }
             }
             if let Some(&(start, size)) = live.last() {
-                taken[start as usize..(start + size) as usize].fill(true);
+                let page = (start - base) as usize;
+                taken[page..page + size as usize].fill(true);
             }
         }
         for (start, size) in live {
             iova.free(start, size);
         }
-        assert_eq!(iova.ranges().collect::<Vec<_>>(), [0..=PAGES as u64 - 1]);
+        assert_eq!(iova.ranges().collect::<Vec<_>>(), [base..=base + PAGES as u64 - 1]);
     }
 }
