@@ -4,11 +4,12 @@
 mod scripted;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vfio_remap::device::{BufferRequest, DmaArray, Iova, IovaPlacement};
 use vfio_remap::space::Access;
-use vfio_remap::transport::{DmaLimits, Transport};
+use vfio_remap::transport::{AddressSpaceId, DmaLimits, Transport};
 use vfio_remap::{Device, Error, ErrorKind};
 
 use scripted::Scripted;
@@ -68,6 +69,75 @@ fn low_addresses_are_left_to_devices_of_32_bits() {
     let limits = DmaLimits::new(vec![0..=u64::from(u32::MAX)], 4096);
     let space = Device::new(Arc::new(Scripted::with_limits(limits))).dma().unwrap();
     assert_eq!(space.buffer(4096).unwrap().iova(), Iova(0x1000));
+}
+
+#[test]
+fn devices_of_one_address_space_take_from_one_stock() {
+    let space = Some(AddressSpaceId::unique());
+    let transport = || Arc::new(Scripted { space, ..Scripted::default() });
+    let [one, other] = [(); 2].map(|()| transport());
+    let devices = [&one, &other].map(|transport| Device::new(transport.clone()));
+    let [first, second] = [&devices[0], &devices[1]].map(|device| device.dma().unwrap());
+    let held: Vec<_> = (0..2000).map(|_| first.buffer(4096).unwrap()).collect();
+    let taken = IovaPlacement::At(held[9].iova());
+    let error = second.buffer_with(BufferRequest::new(4096).placement(taken)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
+    let theirs = second.buffer(4096).unwrap();
+    assert!(one.mapped().iter().all(|(iova, _)| *iova != theirs.iova().0), "{theirs:?}");
+    assert_eq!((first.mappings(), second.mappings()), (2000, 1));
+    let [first_device, second_device] = devices;
+    let held_by = second_device.close().unwrap_err();
+    let words =
+        "1 of the DMA mappings at IOVA 0x100000000..=0x1007d0fff, where other devices are, too";
+    assert!(held_by.to_string().contains(words), "{held_by}");
+    drop((held, theirs, first, second, one, other));
+    first_device.close().unwrap();
+}
+
+#[test]
+fn neighbours_who_have_mapped_much_are_mapped_around() {
+    const PAGE: u64 = 4096;
+    // A thousand pages and more from the first address on that is offered, 28 TiB, and all but a page.
+    let all = (1u64 << 48) - 1;
+    for (taken, most) in [
+        ((1 << 32)..=(1 << 32) + 1500 * PAGE - 1, 12),
+        ((1 << 32)..=(1 << 32) + (28 << 40) - 1, 40),
+        (0..=all - PAGE, 128),
+    ] {
+        let neighbours = vec![taken.clone()];
+        let transport = Arc::new(Scripted { neighbours, ..Scripted::default() });
+        let space = Device::new(transport.clone()).dma().unwrap();
+        let buffer = space.buffer(PAGE as usize).unwrap();
+        assert!(!taken.contains(&buffer.iova().0), "{buffer:?}");
+        let refused = transport.refused.load(Ordering::Relaxed);
+        assert!(refused <= most, "{refused} questions around {taken:x?}");
+        // Nothing else is taken of the stock.
+        drop(buffer);
+        assert_eq!(format!("{space:?}"), "DmaSpace(0 mappings, 2 free ranges)");
+    }
+}
+
+#[test]
+fn a_space_that_neighbours_have_filled_says_so() {
+    let neighbours = vec![0..=u64::MAX];
+    let transport = Arc::new(Scripted { neighbours, ..Scripted::default() });
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let error = space.buffer(4096).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::AddressTaken, Some(libc::EEXIST)));
+    let refused = transport.refused.load(Ordering::Relaxed);
+    let words = format!("something at each of the {refused} places that were tried");
+    assert!(refused <= 256 && error.to_string().contains(&words), "{error}");
+    assert!(error.advice().contains("IovaPlacement::At"), "{error}");
+    assert_eq!(format!("{space:?}"), "DmaSpace(0 mappings, 2 free ranges)");
+}
+
+#[test]
+fn a_free_page_in_a_small_space_is_found() {
+    let neighbours = vec![0..=0x3_5fff, 0x3_7000..=0xf_ffff];
+    let limits = DmaLimits::new(vec![0..=0xf_ffff], 4096);
+    let transport = Arc::new(Scripted { neighbours, ..Scripted::with_limits(limits) });
+    let space = Device::new(transport).dma().unwrap();
+    assert_eq!(space.buffer(4096).unwrap().iova(), Iova(0x3_6000));
 }
 
 #[test]

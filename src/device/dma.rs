@@ -1,10 +1,12 @@
 //! DMA: which memory a device reaches, and at which addresses.
 
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::dma_addresses::Addresses;
 use super::dma_buffer::{BufferRequest, DmaBuffer};
-use super::iova::{Iova, IovaAllocator};
+use super::iova::Iova;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::fork;
@@ -23,24 +25,12 @@ pub struct DmaSpace {
 
 struct Inner {
     limits: DmaLimits,
-    state: Mutex<State>,
-    transport: Arc<dyn Transport>,
-}
-
-struct State {
-    free: IovaAllocator,
+    addresses: Arc<Addresses>,
     /// How many mappings there are, or are being made.
-    mappings: usize,
+    mappings: AtomicUsize,
     /// What could not be unmapped again, and is nobody's any more.
-    lost: Vec<Iova>,
-}
-
-impl State {
-    #[inline]
-    fn give_back(&mut self, taken: Iova, size: u64) {
-        self.mappings -= 1;
-        self.free.free(taken.0, size);
-    }
+    lost: Mutex<Vec<Iova>>,
+    transport: Arc<dyn Transport>,
 }
 
 /// Where memory is to be mapped.
@@ -97,9 +87,9 @@ impl DmaSpace {
                 .because(format!("its pages have {:#x} bytes: no power of two", limits.page_size))
                 .remedy("have the transport answer with a power of two: DmaLimits::page_size"));
         }
-        let state =
-            State { free: IovaAllocator::new(&limits.ranges), mappings: 0, lost: Vec::new() };
-        Ok(Self { inner: Arc::new(Inner { limits, state: Mutex::new(state), transport }) })
+        let addresses = Addresses::of(transport.address_space(), &limits.ranges);
+        let (mappings, lost) = (AtomicUsize::new(0), Mutex::default());
+        Ok(Self { inner: Arc::new(Inner { limits, addresses, mappings, lost, transport }) })
     }
 
     /// What the IOMMU maps.
@@ -107,9 +97,9 @@ impl DmaSpace {
         &self.inner.limits
     }
 
-    /// How many mappings there are.
+    /// How many mappings there are of this device's.
     pub fn mappings(&self) -> usize {
-        self.inner.state().mappings
+        self.inner.mappings.load(Ordering::Relaxed)
     }
 
     /// A buffer of `size` bytes, rounded up to whole pages, that the device can read and write.
@@ -154,9 +144,11 @@ impl DmaSpace {
 
     /// What is mapped, for errors: how much, and the first few places. `None` if nothing is.
     pub(super) fn describe(&self, most: usize) -> Option<String> {
-        let mut state = self.inner.state();
-        let count = state.mappings;
-        let places = state.free.taken(&self.inner.limits.ranges);
+        let count = self.mappings();
+        if count == 0 {
+            return None;
+        }
+        let places = self.inner.addresses.taken();
         let mut named: Vec<_> = places
             .iter()
             .take(most)
@@ -165,7 +157,14 @@ impl DmaSpace {
         if places.len() > most {
             named.push(format!("{} more places", places.len() - most));
         }
-        (count > 0).then(|| format!("{count} DMA mappings at IOVA {}", named.join(", ")))
+        let named = named.join(", ");
+        // Which of them are whose nobody has noted.
+        Some(match Arc::strong_count(&self.inner.addresses) {
+            1 => format!("{count} DMA mappings at IOVA {named}"),
+            _ => {
+                format!("{count} of the DMA mappings at IOVA {named}, where other devices are, too")
+            }
+        })
     }
 
     /// Whether somebody else holds the space, too.
@@ -175,9 +174,15 @@ impl DmaSpace {
 }
 
 impl Inner {
+    fn lost(&self) -> MutexGuard<'_, Vec<Iova>> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back what was taken for one mapping.
     #[inline]
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn give_back(&self, taken: Iova, size: u64) {
+        self.addresses.free(taken, size);
+        self.mappings.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Maps `memory` at `iova`: the address by which the device reaches it.
@@ -210,13 +215,17 @@ impl Inner {
         found.inspect_err(|_| {
             if let Err(error) = self.transport.dma_unmap(iova.0, size) {
                 leak(memory, &error);
-                self.state().lost.push(iova);
+                self.lost().push(iova);
             }
         })
     }
 
-    /// Maps memory that could not be mapped where it was to be. A device that shares the address space may
-    /// have mapped something there: others are tried, where that is allowed.
+    /// Maps memory that could not be mapped where it was to be. Somebody who shares the address space, and
+    /// not our stock of addresses, may have mapped something there: others are tried, where that is allowed.
+    ///
+    /// Each is twice as far from the last one as that was from the one before, so that neighbours who have
+    /// mapped much cost some dozens of questions, and not one for each page. What was passed over is tried
+    /// when nothing else is left.
     #[cold]
     fn map_elsewhere(
         &self,
@@ -226,28 +235,78 @@ impl Inner {
         placement: IovaPlacement,
         access: Access,
     ) -> Result<(Iova, Iova)> {
-        const ATTEMPTS: usize = 1024;
-        let anywhere =
-            !self.limits.translated || matches!(placement, IovaPlacement::Anywhere { .. });
-        let mut refused = vec![taken];
+        const ATTEMPTS: usize = 256;
+        let size = memory.size() as u64;
+        let choice = match placement {
+            // Where nothing translates, the address is a key, and any will do.
+            _ if !self.limits.translated => Some((1, u64::MAX)),
+            IovaPlacement::Anywhere { alignment, limit } => Some((alignment, limit)),
+            IovaPlacement::At(_) | IovaPlacement::SameAsAddress => None,
+        };
+        // What is passed over is kept meanwhile, so that nobody is offered it again.
+        let mut passed = vec![(taken, size)];
         let mut result = Err(error);
-        while let Err(error) = &result
-            && anywhere
+        let (mut block, mut grows) = (size, true);
+        while let (Err(error), Some((alignment, limit))) = (&result, choice)
             && error.kind() == ErrorKind::AddressTaken
-            && refused.len() < ATTEMPTS
+            && passed.len() < ATTEMPTS
         {
-            result = self.take(memory, placement).and_then(|taken| {
-                let mapped = self.map(taken, memory, placement, access);
-                mapped.map(|iova| (taken, iova)).inspect_err(|_| refused.push(taken))
-            });
-        }
-        let mut state = self.state();
-        for taken in refused {
-            if !state.lost.contains(&taken) {
-                state.give_back(taken, memory.size() as u64);
+            if let Some(larger) = block.checked_mul(2).filter(|_| grows) {
+                block = larger;
+            }
+            let alignment = alignment.max(self.limits.page_size);
+            let Some(start) = self.addresses.allocate(block, alignment, limit) else {
+                grows = false;
+                if block > size {
+                    block /= 2;
+                    continue;
+                }
+                let mut rests = passed.iter_mut().filter(|(_, block)| *block > size).peekable();
+                if rests.peek().is_none() {
+                    break;
+                }
+                rests.for_each(|(start, block)| self.keep_first(*start, size, block));
+                continue;
+            };
+            result = self.map(start, memory, placement, access).map(|iova| (start, iova));
+            let mut taken = block;
+            if result.is_ok() {
+                self.keep_first(start, size, &mut taken);
+            } else {
+                passed.push((start, taken));
             }
         }
-        result
+        let tried = passed.len();
+        let lost = self.lost();
+        for (start, mut block) in passed {
+            if lost.contains(&start) {
+                self.keep_first(start, size, &mut block);
+                // It is a mapping still.
+                self.mappings.fetch_add(1, Ordering::Relaxed);
+            } else {
+                self.addresses.free(start, block);
+            }
+        }
+        drop(lost);
+        result.map_err(|error| {
+            self.mappings.fetch_sub(1, Ordering::Relaxed);
+            if tried == 1 {
+                return error;
+            }
+            error
+                .because(format!(
+                    "others have mapped something at each of the {tried} places that were tried"
+                ))
+                .remedy("have them unmap it, or map at an address that is free: IovaPlacement::At")
+        })
+    }
+
+    /// Gives back all but the first `size` of the `taken` bytes at `start`.
+    fn keep_first(&self, start: Iova, size: u64, taken: &mut u64) {
+        if let Some(rest) = start.checked_add(size) {
+            self.addresses.free(rest, *taken - size);
+        }
+        *taken = size;
     }
 
     /// Takes addresses for `memory`.
@@ -269,29 +328,22 @@ impl Inner {
         let placement = if self.limits.translated { placement } else { IovaPlacement::default() };
         let start = match placement {
             IovaPlacement::Anywhere { alignment, limit } => {
-                let mut state = self.state();
-                let Some(start) = state.free.allocate(size, alignment.max(page), limit) else {
+                let Some(start) = self.addresses.allocate(size, alignment.max(page), limit) else {
                     return Err(no_room(size, limit));
                 };
-                state.mappings += 1;
-                return Ok(Iova(start));
+                self.mappings.fetch_add(1, Ordering::Relaxed);
+                return Ok(start);
             }
             IovaPlacement::At(iova) => iova.0,
             IovaPlacement::SameAsAddress => memory.address() as u64,
         };
-        let end = start.checked_add(size - 1);
-        let inside = |end| {
-            self.limits.ranges.iter().any(|range| *range.start() <= start && end <= *range.end())
-        };
-        if start & inside_page != 0 || !end.is_some_and(inside) {
-            return Err(self.not_there(start, size));
-        }
-        let mut state = self.state();
-        if state.free.allocate_at(start, size) {
-            state.mappings += 1;
+        if start & inside_page == 0 && self.addresses.allocate_at(Iova(start), size) {
+            self.mappings.fetch_add(1, Ordering::Relaxed);
             return Ok(Iova(start));
         }
-        drop(state);
+        if start & inside_page != 0 || !self.addresses.contain(start, size) {
+            return Err(self.not_there(start, size));
+        }
         Err(Error::new(
             ErrorKind::AddressTaken,
             "map for DMA",
@@ -318,15 +370,17 @@ impl Inner {
     /// Addresses that are no pages', or that the IOMMU does not have.
     #[cold]
     fn not_there(&self, start: u64, size: u64) -> Error {
-        let DmaLimits { page_size, ranges, .. } = &self.limits;
+        let page_size = self.limits.page_size;
         let error =
             |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes at {start:#x}"));
-        if !start.is_multiple_of(*page_size) {
+        if !start.is_multiple_of(page_size) {
             return error(ErrorKind::Unaligned)
                 .because(format!("the IOMMU maps pages of {page_size:#x} bytes"))
                 .remedy("map at a multiple of that");
         }
-        let ranges: Vec<_> = ranges
+        let ranges: Vec<_> = self
+            .addresses
+            .ranges()
             .iter()
             .map(|range| format!("{:#x}..={:#x}", range.start(), range.end()))
             .collect();
@@ -399,7 +453,7 @@ impl Drop for DmaMapping {
         let size = self.memory.size() as u64;
         let inner = &self.space.inner;
         match inner.transport.dma_unmap(self.taken.0, size) {
-            Ok(()) => inner.state().give_back(self.taken, size),
+            Ok(()) => inner.give_back(self.taken, size),
             // Neither the memory nor the addresses may become anybody else's.
             Err(error) => leak(&self.memory, &error),
         }
@@ -414,7 +468,7 @@ impl fmt::Debug for DmaMapping {
 
 impl fmt::Debug for DmaSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let free = self.inner.state().free.ranges().count();
+        let free = self.inner.addresses.free_ranges();
         write!(f, "DmaSpace({} mappings, {free} free ranges)", self.mappings())
     }
 }

@@ -160,6 +160,16 @@ impl IovaAllocator {
         self.insert(first, last);
     }
 
+    /// Takes what is free of `[start, end]`.
+    pub(super) fn exclude(&mut self, start: u64, end: u64) {
+        self.settle();
+        while let Some((&first, &last)) = self.free.range(..=end).next_back()
+            && last >= start
+        {
+            self.take(first, last, first.max(start), last.min(end));
+        }
+    }
+
     /// The free ranges, in order.
     pub(super) fn ranges(&mut self) -> impl Iterator<Item = RangeInclusive<u64>> + '_ {
         self.settle();

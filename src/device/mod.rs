@@ -3,6 +3,7 @@
 mod bar;
 mod config;
 mod dma;
+mod dma_addresses;
 mod dma_array;
 mod dma_buffer;
 #[cfg(feature = "vm-memory")]

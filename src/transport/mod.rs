@@ -17,6 +17,7 @@ use std::fmt::Debug;
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, BackingKind, DmaMemory};
@@ -170,6 +171,13 @@ pub trait Transport: Send + Sync + Debug {
         Err(unsupported(self.info(), "do DMA with".to_owned()))
     }
 
+    /// Which address space for DMA the device is in, where others may be in it, too: all of them are given
+    /// addresses from one stock, so that none is given what another has. `None`, the default, where the
+    /// device has one of its own.
+    fn address_space(&self) -> Option<AddressSpaceId> {
+        None
+    }
+
     /// Lets the device reach `memory` at the I/O virtual address `iova`. The pages stay where they are
     /// until they are unmapped, whatever becomes of the mapping in this process.
     ///
@@ -198,6 +206,18 @@ pub trait Transport: Send + Sync + Debug {
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
         let _ = (iova, size);
         Err(unsupported(self.info(), "unmap memory for DMA by".to_owned()))
+    }
+}
+
+/// An address space for DMA: see [`Transport::address_space`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AddressSpaceId(u64);
+
+impl AddressSpaceId {
+    /// One that is like no other in this process.
+    pub fn unique() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 }
 

@@ -16,6 +16,7 @@ use super::{Confinement, PciDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::iommufd;
+use crate::transport::AddressSpaceId;
 
 const IOMMU: &str = "/dev/iommu";
 
@@ -24,6 +25,7 @@ pub(super) struct Ioas {
     file: OwnedFd,
     id: u32,
     confinement: Confinement,
+    address_space: AddressSpaceId,
 }
 
 impl Ioas {
@@ -31,7 +33,12 @@ impl Ioas {
         let file = open(Path::new(IOMMU))?;
         let id = iommufd::ioas_alloc(file.as_fd())
             .map_err(|errno| Error::os(errno, "make an address space in", IOMMU))?;
-        Ok(Self { file: file.into(), id, confinement })
+        let address_space = AddressSpaceId::unique();
+        Ok(Self { file: file.into(), id, confinement, address_space })
+    }
+
+    pub(super) fn address_space(&self) -> AddressSpaceId {
+        self.address_space
     }
 
     /// What confines its devices. Without an IOMMU it pins memory and knows where that is, and the

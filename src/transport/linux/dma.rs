@@ -18,7 +18,7 @@ use super::{Confinement, noiommu};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{self, vfio_dma};
-use crate::transport::DmaLimits;
+use crate::transport::{AddressSpaceId, DmaLimits};
 use crate::transport::answer::Answer;
 use crate::transport::refusal::refused;
 
@@ -38,6 +38,15 @@ impl AddressSpace {
         match self {
             Self::Group(group) => Some(group.confinement()),
             Self::Ioas(ioas) => Some(ioas.confinement()),
+            Self::Elsewhere => None,
+        }
+    }
+
+    /// Which one it is; `None` where whoever opened it knows.
+    pub(super) fn id(&self) -> Option<AddressSpaceId> {
+        match self {
+            Self::Group(group) => Some(group.address_space()),
+            Self::Ioas(ioas) => Some(ioas.address_space()),
             Self::Elsewhere => None,
         }
     }

@@ -18,6 +18,7 @@ use super::token::{self, VfToken};
 use super::{Confinement, PciDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::vfio;
+use crate::transport::AddressSpaceId;
 
 const CONTAINER: &str = "/dev/vfio/vfio";
 
@@ -29,6 +30,7 @@ pub(super) struct Group {
     fd: OwnedFd,
     /// Closed after the group. Groups of one address space share it.
     container: Container,
+    address_space: AddressSpaceId,
 }
 
 #[derive(Clone)]
@@ -105,7 +107,11 @@ impl Group {
         if known.is_none() {
             vfio::set_iommu_type1v2(&container).map_err(|errno| set_iommu_error(errno, &object))?;
         }
-        Ok(Self { fd, container: Container::Type1(container) })
+        Ok(Self {
+            fd,
+            container: Container::Type1(container),
+            address_space: space_of(beside.filter(|_| known.is_some())),
+        })
     }
 
     fn unconfined(id: u32, beside: Option<&Self>) -> Result<Self> {
@@ -125,7 +131,11 @@ impl Group {
             vfio::set_no_iommu(container.as_fd())
                 .map_err(|errno| Error::os(errno, "do without IOMMU for", &object))?;
         }
-        Ok(Self { fd, container: Container::NoIommu(container) })
+        Ok(Self {
+            fd,
+            container: Container::NoIommu(container),
+            address_space: space_of(beside.filter(|_| known.is_some())),
+        })
     }
 
     /// The container that maps memory for DMA; `None` where no IOMMU does.
@@ -134,6 +144,11 @@ impl Group {
             Container::Type1(container) => Some(container),
             Container::NoIommu(_) => None,
         }
+    }
+
+    /// That of its container.
+    pub(super) fn address_space(&self) -> AddressSpaceId {
+        self.address_space
     }
 
     /// What confines its devices.
@@ -186,6 +201,11 @@ impl Container {
 
 fn open_groups() -> MutexGuard<'static, BTreeMap<u32, Weak<Group>>> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The address space of the group beside which another is opened, or one of its own.
+fn space_of(beside: Option<&Group>) -> AddressSpaceId {
+    beside.map_or_else(AddressSpaceId::unique, Group::address_space)
 }
 
 /// A container for groups without an IOMMU. `vfio-ioctls` opens only those that type 1 drives.

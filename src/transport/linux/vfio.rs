@@ -19,7 +19,8 @@ use crate::space::{Access, DmaMemory};
 use crate::sys::vfio_irq::Action;
 use crate::sys::{fork, vfio, vfio_feature, vfio_reset};
 use crate::transport::{
-    AffectedDevice, DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport,
+    AddressSpaceId, AffectedDevice, DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo,
+    Transport,
 };
 
 /// More regions than any device has; the kernel would have to be wrong.
@@ -394,6 +395,10 @@ impl Transport for Vfio {
             self.most.store(self.books.mappings().saturating_add(more as usize), Ordering::Relaxed);
         }
         Ok(limits)
+    }
+
+    fn address_space(&self) -> Option<AddressSpaceId> {
+        self.space.id()
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
