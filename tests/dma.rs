@@ -140,6 +140,25 @@ fn a_free_page_in_a_small_space_is_found() {
     assert_eq!(space.buffer(4096).unwrap().iova(), Iova(0x3_6000));
 }
 
+/// Where nothing translates a device's addresses, memory is where it is.
+#[test]
+fn memory_that_wraps_past_the_last_address_is_refused() {
+    let mut limits = Scripted::default().dma_limits().unwrap();
+    limits.translated = false;
+    let last_page = u64::MAX - 0xfff;
+    let physical = Some(last_page);
+    let transport = Arc::new(Scripted { physical, ..Scripted::with_limits(limits) });
+    let space = Device::new(transport.clone()).dma().unwrap();
+    for placement in [IovaPlacement::default(), IovaPlacement::At(Iova(last_page))] {
+        let request = BufferRequest::new(8192).placement(placement);
+        let error = space.buffer_with(request).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
+        assert_eq!((transport.mapped(), space.mappings()), (vec![], 0));
+    }
+    let (first, second) = space.buffer(4096).unwrap().split_at(4095).unwrap();
+    assert_eq!((first.iova(), second.iova()), (Iova(last_page), Iova(u64::MAX)));
+}
+
 #[test]
 fn pages_of_no_power_of_two_are_a_transports_mistake() {
     for page_size in [0, 3000] {

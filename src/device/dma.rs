@@ -60,10 +60,12 @@ impl IovaPlacement {
 
     /// Whether memory that the device finds at `at`, and cannot elsewhere, is where this wants it.
     fn admits(self, at: Iova, memory: &DmaMemory) -> bool {
+        // No byte of it lies past the last address.
+        let last = (memory.size() as u64).checked_sub(1).and_then(|extent| at.checked_add(extent));
+        let Some(last) = last else { return false };
         match self {
             Self::Anywhere { alignment, limit } => {
-                let last = (memory.size() as u64).checked_sub(1).and_then(|n| at.checked_add(n));
-                at.0.is_multiple_of(alignment) && last.is_some_and(|last| last.0 <= limit)
+                at.0.is_multiple_of(alignment) && last.0 <= limit
             }
             Self::At(wanted) => at == wanted,
             Self::SameAsAddress => at.0 == memory.address() as u64,
