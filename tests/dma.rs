@@ -159,6 +159,33 @@ fn memory_that_wraps_past_the_last_address_is_refused() {
     assert_eq!((first.iova(), second.iova()), (Iova(last_page), Iova(u64::MAX)));
 }
 
+/// An IOMMU, or a server, may have larger pages than this machine.
+#[test]
+fn buffers_are_aligned_to_the_pages_of_the_iommu() {
+    for page in [16 << 10, 64 << 10, 4 << 20] {
+        let limits = DmaLimits::new(vec![0..=(1 << 39) - 1], page);
+        let transport = Arc::new(Scripted::with_limits(limits));
+        let space = Device::new(transport.clone()).dma().unwrap();
+        let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
+        let buffers: Vec<_> = (1..=8).map(|size| space.buffer(size * 5000).unwrap()).collect();
+        for (number, buffer) in (1..).zip(&buffers) {
+            let (address, size) = (buffer.as_ptr() as usize, buffer.size());
+            assert_eq!(size as u64, (number * 5000u64).next_multiple_of(page));
+            assert_eq!((address as u64 % page, buffer.iova().0 % page), (0, 0));
+            // Nothing is left of what was reserved to align it.
+            let line = format!("{address:x}-{:x} rw-s", address + size);
+            assert!(maps().contains(&line), "{line}: {}", maps());
+            buffer.store(size - 4, 7u32);
+            assert_eq!(buffer.load::<u32>(size - 4), 7);
+        }
+        let huge = space.buffer_with(BufferRequest::new(1).huge_pages()).unwrap();
+        assert_eq!((huge.as_ptr() as u64 % page, huge.iova().0 % page), (0, 0));
+    }
+    let limits = DmaLimits::new(vec![0..=u64::MAX], 1 << 63);
+    let space = Device::new(Arc::new(Scripted::with_limits(limits))).dma().unwrap();
+    assert_eq!(space.buffer(1).unwrap_err().kind(), ErrorKind::OutOfRange);
+}
+
 #[test]
 fn pages_of_no_power_of_two_are_a_transports_mistake() {
     for page_size in [0, 3000] {

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -51,8 +52,8 @@ impl BufferRequest {
     }
 }
 
-/// Memory that this process and the device share: a file of its own, mapped, pinned, and known to the
-/// device by an [`Iova`].
+/// Memory that this process and the device share: a file of its own, mapped at a multiple of the IOMMU's
+/// page size, pinned, and known to the device by an [`Iova`].
 ///
 /// [`split_at`](Self::split_at) gives parts of it away; the memory goes when the last part is dropped,
 /// after the device can no longer reach it. What a device is told of by
@@ -96,9 +97,10 @@ impl Drop for Memory {
 }
 
 impl Memory {
-    /// A sealed memory file of `size` bytes, mapped. The file's length cannot change: no access to the
-    /// mapping ever faults.
-    fn new(size: usize, huge: bool) -> Result<(Self, OwnedFd)> {
+    /// A sealed memory file of `size` bytes or more, of which `size` are mapped, at a multiple of `alignment`
+    /// bytes, a power of two; and where in the file they begin. The file's length cannot change: no access
+    /// to the mapping ever faults.
+    fn new(size: usize, alignment: usize, huge: bool) -> Result<(Self, OwnedFd, u64)> {
         let failed = |errno| {
             let error = Error::os(errno, "allocate", format!("{size:#x} bytes for DMA"));
             if !huge {
@@ -109,19 +111,44 @@ impl Memory {
                 .because(format!("there are not {pages} free pages of 2 MiB"))
                 .remedy(format!("reserve some: sysctl vm.nr_hugepages={pages}, or more"))
         };
+        let page = if huge { HUGE_PAGE } else { sys::page_size() };
+        // Wherever the kernel maps this much, there is a multiple of the alignment with room behind it.
+        let room = size.checked_add(alignment.saturating_sub(page)).and_then(NonZeroUsize::new);
+        let room = room.ok_or_else(|| failed(Errno::ENOMEM))?;
         let huge_flags =
             if huge { MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB } else { MFdFlags::empty() };
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge_flags;
         let fd = memfd_create("vfio-remap-dma", flags).map_err(failed)?;
-        nix::unistd::ftruncate(&fd, size as i64).map_err(failed)?;
+        nix::unistd::ftruncate(&fd, room.get() as i64).map_err(failed)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
-        let length = NonZeroUsize::new(size)
-            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "allocate", "0 bytes for DMA"))?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: the kernel chooses a range that nobody uses.
-        let at = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, fd.as_fd(), 0) };
-        Ok((Self { at: at.map_err(failed)?.cast(), size, refused: None, huge }, fd))
+        let at = unsafe { mmap(None, room, protection, MapFlags::MAP_SHARED, fd.as_fd(), 0) };
+        let at = at.map_err(failed)?.cast();
+        let mut memory = Self { at, size: room.get(), refused: None, huge };
+        let skipped = memory.at.addr().get().wrapping_neg() & (alignment - 1);
+        memory.trim(skipped, size).map_err(failed)?;
+        Ok((memory, fd, skipped as u64))
+    }
+
+    /// Unmaps all but the `size` bytes behind the first `skipped`, whole pages both.
+    fn trim(&mut self, skipped: usize, size: usize) -> nix::Result<()> {
+        if skipped > 0 {
+            // SAFETY: the head of what `new` has mapped, and nobody has seen yet.
+            unsafe { munmap(self.at.cast(), skipped) }?;
+            // SAFETY: within what is mapped, or at its end.
+            self.at = unsafe { self.at.add(skipped) };
+            self.size -= skipped;
+        }
+        if self.size > size {
+            // SAFETY: within what is mapped.
+            let tail = unsafe { self.at.add(size) };
+            // SAFETY: the tail of what `new` has mapped, and nobody has seen yet.
+            unsafe { munmap(tail.cast(), self.size - size) }?;
+            self.size = size;
+        }
+        Ok(())
     }
 }
 
@@ -136,17 +163,19 @@ impl DmaBuffer {
                     .remedy("ask for a size that does")
             })
         };
-        let page = sys::page_size().max(space.limits().page_size as usize);
-        let huge = request.huge_pages.then(|| round(HUGE_PAGE)).transpose()?;
-        let (memory, fd) = match huge.map(|size| Memory::new(size, true)) {
+        let page_size = space.limits().page_size;
+        let page = sys::page_size().max(page_size as usize);
+        let huge_page = HUGE_PAGE.max(page);
+        let huge = request.huge_pages.then(|| round(huge_page)).transpose()?;
+        let (memory, fd, offset) = match huge.map(|size| Memory::new(size, huge_page, true)) {
             Some(Ok(made)) => made,
             Some(Err(refused)) => {
                 log::info!("ordinary pages instead: {refused}");
-                let (mut memory, fd) = Memory::new(round(page)?, false)?;
+                let (mut memory, fd, offset) = Memory::new(round(page)?, page, false)?;
                 memory.refused = Some(refused);
-                (memory, fd)
+                (memory, fd, offset)
             }
-            None => Memory::new(round(page)?, false)?,
+            None => Memory::new(round(page)?, page, false)?,
         };
         let placement = match request.placement {
             IovaPlacement::Anywhere { alignment, limit } if memory.huge => {
@@ -156,9 +185,9 @@ impl DmaBuffer {
         };
         let (address, size) = (memory.at.as_ptr() as usize, memory.size);
         let memory = Arc::new(memory);
+        let file = Some((Arc::new(fd), offset));
         // SAFETY: mapped as long as `memory` lives; reached by single accesses only, below.
-        let shared =
-            unsafe { DmaMemory::new(address, size, Some((Arc::new(fd), 0)), memory.clone()) };
+        let shared = unsafe { DmaMemory::new(address, size, file, memory.clone()) };
         let mapping = space.map(shared.own(), placement, Access::ReadWrite)?;
         Ok(Self { whole: Arc::new(Whole { mapping, memory }), offset: 0, size })
     }
