@@ -5,6 +5,7 @@ use std::fmt;
 use std::io;
 
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit};
 
 /// The result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -105,15 +106,7 @@ impl Error {
         operation: impl Into<Cow<'static, str>>,
         object: impl fmt::Display,
     ) -> Self {
-        Self::os(Errno::from_raw(errno), operation, object)
-    }
-
-    pub(crate) fn os(
-        errno: Errno,
-        operation: impl Into<Cow<'static, str>>,
-        object: impl fmt::Display,
-    ) -> Self {
-        let kind = match errno {
+        let kind = match Errno::from_raw(errno) {
             Errno::EACCES | Errno::EPERM => ErrorKind::PermissionDenied,
             Errno::ENOENT => ErrorKind::NotFound,
             Errno::ENODEV | Errno::ENXIO => ErrorKind::Gone,
@@ -121,7 +114,17 @@ impl Error {
             Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::ENOSYS => ErrorKind::Unsupported,
             _ => ErrorKind::Os,
         };
-        Self::new(kind, operation, object).with_errno(errno as i32)
+        Self::new(kind, operation, object).with_errno(errno)
+    }
+
+    /// A system call of this process failed. Which limit was met is said, where errno tells.
+    pub(crate) fn os(
+        errno: Errno,
+        operation: impl Into<Cow<'static, str>>,
+        object: impl fmt::Display,
+    ) -> Self {
+        let error = Self::from_errno(errno as i32, operation, object);
+        if errno == Errno::EMFILE { too_many_descriptors(error) } else { error }
     }
 
     /// An `io::Error` of the standard library, by its errno.
@@ -207,6 +210,21 @@ impl Error {
     pub fn advice(&self) -> &str {
         &self.0.remedy
     }
+}
+
+/// EMFILE: every descriptor below the limit is in use (`man 2 getrlimit`).
+#[cold]
+fn too_many_descriptors(error: Error) -> Error {
+    let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return error };
+    error
+        .because(format!(
+            "the process has as many descriptors open as it may: {limit} (RLIMIT_NOFILE)"
+        ))
+        .remedy(format!(
+            "raise it: prlimit --pid {} --nofile={}, ulimit -n, or LimitNOFILE= of its unit",
+            std::process::id(),
+            limit.saturating_mul(2)
+        ))
 }
 
 /// Names an errno as people search for it: "EINVAL (Invalid argument)".

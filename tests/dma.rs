@@ -7,6 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::ftruncate;
 use vfio_remap::device::{BufferRequest, DmaArray, Iova, IovaPlacement};
 use vfio_remap::space::Access;
 use vfio_remap::transport::{AddressSpaceId, DmaLimits, Transport};
@@ -57,18 +60,23 @@ fn what_is_not_where_it_was_wanted_and_cannot_be_unmapped_keeps_its_addresses() 
     assert_eq!((transport.mapped().len(), space.mappings()), (1, 1));
 }
 
+/// Where nothing translates a device's addresses, memory is where it is.
 #[test]
-fn low_addresses_are_left_to_devices_of_32_bits() {
-    let space = Device::new(Arc::new(Scripted::default())).dma().unwrap();
-    let wide = space.buffer(4096).unwrap();
-    assert_eq!(wide.iova(), Iova(1 << 32));
-    let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(32));
-    let narrow = space.buffer_with(request).unwrap();
-    assert!(narrow.iova() < Iova(1 << 32), "{narrow:?}");
-    // An IOMMU of 32 bits has no others.
-    let limits = DmaLimits::new(vec![0..=u64::from(u32::MAX)], 4096);
-    let space = Device::new(Arc::new(Scripted::with_limits(limits))).dma().unwrap();
-    assert_eq!(space.buffer(4096).unwrap().iova(), Iova(0x1000));
+fn memory_that_wraps_past_the_last_address_is_refused() {
+    let mut limits = Scripted::default().dma_limits().unwrap();
+    limits.translated = false;
+    let last_page = u64::MAX - 0xfff;
+    let physical = Some(last_page);
+    let transport = Arc::new(Scripted { physical, ..Scripted::with_limits(limits) });
+    let space = Device::new(transport.clone()).dma().unwrap();
+    for placement in [IovaPlacement::default(), IovaPlacement::At(Iova(last_page))] {
+        let request = BufferRequest::new(8192).placement(placement);
+        let error = space.buffer_with(request).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
+        assert_eq!((transport.mapped(), space.mappings()), (vec![], 0));
+    }
+    let (first, second) = space.buffer(4096).unwrap().split_at(4095).unwrap();
+    assert_eq!((first.iova(), second.iova()), (Iova(last_page), Iova(u64::MAX)));
 }
 
 #[test]
@@ -140,23 +148,18 @@ fn a_free_page_in_a_small_space_is_found() {
     assert_eq!(space.buffer(4096).unwrap().iova(), Iova(0x3_6000));
 }
 
-/// Where nothing translates a device's addresses, memory is where it is.
 #[test]
-fn memory_that_wraps_past_the_last_address_is_refused() {
-    let mut limits = Scripted::default().dma_limits().unwrap();
-    limits.translated = false;
-    let last_page = u64::MAX - 0xfff;
-    let physical = Some(last_page);
-    let transport = Arc::new(Scripted { physical, ..Scripted::with_limits(limits) });
-    let space = Device::new(transport.clone()).dma().unwrap();
-    for placement in [IovaPlacement::default(), IovaPlacement::At(Iova(last_page))] {
-        let request = BufferRequest::new(8192).placement(placement);
-        let error = space.buffer_with(request).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
-        assert_eq!((transport.mapped(), space.mappings()), (vec![], 0));
-    }
-    let (first, second) = space.buffer(4096).unwrap().split_at(4095).unwrap();
-    assert_eq!((first.iova(), second.iova()), (Iova(last_page), Iova(u64::MAX)));
+fn low_addresses_are_left_to_devices_of_32_bits() {
+    let space = Device::new(Arc::new(Scripted::default())).dma().unwrap();
+    let wide = space.buffer(4096).unwrap();
+    assert_eq!(wide.iova(), Iova(1 << 32));
+    let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(32));
+    let narrow = space.buffer_with(request).unwrap();
+    assert!(narrow.iova() < Iova(1 << 32), "{narrow:?}");
+    // An IOMMU of 32 bits has no others.
+    let limits = DmaLimits::new(vec![0..=u64::from(u32::MAX)], 4096);
+    let space = Device::new(Arc::new(Scripted::with_limits(limits))).dma().unwrap();
+    assert_eq!(space.buffer(4096).unwrap().iova(), Iova(0x1000));
 }
 
 /// An IOMMU, or a server, may have larger pages than this machine.
@@ -184,6 +187,70 @@ fn buffers_are_aligned_to_the_pages_of_the_iommu() {
     let limits = DmaLimits::new(vec![0..=u64::MAX], 1 << 63);
     let space = Device::new(Arc::new(Scripted::with_limits(limits))).dma().unwrap();
     assert_eq!(space.buffer(1).unwrap_err().kind(), ErrorKind::OutOfRange);
+}
+
+/// The tests below set limits of their process: they run in one of their own.
+fn alone(test: &str) {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    let output = command.args(["--exact", test, "--ignored", "--test-threads=1"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+}
+
+const DESCRIPTORS: u64 = 64;
+
+#[test]
+fn buffers_keep_no_descriptors_that_their_transport_does_not_want() {
+    alone("two_thousand_buffers_with_64_descriptors");
+}
+
+#[test]
+#[ignore = "a child of the test above"]
+fn two_thousand_buffers_with_64_descriptors() {
+    setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
+    let mut limits = Scripted::default().dma_limits().unwrap();
+    limits.by_file = false;
+    let transport = Arc::new(Scripted::with_limits(limits));
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let buffers: Vec<_> = (0..2000).map(|_| space.buffer(4096).unwrap()).collect();
+    assert_eq!(space.mappings(), buffers.len());
+    assert!(transport.files().iter().all(Option::is_none));
+    assert!(buffers[0].memory().file().is_none());
+}
+
+#[test]
+fn the_limit_on_descriptors_is_named_with_what_raises_it() {
+    alone("more_buffers_by_file_than_descriptors");
+}
+
+#[test]
+#[ignore = "a child of the test above"]
+fn more_buffers_by_file_than_descriptors() {
+    setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
+    let transport = Arc::new(Scripted::default());
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let mut buffers = Vec::new();
+    let error = loop {
+        match space.buffer(4096) {
+            Ok(buffer) => buffers.push(buffer),
+            Err(error) => break error,
+        }
+        assert!(buffers.len() < DESCRIPTORS as usize);
+    };
+    assert!(transport.files().iter().all(Option::is_some));
+    // Whoever gets the file cannot cut it short under the mapping.
+    let memory = buffers[0].memory();
+    let (file, _) = memory.file().unwrap();
+    assert_eq!(ftruncate(file, 0), Err(Errno::EPERM));
+    assert_eq!(error.errno(), Some(libc::EMFILE), "{error}");
+    let limit = format!(
+        "the process has as many descriptors open as it may: {DESCRIPTORS} (RLIMIT_NOFILE)"
+    );
+    assert!(error.to_string().contains(&limit), "{error}");
+    let remedy = format!("prlimit --pid {} --nofile=", std::process::id());
+    assert!(error.advice().contains(&remedy), "{error}");
+    buffers.pop();
+    buffers.push(space.buffer(4096).unwrap());
 }
 
 #[test]

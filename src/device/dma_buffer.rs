@@ -20,6 +20,7 @@ use super::register_access::Width;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys;
+use crate::transport::DmaLimits;
 
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -163,7 +164,7 @@ impl DmaBuffer {
                     .remedy("ask for a size that does")
             })
         };
-        let page_size = space.limits().page_size;
+        let DmaLimits { page_size, by_file, .. } = *space.limits();
         let page = sys::page_size().max(page_size as usize);
         let huge_page = HUGE_PAGE.max(page);
         let huge = request.huge_pages.then(|| round(huge_page)).transpose()?;
@@ -185,7 +186,7 @@ impl DmaBuffer {
         };
         let (address, size) = (memory.at.as_ptr() as usize, memory.size);
         let memory = Arc::new(memory);
-        let file = Some((Arc::new(fd), offset));
+        let file = by_file.then(|| (Arc::new(fd), offset));
         // SAFETY: mapped as long as `memory` lives; reached by single accesses only, below.
         let shared = unsafe { DmaMemory::new(address, size, file, memory.clone()) };
         let mapping = space.map(shared.own(), placement, Access::ReadWrite)?;
@@ -204,7 +205,9 @@ impl DmaBuffer {
         Iova(self.whole.mapping.iova().0 + self.offset as u64)
     }
 
-    /// All of the memory that it is a part of, to be mapped elsewhere, too.
+    /// All of the memory that it is a part of, to be mapped elsewhere, too. Its file is there where the
+    /// device's transport hands memory on by that ([`DmaLimits::by_file`]): the kernel's does not, and a
+    /// server that is given the memory of such a device, too, reaches it by messages.
     pub fn memory(&self) -> &DmaMemory {
         self.whole.mapping.memory()
     }

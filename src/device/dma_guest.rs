@@ -56,7 +56,8 @@ impl DmaSpace {
             }
             // Private pages are not the file's.
             let shared = mapping.flags() & libc::MAP_SHARED != 0;
-            let file = region.file_offset().filter(|_| shared).map(shared_file).transpose()?;
+            let by_file = shared && self.limits().by_file;
+            let file = region.file_offset().filter(|_| by_file).map(shared_file).transpose()?;
             let address = mapping.as_ptr() as usize;
             // SAFETY: `mapping` owns the range, which vm-memory has mapped for it alone, and keeps it
             // mapped. vm-memory's safe methods make no reference to its contents: they load and store by
@@ -96,7 +97,8 @@ impl DmaSpace {
                 )
                 .because(format!("it has no address in this process: {error}"))
             })?;
-            let file = region.file_offset().map(shared_file).transpose()?;
+            let by_file = self.limits().by_file;
+            let file = region.file_offset().filter(|_| by_file).map(shared_file).transpose()?;
             let owner: Arc<dyn Any + Send + Sync> = memory.clone();
             let size = usize::try_from(region.len()).unwrap_or(usize::MAX);
             // SAFETY: the caller vouches for it.

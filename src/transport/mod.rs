@@ -234,12 +234,15 @@ pub struct DmaLimits {
     /// Whether the device's addresses are translated, by an IOMMU or whatever stands for one. Where they
     /// are not, mapped memory is reached where it is: see [`Transport::dma_address`].
     pub translated: bool,
+    /// Whether memory is handed on by its file ([`DmaMemory::file`]), where it has one, as a server in
+    /// another process wants it. A buffer then keeps its file open: a descriptor each.
+    pub by_file: bool,
 }
 
 impl DmaLimits {
-    /// Mappings of `page_size` in `ranges`, as many as one likes, translated.
+    /// Mappings of `page_size` in `ranges`, as many as one likes, translated, by file.
     pub fn new(ranges: Vec<RangeInclusive<u64>>, page_size: u64) -> Self {
-        Self { ranges, page_size, mappings: None, translated: true }
+        Self { ranges, page_size, mappings: None, translated: true, by_file: true }
     }
 }
 

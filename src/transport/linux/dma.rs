@@ -1,6 +1,7 @@
 //! DMA, through a type 1 container or iommufd.
 
 use std::mem::offset_of;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -18,9 +19,9 @@ use super::{Confinement, noiommu};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{self, vfio_dma};
-use crate::transport::{AddressSpaceId, DmaLimits};
 use crate::transport::answer::Answer;
 use crate::transport::refusal::refused;
+use crate::transport::{AddressSpaceId, DmaLimits};
 
 /// What a device's addresses are translated by.
 pub(super) enum AddressSpace {
@@ -61,7 +62,7 @@ impl AddressSpace {
             }
             Self::Ioas(ioas) => {
                 let (ranges, alignment) = ioas.ranges().map_err(failed)?;
-                let limits = DmaLimits::new(ranges, alignment.max(sys::page_size() as u64));
+                let limits = by_address(ranges, alignment.max(sys::page_size() as u64));
                 Ok(DmaLimits { translated: ioas.confinement() == Confinement::Iommu, ..limits })
             }
             Self::Elsewhere => Err(elsewhere(name)),
@@ -198,6 +199,11 @@ fn elsewhere(name: &str) -> Error {
         .remedy("map memory where the device was opened")
 }
 
+/// The kernel finds memory by its address in this process.
+fn by_address(ranges: Vec<RangeInclusive<u64>>, page_size: u64) -> DmaLimits {
+    DmaLimits { by_file: false, ..DmaLimits::new(ranges, page_size) }
+}
+
 fn read(answer: &Answer<'_>) -> Result<DmaLimits> {
     let flags = answer.u32(offset_of!(vfio_iommu_type1_info, flags))?;
     let page_sizes = answer.u64(offset_of!(vfio_iommu_type1_info, iova_pgsizes))?;
@@ -206,7 +212,7 @@ fn read(answer: &Answer<'_>) -> Result<DmaLimits> {
         _ => sys::page_size() as u64,
     };
     // A kernel before 5.4 does not say which addresses can be mapped.
-    let mut limits = DmaLimits::new(vec![0..=u64::MAX], page_size);
+    let mut limits = by_address(vec![0..=u64::MAX], page_size);
     if flags & VFIO_IOMMU_INFO_CAPS == 0 {
         return Ok(limits);
     }
