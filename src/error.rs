@@ -1,11 +1,15 @@
 //! What went wrong, on what, and what to do about it.
 
+mod io;
+
 use std::borrow::Cow;
 use std::fmt;
-use std::io;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
+
+pub(crate) use io::gives_back;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -58,6 +62,8 @@ pub enum ErrorKind {
     AddressSpace,
     /// The device has gone.
     Gone,
+    /// What was waited for has not come in time.
+    TimedOut,
     /// The transport or the kernel does not offer this.
     Unsupported,
     /// Anything else that the operating system answered: see [`Error::errno`].
@@ -78,6 +84,7 @@ struct Inner {
     errno: Option<Errno>,
     reason: Cow<'static, str>,
     remedy: Cow<'static, str>,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
@@ -96,6 +103,7 @@ impl Error {
             errno: None,
             reason: Cow::Borrowed(""),
             remedy: Cow::Borrowed(""),
+            source: None,
         }))
     }
 
@@ -111,6 +119,7 @@ impl Error {
             Errno::ENOENT => ErrorKind::NotFound,
             Errno::ENODEV | Errno::ENXIO => ErrorKind::Gone,
             Errno::EBUSY => ErrorKind::InUse,
+            Errno::ETIMEDOUT => ErrorKind::TimedOut,
             Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::ENOSYS => ErrorKind::Unsupported,
             _ => ErrorKind::Os,
         };
@@ -129,7 +138,7 @@ impl Error {
 
     /// An `io::Error` of the standard library, by its errno.
     pub(crate) fn io(
-        error: &io::Error,
+        error: &std::io::Error,
         operation: impl Into<Cow<'static, str>>,
         object: impl fmt::Display,
     ) -> Self {
@@ -183,6 +192,17 @@ impl Error {
     #[must_use]
     pub fn remedy(mut self, remedy: impl Into<Cow<'static, str>>) -> Self {
         self.0.remedy = remedy.into();
+        self
+    }
+
+    /// Adds the error of another library that it comes of: its
+    /// [`source`](std::error::Error::source). What that says is to be in the reason, too.
+    #[must_use]
+    pub fn with_source(
+        mut self,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        self.0.source = Some(source.into().into());
         self
     }
 
@@ -256,24 +276,9 @@ impl fmt::Debug for Error {
     }
 }
 
-impl std::error::Error for Error {}
-
-impl From<Error> for io::Error {
-    fn from(error: Error) -> Self {
-        let kind = match error.errno() {
-            Some(errno) => io::Error::from_raw_os_error(errno).kind(),
-            None => match error.kind() {
-                ErrorKind::NotFound => io::ErrorKind::NotFound,
-                ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
-                ErrorKind::OutOfRange | ErrorKind::Unaligned | ErrorKind::UnsuitablePlacement => {
-                    io::ErrorKind::InvalidInput
-                }
-                ErrorKind::Malformed => io::ErrorKind::InvalidData,
-                ErrorKind::Unsupported => io::ErrorKind::Unsupported,
-                _ => io::ErrorKind::Other,
-            },
-        };
-        io::Error::new(kind, error)
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_ref().map(|source| &**source as _)
     }
 }
 
@@ -290,6 +295,6 @@ mod tests {
         );
         assert_eq!(error.kind(), ErrorKind::PermissionDenied);
         assert_eq!(error.errno(), Some(Errno::EACCES as i32));
-        assert_eq!(io::Error::from(error).kind(), io::ErrorKind::PermissionDenied);
+        assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::PermissionDenied);
     }
 }

@@ -1,10 +1,12 @@
 //! What a failed call consumed comes back with the error, and `?` takes the error alone.
 
-use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::{fs, io};
 
-use vfio_remap::transport::{MemoryDevice, PciDevice, Sysfs};
+use vfio_remap::device::{BufferFailed, DmaArray, StillInUse, StillMapped};
+use vfio_remap::space::Failed;
+use vfio_remap::transport::{Edu, Emulated, MemoryDevice, PciDevice, StillBound, Sysfs};
 use vfio_remap::{Device, Error, ErrorKind, Placement, Reservation, Result, Window};
 
 #[test]
@@ -87,4 +89,53 @@ fn a_binding_that_cannot_be_undone_comes_back_to_try_again() {
     }
     let error: Error = borrow(&tree, &device).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+}
+
+/// `?` in a function that returns `E`.
+fn question_mark<E>(device: &Device, verb: &str) -> std::result::Result<(), E>
+where
+    E: From<StillInUse> + From<StillMapped> + From<BufferFailed> + From<Failed> + From<Error>,
+{
+    let bar = device.bar(0)?;
+    match verb {
+        "map" => drop(bar.map(0..1 << 20, Placement::Anywhere)?),
+        "unmap" => {
+            let window = bar.map(0x4_0000..0x4_1000, Placement::Anywhere)?;
+            let _register = window.register::<u32>(0)?;
+            window.into_reservation()?;
+        }
+        "split" => drop(device.dma()?.buffer(4096)?.split_at(0)?),
+        "array" => {
+            let (odd, _) = device.dma()?.buffer(4096)?.split_at(1)?;
+            DmaArray::<u8, 2>::new(odd)?;
+        }
+        "close" => {
+            let other = Device::new(Arc::new(Emulated::new(Edu::new())?));
+            let _window = other.bar(0)?.map(0x4_0000..0x4_1000, Placement::Anywhere)?;
+            other.close()?;
+        }
+        other => panic!("no such verb: {other}"),
+    }
+    Ok(())
+}
+
+#[test]
+fn every_failure_converts_by_question_mark() {
+    let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
+    fn converts<T: std::error::Error + Into<Error> + Into<io::Error>>() {}
+    converts::<StillBound>();
+    for (verb, kind) in [
+        ("map", ErrorKind::NotMappable),
+        ("unmap", ErrorKind::InUse),
+        ("split", ErrorKind::OutOfRange),
+        ("array", ErrorKind::OutOfRange),
+        ("close", ErrorKind::InUse),
+    ] {
+        let error = question_mark::<Error>(&device, verb).unwrap_err();
+        assert_eq!(error.kind(), kind, "{verb}: {error}");
+        let io = question_mark::<io::Error>(&device, verb).unwrap_err();
+        let text = io.to_string();
+        let error = Error::from(io);
+        assert_eq!((error.kind(), error.to_string()), (kind, text), "{verb}");
+    }
 }

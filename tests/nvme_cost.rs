@@ -118,7 +118,7 @@ fn reads(batches: u64) -> u64 {
                 rest = Some(others);
                 Some(first)
             }
-            Err(last) => Some(last),
+            Err(last) => Some(last.into_buffer()),
         });
     let mut allocations = 0;
     for _ in 0..batches {

@@ -246,9 +246,7 @@ impl Worker {
 }
 
 fn split(buffer: DmaBuffer, size: usize) -> Result<(DmaBuffer, DmaBuffer)> {
-    buffer.split_at(size).map_err(|buffer| {
-        Error::new(ErrorKind::OutOfRange, "split", format!("{buffer:?} at {size:#x}"))
-    })
+    Ok(buffer.split_at(size)?)
 }
 
 /// The first `size` bytes of a buffer.

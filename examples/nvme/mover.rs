@@ -195,7 +195,7 @@ impl Mover {
 /// Memory of `size` bytes, to the byte.
 fn buffer(queue: &IoQueue, size: usize) -> Result<DmaBuffer> {
     let buffer = queue.controller().buffer(size)?;
-    Ok(buffer.split_at(size).map_or_else(|whole| whole, |(part, _)| part))
+    Ok(buffer.split_at(size).map_or_else(|whole| whole.into_buffer(), |(part, _)| part))
 }
 
 #[cfg(test)]

@@ -7,9 +7,11 @@
 use std::fmt;
 use std::ptr::NonNull;
 
+use super::buffer_failed::BufferFailed;
 use super::dma_buffer::DmaBuffer;
 use super::iova::Iova;
 use super::register_access::Width;
+use crate::error::ErrorKind;
 
 /// A [`DmaBuffer`] as entries of `N` words of `T`: a ring of commands, a list of pages.
 ///
@@ -21,7 +23,7 @@ use super::register_access::Width;
 /// # use std::sync::Arc;
 /// # use vfio_remap::{Device, device::DmaArray, emulated::{Edu, Emulated}};
 /// # let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
-/// let ring = DmaArray::<u64, 8>::new(device.dma()?.buffer(4096)?).expect("it is aligned");
+/// let ring = DmaArray::<u64, 8>::new(device.dma()?.buffer(4096)?)?;
 /// assert_eq!(ring.len(), 64);
 /// ring.store_entry(3, [1, 2, 3, 4, 5, 6, 7, 8]);
 /// assert_eq!(ring.load(3, 7), 8);
@@ -47,12 +49,24 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
     /// As many whole entries as the buffer has room for.
     ///
     /// # Errors
-    /// The buffer, where it does not begin at a multiple of a word's size, or is shorter than an entry.
-    pub fn new(buffer: DmaBuffer) -> std::result::Result<Self, DmaBuffer> {
+    /// The buffer, with `Unaligned` where it does not begin at a multiple of a word's size, `OutOfRange` where
+    /// it is shorter than an entry.
+    pub fn new(buffer: DmaBuffer) -> std::result::Result<Self, BufferFailed> {
+        let failed = |kind, buffer, reason, remedy| {
+            Err(BufferFailed::new(kind, "make an array of", buffer, reason, remedy))
+        };
         let len = buffer.size() / Self::ENTRY;
+        if len == 0 {
+            let reason = format!("an entry has {:#x} bytes", Self::ENTRY);
+            return failed(ErrorKind::OutOfRange, buffer, reason, "take a larger buffer");
+        }
         match NonNull::new(buffer.as_ptr().cast::<T>()) {
-            Some(first) if first.is_aligned() && len > 0 => Ok(Self { first, len, buffer }),
-            _ => Err(buffer),
+            Some(first) if first.is_aligned() => Ok(Self { first, len, buffer }),
+            _ => {
+                let width = size_of::<T>();
+                let reason = format!("words of {width} bytes lie at multiples of {width}");
+                failed(ErrorKind::Unaligned, buffer, reason, "split the buffer elsewhere")
+            }
         }
     }
 
@@ -210,7 +224,20 @@ mod tests {
     #[test]
     fn a_part_that_is_not_aligned_or_too_short_comes_back() {
         let (odd, rest) = buffer().split_at(4).unwrap();
-        assert_eq!(DmaArray::<u64, 1>::new(odd).unwrap_err().size(), 4, "too short");
-        assert_eq!(DmaArray::<u64, 1>::new(rest).unwrap_err().size(), 4092, "not aligned");
+        let failed = DmaArray::<u64, 1>::new(odd).unwrap_err();
+        assert_eq!(failed.error().kind(), ErrorKind::OutOfRange, "{failed}");
+        assert_eq!(failed.into_buffer().size(), 4);
+        let failed = DmaArray::<u64, 1>::new(rest).unwrap_err();
+        assert_eq!(failed.error().kind(), ErrorKind::Unaligned, "{failed}");
+        assert_eq!(failed.into_buffer().size(), 4092);
+    }
+
+    #[test]
+    fn a_buffer_that_cannot_be_split_comes_back() {
+        for size in [0, 4096, usize::MAX] {
+            let failed = buffer().split_at(size).unwrap_err();
+            assert_eq!(failed.error().kind(), ErrorKind::OutOfRange, "{failed}");
+            assert_eq!(failed.into_buffer().size(), 4096);
+        }
     }
 }

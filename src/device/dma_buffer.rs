@@ -14,6 +14,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
+use super::buffer_failed::BufferFailed;
 use super::dma::{DmaMapping, DmaSpace, IovaPlacement};
 use super::iova::Iova;
 use super::register_access::Width;
@@ -231,10 +232,12 @@ impl DmaBuffer {
     /// Splits it in two, the first of `size` bytes.
     ///
     /// # Errors
-    /// The buffer, where a part would be empty.
-    pub fn split_at(self, size: usize) -> std::result::Result<(Self, Self), Self> {
+    /// The buffer, with `OutOfRange` where a part would be empty.
+    pub fn split_at(self, size: usize) -> std::result::Result<(Self, Self), BufferFailed> {
         if size == 0 || size >= self.size {
-            return Err(self);
+            let reason = format!("a part of it would be empty: the first has {size:#x} bytes");
+            let remedy = "take it whole, or split it inside";
+            return Err(BufferFailed::new(ErrorKind::OutOfRange, "split", self, reason, remedy));
         }
         let Self { whole, offset, size: all } = self;
         let second = Self { whole: whole.clone(), offset: offset + size, size: all - size };

@@ -1,6 +1,7 @@
 //! What a driver holds: [`Device`], its [`Bar`]s, [`Window`]s over them, and [`Register`]s in those.
 
 mod bar;
+mod buffer_failed;
 mod config;
 mod dma;
 mod dma_addresses;
@@ -27,12 +28,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use slab::Slab;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::space::Backing;
 use crate::sys;
 use crate::transport::{AffectedDevice, DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
 
 pub use bar::Bar;
+pub use buffer_failed::BufferFailed;
 pub use config::Config;
 pub use dma::{DmaMapping, DmaSpace, IovaPlacement};
 pub use dma_array::DmaArray;
@@ -429,19 +431,7 @@ impl StillInUse {
     }
 }
 
-impl From<StillInUse> for Error {
-    fn from(still: StillInUse) -> Self {
-        still.error
-    }
-}
-
-impl fmt::Display for StillInUse {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.error, f)
-    }
-}
-
-impl std::error::Error for StillInUse {}
+gives_back!(StillInUse);
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -9,7 +9,7 @@ use slab::Slab;
 
 use super::register::{ReadOnly, ReadWrite, Register, Registers, Width, permits};
 use super::{Inner as DeviceInner, Note};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::space::{
     Access, Backing, DmaMemory, Failed, Mapping, Placement, Relocation, Report, Request,
     Reservation,
@@ -377,19 +377,7 @@ impl StillMapped {
     }
 }
 
-impl From<StillMapped> for Error {
-    fn from(still: StillMapped) -> Self {
-        still.error
-    }
-}
-
-impl fmt::Display for StillMapped {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.error, f)
-    }
-}
-
-impl std::error::Error for StillMapped {}
+gives_back!(StillMapped);
 
 impl fmt::Debug for Window {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Deref;
 
 use super::Reservation;
-use crate::Error;
+use crate::error::{Error, gives_back};
 
 /// A way to make a second window, or to make one elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -128,17 +128,7 @@ impl From<Error> for Failed {
     }
 }
 
-impl From<Failed> for Error {
-    fn from(failed: Failed) -> Self {
-        failed.error
-    }
-}
-
-impl From<Failed> for std::io::Error {
-    fn from(failed: Failed) -> Self {
-        failed.error.into()
-    }
-}
+gives_back!(Failed);
 
 impl Deref for Failed {
     type Target = Error;
@@ -153,11 +143,3 @@ impl fmt::Debug for Failed {
         fmt::Debug::fmt(&self.error, f)
     }
 }
-
-impl fmt::Display for Failed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.error, f)
-    }
-}
-
-impl std::error::Error for Failed {}

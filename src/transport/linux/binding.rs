@@ -1,12 +1,11 @@
 //! Handing a device to vfio-pci, and giving it back.
 
-use std::fmt;
 use std::fs;
 
 use super::PciDevice;
 use super::noiommu::unconfined;
 use super::sysfs::write;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::sys::fork;
 
 const VFIO_PCI: &str = "vfio-pci";
@@ -159,19 +158,7 @@ impl StillBound {
     }
 }
 
-impl From<StillBound> for Error {
-    fn from(still: StillBound) -> Self {
-        still.error
-    }
-}
-
-impl fmt::Display for StillBound {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.error, f)
-    }
-}
-
-impl std::error::Error for StillBound {}
+gives_back!(StillBound);
 
 #[cfg(test)]
 mod tests {
