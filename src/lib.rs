@@ -109,6 +109,7 @@ pub mod transport;
 
 pub use device::{
     Bar, Device, IoRegister, IoRegisterBlock, Register, RegisterBlock, Registers, Window,
+    poll_until, poll_until_async, try_poll_until,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use space::{Placement, Report, Reservation, Strategy};

@@ -12,6 +12,7 @@ mod dma_guest;
 mod events;
 mod iova;
 mod layout;
+mod poll;
 mod power;
 mod register;
 mod register_access;
@@ -44,6 +45,7 @@ pub use dma_guest::GuestMapping;
 pub use events::{Event, Events};
 pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
+pub use poll::{poll_until, poll_until_async, try_poll_until};
 pub use power::LowPower;
 pub use register::{
     IoRegister, Mode, ReadOnly, ReadWrite, Readable, Register, Registers, Width, Writable,
