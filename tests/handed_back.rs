@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::{fs, io};
 
 use vfio_remap::device::{BufferFailed, DmaArray, StillInUse, StillMapped};
+use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::space::Failed;
-use vfio_remap::transport::{Edu, Emulated, MemoryDevice, PciDevice, StillBound, Sysfs};
+use vfio_remap::transport::{MemoryDevice, PciDevice, StillBound, Sysfs};
 use vfio_remap::{Device, Error, ErrorKind, Placement, Reservation, Result, Window};
 
 #[test]

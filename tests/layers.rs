@@ -45,6 +45,8 @@ fn imported(code: &str) -> Vec<&str> {
     let word =
         |text: &str| text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
     code.match_indices("crate::")
+        // What a macro names where it is used.
+        .filter(|(at, _)| !code[..*at].ends_with('$'))
         .flat_map(|(at, found)| {
             let rest = &code[at + found.len()..];
             let names = match rest.strip_prefix('{') {

@@ -200,7 +200,7 @@ impl Window {
 ///
 /// ```
 /// # use std::sync::Arc;
-/// # use vfio_remap::transport::{Edu, Emulated};
+/// # use vfio_remap::emulated::{Edu, Emulated};
 /// # use vfio_remap::{Device, register_block};
 /// register_block! {
 ///     EduRegisters[0x100] {
