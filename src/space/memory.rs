@@ -5,11 +5,7 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use vfio_ioctls::VfioContainer;
-
-use crate::sys::mm::Access;
-use crate::sys::{iommufd, vfio_dma};
+use crate::sys::mm::Shareable;
 
 /// Memory that a device may read and write at any time: mapped in this process, and known not to be
 /// what Rust takes for its own.
@@ -80,6 +76,15 @@ impl DmaMemory {
         if self.pages == Pages::OfDevice { 0 } else { self.size() as u64 }
     }
 
+    /// What a kernel is told that maps it for DMA. Whoever tells it keeps this memory until it is unmapped,
+    /// unless it [is kept by the kernel](Self::is_kept_by_kernel).
+    #[inline]
+    pub(crate) fn shareable(&self) -> Shareable {
+        // SAFETY: by the contract of `new` nothing makes a reference to the contents as long as the owner
+        // lives, and afterwards nobody has pages that the kernel keeps.
+        unsafe { Shareable::new(self.address(), self.size()) }
+    }
+
     /// The first address.
     pub fn address(&self) -> usize {
         self.range.address
@@ -93,33 +98,6 @@ impl DmaMemory {
     /// The file whose pages it is, and the offset of its first byte there, in bytes.
     pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
         self.range.file.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
-    }
-}
-
-/// How an IOMMU is told of memory.
-impl DmaMemory {
-    /// Maps it in a type 1 container.
-    pub(crate) fn map_in_container(
-        &self,
-        container: &VfioContainer,
-        iova: u64,
-        access: Access,
-    ) -> Result<(), Errno> {
-        // SAFETY: nothing makes a reference to the contents, by the contract of `new`, as long as the owner
-        // lives; who maps it keeps it as long as it is mapped, or its pages are pinned and nobody's else.
-        unsafe { vfio_dma::map(container, iova, self.address(), self.size(), access) }
-    }
-
-    /// Maps it in an I/O address space of iommufd.
-    pub(crate) fn map_in_ioas(
-        &self,
-        iommufd: BorrowedFd<'_>,
-        ioas: u32,
-        iova: u64,
-        access: Access,
-    ) -> Result<(), Errno> {
-        // SAFETY: as above.
-        unsafe { iommufd::map(iommufd, ioas, iova, self.address(), self.size(), access) }
     }
 }
 

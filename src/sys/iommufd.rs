@@ -15,7 +15,7 @@ use vfio_bindings::bindings::vfio::{
     vfio_device_bind_iommufd,
 };
 
-use super::mm::Access;
+use super::mm::{Access, Shareable};
 
 type Result<T> = std::result::Result<T, Errno>;
 
@@ -168,16 +168,11 @@ pub(crate) fn iova_ranges(
 }
 
 /// `IOMMU_IOAS_MAP` at a fixed address.
-///
-/// # Safety
-/// What lies at `[address, address + size)` may be changed by a device at any time until it is
-/// unmapped: no reference to it exists meanwhile.
-pub(crate) unsafe fn map(
+pub(crate) fn map(
     iommufd: BorrowedFd<'_>,
     ioas: u32,
     iova: u64,
-    address: usize,
-    size: usize,
+    memory: Shareable,
     access: Access,
 ) -> Result<()> {
     let rights = match access {
@@ -189,11 +184,11 @@ pub(crate) unsafe fn map(
         flags: FIXED_IOVA | rights,
         id: ioas,
         reserved: 0,
-        address: address as u64,
-        length: size as u64,
+        address: memory.address as u64,
+        length: memory.size as u64,
         iova,
     };
-    // SAFETY: the structure is as long as its size says; the caller vouches for the memory.
+    // SAFETY: the structure is as long as its size says; devices may reach the memory.
     unsafe { raw::ioas_map(iommufd.as_raw_fd(), &mut map) }.map(drop)
 }
 

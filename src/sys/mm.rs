@@ -35,6 +35,27 @@ impl Access {
     }
 }
 
+/// A range of addresses that a kernel may let devices reach.
+#[derive(Clone, Copy)]
+pub(crate) struct Shareable {
+    pub(super) address: usize,
+    pub(super) size: usize,
+}
+
+impl Shareable {
+    /// `size` bytes at `address`.
+    ///
+    /// # Safety
+    /// Nothing makes a reference to what lies there as long as a device may reach it: from the call that
+    /// maps it for DMA until the one that unmaps it, or the end of the device's file. That holds of memory
+    /// that is kept as long, and of pages that are given back to the kernel before, which keeps them
+    /// pinned and gives them to nobody.
+    #[inline]
+    pub(crate) const unsafe fn new(address: usize, size: usize) -> Self {
+        Self { address, size }
+    }
+}
+
 /// `mmap(2)` with a raw fd, for the wrappers below.
 ///
 /// # Safety

@@ -10,7 +10,7 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_ioctls::VfioContainer;
 
-use super::mm::Access;
+use super::mm::{Access, Shareable};
 
 type Result<T> = std::result::Result<T, Errno>;
 
@@ -42,17 +42,12 @@ pub(crate) fn info(container: &VfioContainer) -> Result<Vec<u8>> {
     })
 }
 
-/// `VFIO_IOMMU_MAP_DMA`: pins the pages at `address` and lets the container's devices reach them at
-/// `iova`. All three are multiples of the IOMMU's page size.
-///
-/// # Safety
-/// What lies at `[address, address + size)` may be changed by a device at any time until it is
-/// unmapped: no reference to it exists meanwhile.
-pub(crate) unsafe fn map(
+/// `VFIO_IOMMU_MAP_DMA`: pins the memory's pages and lets the container's devices reach them at
+/// `iova`. Addresses and size are multiples of the IOMMU's page size.
+pub(crate) fn map(
     container: &VfioContainer,
     iova: u64,
-    address: usize,
-    size: usize,
+    memory: Shareable,
     access: Access,
 ) -> Result<()> {
     let flags = match access {
@@ -62,11 +57,11 @@ pub(crate) unsafe fn map(
     let map = vfio_iommu_type1_dma_map {
         argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
         flags,
-        vaddr: address as u64,
+        vaddr: memory.address as u64,
         iova,
-        size: size as u64,
+        size: memory.size as u64,
     };
-    // SAFETY: the kernel reads the structure; the caller vouches for the memory.
+    // SAFETY: the kernel reads the structure; devices may reach the memory.
     unsafe { raw::map(container.as_raw_fd(), &map) }.map(drop)
 }
 

@@ -57,7 +57,7 @@ impl Ioas {
         memory: &DmaMemory,
         access: Access,
     ) -> std::result::Result<(), Errno> {
-        memory.map_in_ioas(self.file.as_fd(), self.id, iova, access)
+        iommufd::map(self.file.as_fd(), self.id, iova, memory.shareable(), access)
     }
 
     pub(super) fn unmap(&self, iova: u64, size: u64) -> std::result::Result<u64, Errno> {

@@ -87,7 +87,9 @@ impl AddressSpace {
         name: &str,
     ) -> Result<()> {
         let done = match self {
-            Self::Group(group) => memory.map_in_container(container(group, name)?, iova, access),
+            Self::Group(group) => {
+                vfio_dma::map(container(group, name)?, iova, memory.shareable(), access)
+            }
             Self::Ioas(ioas) => ioas.map(iova, memory, access),
             Self::Elsewhere => return Err(elsewhere(name)),
         };
