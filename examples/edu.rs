@@ -6,15 +6,13 @@
 #![forbid(unsafe_code)]
 
 mod common;
-#[path = "../tests/support/edu_driver.rs"]
-mod edu_driver;
 
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
-use edu_driver::Edu;
 use vfio_remap::device::Interrupt;
 use vfio_remap::{Error, ErrorKind, Result};
+use vfio_remap_edu::Edu;
 
 /// Drives QEMU's educational device.
 #[derive(Parser)]
@@ -61,10 +59,10 @@ fn drive(options: &Options) -> Result<()> {
     edu.ring()?;
     println!("the interrupt rings");
     let sent: Vec<u8> = (0..4096u32).map(|n| (n % 251) as u8).collect();
-    edu.buffer.write(0, &sent);
+    edu.buffer().write(0, &sent);
     edu.there_and_back(0, 4096, 4096)?;
     let mut received = vec![0; sent.len()];
-    edu.buffer.read(4096, &mut received);
+    edu.buffer().read(4096, &mut received);
     expect("bytes that differ after DMA both ways", differing(&sent, &received), 0)?;
     edu.close()?;
     drop(process);
@@ -80,6 +78,6 @@ fn expect(what: &str, found: u32, expected: u32) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Malformed, "believe", what)
-        .because(format!("{expected:#x} was expected")))
+    Err(Error::new(ErrorKind::Malformed, "check", what)
+        .because(format!("found {found:#x}, expected {expected:#x}")))
 }

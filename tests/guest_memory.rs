@@ -1,8 +1,6 @@
 //! Guest memory mapped for DMA as a whole, as `vm-memory` has it.
 #![cfg(all(feature = "vm-memory", feature = "emulated"))]
 
-#[path = "support/edu_driver.rs"]
-mod edu_driver;
 #[path = "support/guest_memory.rs"]
 mod guest_memory;
 #[path = "support/scripted.rs"]

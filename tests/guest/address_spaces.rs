@@ -6,8 +6,8 @@ use vfio_remap::device::{BufferRequest, Interrupt, Iova, IovaPlacement};
 use vfio_remap::transport::{Vfio, VfioOptions};
 use vfio_remap::{Device, ErrorKind};
 
-use crate::edu_driver::Edu;
 use crate::{lab, leftovers};
+use vfio_remap_edu::{Direction, Edu};
 
 fn ways() -> Vec<VfioOptions<'static>> {
     let mut ways = vec![Vfio::options().by_group()];
@@ -34,9 +34,9 @@ fn devices_of_several_groups_share_an_address_space_until_each_is_closed() {
             }
             theirs.write(0, b"written by the processor");
             let edu = Edu::new(edu, Interrupt::Msi).unwrap();
-            assert_ne!(edu.buffer.iova(), theirs.iova());
-            edu.transfer(theirs.iova().0, 0x4_0000, 4096, 0).unwrap();
-            edu.transfer(0x4_0000, theirs.iova().0 + 4096, 4096, 2).unwrap();
+            assert_ne!(edu.buffer().iova(), theirs.iova());
+            edu.transfer(theirs.iova().0, 0x4_0000, 4096, Direction::ToDevice).unwrap();
+            edu.transfer(0x4_0000, theirs.iova().0 + 4096, 4096, Direction::ToMemory).unwrap();
             let mut copy = [0; 24];
             theirs.read(4096, &mut copy);
             assert_eq!(&copy, b"written by the processor");

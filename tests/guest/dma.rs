@@ -9,8 +9,8 @@ use vfio_remap::space::Access;
 use vfio_remap::transport::{MemoryDevice, Transport, Vfio};
 use vfio_remap::{Device, ErrorKind, Placement};
 
-use crate::edu_driver::Edu;
 use crate::{guest_memory, lab, leftovers};
+use vfio_remap_edu::{Direction, Edu};
 
 const NOBODY: u32 = 65534;
 
@@ -163,8 +163,8 @@ fn huge_pages_are_had_where_there_are_any_and_otherwise_the_buffer_says_why_not(
     huge.write(HUGE - 2048, &[0x77; 4096]);
     let base = huge.iova().0;
     let edu = Edu::new(device, Interrupt::Msi).unwrap();
-    edu.transfer(base + HUGE as u64 - 2048, 0x4_0000, 4096, 0).unwrap();
-    edu.transfer(0x4_0000, base, 4096, 2).unwrap();
+    edu.transfer(base + HUGE as u64 - 2048, 0x4_0000, 4096, Direction::ToDevice).unwrap();
+    edu.transfer(0x4_0000, base, 4096, Direction::ToMemory).unwrap();
     let mut bytes = vec![0; 4096];
     huge.read(0, &mut bytes);
     assert!(bytes.iter().all(|byte| *byte == 0x77));

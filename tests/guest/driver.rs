@@ -8,8 +8,8 @@ use vfio_remap::space::Access;
 use vfio_remap::transport::Vfio;
 use vfio_remap::{Device, Error, ErrorKind, Placement};
 
-use crate::edu_driver::{BUFFER, Edu, TO_MEMORY};
 use crate::{lab, leftovers};
+use vfio_remap_edu::{DEVICE_BUFFER, Direction, Edu};
 
 #[test]
 fn edu_computes_and_copies_by_intx_and_by_msi() {
@@ -24,10 +24,10 @@ fn edu_computes_and_copies_by_intx_and_by_msi() {
                 edu.ring().unwrap();
             }
             let pattern: Vec<u8> = (0..4096u32).map(|n| (n * 7 + 3) as u8).collect();
-            edu.buffer.write(0, &pattern);
+            edu.buffer().write(0, &pattern);
             edu.there_and_back(0, 4096, 4096).unwrap();
             let mut back = vec![0; 4096];
-            edu.buffer.read(4096, &mut back);
+            edu.buffer().read(4096, &mut back);
             assert_eq!(back, pattern, "{interrupt:?}");
             edu.close().unwrap();
         });
@@ -160,12 +160,14 @@ fn without_bus_mastering_dma_and_msi_silently_do_nothing_and_an_intx_comes() {
         config.set_bus_mastering(mastering).unwrap();
         let vectors = device.vectors(kind, 1).unwrap();
         buffer.write(0, &[0x5a; 4]);
-        for (offset, value) in [(0x80, BUFFER as u32), (0x88, buffer.iova().0 as u32), (0x90, 4)] {
+        for (offset, value) in
+            [(0x80, DEVICE_BUFFER as u32), (0x88, buffer.iova().0 as u32), (0x90, 4)]
+        {
             register(offset).write(value).unwrap();
             register(offset + 4).write(0).unwrap();
         }
         // Go, to memory, with an interrupt at the end.
-        register(0x98).write(1 | TO_MEMORY | 4).unwrap();
+        register(0x98).write(1 | 2 | 4).unwrap();
         while register(0x98).read().unwrap() & 1 != 0 {}
         let came = vectors.wait(0, Duration::from_millis(500)).unwrap();
         assert_eq!(came, u64::from(mastering || kind == Interrupt::Intx), "{kind:?}");
@@ -312,20 +314,20 @@ fn a_device_that_reaches_outside_its_mappings_is_stopped_by_the_iommu() {
     let at = |iova| BufferRequest::new(SIZE).placement(IovaPlacement::At(Iova(iova)));
     let below = space.buffer_with(at(HOLE - SIZE as u64)).unwrap();
     let above = space.buffer_with(at(HOLE + 4096)).unwrap();
-    let marked = [(&edu.buffer, 0x5a), (&below, 0xb1), (&above, 0xa7)];
+    let marked = [(edu.buffer(), 0x5a), (&below, 0xb1), (&above, 0xa7)];
     for (buffer, mark) in marked {
         buffer.write(0, &[mark; SIZE]);
     }
     // What the device holds is found nowhere in memory.
-    edu.buffer.write(0, &[0xed; 4096]);
-    edu.transfer(edu.buffer.iova().0, BUFFER, 4096, 0).unwrap();
-    edu.buffer.write(0, &[0x5a; 4096]);
+    edu.buffer().write(0, &[0xed; 4096]);
+    edu.transfer(edu.buffer().iova().0, DEVICE_BUFFER, 4096, Direction::ToDevice).unwrap();
+    edu.buffer().write(0, &[0x5a; 4096]);
     let before = logged(FAULT);
     {
         let _expected = Expected::announce(FAULT);
         // From the device to all of the hole, and from there to the device.
-        edu.transfer(BUFFER, HOLE, 4096, TO_MEMORY).unwrap();
-        edu.transfer(HOLE, BUFFER, 4096, 0).unwrap();
+        edu.transfer(DEVICE_BUFFER, HOLE, 4096, Direction::ToMemory).unwrap();
+        edu.transfer(HOLE, DEVICE_BUFFER, 4096, Direction::ToDevice).unwrap();
     }
     assert!(logged(FAULT) > before, "the IOMMU has reported nothing");
     for (buffer, mark) in marked {

@@ -5,8 +5,6 @@ mod bad_input;
 mod binding;
 mod dma;
 mod driver;
-#[path = "../support/edu_driver.rs"]
-mod edu_driver;
 mod events;
 mod foreign_file;
 #[path = "../support/guest_memory.rs"]

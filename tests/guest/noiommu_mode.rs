@@ -9,8 +9,8 @@ use vfio_remap::device::{BufferRequest, DmaSpace, Interrupt, IovaPlacement};
 use vfio_remap::transport::{Binding, Vfio, VfioOptions};
 use vfio_remap::{Device, Error, ErrorKind};
 
-use crate::edu_driver::Edu;
 use crate::{lab, leftovers};
+use vfio_remap_edu::Edu;
 
 pub const SWITCH: &str = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode";
 
@@ -118,13 +118,13 @@ fn without_iommu_edu_does_dma_by_physical_addresses_through_a_file_of_its_own() 
         leftovers::none_of(|| {
             let request = BufferRequest::new(8192).huge_pages();
             let edu = Edu::with_buffer(device(way), interrupt, request).unwrap();
-            assert!(edu.buffer.has_huge_pages());
+            assert!(edu.buffer().has_huge_pages());
             assert_eq!(edu.factorial(12).unwrap(), 479_001_600);
             let pattern: Vec<u8> = (0..4096u32).map(|n| (n * 7 + 3) as u8).collect();
-            edu.buffer.write(0, &pattern);
+            edu.buffer().write(0, &pattern);
             edu.there_and_back(0, 4096, 4096).unwrap();
             let mut back = vec![0; 4096];
-            edu.buffer.read(4096, &mut back);
+            edu.buffer().read(4096, &mut back);
             assert_eq!(back, pattern);
             edu.close().unwrap();
         });

@@ -8,7 +8,7 @@ use vfio_remap::space::Access;
 use vfio_remap::{Device, ErrorKind};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-use crate::edu_driver::Edu;
+use vfio_remap_edu::{Direction, Edu};
 
 pub const LOW: u64 = 0x1_0000;
 pub const HIGH: u64 = 0x200_0000;
@@ -47,14 +47,14 @@ pub fn is_reached_whole_or_not_at_all(device: Device) {
     let pattern: Vec<u8> = (0..4096u32).map(|n| (n * 5 + 1) as u8).collect();
     memory.write_slice(&pattern, GuestAddress(LOW + 0x3000)).unwrap();
     let edu = Edu::new(device, Interrupt::Msi).unwrap();
-    edu.transfer(LOW + 0x3000, 0x4_0000, 4096, 0).unwrap();
-    edu.transfer(0x4_0000, HIGH + 0xf000, 4096, 2).unwrap();
+    edu.transfer(LOW + 0x3000, 0x4_0000, 4096, Direction::ToDevice).unwrap();
+    edu.transfer(0x4_0000, HIGH + 0xf000, 4096, Direction::ToMemory).unwrap();
     let mut bytes = vec![0; 4096];
     memory.read_slice(&mut bytes, GuestAddress(HIGH + 0xf000)).unwrap();
     assert_eq!(bytes, pattern);
     // The device may go on after the program has let go of the guest.
     drop(memory);
-    edu.transfer(0x4_0000, LOW, 4096, 2).unwrap();
+    edu.transfer(0x4_0000, LOW, 4096, Direction::ToMemory).unwrap();
     drop(mapping);
     assert_eq!(space.mappings(), 1, "the driver's own buffer is left");
     drop(space);
