@@ -395,3 +395,17 @@ fn large_mappings_are_congruent_wherever_they_go() {
     let (duplicate, _) = window.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap();
     assert_eq!(residue(&duplicate), PAGE);
 }
+
+#[test]
+fn each_fixed_mapping_of_an_unknown_backing_is_tried_elsewhere_first() {
+    let window = map(&Arc::new(backing(4 * PAGE, BackingKind::Other)), 4 * PAGE);
+    let ((), calls) = spy::record(|| {
+        for _ in 0..3 {
+            let place = Placement::In(Reservation::new(4 * PAGE).unwrap());
+            window.duplicate(Access::ReadWrite, place.only(Strategy::MapAgain)).unwrap();
+        }
+    });
+    let maps = |call: &&Call| matches!(call, Call::Map | Call::MapFixed { .. });
+    let maps: Vec<_> = calls.iter().filter(maps).map(|call| *call == Call::Map).collect();
+    assert_eq!(maps, [true, false, true, false, true, false], "{calls:?}");
+}
