@@ -129,7 +129,7 @@ fn calls_that_give_addresses_out_take_the_turn() {
     made(|call| matches!(call, Call::Reserve));
     made(|call| matches!(call, Call::ReserveAt));
     made(|call| matches!(call, Call::Cover { .. }));
-    made(|call| matches!(call, Call::Map));
+    made(|call| matches!(call, Call::Map { .. }));
     made(|call| matches!(call, Call::MapFixed { .. }));
     made(|call| matches!(call, Call::DontUnmap));
     made(|call| matches!(call, Call::DontUnmapFixed { .. }));

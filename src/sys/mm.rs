@@ -133,7 +133,7 @@ pub(crate) fn map(
     len: usize,
     access: Access,
 ) -> Result<usize> {
-    spy::call(Call::Map)?;
+    spy::call(Call::Map { len })?;
     // SAFETY: no MAP_FIXED.
     unsafe { mmap(0, len, access.prot(), MAP_SHARED, fd.as_raw_fd(), offset) }
 }

@@ -15,7 +15,7 @@ pub(crate) enum Call {
     /// The same over a range of ours (`MAP_FIXED`).
     Cover { address: usize, len: usize },
     /// `mmap` of a file where the kernel likes.
-    Map,
+    Map { len: usize },
     /// `mmap` of a file over a range of ours (`MAP_FIXED`).
     MapFixed { address: usize, len: usize },
     /// `munmap`.
