@@ -154,8 +154,9 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
     #[inline(always)]
     #[track_caller]
     fn check(&self, index: usize) {
-        let len = self.len;
-        assert!(index < len, "entry {index} of {len}");
+        if index >= self.len {
+            no_entry(index, self.len);
+        }
     }
 
     #[inline(always)]
@@ -167,6 +168,14 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         // a buffer is smaller than `isize::MAX`, so nothing overflows.
         unsafe { self.first.add(index * N + word) }
     }
+}
+
+/// Apart, so that the accesses before which this is checked need not keep what it shows in memory.
+#[cold]
+#[inline(never)]
+#[track_caller]
+fn no_entry(index: usize, len: usize) -> ! {
+    panic!("entry {index} of {len}")
 }
 
 impl<T: Width, const N: usize> fmt::Debug for DmaArray<T, N> {
