@@ -6,6 +6,7 @@ mod driver;
 #[path = "support/liar.rs"]
 mod liar;
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ const SETTINGS: Settings = Settings {
     timeout: Duration::from_secs(20),
     grace: Duration::from_secs(20),
     admin_timeout: Duration::from_secs(20),
+    ..Settings::DEFAULT
 };
 
 /// For commands in I/O queues that are never answered.
@@ -81,9 +83,12 @@ fn what_is_no_controller_or_makes_no_sense_is_named_and_left_quiet_for_the_next(
         change(&mut lie);
         lie
     };
-    let cases: [(Lie, ErrorKind, &str); 13] = [
+    let cases: [(Lie, ErrorKind, &str); 15] = [
         (with(|lie| lie.capabilities = u64::MAX), ErrorKind::Gone, "read all ones"),
-        (with(|lie| lie.capabilities &= !(1 << 37)), ErrorKind::Unsupported, "CAP.CSS"),
+        // Other command sets than NVM, and none at all.
+        (with(|lie| lie.capabilities += 1 << 37), ErrorKind::Unsupported, "CAP.CSS"),
+        (with(|lie| lie.capabilities += 0x7f << 37), ErrorKind::Unsupported, "CAP.CSS"),
+        (with(|lie| lie.capabilities |= 9 << 48), ErrorKind::Unsupported, "CAP.MPSMIN"),
         (with(|lie| lie.capabilities &= !0xffff), ErrorKind::Malformed, "CAP.MQES"),
         // The admin queue's, and those of the first queue for I/O.
         (with(|lie| lie.capabilities |= 15 << 32), ErrorKind::Malformed, "CAP.DSTRD"),
@@ -132,7 +137,7 @@ fn a_namespace_that_makes_no_sense_is_refused_and_the_controller_goes_on() {
         (|data| data[130] = 63, ErrorKind::Malformed, "2^63 bytes"),
         (|data| data[130] = 255, ErrorKind::Malformed, "2^255 bytes"),
         (|data| data[..8].fill(0xff), ErrorKind::Malformed, "make no sense"),
-        (|data| data[..8].fill(0), ErrorKind::NotFound, "not attached"),
+        (|data| data[..8].fill(0), ErrorKind::NotFound, "it has no blocks"),
         (|data| data[26] = 1, ErrorKind::Malformed, "number 1 of 1"),
         (|data| data[130] = 25, ErrorKind::Unsupported, "a transfer 1048576 at most"),
         (|data| data[128] = 8, ErrorKind::Unsupported, "8 bytes of metadata"),
@@ -281,4 +286,170 @@ fn events_are_told_once_and_asked_for_again() {
         );
     }
     controller.close().unwrap();
+}
+
+/// Opens, and finds namespace 1.
+fn usable(lie: Lie) -> Subject {
+    let subject = Subject::new(lie);
+    let controller = subject.open().unwrap();
+    assert_eq!(controller.namespaces().unwrap(), [1]);
+    assert_eq!(controller.namespace(1).unwrap().blocks, 1000);
+    controller.close().unwrap();
+    subject
+}
+
+#[test]
+fn no_command_sets_means_the_nvm_command_set() {
+    usable(Lie { capabilities: TRUTH.capabilities & !(0xff << 37), ..TRUTH });
+}
+
+#[test]
+fn pages_of_64_kib_and_no_ready_time_are_usable() {
+    let subject = Subject::new(Lie { capabilities: TRUTH.capabilities | 4 << 48, ..TRUTH });
+    let controller = subject.open().unwrap();
+    let mut configuration = [0; 4];
+    subject.device.read_at(0, 0x14, &mut configuration).unwrap();
+    assert_eq!(u32::from_le_bytes(configuration) >> 7 & 0xf, 4, "CC.MPS");
+    controller.close().unwrap();
+    usable(Lie { capabilities: TRUTH.capabilities & !(0xff << 24), ..TRUTH });
+}
+
+#[test]
+fn a_transfer_has_at_most_65536_blocks() {
+    // MDTS: 2^15 pages of 128 KiB.
+    let mut lie = Lie { capabilities: TRUTH.capabilities | 5 << 48, ..TRUTH };
+    lie.controller = |data| data[77] = 15;
+    let controller = Subject::new(lie).open().unwrap();
+    assert_eq!(controller.identity().max_transfer, 65536 * 512);
+    controller.close().unwrap();
+}
+
+#[test]
+fn without_a_list_namespaces_are_tried_one_by_one() {
+    const THERE: &[u32] = &[1, 3];
+    let truth = Lie { there: THERE, controller: |data| data[516] = 4, ..TRUTH };
+    let cases: [(&str, Lie); 9] = [
+        ("VS 1.0", Lie { version: 0x0001_0000, list: |data| data.fill(0x55), ..truth }),
+        ("no VS", Lie { version: 0, list: |data| data.fill(0x55), ..truth }),
+        ("invalid field", Lie { refused: Some((2, 0x02)), ..truth }),
+        ("invalid opcode", Lie { refused: Some((2, 0x01)), ..truth }),
+        ("invalid namespace", Lie { refused: Some((2, 0x0b)), ..truth }),
+        ("empty", Lie { list: |data| data.fill(0), ..truth }),
+        (
+            "not in order",
+            Lie { list: |data| data[..8].copy_from_slice(&[3, 0, 0, 0, 1, 0, 0, 0]), ..truth },
+        ),
+        ("too high", Lie { list: |data| data[4] = 5, ..truth }),
+        ("not only a list", Lie { list: |data| data[128] = 9, ..truth }),
+    ];
+    for (what, lie) in cases {
+        let controller = Subject::new(lie).open().unwrap();
+        assert_eq!(controller.namespaces().unwrap(), THERE, "{what}");
+        assert_eq!(controller.namespace(3).unwrap().blocks, 1000, "{what}");
+        error(controller.namespace(2), ErrorKind::NotFound, "there are [1, 3]");
+        error(controller.namespace(5), ErrorKind::NotFound, "there are [1, 3]");
+        controller.close().unwrap();
+    }
+    // As many as there may be, of which one is there; and none.
+    let most = |data: &mut [u8]| data[516..520].copy_from_slice(&[0xfe, 0xff, 0xff, 0xff]);
+    let lie = Lie { version: 0, there: &[1, 0xffff_fffe], controller: most, ..TRUTH };
+    let controller = Subject::new(lie).open().unwrap();
+    assert_eq!(controller.namespaces().unwrap(), [1], "of those up to 1024");
+    assert_eq!(controller.namespace(0xffff_fffe).unwrap().blocks, 1000);
+    controller.close().unwrap();
+    let controller = Subject::new(Lie { there: &[], ..TRUTH }).open().unwrap();
+    assert!(controller.namespaces().unwrap().is_empty());
+    error(controller.namespace(1), ErrorKind::NotFound, "there are []");
+    controller.close().unwrap();
+    // Another refusal is an error.
+    let controller = Subject::new(Lie { refused: Some((2, 0x06)), ..TRUTH }).open().unwrap();
+    error(controller.namespaces(), ErrorKind::Os, "internal error");
+    controller.close().unwrap();
+}
+
+#[test]
+fn a_list_of_namespaces_without_end_is_refused() {
+    fn endless(data: &mut [u8]) {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        for word in data.chunks_mut(4) {
+            word.copy_from_slice(&NEXT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+        }
+    }
+    let lie = Lie { list: endless, controller: |data| data[516..520].fill(0xff), ..TRUTH };
+    let controller = Subject::new(lie).open().unwrap();
+    error(controller.namespaces(), ErrorKind::Unsupported, "more than 65536 namespaces");
+    controller.close().unwrap();
+}
+
+#[test]
+fn unreadable_registers_after_a_disable_are_waited_for() {
+    let subject = Subject::new(Lie { blind: 50, ..TRUTH });
+    // Whoever had it before leaves it enabled.
+    subject.device.write_at(0, 0x14, &1u32.to_le_bytes()).unwrap();
+    for _ in 0..3 {
+        let controller = subject.open().unwrap();
+        controller.reset().unwrap();
+        assert_eq!(controller.namespaces().unwrap(), [1]);
+        controller.close().unwrap();
+    }
+    assert!(subject.is_quiet());
+}
+
+#[test]
+fn registers_unreadable_for_longer_than_cap_to_have_gone() {
+    let subject = Subject::new(Lie { capabilities: IMPATIENT, ..TRUTH });
+    let controller = subject.open().unwrap();
+    subject.say(Lie { blind: u32::MAX, ..TRUTH });
+    let start = Instant::now();
+    error(controller.reset(), ErrorKind::Gone, "read all ones");
+    assert!(start.elapsed() >= Duration::from_millis(500));
+}
+
+#[test]
+fn registers_are_left_alone_for_the_time_in_settings() {
+    let delay = Duration::from_millis(150);
+    let subject = Subject::new(Lie { deaf: delay, ..TRUTH });
+    // Whoever had it before leaves it enabled.
+    subject.device.write_at(0, 0x14, &1u32.to_le_bytes()).unwrap();
+    let controller = subject.open_with(Settings { disable_delay: delay, ..SETTINGS }).unwrap();
+    controller.reset().unwrap();
+    controller.close().unwrap();
+    assert!(!subject.lie.lock().unwrap().disturbed);
+}
+
+#[test]
+fn an_open_just_after_a_disable_waits_for_registers() {
+    let subject = Subject::new(Lie { blind: 2, ..TRUTH });
+    // Somebody else has just disabled it.
+    for value in [1u32, 0] {
+        subject.device.write_at(0, 0x14, &value.to_le_bytes()).unwrap();
+    }
+    let settings = Settings { disable_delay: Duration::from_secs(1), ..SETTINGS };
+    subject.open_with(settings).unwrap().close().unwrap();
+}
+
+#[test]
+fn a_ready_time_longer_than_cap_to_says_is_waited_for() {
+    // CAP.CRMS, and CRTO.CRWMT in half seconds.
+    let capabilities = IMPATIENT | 1 << 59;
+    let lie = Lie { capabilities, ready_timeouts: 80, slowness: 300, ..TRUTH };
+    let start = Instant::now();
+    usable(lie);
+    assert!(start.elapsed() > Duration::from_millis(500), "it took longer than CAP.TO");
+}
+
+#[test]
+fn interrupts_without_vectors_are_refused() {
+    let subject = Subject::new(TRUTH);
+    let settings = Settings { interrupts: true, ..SETTINGS };
+    error(subject.open_with(settings), ErrorKind::Unsupported, "no MSI-X vectors");
+    assert!(subject.is_quiet());
+    subject.open().unwrap().close().unwrap();
+}
+
+#[test]
+fn a_device_whose_configuration_space_reads_all_ones_has_gone() {
+    // But for its identifiers, which Linux VFIO keeps.
+    let subject = Subject::new(Lie { class: 0xff_ffff, ..TRUTH });
+    error(subject.open(), ErrorKind::Gone, "all ones");
 }

@@ -5,12 +5,13 @@
 mod driver;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use driver::{Controller, Done, IoQueue, Namespace, Settings, Status};
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::emulated::Namespace as Storage;
-use vfio_remap::emulated::{Emulated, Fault, Faults, Nvme, Power};
+use vfio_remap::emulated::{
+    Activity, Emulated, Fault, Faults, Namespace as Storage, Nvme, Power,
+};
 use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind};
 
@@ -22,6 +23,7 @@ const SETTINGS: Settings = Settings {
     timeout: Duration::from_secs(30),
     grace: Duration::from_secs(30),
     admin_timeout: Duration::from_secs(30),
+    ..Settings::DEFAULT
 };
 
 /// Two namespaces: 1 MiB in blocks of 512, 4 MiB in blocks of 4096 bytes.
@@ -60,6 +62,23 @@ fn read(queue: &mut IoQueue, of: &Namespace, block: u64, buffer: DmaBuffer) -> D
 
 fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|n| (n * 7 + n / 251 + seed) as u8).collect()
+}
+
+/// Runs `f` while another thread polls the model.
+fn working<T>(model: &Emulated, f: impl FnOnce() -> T) -> T {
+    let alive = Arc::new(());
+    let watch = Arc::downgrade(&alive);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while watch.strong_count() > 0 {
+                model.poll();
+                std::thread::yield_now();
+            }
+        });
+        // Gone whatever becomes of `f`.
+        let _alive = alive;
+        f()
+    })
 }
 
 #[test]
@@ -184,8 +203,8 @@ fn a_loss_of_power_ends_what_is_outstanding_and_keeps_what_was_flushed() {
 #[test]
 fn a_completion_of_no_command_resets_the_controller_though_nothing_is_outstanding() {
     for flush in [false, true] {
-        // The first command after the eleven that bring controller and queue up.
-        let faults = Faults::new([(11, Fault::SpuriousCompletion)]);
+        // The first command after the ten that bring controller and queue up.
+        let faults = Faults::new([(10, Fault::SpuriousCompletion)]);
         let storage = Storage::memory(1 << 20, 512).unwrap();
         let model = Emulated::new(Nvme::new(vec![storage]).with_faults(&faults)).unwrap();
         let controller = controller(&model, SETTINGS);
@@ -215,6 +234,119 @@ fn a_completion_of_no_command_resets_the_controller_though_nothing_is_outstandin
         drop(queue);
         controller.close().unwrap();
     }
+}
+
+#[test]
+fn a_completion_that_comes_twice_ends_no_other_command() {
+    // The first command after the ten that bring controller and queue up.
+    let faults = Faults::new([(10, Fault::DuplicateCompletion)]);
+    let storage = Storage::memory(1 << 20, 512).unwrap();
+    // Works when it is told to.
+    let model = Emulated::polled(Nvme::new(vec![storage]).with_faults(&faults)).unwrap();
+    let (controller, namespace, mut queue) = working(&model, || {
+        let controller = controller(&model, SETTINGS);
+        let (namespace, queue) = (controller.namespace(1).unwrap(), controller.queue().unwrap());
+        (controller, namespace, queue)
+    });
+    let buffer = controller.buffer(4096).unwrap();
+    buffer.write(0, &[0x5a; 4096]);
+    queue.write(&namespace, 0, buffer, 1).unwrap();
+    queue.ring();
+    while model.poll() == Activity::Busy {}
+    assert_eq!((faults.left(), queue.pop().unwrap().tag), (0, 1));
+    // The controller does not know of this one, which may have got the identifier again.
+    queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 2).unwrap();
+    assert!(queue.pop().is_none(), "the completion that is there twice is of the write");
+    assert_eq!(queue.outstanding(), 1);
+    working(&model, || {
+        let Done { tag, status, buffer, .. } = queue.wait().unwrap();
+        assert!(tag == 2 && (status.is_success() || status == Status::ABORTED_BY_HOST));
+        let buffer = buffer.unwrap();
+        assert!(!status.is_success() || buffer.load::<u8>(4095) == 0x5a, "it was read");
+        assert!(queue.wait().is_none());
+        assert_eq!(queue.generation(), 1, "the controller was reset");
+        read(&mut queue, &namespace, 0, buffer);
+        drop(queue);
+        controller.close().unwrap();
+    });
+}
+
+#[test]
+fn pop_alone_makes_room_for_completions() {
+    let (model, _) = model();
+    let controller = controller(&model, Settings { entries: 4, ..SETTINGS });
+    let namespace = controller.namespace(1).unwrap();
+    let mut queue = controller.queue().unwrap();
+    let start = Instant::now();
+    // One, and then as many as there is room for: the completion queue has three places.
+    for commands in [1, 3, 1, 3] {
+        for tag in 0..commands {
+            queue.flush(&namespace, tag).unwrap();
+        }
+        queue.ring();
+        let mut popped = 0;
+        while popped < commands {
+            match queue.pop() {
+                Some(done) => {
+                    assert!(done.status.is_success());
+                    popped += 1;
+                }
+                None => std::thread::yield_now(),
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "{popped} of {commands}");
+        }
+    }
+    assert_eq!(queue.generation(), 0);
+    drop(queue);
+    controller.close().unwrap();
+}
+
+#[test]
+fn pop_alone_sees_what_a_reset_has_ended() {
+    let (model, power) = model();
+    let controller = controller(&model, SETTINGS);
+    let namespace = controller.namespace(1).unwrap();
+    let mut queue = controller.queue().unwrap();
+    // Nothing is rung: the controller does not know of it.
+    queue.flush(&namespace, 5).unwrap();
+    power.cycle();
+    controller.reset().unwrap();
+    let start = Instant::now();
+    let done = loop {
+        match queue.pop() {
+            Some(done) => break done,
+            None => assert!(start.elapsed() < Duration::from_secs(20), "it has not ended"),
+        }
+    };
+    assert_eq!((done.tag, done.status), (5, Status::ABORTED_BY_HOST));
+    drop(queue);
+    controller.close().unwrap();
+}
+
+#[test]
+fn identifiers_outlast_the_longest_queue() {
+    // A command that stays with the controller, while the others use up all identifiers.
+    let faults = Faults::new([(10, Fault::LostCompletion)]);
+    let storage = Storage::memory(1 << 20, 512).unwrap();
+    let model = Emulated::new(Nvme::new(vec![storage]).with_faults(&faults)).unwrap();
+    let controller = controller(&model, Settings { entries: 512, ..SETTINGS });
+    let namespace = controller.namespace(1).unwrap();
+    let mut queue = controller.queue().unwrap();
+    queue.flush(&namespace, u64::MAX).unwrap();
+    let mut next = 0;
+    while next < 70_000 {
+        while queue.room() > 0 {
+            queue.flush(&namespace, next).unwrap();
+            next += 1;
+        }
+        while queue.outstanding() > 1 {
+            let done = queue.wait().unwrap();
+            assert!(done.status.is_success() && done.tag < next);
+        }
+    }
+    assert_eq!((queue.generation(), queue.outstanding()), (0, 1));
+    drop(queue);
+    controller.close().unwrap();
 }
 
 #[test]

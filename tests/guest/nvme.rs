@@ -20,6 +20,7 @@ const SETTINGS: Settings = Settings {
     timeout: Duration::from_secs(10),
     grace: Duration::from_secs(1),
     admin_timeout: Duration::from_secs(5),
+    ..Settings::DEFAULT
 };
 
 /// The ways to the device that this kernel has: its group, and a file of its own.

@@ -167,6 +167,7 @@ impl Run {
             timeout: Duration::from_millis(TIMEOUT),
             grace: Duration::from_millis(GRACE),
             admin_timeout: Duration::from_millis(ADMIN),
+            ..Settings::DEFAULT
         };
         let open = || {
             self.faults.plug_in();

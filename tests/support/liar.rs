@@ -2,6 +2,7 @@
 //! to come up. Commands in I/O queues are never answered.
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use vfio_remap::Result;
 use vfio_remap::emulated::{Activity, Bus, Model, PciConfig, Shape};
@@ -17,6 +18,9 @@ pub struct Lie {
     pub class: u32,
     /// CAP.
     pub capabilities: u64,
+    /// VS, and CRTO.
+    pub version: u32,
+    pub ready_timeouts: u32,
     /// Whether it becomes ready when it is enabled, and whether it stays so when it is disabled.
     pub becomes_ready: bool,
     /// How often it is asked in vain before that.
@@ -25,9 +29,20 @@ pub struct Lie {
     pub cut_short: bool,
     pub stays_ready: bool,
     pub fatal: bool,
+    /// How many reads of its registers answer all ones after it was disabled.
+    pub blind: u32,
+    /// Its registers must not be read for so long after it was disabled; and whether they were.
+    pub deaf: Duration,
+    pub disturbed: bool,
     /// What it changes in its answers to Identify.
     pub controller: fn(&mut [u8]),
     pub namespace: fn(&mut [u8]),
+    /// Namespaces that Identify knows.
+    pub there: &'static [u32],
+    /// What it changes in its list of namespaces.
+    pub list: fn(&mut [u8]),
+    /// A data structure of Identify (CNS) that it refuses, with this status.
+    pub refused: Option<(u32, u32)>,
     /// Its answer to Set Features, number of queues.
     pub queues: u32,
     /// An admin command that it does not answer.
@@ -42,11 +57,19 @@ pub struct Lie {
 pub const TRUTH: Lie = Lie {
     class: 0x01_0802,
     capabilities: 63 | 1 << 16 | 40 << 24 | 1 << 37,
+    version: 0x0001_0400,
+    ready_timeouts: 0,
     becomes_ready: true,
     slowness: 0,
     cut_short: false,
     stays_ready: false,
     fatal: false,
+    blind: 0,
+    deaf: Duration::ZERO,
+    disturbed: false,
+    there: &[1],
+    list: |_| {},
+    refused: None,
     controller: |_| {},
     namespace: |_| {},
     queues: 3 << 16 | 3,
@@ -59,6 +82,9 @@ pub struct Liar {
     lie: Arc<Mutex<Lie>>,
     config: PciConfig,
     registers: [u32; 16],
+    /// How many reads are to answer all ones; and when it was disabled.
+    blind: u32,
+    disabled: Option<Instant>,
     /// How often its status was read since it was enabled or disabled.
     asked: u32,
     head: u32,
@@ -75,8 +101,10 @@ impl Liar {
         let class = lie.lock().unwrap().class;
         Self {
             lie: lie.clone(),
-            config: PciConfig::new(256, 0x1b36, 0x10, class, 0).bar64(0, BAR),
+            config: PciConfig::new(256, 0x1b36, 0x10, class, (class >> 16) as u8).bar64(0, BAR),
             registers: [0; 16],
+            blind: 0,
+            disabled: None,
             asked: 0,
             head: 0,
             tail: 0,
@@ -131,10 +159,13 @@ impl Liar {
         if lie.silent == Some(opcode) {
             return Ok(());
         }
+        if let Some((_, status)) = lie.refused.filter(|(cns, _)| (6, *cns) == (opcode, words[10])) {
+            return self.complete(bus, id, 0, status);
+        }
         let mut data = vec![0; 4096];
         let mut result = 0;
         match (opcode, words[10] & 0xff) {
-            (0x06, 0x00) => {
+            (0x06, 0x00) if lie.there.contains(&words[1]) => {
                 data[..8].copy_from_slice(&1000u64.to_le_bytes());
                 data[128 + 2] = 9;
                 (lie.namespace)(&mut data);
@@ -144,7 +175,13 @@ impl Liar {
                 data[516] = 1;
                 (lie.controller)(&mut data);
             }
-            (0x06, 0x02) if words[1] == 0 => data[0] = 1,
+            (0x06, 0x02) => {
+                let ids = lie.there.iter().filter(|id| **id > words[1]);
+                for (at, id) in ids.take(1024).enumerate() {
+                    data[4 * at..][..4].copy_from_slice(&id.to_le_bytes());
+                }
+                (lie.list)(&mut data);
+            }
             (0x06, _) => {}
             (0x02, page) => self.logs.lock().unwrap().push(page as u8),
             (0x09, 0x07) => result = lie.queues,
@@ -175,10 +212,19 @@ impl Model for Liar {
             self.config.read(offset, data);
             return Ok(());
         }
+        let mut lie = self.lie.lock().unwrap();
+        lie.disturbed |= self.disabled.is_some_and(|at| at.elapsed() < lie.deaf);
+        drop(lie);
+        if self.blind > 0 {
+            self.blind -= 1;
+            data.fill(0xff);
+            return Ok(());
+        }
         let value = match offset {
             0x00 => self.lie().capabilities as u32,
             0x04 => (self.lie().capabilities >> 32) as u32,
-            0x08 => 0x0001_0400,
+            0x08 => self.lie().version,
+            0x68 => self.lie().ready_timeouts,
             0x1c => self.status(),
             _ => self.registers.get(offset as usize / 4).copied().unwrap_or(0),
         };
@@ -199,6 +245,9 @@ impl Model for Liar {
             if was_enabled != self.is_enabled() {
                 self.asked = 0;
                 self.lie.lock().unwrap().cut_short |= was_enabled && !was_ready;
+                if was_enabled {
+                    (self.blind, self.disabled) = (self.lie().blind, Some(Instant::now()));
+                }
             }
             if !self.is_enabled() {
                 (self.head, self.tail, self.phase) = (0, 0, 1);

@@ -143,6 +143,27 @@ impl Admin {
         Ok(result)
     }
 
+    /// What the controller answers to Identify (NVMe Base 1.4 §5.15), or with which status it refuses.
+    pub fn identify(
+        &mut self,
+        structure: u32,
+        namespace: u32,
+    ) -> Result<std::result::Result<[u8; PAGE], Status>> {
+        let command = Command::new(admin::IDENTIFY, namespace).dwords_10(structure, 0);
+        // What an earlier command has left there is no answer.
+        self.clear_data();
+        let question = Question { operation: "identify", command, with_data: true };
+        match self.ask(&question)? {
+            (status, _) if status.is_success() => Ok(Ok(self.data()?)),
+            (status, _) => Ok(Err(status)),
+        }
+    }
+
+    /// How errors name the controller.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The data of the last command that had some.
     pub fn data(&self) -> Result<[u8; PAGE]> {
         let mut data = [0; PAGE];

@@ -1,6 +1,7 @@
 //! A controller from whatever state it is in to ready (NVMe Base 1.4 §7.6.1), and back to quiet.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vfio_remap::{Device, Error, ErrorKind, Result};
 
@@ -9,6 +10,11 @@ use super::registers::{Capabilities, Registers};
 
 /// Mass storage, non-volatile memory, NVMe (PCI code and ID assignment, class 01h).
 const CLASS: u32 = 0x01_0802;
+/// Where configuration space has the class, above the revision. Linux VFIO reads it from the device;
+/// vendor and device ID it keeps.
+const CLASS_CODE: u64 = 0x08;
+/// The largest page that queues and transfers are made of, as a power of two: 1 MiB.
+const LARGEST_PAGE: u32 = 20;
 
 /// A device that is an NVMe controller. Dropped, it is left quiet: disabled, and without leave to start
 /// accesses of its own, so that whoever opens it next finds it as after power on.
@@ -21,13 +27,14 @@ pub struct Hardware {
 
 impl Hardware {
     /// Looks at a device without changing anything but its memory decoding.
-    pub fn find(device: Device) -> Result<Self> {
+    pub fn find(device: Device, disable_delay: Duration) -> Result<Self> {
+        let device = Arc::new(device);
         let config = device.config()?;
-        if config.vendor()? == u16::MAX {
+        if has_gone(&device) {
             return Err(Error::new(ErrorKind::Gone, "find", device.name())
-                .because("its vendor ID reads all ones"));
+                .because("its configuration space reads all ones"));
         }
-        let class = config.read_u32(0x08)? >> 8;
+        let class = config.read_u32(CLASS_CODE)? >> 8;
         if class != CLASS {
             return Err(Error::new(ErrorKind::Unsupported, "drive", device.name()).because(
                 format!(
@@ -36,9 +43,9 @@ impl Hardware {
             ));
         }
         config.set_memory_decoding(true)?;
-        let registers = Registers::new(&device)?;
+        let registers = Registers::new(&device, disable_delay)?;
         let capabilities = registers.capabilities()?;
-        let hardware = Self { device: Arc::new(device), registers, capabilities };
+        let hardware = Self { device, registers, capabilities };
         let name = hardware.device.name();
         if !capabilities.has_nvm_commands() {
             return Err(Error::new(ErrorKind::Unsupported, "drive", name)
@@ -47,6 +54,11 @@ impl Hardware {
         if capabilities.entries() < 2 {
             return Err(Error::new(ErrorKind::Malformed, "drive", name)
                 .because("its queues have one entry (CAP.MQES is 0), of which none can be used"));
+        }
+        let page_shift = capabilities.page_shift();
+        if page_shift > LARGEST_PAGE {
+            return Err(Error::new(ErrorKind::Unsupported, "drive", name)
+                .because(format!("its smallest page has 2^{page_shift} bytes (CAP.MPSMIN)")));
         }
         Ok(hardware)
     }
@@ -75,6 +87,7 @@ impl Hardware {
         log::warn!("nvme: {error}; the function is reset");
         self.device.reset()?;
         self.device.config()?.set_memory_decoding(true)?;
+        self.registers.settle(timeout)?;
         self.registers.disable(timeout)
     }
 
@@ -103,6 +116,13 @@ impl Hardware {
             std::mem::forget(told);
         }
     }
+}
+
+/// Whether the device is not there any more: configuration space reads all ones. Registers alone may do
+/// that for a while.
+pub fn has_gone(device: &Device) -> bool {
+    let read = device.config().and_then(|config| config.read_u32(CLASS_CODE));
+    read.map_or(true, |class| class == u32::MAX)
 }
 
 impl Drop for Hardware {

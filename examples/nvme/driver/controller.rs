@@ -1,5 +1,6 @@
 //! A controller: what there is one of, whichever threads do I/O with it.
 
+mod namespaces;
 mod queues;
 
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,9 +15,9 @@ use super::bring_up::Hardware;
 use super::command::{Command, admin, feature};
 use super::doorbells;
 use super::events::AsyncEvent;
-use super::identify::{self, Identity, Namespace};
+use super::identify::Identity;
 use super::log_page::{ERROR_ENTRY, ERRORS, ErrorEntry, HEALTH, Health};
-use super::pair::QueuePair;
+use super::pair::{MOST_ENTRIES, QueuePair};
 use super::queue::IoQueue;
 
 /// How long a shutdown may take at least, as not all controllers say (NVMe Base 1.4 §7.6.2 leaves it to
@@ -41,18 +42,32 @@ pub struct Settings {
     pub grace: Duration,
     /// After which a command of the admin queue has failed.
     pub admin_timeout: Duration,
+    /// How long the controller's registers cannot be read, or must not be, after it was disabled. The
+    /// driver leaves them alone for this time after each disable. [`Controller::new`], which may come
+    /// after a disable by somebody else, waits as long for them to answer. Most controllers need none.
+    /// Linux gives some of them 2.3 seconds (`NVME_QUIRK_DELAY_BEFORE_CHK_RDY`).
+    ///
+    /// Without it, registers that read all ones after a disable are waited for until the time in CAP.TO
+    /// is over, as long as the configuration space answers.
+    pub disable_delay: Duration,
+}
+
+impl Settings {
+    /// One queue of 256 entries, polled. A command may take ten seconds.
+    pub const DEFAULT: Self = Self {
+        queues: 1,
+        entries: 256,
+        interrupts: false,
+        timeout: Duration::from_secs(10),
+        grace: Duration::from_secs(1),
+        admin_timeout: Duration::from_secs(5),
+        disable_delay: Duration::ZERO,
+    };
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self {
-            queues: 1,
-            entries: 256,
-            interrupts: false,
-            timeout: Duration::from_secs(10),
-            grace: Duration::from_secs(1),
-            admin_timeout: Duration::from_secs(5),
-        }
+        Self::DEFAULT
     }
 }
 
@@ -111,7 +126,7 @@ impl Controller {
     /// Where the device is none, does not become ready, or says what makes no sense. It is then left
     /// disabled.
     pub fn new(device: Device, settings: Settings) -> Result<Arc<Self>> {
-        let hardware = Hardware::find(device)?;
+        let hardware = Hardware::find(device, settings.disable_delay)?;
         let capabilities = hardware.capabilities;
         let (stride, page_shift) = (capabilities.doorbell_stride(), capabilities.page_shift());
         let space = hardware.device.dma()?;
@@ -161,6 +176,11 @@ impl Controller {
         let vectors = if settings.interrupts {
             // One for the admin queue, though it is polled, and one for each of the others.
             let there = device.interrupt(Interrupt::MsiX)?.count.min(u16::MAX.into()) as u16;
+            if there == 0 {
+                return Err(Error::new(ErrorKind::Unsupported, "use interrupts of", device.name())
+                    .because("it has no MSI-X vectors")
+                    .remedy("poll its queues instead (Settings::interrupts)"));
+            }
             queues = queues.min(there.saturating_sub(1).max(1));
             Some(device.vectors(Interrupt::MsiX, usize::from(queues + 1).min(there.into()))?)
         } else {
@@ -188,9 +208,14 @@ impl Controller {
         self.queues
     }
 
-    /// The version of the specification that it follows.
+    /// The version of the specification that it follows, as in "1.4".
     pub fn version(&self) -> Result<String> {
-        self.hardware.registers.version()
+        let version = self.hardware.registers.version()?;
+        let (major, minor, rest) = (version >> 16, version >> 8 & 0xff, version & 0xff);
+        Ok(match rest {
+            0 => format!("{major}.{minor}"),
+            _ => format!("{major}.{minor}.{rest}"),
+        })
     }
 
     /// From one doorbell to the next, in bytes; and how many pairs of queues share a page for theirs.
@@ -203,7 +228,7 @@ impl Controller {
     /// Entries of an I/O queue, and the controller's page size as a power of two.
     pub(super) fn queue_shape(&self) -> (u16, u32) {
         let capabilities = self.hardware.capabilities;
-        let most = capabilities.entries().min(1 << 15) as u16;
+        let most = capabilities.entries().min(MOST_ENTRIES.into()) as u16;
         (self.settings.entries.clamp(2, most), capabilities.page_shift())
     }
 
@@ -237,41 +262,6 @@ impl Controller {
             Some(error) => Err(error.clone()),
             None => f(&mut state.admin),
         }
-    }
-
-    /// The numbers of the namespaces that can be used.
-    pub fn namespaces(&self) -> Result<Vec<u32>> {
-        let mut ids: Vec<u32> = Vec::new();
-        loop {
-            let after = ids.last().copied().unwrap_or(0);
-            let page = self.admin(|admin| inquire(admin, 0x02, after))?;
-            let before = ids.len();
-            // In order, each once: whatever the controller makes of it, this ends.
-            for id in identify::list(&page) {
-                if ids.last().is_none_or(|last| *last < id) && id <= self.identity.namespaces {
-                    ids.push(id);
-                }
-            }
-            if ids.len() - before < PAGE / 4 {
-                return Ok(ids);
-            }
-        }
-    }
-
-    /// A namespace.
-    ///
-    /// # Errors
-    /// `NotFound` where there is none of this number, naming those that there are; `Malformed` and
-    /// `Unsupported` for one that makes no sense or has metadata.
-    pub fn namespace(&self, id: u32) -> Result<Namespace> {
-        let there = self.namespaces()?;
-        if !there.contains(&id) {
-            let object = format!("namespace {id} of {}", self.name());
-            return Err(Error::new(ErrorKind::NotFound, "find", object)
-                .because(format!("there are {there:?}")));
-        }
-        let page = self.admin(|admin| inquire(admin, 0x00, id))?;
-        Namespace::parse(&page, id, self.name(), self.identity.max_transfer)
     }
 
     /// Its health, of all namespaces together.
@@ -467,14 +457,8 @@ impl Drop for Controller {
     }
 }
 
-fn inquire(admin: &mut Admin, what: u32, namespace: u32) -> Result<[u8; PAGE]> {
-    let command = Command::new(admin::IDENTIFY, namespace).dwords_10(what, 0);
-    admin.execute(&Question { operation: "identify", command, with_data: true })?;
-    admin.data()
-}
-
 fn identify(hardware: &Hardware, admin: &mut Admin) -> Result<Identity> {
-    let page = inquire(admin, 0x01, 0)?;
+    let page = admin.identify(0x01, 0)?.map_err(|status| status.error("identify", admin.name()))?;
     let capabilities = hardware.capabilities;
     Identity::parse(&page, hardware.device.name(), capabilities, 1 << capabilities.page_shift())
 }

@@ -12,6 +12,8 @@ type Data = [u8; PAGE];
 
 /// The largest transfer where the controller states none.
 const UNLIMITED: usize = 1 << 20;
+/// A command has 65536 blocks at most, and no block is smaller than 512 bytes.
+const MOST_BYTES: usize = 65536 * 512;
 
 /// What the controller says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +72,7 @@ impl Identity {
             serial: text(&data[4..24]),
             model: text(&data[24..64]),
             firmware: text(&data[64..72]),
-            max_transfer: max_transfer.min(super::pair::LIST * page),
+            max_transfer: max_transfer.min(super::pair::LIST * page).min(MOST_BYTES),
             namespaces: u32_at(data, 516),
             has_write_cache: data[525] & 1 != 0,
             has_write_zeroes: optional & 1 << 3 != 0,
@@ -102,9 +104,6 @@ impl Namespace {
             Err(Error::new(kind, "identify", object).because(reason))
         };
         let blocks = u64::from_le_bytes(bytes(data, 0));
-        if blocks == 0 {
-            return error(ErrorKind::NotFound, "there is none, or it is not attached".to_owned());
-        }
         // FLBAS: bits 6:5 are the higher ones where there are more than 16 formats (NVMe Base 2.0).
         let (formats, in_use) = (usize::from(data[25]) + 1, data[26]);
         let format = match formats {
@@ -154,10 +153,23 @@ impl Namespace {
     }
 }
 
-/// The numbers in a list of namespaces, which ends with a zero.
-pub(super) fn list(data: &Data) -> impl Iterator<Item = u32> + '_ {
+/// The numbers in a list of namespaces above `after`, up to `most`: in order, and zeros behind them. `None`
+/// where the data are no such list.
+pub(super) fn list(data: &Data, after: u32, most: u32) -> Option<Vec<u32>> {
     let (words, _) = data.as_chunks::<4>();
-    words.iter().map(|word| u32::from_le_bytes(*word)).take_while(|id| *id != 0)
+    let ids: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+    let end = ids.iter().position(|id| *id == 0).unwrap_or(ids.len());
+    let (ids, zeros) = ids.split_at(end);
+    let is_list = ids.first().is_none_or(|first| *first > after)
+        && ids.last().is_none_or(|last| *last <= most)
+        && ids.is_sorted_by(|id, next| id < next)
+        && zeros.iter().all(|id| *id == 0);
+    is_list.then(|| ids.to_vec())
+}
+
+/// Whether a namespace has blocks: the data of one that is not attached are zeros.
+pub(super) fn is_there(data: &Data) -> bool {
+    data[..8].iter().any(|byte| *byte != 0)
 }
 
 pub(super) fn bytes<const N: usize>(data: &Data, at: usize) -> [u8; N] {

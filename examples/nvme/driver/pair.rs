@@ -11,15 +11,20 @@ use super::command::Command;
 use super::doorbells::Doorbells;
 use super::status::Status;
 
-/// No slot is free.
-const NONE: u16 = u16::MAX;
+/// No command's identifier: the slot is free.
+const FREE: u32 = 1 << 16;
+/// The slot is never used.
+const RESERVED: u32 = FREE + 1;
 /// Most pages of a transfer that its list describes: one list never leaves a page of 4 KiB.
 pub const LIST: usize = 512;
+
+/// Most entries of a queue, so that identifiers have room for a slot and a generation.
+pub const MOST_ENTRIES: u16 = 1 << 14;
 
 /// How a pair of queues is to be made.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
-    /// Of each queue: two at least.
+    /// Of each queue: 2 to [`MOST_ENTRIES`].
     pub entries: u16,
     /// The controller's page size, as a power of two.
     pub page_shift: u32,
@@ -30,7 +35,11 @@ pub struct Shape {
     pub acknowledge_after: u16,
 }
 
-/// A command that is with the controller, or room for one. Its index is the command's identifier.
+/// A command that is with the controller, or room for one.
+///
+/// Identifiers are counted: the lower bits are the index of the command's slot, and those above them are
+/// another one for the slot's next command. An identifier whose slot is in use is passed over. So a
+/// completion that comes twice, or late, is of no other command until 65536 identifiers later.
 #[derive(Debug)]
 struct Slot {
     /// The controller's until it completes the command or can reach no memory any more.
@@ -38,14 +47,20 @@ struct Slot {
     tag: u64,
     /// When it was first seen to be with the controller, in milliseconds of the queue's clock.
     since: u32,
-    /// The next free slot.
-    next: u16,
+    /// The identifier of the command; [`FREE`], or [`RESERVED`].
+    id: u32,
     state: State,
+}
+
+impl Slot {
+    /// Whether a command in it is with the controller.
+    fn is_busy(&self) -> bool {
+        self.id < FREE
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Free,
     /// Submitted; nobody has looked at the clock since.
     New,
     Busy,
@@ -62,9 +77,12 @@ pub struct QueuePair {
     lists: DmaArray<u64, 1>,
     list_len: usize,
     doorbells: Doorbells,
+    /// Twice as many as commands, at least, so that a free one is soon found. A power of two.
     slots: Box<[Slot]>,
-    free: u16,
-    outstanding: usize,
+    /// The next identifier, if its slot is free.
+    next_id: u16,
+    /// How many more commands the queue takes.
+    free: usize,
     entries: usize,
     tail: usize,
     /// The tail that the controller knows.
@@ -72,9 +90,9 @@ pub struct QueuePair {
     head: usize,
     /// What the phase bit of a new completion is.
     phase: u64,
-    /// Completions that were taken since the controller was told.
-    taken: u16,
-    acknowledge_after: u16,
+    /// The head that the controller knows.
+    acknowledged: usize,
+    acknowledge_after: usize,
     page: u64,
     broken: bool,
     /// A part of the memory of both queues and the lists: none of it goes while this is there.
@@ -113,15 +131,12 @@ impl QueuePair {
         let page = 1u64 << page_shift;
         let list_len = (max_transfer >> page_shift).clamp(1, LIST).next_power_of_two();
         let entries = usize::from(entries);
-        // A queue is full with one entry less than it has.
-        let slots = (0..entries as u16 - 1).map(|index| Slot {
-            buffer: None,
-            tag: 0,
-            since: 0,
-            next: index + 1,
-            state: State::Free,
-        });
-        let sizes = [entries * 64, entries * 16, (entries - 1) * list_len * 8];
+        let count = (2 * entries).next_power_of_two();
+        let slot = || Slot { buffer: None, tag: 0, since: 0, id: FREE, state: State::New };
+        let mut slots: Box<[Slot]> = std::iter::repeat_with(slot).take(count).collect();
+        // The identifier of all ones should not be used (NVMe Base 2.0 §3.3.3.1): it would be in this slot.
+        slots[count - 1].id = RESERVED;
+        let sizes = [entries * 64, entries * 16, count * list_len * 8];
         let ([submissions, completions, lists], anchor) = memory(space, sizes, page as usize)?;
         let mut pair = Self {
             submissions: array(submissions)?,
@@ -129,16 +144,16 @@ impl QueuePair {
             lists: array(lists)?,
             list_len,
             doorbells,
-            slots: slots.collect(),
-            free: NONE,
-            outstanding: 0,
+            slots,
+            next_id: 0,
+            free: 0,
             entries,
             tail: 0,
             told: 0,
             head: 0,
             phase: 1,
-            taken: 0,
-            acknowledge_after,
+            acknowledged: 0,
+            acknowledge_after: acknowledge_after.into(),
             page,
             broken: false,
             anchor: Some(anchor),
@@ -163,13 +178,24 @@ impl QueuePair {
     /// Commands that may be with the controller.
     #[inline]
     pub fn outstanding(&self) -> usize {
-        self.outstanding
+        self.depth() - self.free
+    }
+
+    /// A queue is full with one entry less than it has.
+    fn depth(&self) -> usize {
+        self.entries - 1
+    }
+
+    /// The slot of a command.
+    #[inline]
+    fn index(&self, id: u16) -> usize {
+        usize::from(id) & (self.slots.len() - 1)
     }
 
     /// How many more commands there is room for.
     #[inline]
     pub fn room(&self) -> usize {
-        if self.broken { 0 } else { self.slots.len() - self.outstanding }
+        if self.broken { 0 } else { self.free }
     }
 
     /// Whether the controller has answered with nonsense, or a doorbell could not be rung.
@@ -183,49 +209,60 @@ impl QueuePair {
     }
 
     /// Puts a command into the queue, for [`ring`](Self::ring) to tell the controller of. The buffer is
-    /// the controller's until the command is [done](Self::pop); its parts are described by PRP entries
-    /// (NVMe Base 1.4 §4.3), a list of which belongs to each slot.
-    #[inline]
+    /// the controller's until the command is [done](Self::pop).
     pub fn submit(
         &mut self,
         command: Command,
         buffer: Option<DmaBuffer>,
         tag: u64,
-    ) -> std::result::Result<u16, Refused> {
-        let id = self.free;
-        if self.broken || usize::from(id) >= self.slots.len() {
+    ) -> std::result::Result<(), Refused> {
+        if self.room() == 0 {
             return Err(full(buffer));
         }
+        self.put(command, buffer, tag);
+        Ok(())
+    }
+
+    /// [Submits](Self::submit) a command where there is [room](Self::room). Its buffer is described by PRP
+    /// entries (NVMe Base 1.4 §4.3), a list of which belongs to each slot.
+    #[inline]
+    pub fn put(&mut self, command: Command, buffer: Option<DmaBuffer>, tag: u64) {
+        let mut id = self.next_id;
+        while self.slots[self.index(id)].id != FREE {
+            id = id.wrapping_add(1);
+        }
+        self.next_id = id.wrapping_add(1);
+        let index = self.index(id);
         let prps = match &buffer {
             None => [0; 2],
-            Some(buffer) => self.describe(id, buffer.iova().0, buffer.size()),
+            Some(buffer) => self.describe(index, buffer.iova().0, buffer.size()),
         };
-        let slot = &mut self.slots[usize::from(id)];
-        self.free = slot.next;
-        slot.buffer = buffer;
+        let slot = &mut self.slots[index];
+        // A free slot has no buffer, so that there is none to drop.
+        std::mem::forget(std::mem::replace(&mut slot.buffer, buffer));
         slot.tag = tag;
         slot.state = State::New;
+        slot.id = id.into();
         self.submissions.store_entry(self.tail, command.finish(id, prps));
         self.tail = if self.tail + 1 == self.entries { 0 } else { self.tail + 1 };
-        self.outstanding += 1;
-        Ok(id)
+        self.free -= 1;
     }
 
     /// The two PRP entries for `size` bytes from `iova` on, which lie at consecutive I/O addresses.
     #[inline]
-    fn describe(&self, id: u16, iova: u64, size: usize) -> [u64; 2] {
+    fn describe(&self, slot: usize, iova: u64, size: usize) -> [u64; 2] {
         let first = self.page - (iova & (self.page - 1));
         let rest = (size as u64).saturating_sub(first);
         match rest {
             0 => [iova, 0],
             _ if rest <= self.page => [iova, iova + first],
-            _ => [iova, self.list(id, iova + first, rest)],
+            _ => [iova, self.list(slot, iova + first, rest)],
         }
     }
 
     /// A list of the pages from `page` on that hold `rest` bytes.
-    fn list(&self, id: u16, page: u64, rest: u64) -> u64 {
-        let start = usize::from(id) * self.list_len;
+    fn list(&self, slot: usize, page: u64, rest: u64) -> u64 {
+        let start = slot * self.list_len;
         let pages = (page..page + rest).step_by(self.page as usize);
         for (index, page) in pages.take(self.list_len).enumerate() {
             self.lists.store(start + index, 0, page);
@@ -248,25 +285,17 @@ impl QueuePair {
             self.head = 0;
             self.phase ^= 1;
         }
-        self.taken += 1;
         let id = (word >> 32) as u16;
-        let Some(slot) =
-            self.slots.get_mut(usize::from(id)).filter(|slot| slot.state != State::Free)
-        else {
+        let index = self.index(id);
+        let slot = &mut self.slots[index];
+        if slot.id != u32::from(id) {
             self.nonsense(id);
             return None;
-        };
-        slot.state = State::Free;
-        slot.next = self.free;
-        self.free = id;
-        self.outstanding -= 1;
-        let buffer = slot.buffer.take();
-        Some(Done {
-            tag: slot.tag,
-            status: Status::from_field((word >> 49) as u16),
-            result,
-            buffer,
-        })
+        }
+        slot.id = FREE;
+        let (tag, buffer) = (slot.tag, slot.buffer.take());
+        self.free += 1;
+        Some(Done { tag, status: Status::from_field((word >> 49) as u16), result, buffer })
     }
 
     #[cold]
@@ -284,8 +313,16 @@ impl QueuePair {
             let rung = self.doorbells.tail.write(self.tail as u32);
             self.rung(rung);
         }
-        if self.taken >= self.acknowledge_after {
-            self.taken = 0;
+        self.acknowledge();
+    }
+
+    /// Tells the controller of the completions that were taken, if they are
+    /// [so many](Shape::acknowledge_after) that it may have no room for more.
+    #[inline]
+    pub fn acknowledge(&mut self) {
+        let wrapped = if self.head < self.acknowledged { self.entries } else { 0 };
+        if self.head + wrapped - self.acknowledged >= self.acknowledge_after {
+            self.acknowledged = self.head;
             let rung = self.doorbells.head.write(self.head as u32);
             self.rung(rung);
         }
@@ -303,12 +340,11 @@ impl QueuePair {
     /// That counts from when this was first asked: submission reads no clock.
     pub fn overdue(&mut self, now: u32, limit: u32) -> Option<u16> {
         let mut late = None;
-        for (id, slot) in self.slots.iter_mut().enumerate() {
+        for slot in self.slots.iter_mut().filter(|slot| slot.is_busy()) {
             match slot.state {
-                State::Free => {}
                 State::New => (slot.state, slot.since) = (State::Busy, now),
                 State::Busy | State::Aborting if now.wrapping_sub(slot.since) >= limit => {
-                    late = late.or(Some(id as u16));
+                    late = late.or(Some(slot.id as u16));
                 }
                 State::Busy | State::Aborting => {}
             }
@@ -319,7 +355,7 @@ impl QueuePair {
     /// A command that is late is to be aborted, and gets `grace` milliseconds more where `limit` were
     /// allowed; `false` where that was said before.
     pub fn abort(&mut self, id: u16, now: u32, limit: u32, grace: u32) -> bool {
-        let Some(slot) = self.slots.get_mut(usize::from(id)) else { return false };
+        let Some(slot) = self.slots.get_mut(self.index(id)) else { return false };
         slot.since = now.wrapping_sub(limit.saturating_sub(grace));
         std::mem::replace(&mut slot.state, State::Aborting) != State::Aborting
     }
@@ -327,12 +363,12 @@ impl QueuePair {
     /// Ends all commands, in order of their slots. Their buffers come along where the controller can reach
     /// no memory any more (`quiet`), and stay here otherwise.
     pub fn end_all(&mut self, quiet: bool, mut done: impl FnMut(Done)) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.state != State::Free) {
-            slot.state = State::Free;
+        for slot in self.slots.iter_mut().filter(|slot| slot.is_busy()) {
+            slot.id = FREE;
             let buffer = if quiet { slot.buffer.take() } else { None };
             done(Done { tag: slot.tag, status: Status::ABORTED_BY_HOST, result: 0, buffer });
         }
-        self.outstanding = 0;
+        self.free = self.depth();
         self.break_off();
     }
 
@@ -344,18 +380,14 @@ impl QueuePair {
         buffers.chain(self.anchor.take()).collect()
     }
 
-    /// Empties both queues, for a controller that knows of neither and reaches no memory.
+    /// Empties both queues, for a controller that knows of neither and reaches no memory, after
+    /// [`end_all`](Self::end_all).
     pub fn reset(&mut self) {
         self.submissions.clear();
         self.completions.clear();
-        (self.tail, self.told, self.head, self.phase, self.taken) = (0, 0, 0, 1, 0);
-        let last = self.slots.len() - 1;
-        for (index, slot) in self.slots.iter_mut().enumerate() {
-            slot.state = State::Free;
-            slot.buffer = None;
-            slot.next = if index == last { NONE } else { index as u16 + 1 };
-        }
-        (self.free, self.outstanding, self.broken) = (0, 0, false);
+        (self.tail, self.told, self.head, self.acknowledged, self.phase) = (0, 0, 0, 0, 1);
+        self.slots.iter_mut().for_each(|slot| slot.buffer = None);
+        (self.free, self.broken) = (self.depth(), false);
     }
 }
 

@@ -32,7 +32,8 @@ const RESETS: u32 = 3;
 /// that is in vain, or the controller has failed, the controller is reset. All commands that were with
 /// it end as [aborted by the host](super::Status::ABORTED_BY_HOST), and the queue goes on. Whatever
 /// happens, [`wait`](Self::wait) gives an answer within that time, the grace for the abort, the time-out of
-/// the admin queue, twice, and three times what a reset may take (CAP.TO, twice).
+/// the admin queue, twice, and three times what a reset may take (six times CAP.TO, and
+/// [`Settings::disable_delay`](super::Settings::disable_delay), twice).
 pub struct IoQueue {
     pub(super) pair: QueuePair,
     /// Commands that a reset has ended.
@@ -131,13 +132,28 @@ impl IoQueue {
         }
     }
 
-    /// The next command that is done, if one is.
+    /// The next command that is done, if one is. Like [`wait`](Self::wait), it looks now and then whether
+    /// all is well, and may then take as long.
     #[inline]
     pub fn pop(&mut self) -> Option<Done> {
-        match self.pair.pop() {
-            None if !self.ended.is_empty() => self.ended.pop_front(),
-            done => done,
+        if let Some(done) = self.pair.pop() {
+            return Some(done);
         }
+        if self.idle() { self.ended.pop_front() } else { None }
+    }
+
+    /// Nothing was completed: the controller may wait for room to complete more. Whether a reset has ended
+    /// commands.
+    #[inline(never)]
+    fn idle(&mut self) -> bool {
+        if self.generation == self.controller.generation() {
+            self.pair.acknowledge();
+        }
+        self.polls += 1;
+        if self.polls >= LOOK {
+            self.look();
+        }
+        !self.ended.is_empty()
     }
 
     /// The next command that is done; `None` where none is outstanding. Rings. A queue that has come
@@ -172,9 +188,8 @@ impl IoQueue {
             self.sleep(vector);
             return;
         }
-        self.polls += 1;
-        if self.polls >= LOOK {
-            self.look();
+        // `pop` has just looked.
+        if self.polls == 0 {
             self.pair.ring();
             // Others may need the processor to get on: an emulated controller, for one.
             std::thread::yield_now();

@@ -60,7 +60,8 @@ impl IoQueue {
             return self.refuse(opcode, namespace, block, buffer, tag);
         }
         let command = Command::new(opcode, namespace.id).blocks(block, count);
-        self.pair.submit(command, Some(buffer), tag).map(drop)
+        self.pair.put(command, Some(buffer), tag);
+        Ok(())
     }
 
     /// Makes all that was written, and done, before last.
@@ -122,7 +123,7 @@ impl IoQueue {
 
     fn submit(&mut self, command: Command, buffer: Option<DmaBuffer>, tag: u64) -> Submitted {
         self.revive();
-        self.pair.submit(command, buffer, tag).map(drop).map_err(|refused| match &self.failed {
+        self.pair.submit(command, buffer, tag).map_err(|refused| match &self.failed {
             Some(error) => Refused { error: error.clone(), ..refused },
             None => refused,
         })

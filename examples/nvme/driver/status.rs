@@ -10,6 +10,10 @@ pub struct Status(u16);
 
 impl Status {
     pub const SUCCESS: Self = Self(0);
+    pub const INVALID_OPCODE: Self = Self(0x001);
+    pub const INVALID_FIELD: Self = Self(0x002);
+    /// Invalid namespace or format.
+    pub const INVALID_NAMESPACE: Self = Self(0x00b);
     /// It was aborted because we asked for that.
     pub const ABORT_REQUESTED: Self = Self(0x007);
     /// Its queue was deleted, which is what a reset begins with.
@@ -36,16 +40,18 @@ impl Status {
 
     /// An error that says what was tried on which object, unless it is a success.
     pub fn check(self, operation: &'static str, object: impl FnOnce() -> String) -> Result<()> {
-        if self.is_success() {
-            return Ok(());
-        }
+        if self.is_success() { Ok(()) } else { Err(self.error(operation, object())) }
+    }
+
+    /// An error that says what was tried on which object.
+    pub fn error(self, operation: &'static str, object: impl fmt::Display) -> Error {
         let kind = match self.0 {
             0x001 => ErrorKind::Unsupported,
             0x00b => ErrorKind::NotFound,
             0x080 => ErrorKind::OutOfRange,
             _ => ErrorKind::Os,
         };
-        Err(Error::new(kind, operation, object()).because(self.to_string()))
+        Error::new(kind, operation, object).because(self.to_string())
     }
 
     fn text(self) -> &'static str {

@@ -265,8 +265,9 @@ impl Nvme {
             let completion = Completion { to, result, queue: id, id: command.id(), status };
             match fate {
                 Fate::Late => self.late.push(completion),
-                Fate::Doubled => {
-                    self.complete(bus, Completion { id: !completion.id, ..completion })?;
+                Fate::AfterSpurious | Fate::Twice => {
+                    let id = if fate == Fate::Twice { completion.id } else { !completion.id };
+                    self.complete(bus, Completion { id, ..completion })?;
                     // When there is room for it.
                     self.late.push(completion);
                     self.catch_up(bus)?;

@@ -1,0 +1,114 @@
+//! Which namespaces a controller has.
+
+use vfio_remap::{Error, ErrorKind, Result};
+
+use super::super::admin::PAGE;
+use super::super::identify::{self, Namespace};
+use super::super::registers::VERSION_1_1;
+use super::super::status::Status;
+use super::{ALL, Controller};
+
+/// Data structures of Identify (NVMe Base 1.4, figure 244).
+const NAMESPACE: u32 = 0x00;
+const LIST: u32 = 0x02;
+/// Most namespaces that a list may have.
+const MOST: usize = 1 << 16;
+/// Where there is no list, namespaces up to this number are tried.
+const TRIED: u32 = 1024;
+
+impl Controller {
+    /// The numbers of the namespaces that can be used.
+    ///
+    /// A controller that has no list of them is asked for each namespace up to number 1024. It may
+    /// follow an early version (NVMe Base 1.0), refuse the question, or answer what is no list.
+    ///
+    /// # Errors
+    /// What the controller answers; `Unsupported` for more than 65536 namespaces.
+    pub fn namespaces(&self) -> Result<Vec<u32>> {
+        match self.listed()? {
+            Some(ids) => Ok(ids),
+            None => self.tried(),
+        }
+    }
+
+    /// A namespace.
+    ///
+    /// # Errors
+    /// `NotFound` where there is none of this number, naming those that there are; `Malformed` and
+    /// `Unsupported` for one that makes no sense or has metadata.
+    pub fn namespace(&self, id: u32) -> Result<Namespace> {
+        let page = self.identify_namespace(id)?;
+        let object = || format!("namespace {id} of {}", self.name());
+        let Some(page) = page else {
+            let there = self.namespaces()?;
+            let reason = match there.contains(&id) {
+                true => "the controller lists it, but it has no blocks".to_owned(),
+                false => format!("there are {there:?}"),
+            };
+            return Err(Error::new(ErrorKind::NotFound, "find", object()).because(reason));
+        };
+        Namespace::parse(&page, id, self.name(), self.identity.max_transfer)
+    }
+
+    /// What the controller says of a namespace. `None` where it does not know the number, or has no
+    /// namespace for it now.
+    fn identify_namespace(&self, id: u32) -> Result<Option<[u8; PAGE]>> {
+        if !(1..=self.identity.namespaces).contains(&id) || id == ALL {
+            return Ok(None);
+        }
+        match self.admin(|admin| admin.identify(NAMESPACE, id))? {
+            Ok(page) => Ok(identify::is_there(&page).then_some(page)),
+            Err(Status::INVALID_NAMESPACE) => Ok(None),
+            Err(status) => {
+                Err(status.error("identify", format!("namespace {id} of {}", self.name())))
+            }
+        }
+    }
+
+    /// The namespaces that the controller lists; `None` where it has no list that makes sense.
+    fn listed(&self) -> Result<Option<Vec<u32>>> {
+        if self.hardware.registers.version()? < VERSION_1_1 {
+            return Ok(None);
+        }
+        let mut ids = Vec::new();
+        loop {
+            let after = ids.last().copied().unwrap_or(0);
+            let page = match self.admin(|admin| admin.identify(LIST, after))? {
+                Ok(page) => page,
+                Err(Status::INVALID_OPCODE | Status::INVALID_FIELD | Status::INVALID_NAMESPACE) => {
+                    return Ok(None);
+                }
+                Err(status) => return Err(status.error("list the namespaces of", self.name())),
+            };
+            let Some(more) = identify::list(&page, after, self.identity.namespaces) else {
+                return Ok(None);
+            };
+            ids.extend(&more);
+            if ids.len() > MOST {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "list the namespaces of",
+                    self.name(),
+                )
+                .because(format!("it has more than {MOST} namespaces")));
+            }
+            if more.len() < PAGE / 4 {
+                // One that does not know the question may answer it by nothing.
+                return Ok(Some(ids).filter(|ids| !ids.is_empty()));
+            }
+        }
+    }
+
+    /// The namespaces that answer, of those that are tried.
+    fn tried(&self) -> Result<Vec<u32>> {
+        let most = self.identity.namespaces;
+        if most > TRIED {
+            log::warn!(
+                "nvme: {} may have {most} namespaces, of which {TRIED} are tried",
+                self.name()
+            );
+        }
+        let there = |id| Ok(self.identify_namespace(id)?.map(|_| id));
+        (1..=most.min(TRIED)).filter_map(|id| there(id).transpose()).collect()
+    }
+}
