@@ -4,16 +4,16 @@
 mod scripted;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::ftruncate;
 use vfio_remap::device::{BufferRequest, DmaArray, Iova, IovaPlacement};
-use vfio_remap::space::Access;
-use vfio_remap::transport::{AddressSpaceId, DmaLimits, Transport};
-use vfio_remap::{Device, Error, ErrorKind};
+use vfio_remap::space::{Access, DmaMemory};
+use vfio_remap::transport::{AddressSpaceId, DeviceInfo, DmaLimits, RegionInfo, Transport};
+use vfio_remap::{Device, Error, ErrorKind, Result};
 
 use scripted::Scripted;
 
@@ -328,4 +328,50 @@ fn what_is_published_in_memory_is_there_as_soon_as_the_flag_is() {
             used.store_release(8, round);
         }
     });
+}
+
+/// Everything is taken, and each answer takes its time.
+#[derive(Debug, Default)]
+struct Occupied {
+    asked: AtomicU32,
+}
+
+impl Transport for Occupied {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo::new("occupied", 0)
+    }
+
+    fn region(&self, _: u32) -> Result<RegionInfo> {
+        Err(Error::new(ErrorKind::NotFound, "find", "a region"))
+    }
+
+    fn read_at(&self, region: u32, _: u64, _: &mut [u8]) -> Result<()> {
+        self.region(region).map(drop)
+    }
+
+    fn write_at(&self, region: u32, _: u64, _: &[u8]) -> Result<()> {
+        self.region(region).map(drop)
+    }
+
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        Ok(DmaLimits::new(vec![0..=u64::MAX], 4096))
+    }
+
+    fn dma_map(&self, _: u64, _: &DmaMemory, _: Access) -> Result<()> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(100));
+        Err(Error::new(ErrorKind::AddressTaken, "map for DMA", "it"))
+    }
+}
+
+#[test]
+fn a_search_for_free_addresses_has_a_time_limit() {
+    let transport = Arc::new(Occupied::default());
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let error = space.buffer(4096).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
+    assert_eq!(space.mappings(), 0);
+    // All would be 256, in 26 seconds.
+    let asked = transport.asked.load(Ordering::Relaxed);
+    assert!((2..=25).contains(&asked), "it was asked {asked} times");
 }

@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 
 use driver::{Controller, Done, IoQueue, Namespace, Settings, Status};
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::emulated::{
-    Activity, Emulated, Fault, Faults, Namespace as Storage, Nvme, Power,
-};
+use vfio_remap::emulated::{Activity, Emulated, Fault, Faults, Namespace as Storage, Nvme, Power};
 use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind};
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::dma_addresses::Addresses;
 use super::dma_buffer::{BufferRequest, DmaBuffer};
@@ -126,6 +127,9 @@ impl DmaSpace {
     /// `OutOfRange` where the address lies outside of what the IOMMU maps, or no free range is large
     /// enough; `AddressTaken`; `Unaligned` where memory or address are not multiples of its page size;
     /// `LockedMemory`, `TooManyMappings`; what the transport answers.
+    ///
+    /// Where others share the address space, and have taken what was chosen, further places are tried for two
+    /// seconds: it takes no longer than that, and one answer of the transport's.
     // Inlined, as what it calls: beside two system calls each call shows, most of all in an emulator, where
     // it costs as much as two hundred instructions. What goes wrong is made out of line.
     #[inline(always)]
@@ -176,6 +180,9 @@ impl DmaSpace {
 }
 
 impl Inner {
+    /// How long one mapping looks for a place.
+    const TIME: Duration = Duration::from_secs(2);
+
     fn lost(&self) -> MutexGuard<'_, Vec<Iova>> {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -227,7 +234,8 @@ impl Inner {
     ///
     /// Each is twice as far from the last one as that was from the one before, so that neighbours who have
     /// mapped much cost some dozens of questions, and not one for each page. What was passed over is tried
-    /// when nothing else is left.
+    /// when nothing else is left. No more places are tried once [`TIME`](Self::TIME) has passed: a transport
+    /// may take long for each.
     #[cold]
     fn map_elsewhere(
         &self,
@@ -238,6 +246,7 @@ impl Inner {
         access: Access,
     ) -> Result<(Iova, Iova)> {
         const ATTEMPTS: usize = 256;
+        let begun = Instant::now();
         let size = memory.size() as u64;
         let choice = match placement {
             // Where nothing translates, the address is a key, and any will do.
@@ -252,6 +261,7 @@ impl Inner {
         while let (Err(error), Some((alignment, limit))) = (&result, choice)
             && error.kind() == ErrorKind::AddressTaken
             && passed.len() < ATTEMPTS
+            && begun.elapsed() < Self::TIME
         {
             if let Some(larger) = block.checked_mul(2).filter(|_| grows) {
                 block = larger;
