@@ -28,6 +28,7 @@ mod removal;
 mod reset;
 mod revocation;
 mod scale;
+mod shared_eventfd;
 mod sriov;
 
 use vfio_remap::Device;
