@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use vfio_remap::device::{BufferRequest, Interrupt, Iova, IovaPlacement};
-use vfio_remap::transport::{Vfio, VfioOptions};
+use vfio_remap::space::Access;
+use vfio_remap::transport::{Transport, Vfio, VfioOptions};
 use vfio_remap::{Device, ErrorKind};
 
 use crate::{lab, leftovers};
@@ -45,6 +46,45 @@ fn devices_of_several_groups_share_an_address_space_until_each_is_closed() {
             edu.there_and_back(0, 4096, 4096).unwrap();
             edu.close().unwrap();
             drop(theirs);
+            igb.close().unwrap();
+        });
+    }
+}
+
+#[test]
+fn thousands_of_pages_of_a_neighbour_are_no_obstacle() {
+    for way in ways() {
+        leftovers::none_of(|| {
+            let igb = way.open(lab::address("igb")).unwrap();
+            let edu = Arc::new(igb.open_beside(lab::address("edu")).unwrap());
+            let (igb, edu_device) = (Device::new(Arc::new(igb)), Device::new(edu.clone()));
+            // Of 32 bits, so that both would be given the same.
+            let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(28));
+            let space = igb.dma().unwrap();
+            let theirs: Vec<_> = (0..1500).map(|_| space.buffer_with(request).unwrap()).collect();
+            let ours = edu_device.dma().unwrap().buffer_with(request).unwrap();
+            assert!(theirs.iter().all(|theirs| theirs.iova() != ours.iova()));
+            // What was mapped past the stock of addresses is mapped around.
+            let first = 1u64 << 32;
+            let pages = (0..1100).map(|page| first + page * 4096);
+            for iova in pages.clone() {
+                edu.dma_map(iova, ours.memory(), Access::ReadOnly).unwrap();
+            }
+            let around = space.buffer(4096).unwrap();
+            assert!(around.iova().0 >= first + 1100 * 4096, "{around:?}");
+            for iova in pages {
+                edu.dma_unmap(iova, 4096).unwrap();
+            }
+            // It reaches what the other has mapped.
+            let last = theirs.last().unwrap();
+            last.store(0, 0x1234_5678u32);
+            drop((ours, edu));
+            let edu = Edu::new(edu_device, Interrupt::Msi).unwrap();
+            edu.transfer(last.iova().0, 0x4_0000, 4096, 0).unwrap();
+            edu.transfer(0x4_0000, theirs[0].iova().0, 4096, 2).unwrap();
+            assert_eq!(theirs[0].load::<u32>(0), 0x1234_5678);
+            edu.close().unwrap();
+            drop((theirs, around, space));
             igb.close().unwrap();
         });
     }

@@ -3,7 +3,7 @@
 use std::os::unix::fs::chown;
 use std::sync::Arc;
 
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vfio_remap::device::{BufferRequest, DmaBuffer, Interrupt, IovaPlacement};
 use vfio_remap::space::Access;
 use vfio_remap::transport::{MemoryDevice, Transport, Vfio};
@@ -84,6 +84,22 @@ fn locks_too_much(open: impl Fn() -> Vfio) {
         assert_eq!(error.kind(), ErrorKind::LockedMemory, "{error}");
         setrlimit(Resource::RLIMIT_MEMLOCK, LIMIT as u64, LIMIT as u64).unwrap();
         drop(space.buffer(8192).unwrap());
+    });
+}
+
+#[test]
+fn there_may_be_more_buffers_than_descriptors() {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    leftovers::none_of(|| {
+        let device = lab::open("edu");
+        setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
+        let space = device.dma().unwrap();
+        let buffers: Vec<_> = (0..1100).map(|_| space.buffer(4096)).collect();
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        let buffers: Vec<_> = buffers.into_iter().map(Result::unwrap).collect();
+        assert!(buffers[0].memory().file().is_none());
+        // The IOMMU has 39 bits or more, and no other device wants those above 32.
+        assert!(buffers.iter().all(|buffer| buffer.iova().0 >> 32 == 1));
     });
 }
 

@@ -44,13 +44,19 @@ impl Books {
         let _ = self.mappings.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
-    /// Counts one less that has been refused. Why it was, if for want of memory.
+    /// Counts one less that has been refused. Why it was, if for want of memory: the limit, or, as far as is
+    /// known, what else.
     #[cold]
-    pub(super) fn refused(&self, memory: &DmaMemory, no_memory: bool) -> Option<Exceeded> {
+    pub(super) fn refused(
+        &self,
+        memory: &DmaMemory,
+        no_memory: bool,
+    ) -> Option<std::result::Result<Exceeded, String>> {
         let locked = memory.lockable();
-        let exceeded = if no_memory { self.locked.refused(locked) } else { None };
+        let why =
+            no_memory.then(|| self.locked.refused(locked).ok_or_else(|| self.locked.shortage()));
         self.strike(locked);
-        exceeded
+        why
     }
 
     /// Maps `memory` at `iova` by `tell_kernel`, and keeps it where the kernel does not.

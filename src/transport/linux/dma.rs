@@ -134,10 +134,9 @@ impl AddressSpace {
     fn refused(&self, errno: Errno, object: String) -> Error {
         let error = refused(errno, object);
         match (errno, self) {
-            // The process's own use is below the limit; iommufd counts that of all the user's processes.
+            // Why is said where what is locked is counted.
             (Errno::ENOMEM, _) => error
                 .into_kind(ErrorKind::LockedMemory)
-                .because("memory is short, or the user's limit on locked memory is reached (RLIMIT_MEMLOCK)")
                 .remedy("raise it: ulimit -l, or LimitMEMLOCK= of the unit"),
             (Errno::ENOSPC, Self::Group(_)) => {
                 full(error).because("the container has no room for another mapping")

@@ -83,6 +83,18 @@ impl Locked {
     pub(super) fn refused(&self, size: u64) -> Option<Exceeded> {
         self.counter.ask(self.counter.mapped.load(Ordering::Relaxed), size).err()
     }
+
+    /// Why the kernel had no memory to lock, where what is known to be locked is below the limit.
+    pub(super) fn shortage(&self) -> String {
+        match Limit::ask() {
+            // What other processes of the user have mapped counts, and nobody tells how much that is.
+            Some(Limit { limit, .. }) if !self.counter.of_process => format!(
+                "memory is short, or the user's processes would have more than {limit} bytes locked \
+                 together (RLIMIT_MEMLOCK)"
+            ),
+            _ => "memory is short".to_owned(),
+        }
+    }
 }
 
 impl Drop for Locked {

@@ -236,7 +236,8 @@ impl Vfio {
     fn not_mapped(&self, error: Error, iova: u64, memory: &DmaMemory) -> Error {
         let no_memory = error.errno() == Some(libc::ENOMEM);
         match self.books.refused(memory, no_memory) {
-            Some(exceeded) => exceeded.error(dma::object(iova, memory.size() as u64)),
+            Some(Ok(exceeded)) => exceeded.error(dma::object(iova, memory.size() as u64)),
+            Some(Err(shortage)) => error.because(shortage),
             None => error,
         }
     }
