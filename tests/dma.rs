@@ -295,6 +295,35 @@ fn placements_that_make_no_sense_are_refused_with_a_remedy_before_the_transport_
     }
 }
 
+/// A part ends where the next begins, although both are of one mapping.
+#[test]
+fn a_part_of_a_buffer_reaches_no_other() {
+    let space = Device::new(Arc::new(Scripted::default())).dma().unwrap();
+    let whole = space.buffer(4096).unwrap();
+    let (first, rest) = whole.split_at(1024).unwrap();
+    let (second, third) = rest.split_at(2048).unwrap();
+    for part in [&first, &second, &third] {
+        let size = part.size();
+        let panics = |access: &dyn Fn()| {
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(access)).is_err()
+        };
+        part.store(size - 8, u64::MAX);
+        part.write(size - 1, &[7]);
+        part.read(0, &mut vec![0; size]);
+        assert!(panics(&|| _ = part.load::<u8>(size)));
+        assert!(panics(&|| _ = part.load::<u64>(size - 4)));
+        assert!(panics(&|| _ = part.load::<u8>(usize::MAX)));
+        assert!(panics(&|| part.store(size, 0u32)));
+        assert!(panics(&|| part.store_release(size, 0u32)));
+        assert!(panics(&|| part.read(size, &mut [0])));
+        assert!(panics(&|| part.read(1, &mut vec![0; size])));
+        assert!(panics(&|| part.write(size - 1, &[0; 2])));
+        assert!(panics(&|| part.write(usize::MAX, &[0; 2])));
+    }
+    assert_eq!((first.iova().0 + 1024, second.iova().0 + 2048), (second.iova().0, third.iova().0));
+    assert_eq!(second.load::<u64>(0), 0, "nothing was written past the first");
+}
+
 fn until(done: impl Fn() -> bool) {
     let start = Instant::now();
     while !done() {

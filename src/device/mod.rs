@@ -20,6 +20,8 @@ mod register_block;
 pub(crate) mod register_layout;
 mod register_macro;
 mod signals;
+#[cfg(test)]
+mod tests;
 mod vectors;
 mod window;
 

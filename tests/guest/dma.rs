@@ -152,6 +152,38 @@ fn what_a_transport_has_mapped_of_others_is_kept_until_it_is_unmapped_or_the_tra
     }
 }
 
+/// What a transport's user has not unmapped it unmaps when it is dropped, but not in a child of `fork(2)`.
+#[test]
+fn a_child_that_drops_a_transport_unmaps_nothing_of_its_parents() {
+    leftovers::none_of(|| {
+        let model = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
+        let window = model.bar(0).unwrap().map(0..4096, Placement::Anywhere).unwrap();
+        let mut vfio = Some(Vfio::open(lab::address("edu")).unwrap());
+        let map = |vfio: &Option<Vfio>| {
+            vfio.as_ref().unwrap().dma_map(0x1000, &window.dma_memory(), Access::ReadWrite)
+        };
+        map(&vfio).unwrap();
+        // SAFETY: tests run one at a time, so that no other thread holds a lock; the child drops and ends.
+        match unsafe { libc::fork() } {
+            0 => {
+                drop(vfio.take());
+                // SAFETY: ends the child without running anything of the parent's.
+                unsafe { libc::_exit(0) };
+            }
+            child => {
+                let mut status = -1;
+                // SAFETY: waits for our own child.
+                assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+                assert_eq!(status, 0);
+            }
+        }
+        let error = map(&vfio).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
+        vfio.as_ref().unwrap().dma_unmap(0x1000, 4096).unwrap();
+        drop(vfio);
+    });
+}
+
 #[test]
 fn huge_pages_are_had_where_there_are_any_and_otherwise_the_buffer_says_why_not() {
     const POOL: &str = "/proc/sys/vm/nr_hugepages";
