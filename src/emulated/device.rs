@@ -336,7 +336,9 @@ impl Transport for Emulated {
     fn dma_limits(&self) -> Result<DmaLimits> {
         let mappings = Some(self.core.user.room());
         let page_size = sys::page_size() as u64;
-        Ok(DmaLimits { mappings, ..DmaLimits::new(vec![0..=u64::MAX], page_size) })
+        let limits = DmaLimits::new(vec![0..=u64::MAX], page_size);
+        // The model reaches memory of this process by its address.
+        Ok(DmaLimits { mappings, by_file: false, ..limits })
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {

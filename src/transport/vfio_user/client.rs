@@ -377,7 +377,8 @@ impl Transport for VfioUser {
     fn dma_limits(&self) -> Result<DmaLimits> {
         let mappings = Some(self.connection.memory().room());
         let page_size = self.capabilities.page_size;
-        Ok(DmaLimits { mappings, ..DmaLimits::new(vec![0..=u64::MAX], page_size) })
+        let by_file = self.capabilities.fds > 0;
+        Ok(DmaLimits { mappings, by_file, ..DmaLimits::new(vec![0..=u64::MAX], page_size) })
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
