@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use vfio_remap::device::{BufferRequest, Interrupt, Iova, IovaPlacement};
 use vfio_remap::space::Access;
-use vfio_remap::transport::{Transport, Vfio, VfioOptions};
-use vfio_remap::{Device, ErrorKind};
+use vfio_remap::transport::{MemoryDevice, Transport, Vfio, VfioOptions};
+use vfio_remap::{Device, ErrorKind, Placement};
 
 use crate::{lab, leftovers};
 use vfio_remap_edu::{Direction, Edu};
@@ -57,6 +57,8 @@ fn thousands_of_pages_of_a_neighbour_are_no_obstacle() {
         leftovers::none_of(|| {
             let igb = way.open(lab::address("igb")).unwrap();
             let edu = Arc::new(igb.open_beside(lab::address("edu")).unwrap());
+            assert!(igb.address_space().is_some());
+            assert_eq!(igb.address_space(), edu.address_space());
             let (igb, edu_device) = (Device::new(Arc::new(igb)), Device::new(edu.clone()));
             // Of 32 bits, so that both would be given the same.
             let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(28));
@@ -86,6 +88,26 @@ fn thousands_of_pages_of_a_neighbour_are_no_obstacle() {
             edu.close().unwrap();
             drop((theirs, around, space));
             igb.close().unwrap();
+        });
+    }
+}
+
+/// The address space goes on, and with it the other device would go on reaching what nobody keeps any more.
+#[test]
+fn what_a_device_leaves_mapped_is_unmapped_as_it_leaves() {
+    for way in ways() {
+        leftovers::none_of(|| {
+            let igb = way.open(lab::address("igb")).unwrap();
+            let edu = igb.open_beside(lab::address("edu")).unwrap();
+            let model = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
+            let window = model.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
+            let memory = window.dma_memory();
+            edu.dma_map(0x1000, &memory, Access::ReadWrite).unwrap();
+            let error = igb.dma_map(0x1000, &memory, Access::ReadWrite).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
+            drop(edu);
+            igb.dma_map(0x1000, &memory, Access::ReadWrite).unwrap();
+            igb.dma_unmap(0x1000, 4096).unwrap();
         });
     }
 }

@@ -81,6 +81,11 @@ fn ranges_that_make_no_sense() {
     refused(ErrorKind::OutOfRange, &["leaves"], || window.register::<u64>(usize::MAX));
     refused(ErrorKind::Unaligned, &["multiple of 4"], || window.register::<u32>(2));
     refused(ErrorKind::OutOfRange, &[], || bar.trapped::<u32>(u64::MAX - 1));
+    for offset in [bar.size() - 2, bar.size(), u64::MAX - 1] {
+        let transport = device.transport();
+        refused(ErrorKind::OutOfRange, &["leave"], || transport.read_at(0, offset, &mut [0; 4]));
+        refused(ErrorKind::OutOfRange, &["leave"], || transport.write_at(0, offset, &[0; 4]));
+    }
     refused(ErrorKind::Unaligned, &[], || bar.trapped::<u64>(4));
 }
 
