@@ -2,9 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::ops::RangeInclusive;
+use std::ops::{Add, RangeInclusive};
 
 /// An I/O virtual address: what a device is given where a program has a pointer.
+///
+/// ```
+/// use vfio_remap::device::Iova;
+///
+/// let iova = Iova(0x1000) + 0x20;
+/// assert_eq!(format!("{iova} {iova:x} {iova:#010x}"), "0x1020 1020 0x00001020");
+/// assert_eq!(iova.checked_add(u64::MAX), None);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Iova(pub u64);
 
@@ -12,6 +20,28 @@ impl Iova {
     /// The address `bytes` further on; `None` past the last address.
     pub fn checked_add(self, bytes: u64) -> Option<Self> {
         self.0.checked_add(bytes).map(Self)
+    }
+}
+
+/// As integers add: an overflow panics where they do.
+impl Add<u64> for Iova {
+    type Output = Self;
+
+    #[inline]
+    fn add(self, bytes: u64) -> Self {
+        Self(self.0 + bytes)
+    }
+}
+
+impl From<Iova> for u64 {
+    fn from(iova: Iova) -> Self {
+        iova.0
+    }
+}
+
+impl fmt::LowerHex for Iova {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::LowerHex::fmt(&self.0, f)
     }
 }
 
