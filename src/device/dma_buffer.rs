@@ -357,7 +357,7 @@ impl DmaBuffer {
 }
 
 /// A run of `len` bytes from `address` on: bytes before the first aligned word, bytes of words, rest.
-fn split(address: usize, len: usize) -> (usize, usize, usize) {
+pub(super) fn split(address: usize, len: usize) -> (usize, usize, usize) {
     let head = (address.wrapping_neg() % 8).min(len);
     let words = (len - head) / 8 * 8;
     (head, words, len - head - words)

@@ -17,6 +17,7 @@ mod power;
 mod register;
 mod register_access;
 mod register_block;
+mod register_copy;
 pub(crate) mod register_layout;
 mod register_macro;
 mod signals;
