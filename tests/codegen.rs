@@ -9,6 +9,7 @@ use iced_x86::{
     Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess,
     Register as Cpu,
 };
+use vfio_remap::device::Descriptors;
 use vfio_remap::{Register, RegisterBlock, register_block};
 
 /// Functions that do one access and nothing else; `extern "C"`, so that arguments are in RDI and RSI.
@@ -116,15 +117,43 @@ block_accessors! {
     };
 }
 
-/// The instructions of a function up to its `ret`.
+/// A descriptor of two words.
+#[derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable)]
+#[repr(C)]
+struct Descriptor {
+    address: u64,
+    length: u32,
+    status: u32,
+}
+
+type Ring64 = Descriptors<Descriptor>;
+
+#[inline(never)]
+extern "C" fn store_descriptor(ring: &Ring64, index: usize, address: u64, length: u32) {
+    ring.store(index, Descriptor { address, length, status: 1 });
+}
+
+#[inline(never)]
+extern "C" fn release_descriptor(ring: &Ring64, index: usize, address: u64, length: u32) {
+    ring.store_release(index, Descriptor { address, length, status: 1 });
+}
+
+#[inline(never)]
+extern "C" fn load_descriptor(ring: &Ring64, index: usize) -> u64 {
+    let Descriptor { address, length, status } = ring.load(index);
+    address ^ u64::from(length) ^ u64::from(status)
+}
+
+/// The instructions of a function up to its `ret`; a conditional branch, to the panic of a check, is not taken.
 fn instructions(address: usize) -> Vec<Instruction> {
     // SAFETY: code of this program, which is mapped readable; a function is followed by others or by
-    // padding, and 64 bytes are far less than what follows the last.
-    let code = unsafe { std::slice::from_raw_parts(address as *const u8, 64) };
+    // padding, and 256 bytes are far less than what follows the last.
+    let code = unsafe { std::slice::from_raw_parts(address as *const u8, 256) };
     let mut list = Vec::new();
     for instruction in Decoder::with_ip(64, code, address as u64, DecoderOptions::NONE) {
         list.push(instruction);
-        if instruction.flow_control() != FlowControl::Next {
+        let flow = instruction.flow_control();
+        if flow != FlowControl::Next && flow != FlowControl::ConditionalBranch {
             return list;
         }
     }
@@ -137,6 +166,8 @@ fn device_accesses(name: &str, address: usize) -> (Vec<(OpAccess, usize)>, usize
     let list = instructions(address);
     let last = list.last().unwrap();
     assert_eq!(last.flow_control(), FlowControl::Return, "{name}: {last:?}");
+    let branches = list.iter().any(|one| one.flow_control() == FlowControl::ConditionalBranch);
+    assert!(!branches, "{name}");
     let mut factory = InstructionInfoFactory::new();
     let mut device = Vec::new();
     for instruction in &list[..list.len() - 1] {
@@ -170,5 +201,33 @@ fn an_access_through_a_block_is_one_access_to_the_device() {
         let (device, instructions) = device_accesses(name, address);
         assert_eq!(device, expected, "{name}");
         println!("{name:<20} {instructions} instructions");
+    }
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "needs an optimised build: --release")]
+fn a_descriptor_is_one_access_for_each_word() {
+    for (name, address, access) in [
+        ("store", store_descriptor as *const () as usize, WRITE),
+        ("store_release", release_descriptor as *const () as usize, WRITE),
+        ("load", load_descriptor as *const () as usize, READ),
+    ] {
+        let list = instructions(address);
+        assert_eq!(list.last().unwrap().flow_control(), FlowControl::Return, "{name}");
+        let mut factory = InstructionInfoFactory::new();
+        let mut device = Vec::new();
+        for instruction in &list[..list.len() - 1] {
+            for used in factory.info(instruction).used_memory() {
+                // The ring's own fields lie behind the argument.
+                if used.base() != Cpu::RDI && used.base() != Cpu::RSP {
+                    // An address that is computed only is no access.
+                    if used.access() != OpAccess::NoMemAccess {
+                        device.push((used.access(), used.memory_size().size()));
+                    }
+                }
+            }
+        }
+        assert_eq!(device, [(access, 8), (access, 8)], "{name}");
+        println!("{name:<20} {} instructions", list.len());
     }
 }

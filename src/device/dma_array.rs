@@ -155,7 +155,7 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
     #[track_caller]
     fn check(&self, index: usize) {
         if index >= self.len {
-            no_entry(index, self.len);
+            past_the_last("entry", index, self.len);
         }
     }
 
@@ -163,19 +163,21 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
     #[track_caller]
     fn at(&self, index: usize, word: usize) -> NonNull<T> {
         self.check(index);
-        assert!(word < N, "word {word} of {N}");
+        if word >= N {
+            past_the_last("word", word, N);
+        }
         // SAFETY: `len` entries of `N` words lie within the buffer since `new`, and this is one of them;
         // a buffer is smaller than `isize::MAX`, so nothing overflows.
         unsafe { self.first.add(index * N + word) }
     }
 }
 
-/// Apart, so that the accesses before which this is checked need not keep what it shows in memory.
+/// Out of line, so that its arguments cost the caller nothing where all is well.
 #[cold]
 #[inline(never)]
 #[track_caller]
-fn no_entry(index: usize, len: usize) -> ! {
-    panic!("entry {index} of {len}")
+pub(super) fn past_the_last(what: &str, index: usize, count: usize) -> ! {
+    panic!("{what} {index} of {count}");
 }
 
 impl<T: Width, const N: usize> fmt::Debug for DmaArray<T, N> {

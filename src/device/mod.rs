@@ -7,8 +7,10 @@ mod dma;
 mod dma_addresses;
 mod dma_array;
 mod dma_buffer;
+mod dma_descriptors;
 #[cfg(feature = "vm-memory")]
 mod dma_guest;
+mod dma_parts;
 mod events;
 mod iova;
 mod layout;
@@ -43,6 +45,7 @@ pub use config::Config;
 pub use dma::{DmaMapping, DmaSpace, IovaPlacement};
 pub use dma_array::DmaArray;
 pub use dma_buffer::{BufferRequest, DmaBuffer};
+pub use dma_descriptors::Descriptors;
 #[cfg(feature = "vm-memory")]
 pub use dma_guest::GuestMapping;
 pub use events::{Event, Events};
