@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::Device;
+use super::capabilities::Capability;
 use super::layout::Reserved;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -10,10 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 const REGION: u32 = 7;
 
 const COMMAND: u64 = 0x04;
-const STATUS: u64 = 0x06;
-const STATUS_CAPABILITIES: u16 = 1 << 4;
 const BAR0: u64 = 0x10;
-const CAPABILITIES: u64 = 0x34;
 const EXPRESS: u8 = 0x10;
 const MSIX: u8 = 0x11;
 const MSIX_ENTRY: u64 = 16;
@@ -29,7 +27,7 @@ const REPORT_UNCORRECTABLE: u16 = 1 << 1 | 1 << 2;
 
 /// Configuration space of a PCI device, through its transport. Offsets are in bytes; values are in
 /// the machine's byte order.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Config<'d> {
     device: &'d Device,
 }
@@ -174,30 +172,19 @@ impl<'d> Config<'d> {
     }
 
     /// The offset of the first capability with this ID (PCI 3.0 §6.7); `None` where there is none.
+    /// [`capabilities`](Self::capabilities) are all.
     ///
     /// # Errors
     /// `Malformed` where the list loops or points into the header; as
     /// [`memory_decoding`](Self::memory_decoding).
     pub fn capability(&self, id: u8) -> Result<Option<u64>> {
-        if self.present_u16(STATUS)? & STATUS_CAPABILITIES == 0 {
-            return Ok(None);
-        }
-        let mut at = u64::from(self.read_u8(CAPABILITIES)? & !3);
-        // The list lies in 192 bytes, at least 4 for each capability.
-        for _ in 0..48 {
-            if at == 0 {
-                return Ok(None);
-            }
-            if at < 0x40 {
-                return Err(self.malformed(format!("a capability at {at:#x} lies in the header")));
-            }
-            let [found, next] = self.present_u16(at)?.to_le_bytes();
-            if found == id {
-                return Ok(Some(at));
-            }
-            at = u64::from(next & !3);
-        }
-        Err(self.malformed("the capability list loops".to_owned()))
+        let wanted = |found: &Result<Capability>| found.as_ref().map_or(true, |it| it.id == id);
+        Ok(self.capabilities().find(wanted).transpose()?.map(|found| found.offset))
+    }
+
+    /// The size in bytes: 256, or 4096 of a device that has extended configuration space.
+    pub(super) fn size(&self) -> Result<u64> {
+        Ok(self.device.transport().region(REGION)?.size)
     }
 
     /// Whether BAR `index` holds I/O ports.
@@ -237,7 +224,7 @@ impl<'d> Config<'d> {
 
     /// Reads 16 bits of which some are 0 in every device: `Gone` where all are 1, as a device reads that
     /// does not answer (PCIe 5.0 §2.3.2).
-    fn present_u16(&self, offset: u64) -> Result<u16> {
+    pub(super) fn present_u16(&self, offset: u64) -> Result<u16> {
         let value = self.read_u16(offset)?;
         if value == u16::MAX { Err(self.gone(offset)) } else { Ok(value) }
     }
@@ -262,7 +249,7 @@ impl<'d> Config<'d> {
         Ok(bytes)
     }
 
-    fn malformed(&self, reason: String) -> Error {
+    pub(super) fn malformed(&self, reason: String) -> Error {
         let object = format!("configuration space of {}", self.device.name());
         Error::new(ErrorKind::Malformed, "read", object).because(reason)
     }

@@ -2,6 +2,7 @@
 
 mod bar;
 mod buffer_failed;
+mod capabilities;
 mod config;
 mod dma;
 mod dma_addresses;
@@ -41,6 +42,7 @@ use crate::transport::{AffectedDevice, DeviceInfo, PciAddress, RegionInfo, Trans
 
 pub use bar::Bar;
 pub use buffer_failed::BufferFailed;
+pub use capabilities::{Capabilities, Capability, ExtendedCapabilities, ExtendedCapability};
 pub use config::Config;
 pub use dma::{DmaMapping, DmaSpace, IovaPlacement};
 pub use dma_array::DmaArray;
