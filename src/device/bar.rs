@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::{Bound, Range, RangeBounds};
 
 use super::layout::{Layout, Span, Trap};
-use super::register::{IoRegister, Width};
+use super::register::{IoRegister, ReadOnly, Width};
 use super::register_block::IoRegisterBlock;
 use super::register_layout::BlockLayout;
 use super::window::Window;
@@ -119,6 +119,14 @@ impl<'d> Bar<'d> {
     /// # Errors
     /// `OutOfRange`, `Unaligned`.
     pub fn trapped<T: Width>(&self, offset: u64) -> Result<IoRegister<T>> {
+        IoRegister::trapped(self.device.inner.clone(), self.index, offset, self.size())
+    }
+
+    /// A register as of [`trapped`](Self::trapped), for reading.
+    ///
+    /// # Errors
+    /// As [`trapped`](Self::trapped).
+    pub fn trapped_read_only<T: Width>(&self, offset: u64) -> Result<IoRegister<T, ReadOnly>> {
         IoRegister::trapped(self.device.inner.clone(), self.index, offset, self.size())
     }
 

@@ -255,22 +255,31 @@ impl<T: Width, M: Mode> fmt::Debug for Registers<T, M> {
 /// cannot be mapped. Only the latter can fail.
 ///
 /// [`Bar::trapped`](super::Bar::trapped) makes one of the second sort, `From<Register>` of the first.
-#[derive(Clone, Debug)]
-pub struct IoRegister<T: Width>(Route<T>);
+#[derive(Debug)]
+pub struct IoRegister<T: Width, M: Mode = ReadWrite>(Route<T, M>);
 
-#[derive(Clone, Debug)]
-enum Route<T: Width> {
-    Mapped(Register<T>),
+#[derive(Debug)]
+enum Route<T: Width, M: Mode> {
+    Mapped(Register<T, M>),
     Trapped(Trapped),
 }
 
-impl<T: Width> From<Register<T>> for IoRegister<T> {
-    fn from(register: Register<T>) -> Self {
+impl<T: Width, M: Mode> From<Register<T, M>> for IoRegister<T, M> {
+    fn from(register: Register<T, M>) -> Self {
         Self(Route::Mapped(register))
     }
 }
 
-impl<T: Width> IoRegister<T> {
+impl<T: Width, M: Mode> Clone for IoRegister<T, M> {
+    fn clone(&self) -> Self {
+        Self(match &self.0 {
+            Route::Mapped(register) => Route::Mapped(register.clone()),
+            Route::Trapped(trapped) => Route::Trapped(trapped.clone()),
+        })
+    }
+}
+
+impl<T: Width, M: Mode> IoRegister<T, M> {
     pub(super) fn trapped(device: Arc<Inner>, region: u32, offset: u64, size: u64) -> Result<Self> {
         let width = size_of::<T>() as u64;
         let object = || format!("{width} bytes at {offset:#x} of {}", device.region_name(region));
@@ -291,7 +300,9 @@ impl<T: Width> IoRegister<T> {
     pub fn is_mapped(&self) -> bool {
         matches!(self.0, Route::Mapped(_))
     }
+}
 
+impl<T: Width, M: Readable> IoRegister<T, M> {
     /// Reads the register, as [`Register::read`].
     ///
     /// # Errors
@@ -302,7 +313,9 @@ impl<T: Width> IoRegister<T> {
             Route::Trapped(trapped) => trapped.read(0),
         }
     }
+}
 
+impl<T: Width, M: Writable> IoRegister<T, M> {
     /// Writes the register, as [`Register::write`].
     ///
     /// # Errors
@@ -316,7 +329,9 @@ impl<T: Width> IoRegister<T> {
             Route::Trapped(trapped) => trapped.write(0, value),
         }
     }
+}
 
+impl<T: Width> IoRegister<T> {
     /// Reads the register, and writes what `change` makes of its value. What the device, or another thread,
     /// writes to it in between is lost.
     ///
