@@ -15,6 +15,7 @@ use crate::transport::irq_index;
 
 /// Something that the kernel says of the device as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Event {
     /// The device has reported an uncorrectable error (PCIe AER). What it does from here on is not to
     /// be trusted; reset it. It reports where that is switched on:

@@ -36,6 +36,7 @@ impl fmt::Display for Trap {
 
 /// A part of a region that is reached in one way.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Span {
     /// The bytes of the region. Mappable spans start at a page, and end at one or at the region's end.
     pub range: Range<u64>,

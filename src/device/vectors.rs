@@ -14,6 +14,7 @@ use crate::transport::{IrqInfo, irq_index};
 
 /// A kind of interrupt of a PCI device. A device uses one of them at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Interrupt {
     /// The legacy interrupt: level-triggered and masked when it fires, to be unmasked when the cause
     /// is gone.
@@ -36,6 +37,7 @@ impl Interrupt {
 
 /// How vectors were added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Growth {
     /// Beside those in use, which went on firing (MSI-X on Linux 6.5 and newer).
     InPlace,
