@@ -42,7 +42,7 @@ fn lab_device(name: &str) -> Option<Device> {
     let address = devices
         .split_ascii_whitespace()
         .find_map(|entry| entry.strip_prefix(name)?.strip_prefix('='))?;
-    Device::open(address.parse().ok()?).ok()
+    Device::open(address).ok()
 }
 
 /// A mapping made by hand, of the same bytes that the library's windows show.

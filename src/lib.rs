@@ -9,7 +9,7 @@
 //! use std::sync::Arc;
 //! use vfio_remap::{Device, Placement, Reservation, transport::MemoryDevice};
 //!
-//! // A real one, bound to vfio-pci, is opened by Device::open("0000:00:03.0".parse()?)
+//! // A real one, bound to vfio-pci, is opened by Device::open("0000:00:03.0")
 //! let device = Device::new(Arc::new(MemoryDevice::new(1 << 20)?));
 //! let mut window = device.bar(0)?.map(0x1000..0x3000, Placement::Anywhere)?;
 //! window.register::<u32>(0x10)?.write(1);

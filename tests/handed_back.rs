@@ -8,7 +8,7 @@ use vfio_remap::device::{BufferFailed, DmaArray, StillInUse, StillMapped};
 use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::space::Failed;
 use vfio_remap::transport::{MemoryDevice, PciDevice, StillBound, Sysfs};
-use vfio_remap::{Device, Error, ErrorKind, Placement, Reservation, Result, Window};
+use vfio_remap::{Device, Error, ErrorKind, PciAddress, Placement, Reservation, Result, Window};
 
 #[test]
 fn a_window_in_use_comes_back_as_it_was() {
@@ -139,4 +139,27 @@ fn every_failure_converts_by_question_mark() {
         let error = Error::from(io);
         assert_eq!((error.kind(), error.to_string()), (kind, text), "{verb}");
     }
+}
+
+#[test]
+fn a_clone_holds_the_device() {
+    let device = Device::new(Arc::new(MemoryDevice::new(0x2000).unwrap()));
+    let clone = device.clone();
+    let register = clone.bar(0).unwrap().trapped_read_only::<u32>(0).unwrap();
+    drop(clone.bar(0).unwrap().trapped::<u32>(0).unwrap());
+    let still = device.close().unwrap_err();
+    let text = still.to_string();
+    assert!(text.contains("it is held by 2 trapped registers or clones of the device"), "{text}");
+    drop((clone, register));
+    still.into_device().close().unwrap();
+}
+
+#[test]
+fn a_device_is_opened_by_text_or_address() {
+    let error = Device::open("no address").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
+    let nowhere = PciAddress { domain: 0xffff_0000, bus: 0xff, device: 0x1f, function: 7 };
+    let error = Device::open(nowhere).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    assert_eq!(Device::open("ffff0000:ff:1f.7").unwrap_err().to_string(), error.to_string());
 }

@@ -66,7 +66,9 @@ pub use window::{StillMapped, Window};
 
 /// A device, opened.
 ///
-/// Windows and registers keep it open; [`close`](Self::close) tells which do.
+/// Clones are the same device. They, its windows and its registers keep it open; [`close`](Self::close) tells
+/// which do.
+#[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,
 }
@@ -132,16 +134,21 @@ struct Trapped {
 }
 
 impl Device {
-    /// Opens the PCI device at `address` through Linux VFIO.
+    /// Opens the PCI device at `address` through Linux VFIO: a [`PciAddress`], or text such as
+    /// `"0000:00:03.0"`.
     ///
     /// It may not answer yet, and may start nothing by itself: before its windows are touched,
     /// [`Config::set_memory_decoding`] is called, or an access is a SIGBUS; before it is given work,
     /// [`Config::set_bus_mastering`], or its DMA and its MSI silently do nothing.
     ///
     /// # Errors
-    /// As [`Vfio::open`].
-    pub fn open(address: PciAddress) -> Result<Self> {
-        Ok(Self::new(Arc::new(Vfio::open(address)?)))
+    /// As [`Vfio::open`]; `Malformed` for text that is no address.
+    pub fn open<A>(address: A) -> Result<Self>
+    where
+        A: TryInto<PciAddress>,
+        Error: From<A::Error>,
+    {
+        Ok(Self::new(Arc::new(Vfio::open(address.try_into()?)?)))
     }
 
     /// A device that `transport` offers.
@@ -287,7 +294,7 @@ impl Device {
     /// Closes the device, so that it can be bound to another driver.
     ///
     /// # Errors
-    /// The device, with `InUse`, naming what holds it: windows, vectors, memory mapped for DMA. A
+    /// The device, with `InUse`, naming what holds it: windows, vectors, memory mapped for DMA, clones. A
     /// [`RegionFile`](crate::transport::RegionFile) that was asked of the transport holds the
     /// device's file, too, and is not seen here.
     pub fn close(self) -> std::result::Result<(), StillInUse> {
@@ -411,7 +418,8 @@ impl Inner {
             held.push(format!("{} more", notes.len() - NAMED));
         }
         if holders > notes.len() {
-            held.push(format!("{} trapped registers", holders - notes.len()));
+            let others = holders - notes.len();
+            held.push(format!("{others} trapped registers or clones of the device"));
         }
         if held.is_empty() {
             held.push("something that has just gone".to_owned());

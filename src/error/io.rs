@@ -1,5 +1,6 @@
 //! Errors of the standard library, of other libraries, and of verbs that give something back.
 
+use std::convert::Infallible;
 use std::fmt::Display;
 use std::io;
 
@@ -42,6 +43,13 @@ impl Error {
             Some(source) => this.with_source(source),
             None => this,
         }
+    }
+}
+
+/// For conversions that may fail, of what needs none.
+impl From<Infallible> for Error {
+    fn from(never: Infallible) -> Self {
+        match never {}
     }
 }
 

@@ -30,6 +30,30 @@ impl From<ParseAddressError> for Error {
     }
 }
 
+impl TryFrom<&str> for PciAddress {
+    type Error = ParseAddressError;
+
+    fn try_from(text: &str) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl TryFrom<&String> for PciAddress {
+    type Error = ParseAddressError;
+
+    fn try_from(text: &String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl TryFrom<String> for PciAddress {
+    type Error = ParseAddressError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
 impl FromStr for PciAddress {
     type Err = ParseAddressError;
 
