@@ -250,7 +250,7 @@ fn a_completion_that_comes_twice_ends_no_other_command() {
     buffer.write(0, &[0x5a; 4096]);
     queue.write(&namespace, 0, buffer, 1).unwrap();
     queue.ring();
-    while model.poll() == Activity::Busy {}
+    while model.poll().unwrap() == Activity::Busy {}
     assert_eq!((faults.left(), queue.pop().unwrap().tag), (0, 1));
     // The controller does not know of this one, which may have got the identifier again.
     queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 2).unwrap();

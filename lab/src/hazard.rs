@@ -23,7 +23,7 @@ pub struct Hazard {
 
 const ALL: &[&str] = &["5.10", "6.1", "6.12", "newest", "patched"];
 
-pub const HAZARDS: [Hazard; 7] = [
+pub const HAZARDS: [Hazard; 8] = [
     Hazard {
         name: "fixed_refusal_destroys_destination",
         kernels: &["5.10", "6.1", "6.12"],
@@ -53,6 +53,11 @@ pub const HAZARDS: [Hazard; 7] = [
         name: "gib_entry_split_oops",
         kernels: &["6.12", "newest"],
         about: "unmapping a page of what such an entry maps kills the process, or the kernel",
+    },
+    Hazard {
+        name: "move_against_revocation_oops",
+        kernels: &["first-patch"],
+        about: "the first version of a patch: moving such an entry while it is revoked",
     },
     Hazard {
         name: "accepted_source_is_dead",

@@ -10,7 +10,7 @@ use crate::apt::Suite;
 use crate::cache::{self, Store};
 use crate::decompress;
 use crate::modules;
-use crate::patched;
+use crate::patched::{self, Recipe};
 use crate::ui::{self, Stage};
 
 /// How long `newest` may go without asking the mirror whether it still is.
@@ -32,7 +32,7 @@ enum Source {
         moves: bool,
     },
     /// Built from Debian's newest source: see [`patched`].
-    Patched,
+    Patched(Recipe),
 }
 
 pub const KERNELS: [Kernel; 5] = [
@@ -59,9 +59,19 @@ pub const KERNELS: [Kernel; 5] = [
     Kernel {
         name: PATCHED,
         about: "newest, built here with the patches and the configuration of lab/kernel",
-        source: Source::Patched,
+        source: Source::Patched(Recipe {
+            patches: &["fixes", "selftests", "rfc"],
+            selftests: &["vfio_pci_mremap_test"],
+        }),
     },
 ];
+
+/// What no test runs on: it is built to show a hazard, and only then.
+pub const FIRST_PATCH: Kernel = Kernel {
+    name: "first-patch",
+    about: "as patched, with the first version of its first patch alone: for a hazard",
+    source: Source::Patched(Recipe { patches: &["tests/first-patch"], selftests: &[] }),
+};
 
 pub const NEWEST: &str = "newest";
 pub const PATCHED: &str = "patched";
@@ -95,6 +105,12 @@ impl Image {
         if directory.exists() { sorted_entries(&directory) } else { Ok(Vec::new()) }
     }
 
+    /// The kernel's selftests that were built with it: none of a stock kernel.
+    pub fn selftests(&self) -> Result<Vec<PathBuf>> {
+        let directory = self.directory.join("selftests");
+        if directory.exists() { sorted_entries(&directory) } else { Ok(Vec::new()) }
+    }
+
     fn cached(name: &'static str, directory: PathBuf) -> Option<Self> {
         let version = fs::read_to_string(directory.join("version")).ok()?;
         Some(Self { name, version, directory })
@@ -118,17 +134,22 @@ fn sorted_entries(directory: &Path) -> Result<Vec<PathBuf>> {
 
 /// Looks a kernel up by its name on the command line.
 pub fn by_name(name: &str) -> Result<&'static Kernel, String> {
-    KERNELS.iter().find(|kernel| kernel.name == name).ok_or_else(|| {
-        let names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
+    all().find(|kernel| kernel.name == name).ok_or_else(|| {
+        let names: Vec<_> = all().map(|kernel| kernel.name).collect();
         format!("the kernels are {}", names.join(", "))
     })
+}
+
+/// Those that tests run on, and the one that they do not.
+pub fn all() -> impl Iterator<Item = &'static Kernel> {
+    KERNELS.iter().chain([&FIRST_PATCH])
 }
 
 impl Kernel {
     /// Whether it is one that has to be built before it boots.
     pub fn is_to_be_built(&self, store: &Store) -> Result<bool> {
-        let built_here = matches!(self.source, Source::Patched);
-        Ok(built_here && !patched::is_built(&self.directory(store))?)
+        let Source::Patched(recipe) = &self.source else { return Ok(false) };
+        Ok(!patched::is_built(recipe, &self.directory(store))?)
     }
 
     /// Refuses a kernel that has no nvme driver for what wants one.
@@ -153,9 +174,13 @@ impl Kernel {
     /// does not have it (any more).
     pub fn image(&'static self, store: &Store) -> Result<Option<Image>> {
         let directory = self.directory(store);
-        let Source::Debian { suite, moves } = self.source else {
-            let built = patched::ensure(store, &directory).context("cannot build kernel patched");
-            return Ok(if built? { Image::cached(self.name, directory) } else { None });
+        let (suite, moves) = match &self.source {
+            Source::Debian { suite, moves } => (*suite, *moves),
+            Source::Patched(recipe) => {
+                let built = patched::ensure(recipe, store, &directory)
+                    .with_context(|| format!("cannot build kernel {}", self.name));
+                return Ok(if built? { Image::cached(self.name, directory) } else { None });
+            }
         };
         let cached = Image::cached_with_modules(self.name, directory.clone());
         if cached.is_some() && !(moves && is_old(&directory)) {

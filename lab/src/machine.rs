@@ -213,6 +213,8 @@ pub enum Variant {
     /// With an IOMMU, and hotplug by ACPI, as in most virtual machines: what is
     /// asked for happens at once.
     AcpiHotplug,
+    /// With an IOMMU, and an NVDIMM that no driver of the kernel's has claimed.
+    Nvdimm,
     /// With an IOMMU that translates for all devices (iommu=nopt), where that of
     /// the others translates for VFIO's only, and those of the kernel's own
     /// drivers pass (iommu=pt).
@@ -233,6 +235,7 @@ impl Variant {
             Self::Usual => "",
             Self::WithoutIommu => " without an IOMMU",
             Self::AcpiHotplug => " with hotplug by ACPI",
+            Self::Nvdimm => " with an NVDIMM",
             Self::Translating => " with iommu=nopt",
             Self::WithoutIntremap => " without interrupt remapping",
         }
@@ -244,6 +247,10 @@ impl Variant {
 ///
 /// TCG, always: a /dev/kvm that opens may still not run a stock kernel.
 pub fn qemu_arguments(variant: Variant) -> Vec<String> {
+    let (board, memory) = match variant {
+        Variant::Nvdimm => ("q35,kernel-irqchip=split,nvdimm=on", "2G,slots=1,maxmem=8G"),
+        _ => ("q35,kernel-irqchip=split", "2G"),
+    };
     let mut arguments: Vec<String> = [
         "-nodefaults",
         "-no-user-config",
@@ -251,7 +258,7 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
         "-display",
         "none",
         "-M",
-        "q35,kernel-irqchip=split",
+        board,
         "-accel",
         "tcg,thread=multi",
         "-cpu",
@@ -259,7 +266,7 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
         "-smp",
         "2",
         "-m",
-        "2G",
+        memory,
     ]
     .map(str::to_owned)
     .into();
@@ -274,6 +281,11 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     }
     for (option, value) in BACKENDS {
         add(option, value);
+    }
+    if variant == Variant::Nvdimm {
+        // Of each GiB that is mapped as one, and the first of them for what describes the others.
+        add("-object", "memory-backend-memfd,id=memory-nvdimm,size=3G,share=on");
+        add("-device", "nvdimm,memdev=memory-nvdimm");
     }
     for port in ROOT_PORTS {
         add("-device", port);
@@ -303,9 +315,10 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
 pub fn kernel_command_line(variant: Variant) -> String {
     let iommu = match variant {
         Variant::WithoutIommu => "",
-        Variant::Usual | Variant::AcpiHotplug | Variant::WithoutIntremap => {
-            "intel_iommu=on iommu=pt "
-        }
+        Variant::Usual
+        | Variant::AcpiHotplug
+        | Variant::WithoutIntremap
+        | Variant::Nvdimm => "intel_iommu=on iommu=pt ",
         Variant::Translating => "intel_iommu=on iommu=nopt ",
     };
     format!(

@@ -52,7 +52,7 @@ use boot::{Ending, Lab};
 use cache::Store;
 use guest::Payload;
 use hazard::Hazard;
-use kernels::{KERNELS, Kernel, NEWEST};
+use kernels::{Kernel, NEWEST};
 use machine::Variant;
 use root::Root;
 use tools::Need;
@@ -111,8 +111,12 @@ enum Task {
               value_parser = clap::value_parser!(u64).range(1..))]
         seconds: u64,
     },
-    /// Run what takes too long for `test`: ten million runs of each fuzz target.
-    Soak,
+    /// Run what takes too long for `test`: a minute of moves against revocation in
+    /// the patched kernel, and ten million runs of each fuzz target.
+    Soak {
+        #[command(flatten)]
+        common: Common,
+    },
     /// Run an example in a guest; its exit status becomes the lab's.
     Run {
         /// The kernel to run it in.
@@ -175,7 +179,7 @@ struct Common {
 
 fn after_help() -> String {
     let mut help = "Kernels:\n".to_owned();
-    for kernel in &KERNELS {
+    for kernel in kernels::all() {
         help += &format!("  {:<11} {}\n", kernel.name, kernel.about);
     }
     help += "\nDevices:\n";
@@ -240,8 +244,9 @@ fn perform(task: Task) -> Result<ExitCode> {
             let passed = fuzz::run(fuzz::Limit::Time(Duration::from_secs(seconds)))?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Task::Soak => {
-            let passed = soak::run()?;
+        Task::Soak { common } => {
+            let (lab, store) = ready(common)?;
+            let passed = soak::run(&lab, &store)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Run { kernel, common, command } => {

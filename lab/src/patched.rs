@@ -1,8 +1,8 @@
-//! The lab's own kernel: the newest source that Debian has, with the patches
-//! and the configuration of `lab/kernel`, built once.
+//! The lab's own kernels: the newest source that Debian has, with patches and
+//! the configuration of `lab/kernel`, built once.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -24,39 +24,56 @@ const METAPACKAGE: &str = "linux-source";
 /// Lines of a failed build that are shown.
 const TAIL: usize = 30;
 
-/// `lab/kernel`.
+/// Where the kernel's selftests of VFIO are, in its source.
+const SELFTESTS: &str = "tools/testing/selftests/vfio";
+
+/// What a kernel is made of.
+pub struct Recipe {
+    /// The directories of `lab/kernel` whose patches it has, in the order in
+    /// which they apply.
+    pub patches: &'static [&'static str],
+    /// The selftests of VFIO that are built with it.
+    pub selftests: &'static [&'static str],
+}
+
+/// A recipe, with what it names.
 struct Series {
     config: String,
     /// Name and content, in the order in which they apply.
     patches: Vec<(String, String)>,
+    selftests: &'static [&'static str],
     /// The version of the source package that the patches were made for.
     made_for: String,
 }
 
 impl Series {
-    fn read() -> Result<Self> {
+    fn read(recipe: &Recipe) -> Result<Self> {
         let directory = payload::workspace().join("lab/kernel");
         let read = |path: &Path| {
             fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
         };
         let mut patches = Vec::new();
-        for entry in fs::read_dir(&directory)? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "patch") {
+        for &part in recipe.patches {
+            let mut paths = fs::read_dir(directory.join(part))?
+                .map(|entry| Ok(entry?.path()))
+                .collect::<Result<Vec<_>>>()?;
+            paths.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
+            paths.sort();
+            for path in paths {
                 let name = path.file_name().context("an entry has a name")?.to_string_lossy();
-                patches.push((name.into_owned(), read(&path)?));
+                patches.push((format!("{part}/{name}"), read(&path)?));
             }
         }
-        patches.sort();
         let made_for = read(&directory.join("made-for"))?.trim().to_owned();
-        Ok(Self { config: read(&directory.join("config"))?, patches, made_for })
+        let config = read(&directory.join("config"))?;
+        Ok(Self { config, patches, selftests: recipe.selftests, made_for })
     }
 
     /// What the cache keeps beside a kernel to know again what it is made of:
     /// all of it, since it is short.
     fn text(&self) -> String {
         let patches = self.patches.iter().map(|(_, patch)| patch.as_str());
-        patches.chain([self.config.as_str()]).collect()
+        patches.chain(self.selftests.iter().copied()).chain([self.config.as_str()]).collect()
     }
 
     /// Whether the kernel in a directory is made of it.
@@ -66,16 +83,16 @@ impl Series {
     }
 }
 
-/// Whether `directory` holds a kernel of this series, of whichever source.
-pub fn is_built(directory: &Path) -> Result<bool> {
-    Ok(Series::read()?.is_built(directory))
+/// Whether `directory` holds a kernel of this recipe, of whichever source.
+pub fn is_built(recipe: &Recipe, directory: &Path) -> Result<bool> {
+    Ok(Series::read(recipe)?.is_built(directory))
 }
 
-/// Makes sure that `directory` holds the kernel of this series: builds it
+/// Makes sure that `directory` holds the kernel of this recipe: builds it
 /// where what is there is made of something else, or of an older source.
 /// `false` if the mirror has no source and no kernel was built before.
-pub fn ensure(store: &Store, directory: &Path) -> Result<bool> {
-    let series = Series::read()?;
+pub fn ensure(recipe: &Recipe, store: &Store, directory: &Path) -> Result<bool> {
+    let series = Series::read(recipe)?;
     let current = series.is_built(directory);
     if current && !kernels::is_old(directory) {
         return Ok(true);
@@ -144,7 +161,7 @@ fn build(series: &Series, source: &Source, store: &Store, directory: &Path) -> R
     let what = format!("linux {version}, patched");
     let mut stage = Stage::new("Building", &what);
     for (name, patch) in &series.patches {
-        apply(&tree, name, patch).with_context(|| {
+        apply(&tree, patch).with_context(|| {
             format!(
                 "lab/kernel/{name} does not apply to {package} {version}; it was made for {}: \
                  bring it up to date, and lab/kernel/made-for with it",
@@ -154,10 +171,17 @@ fn build(series: &Series, source: &Source, store: &Store, directory: &Path) -> R
     }
     configure(&tree, &series.config)?;
     compile(&tree, &mut stage)?;
+    for selftest in series.selftests {
+        build_selftest(&tree, selftest)?;
+    }
     cache::replace(directory, |new| {
         fs::copy(tree.join("vmlinux"), new.join("vmlinux"))?;
         // All is built in.
         fs::create_dir(new.join("modules"))?;
+        fs::create_dir(new.join("selftests"))?;
+        for selftest in series.selftests {
+            fs::copy(tree.join(SELFTESTS).join(selftest), new.join("selftests").join(selftest))?;
+        }
         fs::write(new.join("series"), series.text())?;
         Ok(fs::write(new.join("version"), version)?)
     })?;
@@ -167,13 +191,13 @@ fn build(series: &Series, source: &Source, store: &Store, directory: &Path) -> R
 
 /// Applies a patch whole or fails. Lines may have moved, but what is around
 /// them may not have changed.
-fn apply(tree: &Path, name: &str, patch: &str) -> Result<()> {
-    let file = tree.join(name);
-    fs::write(&file, patch)?;
+fn apply(tree: &Path, patch: &str) -> Result<()> {
+    let mut file = tempfile::NamedTempFile::new()?;
+    file.write_all(patch.as_bytes())?;
     let applied = command::unchecked(
         Command::new("patch")
             .args(["--strip=1", "--fuzz=0", "--forward", "--batch", "--input"])
-            .arg(name)
+            .arg(file.path())
             .current_dir(tree),
     )?;
     ensure!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stdout).trim_end());
@@ -196,13 +220,25 @@ fn configure(tree: &Path, config: &str) -> Result<()> {
     Ok(())
 }
 
-/// The settings that a configuration does not have.
+/// The settings that a configuration does not have. What is not to be set may be
+/// absent from it.
 fn lost<'a>(wanted: &'a str, result: &str) -> Vec<&'a str> {
+    let has = |wanted: &str| match unset(wanted) {
+        Some(name) => !result
+            .lines()
+            .any(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('='))),
+        None => result.lines().any(|line| line == wanted),
+    };
     wanted
         .lines()
-        .filter(|line| line.starts_with("CONFIG_"))
-        .filter(|wanted| !result.lines().any(|line| line == *wanted))
+        .filter(|line| line.starts_with("CONFIG_") || unset(line).is_some())
+        .filter(|wanted| !has(wanted))
         .collect()
+}
+
+/// The name in a line such as `# CONFIG_VT is not set`.
+fn unset(line: &str) -> Option<&str> {
+    line.strip_prefix("# ")?.strip_suffix(" is not set").filter(|name| name.starts_with("CONFIG_"))
 }
 
 fn compile(tree: &Path, stage: &mut Stage) -> Result<()> {
@@ -229,6 +265,16 @@ fn compile(tree: &Path, stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
+/// Builds a selftest, static since a guest has no libraries.
+fn build_selftest(tree: &Path, name: &str) -> Result<()> {
+    let directory = tree.join(SELFTESTS);
+    command::output(make(tree).arg("headers"))?;
+    command::output(
+        make(tree).arg("-C").arg(&directory).arg("LDFLAGS=-static").arg(directory.join(name)),
+    )?;
+    Ok(())
+}
+
 /// make, which ends with the lab (see [`crate::qemu::command`]) and tells nobody
 /// who has built the kernel and where.
 fn make(tree: &Path) -> Command {
@@ -248,9 +294,13 @@ mod tests {
 
     #[test]
     fn a_series_is_known_by_all_that_it_is_made_of() {
-        let series = Series::read().unwrap();
-        assert!(series.patches.len() >= 2 && series.patches.is_sorted());
+        let patches = &["fixes", "selftests", "rfc"];
+        let series = Series::read(&Recipe { patches, selftests: &["one"] }).unwrap();
+        let order: Vec<_> = series.patches.iter().map(|(name, _)| name.as_str()).collect();
+        assert!(order[0].starts_with("fixes/0001-"), "{order:?}");
+        assert!(order[order.len() - 1].starts_with("rfc/"), "{order:?}");
         assert!(series.patches.iter().all(|(_, patch)| series.text().contains(patch)));
+        assert!(series.text().contains("one"));
         assert!(series.text().ends_with(&series.config));
     }
 
@@ -259,9 +309,9 @@ mod tests {
         let tree = tempfile::tempdir().unwrap();
         fs::write(tree.path().join("file"), "one\ntwo\n").unwrap();
         let patch = "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-two\n+three\n";
-        apply(tree.path(), "0001.patch", patch).unwrap();
+        apply(tree.path(), patch).unwrap();
         assert_eq!(fs::read_to_string(tree.path().join("file")).unwrap(), "one\nthree\n");
-        assert!(apply(tree.path(), "0001.patch", patch).is_err());
+        assert!(apply(tree.path(), patch).is_err());
     }
 
     #[test]
@@ -269,5 +319,12 @@ mod tests {
         let wanted = "# Memory\nCONFIG_SHMEM=y\nCONFIG_UDMABUF=y\n";
         assert_eq!(lost(wanted, "CONFIG_SHMEM=y\n"), ["CONFIG_UDMABUF=y"]);
         assert!(lost(wanted, "CONFIG_UDMABUF=y\nCONFIG_SHMEM=y\n").is_empty());
+    }
+
+    #[test]
+    fn settings_that_the_kernel_turns_on_are_named() {
+        let wanted = "# not a setting\n# CONFIG_VT is not set\n";
+        assert_eq!(lost(wanted, "CONFIG_VT=y\n"), ["# CONFIG_VT is not set"]);
+        assert!(lost(wanted, "# CONFIG_VT is not set\nCONFIG_VTX=y\n").is_empty());
     }
 }

@@ -1,13 +1,46 @@
 //! `cargo lab soak`: what takes longer than a test may.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
+use crate::boot::{Ending, Lab};
+use crate::cache::Store;
 use crate::fuzz::{self, Limit};
+use crate::guest::Payload;
+use crate::kernels::{self, PATCHED};
+use crate::libtest::Counts;
+use crate::machine::Variant;
+use crate::payload;
+use crate::ui;
 
 /// Runs of each fuzz target.
 const RUNS: u64 = 10_000_000;
 
+/// What takes its time in a guest of the patched kernel, of the tests of its patches.
+const RACE: &str = "series::race::moves_against_revocation_for_a_minute";
+
 /// Runs it all. Whether all went well.
-pub fn run() -> Result<bool> {
-    fuzz::run(Limit::Runs(RUNS))
+pub fn run(lab: &Lab, store: &Store) -> Result<bool> {
+    // Whatever comes of one, the other is run, too.
+    let raced = race(lab, store)?;
+    Ok(fuzz::run(Limit::Runs(RUNS))? && raced)
+}
+
+/// Moves a mapping while it is revoked, in the patched kernel.
+fn race(lab: &Lab, store: &Store) -> Result<bool> {
+    let program = payload::hazards()?;
+    let kernel = kernels::by_name(PATCHED).map_err(anyhow::Error::msg)?;
+    let Some(image) = kernel.image(store)? else {
+        bail!("the mirror does not have the source of kernel {PATCHED} any more");
+    };
+    let arguments = ["--ignored", "--exact", RACE, "--nocapture"].map(str::to_owned);
+    let payload = Payload { program: &program, arguments: &arguments, files: &[] };
+    let outcome = lab.boot(&image, Variant::Usual, &payload, "patched-soak")?;
+    let complaints = outcome.complaints();
+    let passed = matches!(outcome.ending, Ending::Exited(0))
+        && Counts::find(&outcome.output).is_some_and(|counts| counts.passed == 1)
+        && complaints.is_empty();
+    if !passed {
+        ui::error(&format!("{RACE}\n{complaints}"));
+    }
+    Ok(passed)
 }

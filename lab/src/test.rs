@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Error, Result};
+use anyhow::{Context, Error, Result};
 
 use crate::boot::Lab;
 use crate::cache::Store;
 use crate::command;
 use crate::guest::Payload;
-use crate::kernels::{KERNELS, Kernel, NEWEST, PATCHED};
+use crate::kernels::{Image, KERNELS, Kernel, NEWEST, PATCHED};
 use crate::machine::{self, Variant};
 use crate::payload;
 use crate::report::{self, Proof, Row};
@@ -99,8 +99,9 @@ pub fn guest(
             });
             continue;
         };
+        let selftests = selftests(&image)?;
         let mut run = |proof, variant, program: &Path, arguments: &[String], label: &str| {
-            let payload = Payload { program, arguments, files: &[] };
+            let payload = Payload { program, arguments, files: &selftests };
             let outcome = lab.boot(&image, variant, &payload, label)?;
             let result = report::Result::Ran { version: image.version.clone(), outcome, proof };
             rows.push(Row { label: label.to_owned(), result });
@@ -141,7 +142,7 @@ pub fn guest(
         if kernel.name == PATCHED {
             let hazards = payload::hazards()?;
             if let Some(arguments) = only(&hazards, libtest, |name| name.starts_with(SERIES))? {
-                boot(Variant::Usual, &hazards, &arguments, "patched-series")?;
+                boot(Variant::Nvdimm, &hazards, &arguments, "patched-series")?;
             }
         }
     }
@@ -152,6 +153,16 @@ pub fn guest(
         ui::error("not all is well in the guests: see the table above");
     }
     Ok(passed)
+}
+
+/// The kernel's own selftests, for the guest's `/lab/selftests`.
+fn selftests(image: &Image) -> Result<Vec<(String, PathBuf)>> {
+    let mut files = Vec::new();
+    for path in image.selftests()? {
+        let name = path.file_name().context("a selftest is a file")?.to_string_lossy();
+        files.push((format!("lab/selftests/{name}"), path));
+    }
+    Ok(files)
 }
 
 /// An example for guests, and what it is told.

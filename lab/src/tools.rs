@@ -47,6 +47,7 @@ impl Need {
                 (Program("xz"), "xz-utils"),
                 (Header("gelf.h"), "libelf-dev"),
                 (Header("stdio.h"), "libc6-dev"),
+                (Header("uuid/uuid.h"), "uuid-dev"),
             ],
             Self::Fuzzing => &[(Program("c++"), "g++")],
             Self::Testing => &[(Program("patch"), "patch"), (Program("valgrind"), "valgrind")],

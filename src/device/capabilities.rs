@@ -63,7 +63,7 @@ impl<'d> Config<'d> {
     ///
     /// ```
     /// # use std::sync::Arc;
-    /// # use vfio_remap::{Device, transport::{Edu, Emulated}};
+    /// # use vfio_remap::{Device, emulated::{Edu, Emulated}};
     /// # let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
     /// for capability in device.config()?.capabilities() {
     ///     let capability = capability?;

@@ -24,7 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 ///
 /// ```
 /// # use std::sync::Arc;
-/// # use vfio_remap::{Device, transport::{Edu, Emulated}};
+/// # use vfio_remap::{Device, emulated::{Edu, Emulated}};
 /// # let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
 /// use vfio_remap::device::Descriptors;
 /// use zerocopy::little_endian::{U16, U32, U64};
@@ -259,7 +259,7 @@ mod tests {
 
     use super::*;
     use crate::Device;
-    use crate::transport::{Edu, Emulated};
+    use crate::emulated::{Edu, Emulated};
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
     #[repr(C)]

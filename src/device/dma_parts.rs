@@ -38,7 +38,7 @@ impl DmaBuffer {
     ///
     /// ```
     /// # use std::sync::Arc;
-    /// # use vfio_remap::{Device, transport::{Edu, Emulated}};
+    /// # use vfio_remap::{Device, emulated::{Edu, Emulated}};
     /// # let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
     /// let packets: Vec<_> = device.dma()?.buffer(8 * 2048)?.chunks(2048).collect();
     /// assert_eq!(packets.len(), 8);
@@ -70,7 +70,7 @@ mod tests {
 
     use super::*;
     use crate::Device;
-    use crate::transport::{Edu, Emulated};
+    use crate::emulated::{Edu, Emulated};
 
     fn buffer() -> DmaBuffer {
         let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));

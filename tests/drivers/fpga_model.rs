@@ -1,9 +1,8 @@
 //! The model of the FPGA card.
 
 use vfio_remap::Result;
-use vfio_remap::transport::{
-    Activity, Bus, IrqInfo, Model, PciConfig, RegionInfo, Shape, irq_index,
-};
+use vfio_remap::emulated::{Activity, Bus, Model, PciConfig, Shape};
+use vfio_remap::transport::{IrqInfo, RegionInfo, irq_index};
 
 const CONTROL: u32 = 0;
 const MEMORY: u32 = 2;

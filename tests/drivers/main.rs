@@ -16,7 +16,7 @@ mod virtio_model;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vfio_remap::transport::{Emulated, Model};
+use vfio_remap::emulated::{Emulated, Model};
 use vfio_remap::{Device, ErrorKind, Placement};
 
 /// For what comes at once, on a machine that is busy.

@@ -1,6 +1,7 @@
 //! The model of the NIC: what one of its rings sends is received by the ring of the same number.
 
-use vfio_remap::transport::{Activity, Bus, Memory, Model, RegionInfo, Shape};
+use vfio_remap::emulated::{Activity, Bus, Memory, Model, Shape};
+use vfio_remap::transport::RegionInfo;
 use vfio_remap::{Register, Result};
 
 const SIZE: u64 = 0x2_0000;

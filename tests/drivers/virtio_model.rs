@@ -1,7 +1,8 @@
 //! The model of virtio's entropy device: five capabilities of one ID, and one queue.
 
 use vfio_remap::Result;
-use vfio_remap::transport::{Bus, Model, RegionInfo, Shape};
+use vfio_remap::emulated::{Bus, Model, Shape};
+use vfio_remap::transport::RegionInfo;
 
 const CONFIG: u32 = 7;
 const BAR: u32 = 4;

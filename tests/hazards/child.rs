@@ -8,6 +8,11 @@ use std::time::{Duration, Instant};
 /// that the kernel keeps cannot be waited for. One that ends well has run the test: a path that names
 /// none is nothing to run, and ends well, too.
 pub fn run(test: &str, patience: Duration) -> Option<ExitStatus> {
+    run_until(test, patience, || false)
+}
+
+/// As [`run`], but waits no longer than until there is `enough`.
+pub fn run_until(test: &str, patience: Duration, enough: impl Fn() -> bool) -> Option<ExitStatus> {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"])
         .stdout(Stdio::piped())
@@ -18,7 +23,7 @@ pub fn run(test: &str, patience: Duration) -> Option<ExitStatus> {
         if child.try_wait().unwrap().is_some() {
             break;
         }
-        if started.elapsed() > patience {
+        if started.elapsed() > patience || enough() {
             return None;
         }
         thread::sleep(Duration::from_millis(100));

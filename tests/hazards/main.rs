@@ -11,6 +11,7 @@ mod gib_entry;
 mod klog;
 mod matrix;
 mod memtype;
+mod race;
 mod raw;
 #[path = "../support/reach.rs"]
 mod reach;

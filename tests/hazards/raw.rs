@@ -51,13 +51,33 @@ pub unsafe fn cover_with_memory(address: usize, len: usize) {
     assert_eq!(answer(at).unwrap(), address);
 }
 
+/// Address space that reaches nothing, in place of whatever is there.
+///
+/// # Safety
+/// The range is the caller's.
+pub unsafe fn reserve_fixed(address: usize, len: usize) {
+    let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+    // SAFETY: the caller vouches for the range.
+    let at = unsafe { libc::mmap64(address as *mut _, len, PROT_NONE, flags, -1, 0) };
+    assert_eq!(answer(at).unwrap(), address);
+}
+
 /// Address space of `len` bytes that reaches nothing, from a multiple of `align` on.
 pub fn reserve(len: usize, align: usize) -> usize {
     let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     // SAFETY: no MAP_FIXED.
     let at =
         answer(unsafe { libc::mmap64(std::ptr::null_mut(), len + align, PROT_NONE, flags, -1, 0) });
-    at.unwrap().next_multiple_of(align)
+    let at = at.unwrap();
+    let place = at.next_multiple_of(align);
+    // What is left on both sides is given back.
+    for (start, end) in [(at, place), (place + len, at + len + align)] {
+        if start < end {
+            // SAFETY: it was reserved above, and nobody knows of it.
+            unsafe { munmap(start, end - start) };
+        }
+    }
+    place
 }
 
 /// `mremap(old, len, len, flags, new)`. All five arguments, always: the C function is variadic, and

@@ -1,5 +1,9 @@
-//! What `lab/kernel/*.patch` promise, on the kernel that has them: run by `cargo lab test`, which also
-//! wants the kernel log clean.
+//! What the patches of `lab/kernel` promise, on the kernel that has them: run by `cargo lab test`, which
+//! also wants the kernel log clean.
+
+mod dax;
+mod race;
+mod selftests;
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 

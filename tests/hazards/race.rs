@@ -1,0 +1,189 @@
+//! Moving and splitting a BAR's mapping while another thread revokes it: what vfio-pci takes out of
+//! the page tables, it takes out under locks that `mremap` and `munmap` do not hold.
+
+use std::cell::Cell;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::device::Bar;
+use crate::raw::{self, GIB, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE};
+use crate::reach::Loader;
+use crate::{child, klog};
+
+/// A word in each GiB of the BAR.
+const WORDS: [usize; 4] = [0, GIB, 2 * GIB, 3 * GIB];
+
+/// How long a race goes on, whatever the machine is busy with.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// How a race is ended.
+pub struct Length {
+    pub time: Duration,
+    /// Fewer would not be a race: a machine that is slow is given more time for them.
+    pub rounds: u32,
+}
+
+/// What came of a race.
+#[derive(Debug)]
+#[allow(dead_code)]
+pub struct Tally {
+    rounds: u32,
+    revocations: u32,
+    time: Duration,
+}
+
+/// What revokes while something else is done to the mapping.
+struct Race<'a> {
+    bar: &'a Bar,
+    /// Where the BAR is mapped. Whoever holds it keeps the mapping from being changed.
+    place: Mutex<usize>,
+    over: AtomicBool,
+}
+
+impl Race<'_> {
+    /// Revokes the mapping, sees that it stays revoked, and restores it, over and over.
+    fn revoke(&self) -> u32 {
+        let mut loader = Loader::new();
+        let mut revocations = 0;
+        while !self.over.load(Ordering::Relaxed) {
+            self.bar.set_decoding(false);
+            let place = self.place.lock().unwrap();
+            for word in WORDS {
+                assert_eq!(loader.load(*place + word), None, "{word:#x} escaped revocation");
+            }
+            drop(place);
+            self.bar.set_decoding(true);
+            revocations += 1;
+        }
+        revocations
+    }
+}
+
+/// Takes turns of `round`, which changes the mapping and says where it is then, while another thread
+/// revokes it.
+fn race(length: &Length, round: impl Fn(&Bar, usize) -> usize) -> Tally {
+    let bar = Bar::open("ivshmem4g", 2);
+    let at = bar.map_congruent();
+    for word in WORDS {
+        // SAFETY: the BAR was mapped on the line above, and is memory.
+        unsafe { raw::poke(at + word, !word as u32) };
+    }
+    let race = Race { bar: &bar, place: Mutex::new(at), over: AtomicBool::new(false) };
+    let started = Instant::now();
+    let mut loader = Loader::new();
+    let mut rounds = 0;
+    let revocations = thread::scope(|scope| {
+        let revoking = scope.spawn(|| race.revoke());
+        while !revoking.is_finished()
+            && (started.elapsed() < length.time || rounds < length.rounds)
+            && started.elapsed() < LIMIT
+        {
+            // Nobody else changes it, and to fill it in needs no lock.
+            let place = *race.place.lock().unwrap();
+            for word in WORDS {
+                // It may be revoked: a load that faults changes nothing.
+                loader.load(place + word);
+            }
+            let mut place = race.place.lock().unwrap();
+            *place = round(&bar, *place);
+            rounds += 1;
+        }
+        race.over.store(true, Ordering::Relaxed);
+        revoking.join().unwrap()
+    });
+    let time = started.elapsed();
+    assert!(rounds >= length.rounds, "{rounds} rounds in {time:?}");
+    assert!(revocations > 0);
+
+    // What is left is the BAR, all of it.
+    let place = race.place.into_inner().unwrap();
+    for word in WORDS {
+        assert_eq!(loader.load(place + word), Some(!word as u32), "{word:#x}");
+    }
+    // SAFETY: the mapping is ours.
+    unsafe { raw::munmap(place, bar.size) };
+    Tally { rounds, revocations, time }
+}
+
+// What `mremap` leaves is a hole that the other thread may be given: it is never touched again, and
+// each round has address space of its own.
+
+/// The whole mapping moves from one multiple of 1 GiB to another.
+pub fn moves(length: &Length) -> Tally {
+    race(length, |bar, here| {
+        let there = raw::reserve(bar.size, GIB);
+        // SAFETY: the mapping and the reservation are ours.
+        unsafe { raw::mremap(here, bar.size, MREMAP_MAYMOVE | MREMAP_FIXED, there) }.unwrap()
+    })
+}
+
+/// In turns: the whole mapping is moved to where no entry of 1 GiB can be; a part of each entry is
+/// unmapped, protected or moved, which splits the mapping or the entry. Then it is mapped anew.
+pub fn splits(length: &Length) -> Tally {
+    let odd = Cell::new(false);
+    race(length, |bar, here| {
+        odd.set(!odd.get());
+        // SAFETY: the mapping is ours.
+        unsafe { if odd.get() { misalign(bar, here) } else { take_apart(bar, here) } }
+        bar.map_congruent()
+    })
+}
+
+/// Moves the mapping to an address that is congruent modulo 2 MiB, and unmaps it.
+///
+/// # Safety
+/// All of the BAR is mapped here, and nobody uses it.
+unsafe fn misalign(bar: &Bar, here: usize) {
+    const HEAD: usize = 2 << 20;
+    let there = raw::reserve(HEAD + bar.size, GIB);
+    // SAFETY: the caller vouches for the mapping; the reservation is ours.
+    unsafe {
+        raw::mremap(here, bar.size, MREMAP_MAYMOVE | MREMAP_FIXED, there + HEAD).unwrap();
+        raw::munmap(there, HEAD + bar.size);
+    }
+}
+
+/// Takes a part out of each entry of 1 GiB, each in another way, and unmaps the rest.
+///
+/// # Safety
+/// All of the BAR is mapped here, and nobody uses it.
+unsafe fn take_apart(bar: &Bar, here: usize) {
+    const HOLE: usize = 3 * PAGE;
+    let there = raw::reserve(HOLE, PAGE);
+    let hole = here + 3 * GIB + GIB / 2;
+    // SAFETY: the caller vouches for the mapping; the reservation is ours.
+    unsafe {
+        raw::reserve_fixed(here + GIB / 2 + PAGE, PAGE);
+        raw::reserve_fixed(here + GIB + (2 << 20), 2 << 20);
+        let part = (here + 2 * GIB + 5 * PAGE) as *mut libc::c_void;
+        assert_eq!(libc::mprotect(part, PAGE, libc::PROT_READ), 0);
+        raw::mremap(hole, HOLE, MREMAP_MAYMOVE | MREMAP_FIXED, there).unwrap();
+        raw::munmap(there, HOLE);
+        raw::munmap(here, hole - here);
+        raw::munmap(hole + HOLE, here + bar.size - (hole + HOLE));
+    }
+}
+
+/// The first version of the first patch moves entries of 1 GiB, and takes one that was revoked
+/// meanwhile for a table: the table at physical address 0.
+#[test]
+fn move_against_revocation_oops() {
+    let oopses = || klog::lines_with("Oops");
+    let started = Instant::now();
+    let ended =
+        child::run_until("race::moves_until_the_kernel_dies", LIMIT, || !oopses().is_empty());
+    let said = oopses();
+    println!("after {:?}, the child that moved and revoked: {ended:?}", started.elapsed());
+    println!("(None: it has not ended)");
+    println!("in the kernel log: {said:?}");
+    assert!(!said.is_empty(), "this kernel looks again before it moves a table");
+}
+
+#[test]
+#[ignore = "a child of the test above: it may not survive"]
+fn moves_until_the_kernel_dies() {
+    let length = Length { time: Duration::from_secs(120), rounds: 1 };
+    println!("{:?}", moves(&length));
+}
