@@ -315,8 +315,13 @@ impl fmt::Display for Ending {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
+
+    /// What came of a boot whose QEMU ended by itself.
+    pub fn ended(log: &str, output: &str) -> Outcome {
+        outcome(log, End::Output(None), output)
+    }
 
     const STALLED: End = End::Stalled(Standstill::Silence);
     const CRASHED: End = End::Output(Some(6));

@@ -2,7 +2,7 @@
 //! crate's tests, examples and benchmarks there.
 //!
 //! From the top: [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
-//! [`matrix`], [`performance`] and this file are the commands, [`boot`] is one boot
+//! [`matrix`], [`mutants`], [`performance`] and this file are the commands, [`boot`] is one boot
 //! of one kernel, with its [`heartbeat`]; [`kernels`], [`patched`], [`busybox`], [`payload`] and [`guest`]
 //! make what is booted, [`machine`] and [`root`] what it is booted on;
 //! [`klog`], [`libtest`] and [`report`] judge what came of it.
@@ -29,6 +29,7 @@ mod libtest;
 mod machine;
 mod matrix;
 mod modules;
+mod mutants;
 mod patched;
 mod payload;
 mod performance;
@@ -54,6 +55,7 @@ use guest::Payload;
 use hazard::Hazard;
 use kernels::{Kernel, NEWEST};
 use machine::Variant;
+use mutants::{MUTANTS, Mutant};
 use root::Root;
 use tools::Need;
 
@@ -114,6 +116,17 @@ enum Task {
     /// Run what takes too long for `test`: a minute of moves against revocation in
     /// the patched kernel, and ten million runs of each fuzz target.
     Soak {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Break the crate in ways that its tests must see, one at a time, in a copy of the
+    /// repository, and show that a named test fails for each. Without a name, all of them.
+    ///
+    /// Fails if a mutant survives, or if its test fails without it.
+    Mutants {
+        /// A mutant of lab/src/mutants/list.rs.
+        #[arg(value_parser = mutants::by_name)]
+        names: Vec<&'static Mutant>,
         #[command(flatten)]
         common: Common,
     },
@@ -248,6 +261,12 @@ fn perform(task: Task) -> Result<ExitCode> {
             let (lab, store) = ready(common)?;
             let passed = soak::run(&lab, &store)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Mutants { names, common } => {
+            let chosen = if names.is_empty() { MUTANTS.iter().collect() } else { names };
+            let guests = if mutants::need_guests(&chosen) { Some(ready(common)?) } else { None };
+            let killed = mutants::run(&chosen, guests.as_ref())?;
+            Ok(if killed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Run { kernel, common, command } => {
             let (name, arguments) = command.split_first().context("clap wants an example")?;

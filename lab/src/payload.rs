@@ -32,15 +32,37 @@ pub fn logs() -> PathBuf {
 
 /// The cargo that runs this lab, in the workspace.
 pub fn cargo() -> Command {
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace());
-    cargo
+    Sources::ours().cargo()
+}
+
+/// What is built for guests: this workspace or a copy of it, and where its builds go.
+pub struct Sources {
+    pub workspace: PathBuf,
+    pub target: PathBuf,
+}
+
+impl Sources {
+    fn ours() -> Self {
+        Self { workspace: workspace().to_owned(), target: target_directory() }
+    }
+
+    /// The cargo that runs this lab, there.
+    pub fn cargo(&self) -> Command {
+        let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.current_dir(&self.workspace);
+        cargo
+    }
 }
 
 /// The tests that need a guest.
 pub fn guest_tests() -> Result<PathBuf> {
+    guest_tests_of(&Sources::ours())
+}
+
+/// The same, of other sources.
+pub fn guest_tests_of(sources: &Sources) -> Result<PathBuf> {
     let arguments = "test --no-run --test guest --profile lab --features vm-memory";
-    build("guest", &arguments.split(' ').collect::<Vec<_>>())
+    build_of(sources, "guest", &arguments.split(' ').collect::<Vec<_>>())
 }
 
 /// What kernels do wrong, and what the lab's patches promise.
@@ -63,15 +85,19 @@ pub fn host_example(name: &str) -> Result<PathBuf> {
 
 /// Builds a target for guests.
 fn build(target: &str, arguments: &[&str]) -> Result<PathBuf> {
+    build_of(&Sources::ours(), target, arguments)
+}
+
+fn build_of(sources: &Sources, target: &str, arguments: &[&str]) -> Result<PathBuf> {
     let host = host_triple()?;
     let rustflags = format!("target.{host}.rustflags=['-C', 'target-feature=+crt-static']");
-    let mut command = cargo();
+    let mut command = sources.cargo();
     command
         .args(arguments)
         // With a target named, build scripts and macros are not built static.
         .args(["--target", &host, "--config", &rustflags])
         .arg("--target-dir")
-        .arg(target_directory())
+        .arg(&sources.target)
         // These would take the place of the flags above.
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");

@@ -1,0 +1,223 @@
+//! The mutations: each takes away a check, a protection or an undo that safety rests on.
+
+use super::{Killer, Mutant};
+
+use Killer::{Guest, Host, Pending};
+
+pub static MUTANTS: &[Mutant] = &[
+    // Bounds.
+    Mutant {
+        name: "registers-bound",
+        file: "src/device/register.rs",
+        before: "assert!(index < count,",
+        after: "assert!(index < usize::MAX,",
+        killer: Pending("a register past the last panics"),
+    },
+    Mutant {
+        name: "buffer-part-bound",
+        file: "src/device/dma_buffer.rs",
+        before: "    fn check(&self, offset: usize, len: usize) {
+        let size = self.size;",
+        after: "    fn check(&self, offset: usize, len: usize) {
+        let size = self.whole.memory.size;",
+        killer: Pending("an access past the end of a part panics"),
+    },
+    // Memory.
+    Mutant {
+        name: "buffer-seal-shrink",
+        file: "src/device/dma_buffer.rs",
+        before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
+        after: "SealFlag::F_SEAL_GROW",
+        killer: Pending("the file of a buffer cannot be made shorter"),
+    },
+    Mutant {
+        name: "emulated-memory-seal-shrink",
+        file: "src/transport/emulated/memory.rs",
+        before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
+        after: "SealFlag::F_SEAL_GROW",
+        killer: Pending("the file of a model's memory cannot be made shorter"),
+    },
+    Mutant {
+        name: "window-not-for-children",
+        file: "src/sys/mm.rs",
+        before: "libc::MADV_DONTFORK)",
+        after: "libc::MADV_NORMAL)",
+        killer: Pending("a window is a hole in a child"),
+    },
+    Mutant {
+        name: "other-vetted-once",
+        file: "src/space/backing.rs",
+        before: "if accepted && self.kind != BackingKind::Other {",
+        after: "if accepted {",
+        killer: Pending("a file of no known kind is asked before each MAP_FIXED"),
+    },
+    // A child of fork(2) leaves alone what its parent made.
+    Mutant {
+        name: "child-drops-mapping",
+        file: "src/space/mapping.rs",
+        before: "if self.len == 0 || self.generation != fork::generation() {",
+        after: "if self.len == 0 {",
+        killer: Pending("what a child has where its parent had a window stays"),
+    },
+    Mutant {
+        name: "child-drops-reservation",
+        file: "src/space/reservation.rs",
+        before: "impl Drop for Area {
+    fn drop(&mut self) {
+        if self.generation != fork::generation() {",
+        after: "impl Drop for Area {
+    fn drop(&mut self) {
+        if false {",
+        killer: Pending("what a child has where its parent had a reservation stays"),
+    },
+    Mutant {
+        name: "child-drops-placed-mapping",
+        file: "src/space/reservation.rs",
+        before: "area.generation == fork::generation()
+                && ",
+        after: "",
+        killer: Host(
+            "--lib -- space::mapping::tests::\
+             a_child_leaves_nothing_mapped_in_a_reservation_that_it_has_inherited",
+        ),
+    },
+    Mutant {
+        name: "child-drops-dma-mapping",
+        file: "src/device/dma.rs",
+        before: "    fn drop(&mut self) {
+        if self.generation != fork::generation() {",
+        after: "    fn drop(&mut self) {
+        if false {",
+        killer: Pending("a child's drop of a DMA mapping does not reach a server"),
+    },
+    Mutant {
+        name: "child-drops-vectors",
+        file: "src/device/vectors.rs",
+        before: "impl Drop for Vectors {
+    fn drop(&mut self) {
+        if self.generation != fork::generation() {",
+        after: "impl Drop for Vectors {
+    fn drop(&mut self) {
+        if false {",
+        killer: Pending("a child's drop of vectors does not reach a server"),
+    },
+    Mutant {
+        name: "child-drops-events",
+        file: "src/device/vectors.rs",
+        before: "impl Drop for Events {
+    fn drop(&mut self) {
+        if self.generation != fork::generation() {",
+        after: "impl Drop for Events {
+    fn drop(&mut self) {
+        if false {",
+        killer: Pending("a child's drop of events does not reach a server"),
+    },
+    Mutant {
+        name: "child-drops-low-power",
+        file: "src/device/power.rs",
+        before: "    fn drop(&mut self) {
+        if self.generation != fork::generation() {",
+        after: "    fn drop(&mut self) {
+        if false {",
+        killer: Pending("a child's drop of LowPower does not wake the device"),
+    },
+    Mutant {
+        name: "child-drops-vfio",
+        file: "src/transport/linux/vfio.rs",
+        before: "let forked = self.generation != fork::generation();",
+        after: "let forked = false;",
+        killer: Pending("a child's drop of Vfio unmaps nothing of its parent's"),
+    },
+    Mutant {
+        name: "child-drops-vfio-user",
+        file: "src/transport/vfio_user/client.rs",
+        before: "impl Drop for VfioUser {
+    fn drop(&mut self) {
+        if self.generation != fork::generation() {",
+        after: "impl Drop for VfioUser {
+    fn drop(&mut self) {
+        if false {",
+        killer: Host("--test children -- a_child_leaves_the_connection_to_a_server"),
+    },
+    Mutant {
+        name: "child-drops-emulated",
+        file: "src/transport/emulated/device.rs",
+        before: "if self.generation != fork::generation() {
+            // A child of fork(2) has not the thread.",
+        after: "if false {",
+        killer: Host("--test children -- a_child_leaves_an_emulated_device"),
+    },
+    Mutant {
+        name: "child-drops-server",
+        file: "src/transport/emulated/server.rs",
+        before: "impl Drop for Server {
+    fn drop(&mut self) {
+        if self.generation != fork::generation() {",
+        after: "impl Drop for Server {
+    fn drop(&mut self) {
+        if false {",
+        killer: Host("--test children -- a_child_leaves_the_socket_of_a_server"),
+    },
+    // What is taken back.
+    Mutant {
+        name: "vectors-stay-connected",
+        file: "src/device/vectors.rs",
+        before: "if let Err(error) = self.device.transport.set_irqs(self.kind.index(), 0, &[]) {
+            log::warn!(\"interrupts stay",
+        after: "if let Err(error) = Ok::<(), Error>(()) {
+            log::warn!(\"interrupts stay",
+        killer: Guest {
+            kernel: "6.12",
+            test: "driver::without_bus_mastering_dma_and_msi_silently_do_nothing_and_an_intx_comes",
+        },
+    },
+    Mutant {
+        name: "vectors-half-connected",
+        file: "src/device/vectors.rs",
+        before: "            let _ = self.transport().set_irqs(kind.index(), 0, &[]);
+            self.inner.notes().try_remove(slot);",
+        after: "            self.inner.notes().try_remove(slot);",
+        killer: Pending("vectors that fail in parts are disconnected"),
+    },
+    Mutant {
+        name: "vectors-noted-after-failure",
+        file: "src/device/vectors.rs",
+        before: "            self.inner.notes().try_remove(slot);
+            return Err(error);",
+        after: "            let _ = slot;
+            return Err(error);",
+        killer: Pending("after vectors that failed, others can be set up"),
+    },
+    Mutant {
+        name: "events-half-connected",
+        file: "src/device/vectors.rs",
+        before: "events.release = connect(irq_index::REQ)?;",
+        after: "events.release = match connect(irq_index::REQ) {
+            Ok(release) => release,
+            Err(error) => {
+                std::mem::forget(events);
+                return Err(error);
+            }
+        };",
+        killer: Pending("events of which the second fails are disconnected"),
+    },
+    Mutant {
+        name: "binding-half-made",
+        file: "src/transport/linux/binding.rs",
+        before: "        self.leave_driver()?;
+        write(",
+        after: "        let binding = std::mem::ManuallyDrop::new(binding);
+        self.leave_driver()?;
+        write(",
+        killer: Pending("a device that cannot be bound gets back the driver_override that it had"),
+    },
+    Mutant {
+        name: "low-power-noted-after-failure",
+        file: "src/device/power.rs",
+        before: "            self.inner.notes().try_remove(slot);
+            return Err(error);",
+        after: "            let _ = slot;
+            return Err(error);",
+        killer: Pending("after a sleep that failed, another can be tried"),
+    },
+];
