@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vfio_remap::device::{Interrupt, Iova, IovaPlacement};
-use vfio_remap::emulated::{Activity, Bus, Edu, Emulated, Model, Shape};
+use vfio_remap::emulated::{Activity, Bus, Edu, Emulated, Model, PciConfig, Shape};
 use vfio_remap::space::Access;
 use vfio_remap::transport::{IrqInfo, RegionInfo, Transport, irq_index};
 use vfio_remap::{Device, ErrorKind, Result};
@@ -310,4 +310,82 @@ fn a_model_may_drop_the_last_of_its_device() {
         // The model goes with its thread.
         watch::until("the model is dropped", || Arc::strong_count(&answer) == 1);
     });
+}
+
+/// A model of any shape.
+struct Shaped(Shape);
+
+impl Model for Shaped {
+    fn shape(&self) -> Shape {
+        self.0.clone()
+    }
+
+    fn read(&mut self, _: &Bus, _: u32, _: u64, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn write(&mut self, _: &Bus, _: u32, _: u64, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self, _: &Bus) {}
+}
+
+#[test]
+fn a_shape_that_makes_no_device_is_an_error() {
+    let mappable = RegionInfo::mappable;
+    let region = |region| Shape::new("odd", vec![region]);
+    let vectors = |count| {
+        let mut shape = Shape::pci("odd", 256);
+        shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(count);
+        shape
+    };
+    let areas = |areas| {
+        let mut region = mappable(0x2000);
+        region.areas = Some(areas);
+        region
+    };
+    let cases: [(&str, Shape, ErrorKind); 8] = [
+        ("a NUL in its name", Shape::new("a\0b", Vec::new()), ErrorKind::Malformed),
+        ("too many vectors", vectors(2049), ErrorKind::OutOfRange),
+        ("far too many vectors", vectors(u32::MAX), ErrorKind::OutOfRange),
+        ("larger than a file", region(mappable(u64::MAX)), ErrorKind::Os),
+        ("larger than memory", region(mappable(1 << 62)), ErrorKind::OutOfRange),
+        ("outside", region(areas(vec![0..0x2001])), ErrorKind::OutOfRange),
+        ("backwards", region(areas(vec![0x1000..0])), ErrorKind::OutOfRange),
+        ("empty", region(areas(vec![0..0])), ErrorKind::OutOfRange),
+    ];
+    for (what, shape, kind) in cases {
+        let error = Emulated::new(Shaped(shape.clone())).unwrap_err();
+        assert_eq!(error.kind(), kind, "{what}: {error}");
+        let error = Emulated::polled(Shaped(shape)).unwrap_err();
+        assert_eq!(error.kind(), kind, "{what}: {error}");
+    }
+    let mut bare = Shape::new("bare", Vec::new());
+    bare.pci = true;
+    let fine = [
+        Shape::new("", Vec::new()),
+        Shape::new("long".repeat(1000), Vec::new()),
+        vectors(2048),
+        region(mappable(0)),
+        region(mappable(1)),
+        region(areas(Vec::new())),
+        bare,
+    ];
+    for shape in fine {
+        let device = Device::new(Arc::new(Emulated::new(Shaped(shape.clone())).unwrap()));
+        // Without a region of that number, these are errors and no more.
+        let _ = (device.bar(0).map(drop), device.config().map(|config| config.vendor()));
+        let _ = device.interrupt(Interrupt::MsiX);
+    }
+}
+
+#[test]
+fn configuration_space_of_any_size_is_one_of_both() {
+    for (size, len) in [(0, 256), (256, 256), (257, 4096), (4096, 4096), (usize::MAX, 4096)] {
+        let config = PciConfig::new(size, 1, 2, u32::MAX, 4).bar32(0, 0).bar64(4, 0).bar64(9, 1);
+        let mut last = [0; 2];
+        config.read(len - 1, &mut last);
+        assert_eq!(last, [0, 0xff], "{size}: all ones are past its end");
+    }
 }

@@ -315,10 +315,9 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
 pub fn kernel_command_line(variant: Variant) -> String {
     let iommu = match variant {
         Variant::WithoutIommu => "",
-        Variant::Usual
-        | Variant::AcpiHotplug
-        | Variant::WithoutIntremap
-        | Variant::Nvdimm => "intel_iommu=on iommu=pt ",
+        Variant::Usual | Variant::AcpiHotplug | Variant::WithoutIntremap | Variant::Nvdimm => {
+            "intel_iommu=on iommu=pt "
+        }
         Variant::Translating => "intel_iommu=on iommu=nopt ",
     };
     format!(

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use super::bus::{Bus, Target};
 use super::irq::Line;
 use super::memory::Memory;
-use super::model::{Activity, Model};
+use super::model::{Activity, Model, Shape};
 use super::stage::Stage;
 use super::user::User;
 use crate::error::{Error, ErrorKind, Result};
@@ -26,6 +26,8 @@ use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, T
 /// How often a thread that watches looks without sleeping, and how long it sleeps at most.
 const EAGER: u32 = 64;
 const NAP: Duration = Duration::from_millis(1);
+/// Most vectors of an interrupt (PCIe 5.0 §7.7.2.2).
+const MAX_VECTORS: u32 = 2048;
 
 /// A [`Model`] in this process. Clones are the same device.
 #[derive(Clone)]
@@ -57,7 +59,8 @@ impl Emulated {
     ///
     /// # Errors
     /// `Os` where the kernel has no memory or thread to give; `OutOfRange` where the model's regions
-    /// have mapped parts that leave them; `Gone` where its reset panics.
+    /// have mapped parts that leave them, or an interrupt has more than 2048 vectors; `Malformed` where
+    /// its name has a NUL in it; `Gone` where its reset panics.
     pub fn new(model: impl Model + 'static) -> Result<Self> {
         let core = Core::new(model)?;
         let thread = thread::Builder::new().name(core.info.name.clone());
@@ -97,6 +100,21 @@ impl Emulated {
     }
 }
 
+/// Refuses what no device can have, before anything is made of it.
+fn check(shape: &Shape) -> Result<()> {
+    let error = |kind, reason: String| {
+        Err(Error::new(kind, "create", format!("the device {:?}", shape.name)).because(reason))
+    };
+    if shape.name.contains('\0') {
+        return error(ErrorKind::Malformed, "its name has a NUL in it".to_owned());
+    }
+    if let Some(irq) = shape.irqs.iter().find(|irq| irq.count > MAX_VECTORS) {
+        let reason = format!("{} vectors are more than the {MAX_VECTORS} of MSI-X", irq.count);
+        return error(ErrorKind::OutOfRange, reason);
+    }
+    Ok(())
+}
+
 fn check_areas(region: &RegionInfo) -> bool {
     region.areas.iter().flatten().all(|area| area.start < area.end && area.end <= region.size)
 }
@@ -104,6 +122,7 @@ fn check_areas(region: &RegionInfo) -> bool {
 impl Core {
     fn new(model: impl Model + 'static) -> Result<Arc<Self>> {
         let shape = model.shape();
+        check(&shape)?;
         let info = DeviceInfo {
             name: format!("emulated:{}", shape.name),
             pci: shape.pci,
@@ -116,7 +135,9 @@ impl Core {
                 Error::new(ErrorKind::OutOfRange, "create", info.region_name(index as u32))
                     .because("its mapped parts leave it")
             })?;
-            region.mappable.then(|| Memory::new(region.size)).transpose()
+            // One of no bytes is vacant.
+            let memory = region.mappable && region.size > 0;
+            memory.then(|| Memory::new(region.size)).transpose()
         });
         let memories = memories.collect::<Result<_>>()?;
         let lines = shape.irqs.into_iter().map(Line::new).collect();

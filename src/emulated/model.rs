@@ -98,7 +98,7 @@ pub enum Activity {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Shape {
-    /// How errors and logs name it.
+    /// How errors, logs and its thread name it: without a NUL.
     pub name: String,
     /// Whether its regions and interrupts are those of a PCI device.
     pub pci: bool,

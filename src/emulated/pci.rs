@@ -29,10 +29,10 @@ pub struct PciConfig {
 }
 
 impl PciConfig {
-    /// `size` bytes, 256 or 4096 (any other is the next of the two), that describe a device of this vendor, device, class (24 bits) and
-    /// revision, without BARs.
+    /// `size` bytes (256, or 4096 for any larger number) that describe a device of this vendor, device,
+    /// class (24 bits) and revision, without BARs.
     pub fn new(size: usize, vendor: u16, device: u16, class: u32, revision: u8) -> Self {
-        let size = if size <= 256 { 256 } else { 4096 };
+        let size = if size > 256 { 4096 } else { 256 };
         let mut config = Self {
             bytes: vec![0; size],
             writable: vec![0; size],
