@@ -69,7 +69,7 @@ fn working<T>(model: &Emulated, f: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
         scope.spawn(move || {
             while watch.strong_count() > 0 {
-                model.poll();
+                model.poll().unwrap();
                 std::thread::yield_now();
             }
         });

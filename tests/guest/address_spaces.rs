@@ -82,8 +82,8 @@ fn thousands_of_pages_of_a_neighbour_are_no_obstacle() {
             last.store(0, 0x1234_5678u32);
             drop((ours, edu));
             let edu = Edu::new(edu_device, Interrupt::Msi).unwrap();
-            edu.transfer(last.iova().0, 0x4_0000, 4096, 0).unwrap();
-            edu.transfer(0x4_0000, theirs[0].iova().0, 4096, 2).unwrap();
+            edu.transfer(last.iova().0, 0x4_0000, 4096, Direction::ToDevice).unwrap();
+            edu.transfer(0x4_0000, theirs[0].iova().0, 4096, Direction::ToMemory).unwrap();
             assert_eq!(theirs[0].load::<u32>(0), 0x1234_5678);
             edu.close().unwrap();
             drop((theirs, around, space));
