@@ -8,6 +8,7 @@ mod shared;
 #[path = "support/watch.rs"]
 mod watch;
 
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -352,7 +353,7 @@ fn a_shape_that_makes_no_device_is_an_error() {
         ("larger than a file", region(mappable(u64::MAX)), ErrorKind::Os),
         ("larger than memory", region(mappable(1 << 62)), ErrorKind::OutOfRange),
         ("outside", region(areas(vec![0..0x2001])), ErrorKind::OutOfRange),
-        ("backwards", region(areas(vec![0x1000..0])), ErrorKind::OutOfRange),
+        ("backwards", region(areas(vec![Range { start: 0x1000, end: 0 }])), ErrorKind::OutOfRange),
         ("empty", region(areas(vec![0..0])), ErrorKind::OutOfRange),
     ];
     for (what, shape, kind) in cases {
