@@ -134,7 +134,11 @@ mod tests {
             let (books, mapped, b) = (&books, &mapped, &b);
             scope.spawn(move || {
                 wait_for_a.recv().unwrap();
-                books.unmap(0x1000, || Ok(*mapped.lock().unwrap() = None)).unwrap();
+                let kernel_unmaps = || {
+                    *mapped.lock().unwrap() = None;
+                    Ok(())
+                };
+                books.unmap(0x1000, kernel_unmaps).unwrap();
                 books.map(0x1000, b, || kernel_maps(b)).unwrap();
                 // Nobody waits any more, where all is well.
                 let _ = mapped_b.send(());
