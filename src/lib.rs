@@ -94,6 +94,8 @@
 //!
 //! A driver for devices of this machine needs none of them.
 
+#![deny(unsafe_code)]
+
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(
     "vfio-remap needs Linux on a 64-bit machine: VFIO is Linux's, and BARs of GiB need addresses"

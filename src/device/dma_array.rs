@@ -4,6 +4,8 @@
 //! was made, all of its entries lay within a buffer and were aligned, and the buffer, which it owns,
 //! neither moves nor goes while the array lives.
 
+#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+
 use std::fmt;
 use std::ptr::NonNull;
 

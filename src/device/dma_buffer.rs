@@ -3,6 +3,8 @@
 //! `unsafe` is here because a device changes the memory at any time. It is touched by the same single
 //! accesses as registers are, never by plain ones, and no reference to its contents is made.
 
+#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};

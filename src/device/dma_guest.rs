@@ -3,6 +3,8 @@
 //! `unsafe` is here because memory is named by its address: that of a guest is what `vm-memory` has mapped
 //! for it, is only ever reached through raw pointers, and stays mapped while its regions are held.
 
+#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+
 use std::any::Any;
 use std::fs::File;
 use std::os::fd::OwnedFd;

@@ -4,6 +4,8 @@
 //! bytes lay within the window and were aligned, and the window, whose owner it shares, neither moves
 //! nor goes while the register lives.
 
+#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+
 use std::fmt;
 use std::marker::PhantomData;
 use std::ptr::NonNull;

@@ -4,6 +4,8 @@
 //! documentation goes, and is undefined behaviour where it traps; an instruction that we wrote is what
 //! it is. PCI is little-endian, and values are converted here.
 
+#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+
 /// The types that a register can have: `u8`, `u16`, `u32`, `u64`.
 pub trait Width: Copy + Send + Sync + sealed::Access + 'static {}
 

@@ -6,6 +6,8 @@
 //! block's layout lies within `SIZE` and is aligned within `ALIGN`, which was checked when it was
 //! declared.
 
+#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+
 use std::fmt;
 use std::marker::PhantomData;
 use std::ptr::NonNull;

@@ -3,6 +3,8 @@
 //! `unsafe` is here because a copy is a row of accesses to raw pointers. All of them lie in a range that was
 //! checked against the window before the first, and the window, which is borrowed, keeps it mapped.
 
+#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+
 use std::ptr::NonNull;
 
 use super::dma_buffer::split;

@@ -1,5 +1,7 @@
 //! What is undone: when a set-up fails, when its owner is dropped, and not in a child of `fork(2)`.
 
+#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 

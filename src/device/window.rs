@@ -1,5 +1,7 @@
 //! Windows: mapped ranges of a region, and the verbs on them.
 
+#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+
 use std::fmt;
 use std::ops::Range;
 use std::ptr::{self, NonNull};

@@ -1,6 +1,8 @@
 //! What a mapping maps, and what is known of it: which calls the kernel has accepted, and whether it
 //! can be trusted to fill again what `MREMAP_DONTUNMAP` has emptied.
 
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
+
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};

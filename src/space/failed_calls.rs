@@ -1,5 +1,7 @@
 //! Tests: what a failed call leaves in a range is unmapped only where it is known to be ours.
 
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
+
 use std::ops::Range;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! What the tests of this module share.
 
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
+
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! Duplicate and relocate: the ladder of strategies.
 
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
+
 use std::sync::Arc;
 
 use nix::errno::Errno;

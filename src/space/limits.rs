@@ -1,5 +1,7 @@
 //! The limits that a call that maps may meet, each named with its number, what is in use, and what raises it.
 
+#![cfg_attr(test, expect(unsafe_code, reason = "addresses are owned by convention"))]
+
 use std::fmt;
 
 use nix::errno::Errno;

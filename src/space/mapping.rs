@@ -1,5 +1,7 @@
 //! One mapping of a backing: made, placed, undone.
 
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
+
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! Memory that a device may be let into.
 
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
+
 use std::any::Any;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

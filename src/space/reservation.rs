@@ -1,5 +1,7 @@
 //! Address space that is set aside, and that nothing else in the process can be mapped into.
 
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
+
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

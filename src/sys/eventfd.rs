@@ -4,6 +4,8 @@
 //! shares: a peer can clear `O_NONBLOCK` at any time, and fill the counter (`man 2 eventfd`). So no
 //! call here depends on that flag, and none waits.
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;

@@ -1,5 +1,7 @@
 //! Whether this is still the process that made something.
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 

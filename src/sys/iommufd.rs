@@ -4,6 +4,8 @@
 //! The structures are written here, since `vfio-bindings` has none of iommufd's: each begins with its
 //! own size, and the kernel takes shorter and longer ones.
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::mem::offset_of;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, BorrowedFd};

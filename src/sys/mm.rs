@@ -6,6 +6,8 @@
 //!
 //! Calls that give addresses out, or replace what is mapped, take the [`Turn`].
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 

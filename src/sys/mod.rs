@@ -3,6 +3,8 @@
 //! `unsafe` is here because the kernel's contracts are: each function names what its caller owes,
 //! takes what it can from types (`BorrowedFd`), and turns errors into [`Errno`](nix::errno::Errno).
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 pub(crate) mod eventfd;
 pub(crate) mod file;
 pub(crate) mod fork;

@@ -1,5 +1,7 @@
 //! Bytes and file descriptors over a Unix stream socket.
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

@@ -2,6 +2,8 @@
 //!
 //! Outside tests, [`call`] is nothing.
 
+#![cfg_attr(test, expect(unsafe_code, reason = "the kernel's contracts are unsafe"))]
+
 use nix::errno::Errno;
 
 /// A call that changes the address space, with what tests ask about.

@@ -5,6 +5,8 @@
 //! in the range is what was there before, or belongs to somebody outside this crate. The kernel makes
 //! such calls one at a time, too (`mmap_lock`).
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::cell::UnsafeCell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -4,6 +4,8 @@
 //! attaches groups only within a device object of its own, whose errors and `Drop` lose errnos and
 //! may panic when a device is unplugged.
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::ffi::CStr;
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

@@ -1,5 +1,7 @@
 //! The ioctls of a type 1 container: which memory its devices reach, and where.
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;

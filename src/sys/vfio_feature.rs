@@ -1,5 +1,7 @@
 //! `VFIO_DEVICE_FEATURE` (`linux/vfio.h`, Linux 5.7): what a device can do besides.
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;

@@ -1,5 +1,7 @@
 //! The ioctls of a device's interrupts.
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 

@@ -1,5 +1,7 @@
 //! The ioctls that reset a device, or the bus or slot that it sits on.
 
+#![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
+
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
 

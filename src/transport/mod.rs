@@ -309,6 +309,7 @@ impl RegionFile {
     /// Programs in safe Rust will read and write any of its bytes: whatever they may do by that, to the
     /// machine's memory through a device that no IOMMU confines, or to structures that the kernel or
     /// this process shares by that file, is answered for by the caller.
+    #[expect(unsafe_code, reason = "the caller vouches for what no type shows")]
     pub unsafe fn device(fd: Arc<OwnedFd>, start: u64) -> Self {
         Self::untrusted(fd, start)
     }

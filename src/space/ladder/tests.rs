@@ -1,3 +1,4 @@
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
 use std::sync::Arc;
 
 use super::*;

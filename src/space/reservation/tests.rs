@@ -1,3 +1,4 @@
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
 use super::*;
 use crate::space::fixture::{MIB, secluded};
 use crate::space::{Access, Backing, BackingKind, Mapping, Placement};

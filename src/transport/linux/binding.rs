@@ -210,6 +210,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(unsafe_code, reason = "it forks")]
     fn a_child_leaves_the_binding_of_its_parent_alone() {
         let tree = Tree::new("binding-of-parent");
         let mut binding = Some(tree.device().bind_vfio_pci().unwrap());

@@ -89,6 +89,7 @@ impl<'a> VfioOptions<'a> {
     ///
     /// # Safety
     /// As [`Vfio::open_noiommu`].
+    #[expect(unsafe_code, reason = "the caller vouches for what no type shows")]
     pub unsafe fn open_noiommu(self, address: PciAddress) -> Result<Vfio> {
         self.open_unconfined(address)
     }

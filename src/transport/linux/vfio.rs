@@ -114,6 +114,7 @@ impl Vfio {
     /// this process, safe code included, makes it do is answered for by the caller. In particular it is
     /// told of no addresses but those of live mappings for DMA, and it is made to stop, by a reset or by
     /// bus mastering, before a mapping that it was told of is dropped.
+    #[expect(unsafe_code, reason = "the caller vouches for what no type shows")]
     pub unsafe fn open_noiommu(address: PciAddress) -> Result<Self> {
         Self::options().open_unconfined(address)
     }
@@ -145,6 +146,7 @@ impl Vfio {
     /// # Safety
     /// The file is that of the device at `address`, and an IOMMU confines that device: a program in
     /// safe Rust may make it read and write any address that it can reach.
+    #[expect(unsafe_code, reason = "the caller vouches for what no type shows")]
     pub unsafe fn from_fd(fd: OwnedFd, address: Option<PciAddress>) -> Result<Self> {
         let device = address.map(|address| Sysfs::default().device(address)).transpose()?;
         Self::new(fd, device.as_ref(), AddressSpace::Elsewhere)
