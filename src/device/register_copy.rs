@@ -112,8 +112,8 @@ unsafe fn load_all<T: Width, I: Iterator>(
     places: I,
     put: impl Fn(I::Item, T),
 ) -> NonNull<u8> {
-    debug_assert!(at.cast::<T>().is_aligned());
     for place in places {
+        debug_assert!(at.cast::<T>().is_aligned());
         // SAFETY: one of the words, as the caller vouches; the next begins where it ends.
         unsafe {
             put(place, T::load_relaxed(at.cast().as_ptr()));
@@ -129,8 +129,8 @@ unsafe fn load_all<T: Width, I: Iterator>(
 /// As many words are mapped for writing at `at`, which is aligned.
 #[inline(always)]
 unsafe fn store_all<T: Width>(mut at: NonNull<u8>, words: impl Iterator<Item = T>) -> NonNull<u8> {
-    debug_assert!(at.cast::<T>().is_aligned());
     for word in words {
+        debug_assert!(at.cast::<T>().is_aligned());
         // SAFETY: one of the words, as the caller vouches; the next begins where it ends.
         unsafe {
             T::store_relaxed(at.cast().as_ptr(), word);
