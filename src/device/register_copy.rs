@@ -40,8 +40,8 @@ impl Window {
         let (head, words, _) = split(at.as_ptr().addr(), bytes.len());
         let (head, rest) = bytes.split_at_mut(head);
         let (words, tail) = rest.split_at_mut(words);
-        // SAFETY: the three parts, one after the other, are the range that was checked, and the second begins
-        // at a multiple of 8.
+        // SAFETY: the three parts, one after the other, are the range that was checked, and the second, if
+        // there is any of it, begins at a multiple of 8.
         unsafe {
             let at = load_all(at, head.iter_mut(), |byte, value: u8| *byte = value);
             let at = load_all(at, words.chunks_exact_mut(8), |bytes, value: u64| {
@@ -61,8 +61,8 @@ impl Window {
         let (head, words, _) = split(at.as_ptr().addr(), bytes.len());
         let (head, rest) = bytes.split_at(head);
         let (words, tail) = rest.split_at(words);
-        // SAFETY: the three parts, one after the other, are the range that was checked, and the second begins
-        // at a multiple of 8.
+        // SAFETY: the three parts, one after the other, are the range that was checked, and the second, if
+        // there is any of it, begins at a multiple of 8.
         unsafe {
             let at = store_all(at, head.iter().copied());
             let at = store_all(at, words.chunks_exact(8).map(word));
@@ -105,7 +105,7 @@ fn word(bytes: &[u8]) -> u64 {
 /// Loads a word for each of `places`, from `at` on; where the next would be.
 ///
 /// # Safety
-/// As many words are mapped at `at`, which is aligned.
+/// As many words are mapped at `at`, which is aligned unless there are none.
 #[inline(always)]
 unsafe fn load_all<T: Width, I: Iterator>(
     mut at: NonNull<u8>,
@@ -126,7 +126,7 @@ unsafe fn load_all<T: Width, I: Iterator>(
 /// Stores words from `at` on; where the next would be.
 ///
 /// # Safety
-/// As many words are mapped for writing at `at`, which is aligned.
+/// As many words are mapped for writing at `at`, which is aligned unless there are none.
 #[inline(always)]
 unsafe fn store_all<T: Width>(mut at: NonNull<u8>, words: impl Iterator<Item = T>) -> NonNull<u8> {
     for word in words {
