@@ -58,7 +58,7 @@ fn a_relocated_mapping_leaves_a_reservation_that_reaches_nothing() {
 #[test]
 fn dropping_a_mapping_in_a_piece_leaves_the_reservation_whole() {
     let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
-    let whole = Reservation::new(3 * PAGE).unwrap();
+    let whole = secluded(3 * PAGE);
     let range = whole.range();
     let (first, rest) = whole.split_at(PAGE).unwrap();
     let (middle, last) = rest.split_at(PAGE).unwrap();
@@ -198,7 +198,7 @@ fn when_the_old_side_cannot_be_covered_nothing_has_changed() {
         let mut window = shared(2 * MIB);
         write(&window, 0, 5);
         let at = window.range();
-        let place = Reservation::aligned(2 * MIB, 2 * MIB).unwrap();
+        let place = secluded(2 * MIB);
         let range = place.range();
         let mut covers = 0;
         let failed = spy::script(

@@ -82,7 +82,7 @@ fn nonsense_is_refused() {
 
 #[test]
 fn a_taken_address_is_named_with_what_is_there() {
-    let first = Reservation::new(MIB).unwrap();
+    let first = secluded(MIB);
     let error = Reservation::at(first.address(), MIB).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AddressTaken);
     assert!(error.to_string().contains("vfio-remap-reserved"), "{error}");
@@ -93,7 +93,7 @@ fn a_taken_address_is_named_with_what_is_there() {
 
 #[test]
 fn pieces_split_join_and_leave_no_hole_until_the_last_has_gone() {
-    let whole = Reservation::new(MIB).unwrap();
+    let whole = secluded(MIB);
     let range = whole.range();
     let (a, rest) = whole.split_at(MIB / 4).unwrap();
     let (b, c) = rest.split_at(MIB / 4).unwrap();
@@ -126,7 +126,7 @@ fn a_bad_split_gives_the_reservation_back() {
 
 #[test]
 fn a_child_keeps_the_reservations_of_its_parent() {
-    let mut reservation = Some(Reservation::new(MIB).unwrap());
+    let mut reservation = Some(secluded(MIB));
     let range = reservation.as_ref().unwrap().range();
     // SAFETY: nothing that the child comes by is locked.
     let kept = unsafe {
@@ -142,7 +142,7 @@ fn a_child_keeps_the_reservations_of_its_parent() {
 
 #[test]
 fn what_others_took_is_never_unmapped() {
-    let whole = Reservation::new(MIB).unwrap();
+    let whole = secluded(MIB);
     let range = whole.range();
     let (_, second) = whole.split_at(MIB / 2).unwrap();
     // SAFETY: the reservation is ours; this is the hole that a failing FIXED call leaves.
