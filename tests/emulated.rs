@@ -10,8 +10,9 @@ mod watch;
 
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use vfio_remap::device::{Interrupt, Iova, IovaPlacement};
 use vfio_remap::emulated::{Activity, Bus, Edu, Emulated, Model, PciConfig, Shape};
@@ -311,6 +312,52 @@ fn a_model_may_drop_the_last_of_its_device() {
         // The model goes with its thread.
         watch::until("the model is dropped", || Arc::strong_count(&answer) == 1);
     });
+}
+
+/// A model that has always something to do, which takes a millisecond.
+struct Busy(Arc<AtomicU64>);
+
+impl Model for Busy {
+    fn shape(&self) -> Shape {
+        Shape::new("busy", vec![RegionInfo::trapped(8)])
+    }
+
+    fn read(&mut self, _: &Bus, _: u32, _: u64, data: &mut [u8]) -> Result<()> {
+        data.copy_from_slice(&self.0.load(Ordering::Relaxed).to_le_bytes());
+        Ok(())
+    }
+
+    fn write(&mut self, _: &Bus, _: u32, _: u64, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self, _: &Bus) {}
+
+    fn poll(&mut self, _: &Bus) -> Activity {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(1) {}
+        Activity::Busy
+    }
+}
+
+#[test]
+fn a_busy_model_lets_registers_have_their_turns() {
+    const READS: u64 = 200;
+    let polls = Arc::new(AtomicU64::new(0));
+    let device = Device::new(Arc::new(Emulated::new(Busy(polls.clone())).unwrap()));
+    let register = device.bar(0).unwrap().trapped::<u64>(0).unwrap();
+    let mut last = 0;
+    for _ in 0..READS {
+        // Once the model has had a turn since the last.
+        while polls.load(Ordering::Relaxed) == last {
+            std::thread::yield_now();
+        }
+        last = register.read().unwrap();
+    }
+    // Two or three for each read; this thread may be kept from running now and then.
+    let polls = polls.load(Ordering::Relaxed);
+    assert!(polls < 10 * READS, "{polls} turns of the model's for {READS} reads");
 }
 
 /// A model of any shape.

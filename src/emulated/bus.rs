@@ -104,6 +104,11 @@ impl Bus {
         Ok(())
     }
 
+    /// Whether the driver has mapped `len` bytes at `address` for writing.
+    pub(super) fn can_write(&self, address: u64, len: usize) -> bool {
+        self.dma().find(address, len, Rights::WRITE).is_ok()
+    }
+
     /// Fires a vector, as a message-signalled interrupt does. A vector that does not exist or is
     /// connected to nothing does nothing; one that is masked fires when it is unmasked.
     pub fn fire(&self, index: u32, vector: u32) {

@@ -173,6 +173,14 @@ impl Core {
         self.call("reset", &self.info.name, |model, bus| model.reset(bus))
     }
 
+    /// Tells the model that a client has left.
+    pub(super) fn client_left(&self) {
+        let told = self.call("leave", &self.info.name, |model, bus| model.client_left(bus));
+        if let Err(error) = told {
+            log::debug!("{error}");
+        }
+    }
+
     /// `Gone` where the model has panicked.
     fn check(&self, operation: &'static str, object: impl fmt::Display) -> Result<()> {
         self.model.check().map_err(|refused| refused.error(operation, object))

@@ -75,8 +75,15 @@ pub trait Model: Send {
     /// Puts registers, and the mapped parts, into the state of a device that was just made.
     fn reset(&mut self, bus: &Bus);
 
+    /// A client of a [`Server`](super::Server) has left, and the memory that it had mapped for DMA is out
+    /// of reach. Work that nobody else waits for ends here.
+    fn client_left(&mut self, bus: &Bus) {
+        let _ = bus;
+    }
+
     /// Does what is to be done besides answering: looks at mapped parts, finishes what takes time.
-    /// Called by a thread of the device's own, as often as its answers ask for.
+    /// Called by a thread of the device's own, as often as its answers ask for. No access to a trapped
+    /// part is answered meanwhile: what takes long is done in parts, a few milliseconds each.
     fn poll(&mut self, bus: &Bus) -> Activity {
         let _ = bus;
         Activity::Asleep

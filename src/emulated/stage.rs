@@ -11,6 +11,9 @@ use crate::error::{Error, ErrorKind};
 
 pub(super) struct Stage {
     model: Mutex<Box<dyn Model>>,
+    /// Held by whoever is next to have the model. The thread of a model that is busy gives it back and takes
+    /// it again at once, for which a mutex alone lets it pass those who wait.
+    next: Mutex<()>,
     /// The thread that is in the model, by its [`mark`]; 0 for none.
     inside: AtomicUsize,
     /// What the model said when it panicked.
@@ -35,6 +38,7 @@ impl Stage {
     pub(super) fn new(model: impl Model + 'static) -> Self {
         Self {
             model: Mutex::new(Box::new(model)),
+            next: Mutex::new(()),
             inside: AtomicUsize::new(0),
             panic: OnceLock::new(),
         }
@@ -53,7 +57,9 @@ impl Stage {
         if self.inside.load(Ordering::Relaxed) == mark() {
             return Err(Refused::Reentrant);
         }
+        let next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let mut model = self.model.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(next);
         self.check()?;
         self.inside.store(mark(), Ordering::Relaxed);
         // A model that has panicked is never called again, so nobody sees what it has left half done.

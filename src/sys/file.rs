@@ -18,6 +18,17 @@ pub(crate) fn memory_file(name: &str, size: u64) -> Result<OwnedFd, Errno> {
     Ok(file.into())
 }
 
+/// `fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, len)`: the bytes read zero, and whole blocks of the file
+/// system are given back. EOPNOTSUPP where the file system has no holes to punch.
+#[cfg(feature = "emulated")]
+pub(crate) fn punch_hole(fd: impl AsFd, offset: u64, len: u64) -> Result<(), Errno> {
+    use nix::fcntl::{FallocateFlags, fallocate};
+
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let [offset, len] = [offset, len].map(i64::try_from);
+    fallocate(fd, mode, offset.map_err(|_| Errno::EINVAL)?, len.map_err(|_| Errno::EINVAL)?)
+}
+
 /// Whether the file's pages are a tmpfs's own (a memfd, a file in `/dev/shm`): a regular file, and
 /// tmpfs by `fstatfs(2)`, which would say so of every device in `/dev`, too.
 pub(crate) fn is_tmpfs(fd: impl AsFd) -> bool {

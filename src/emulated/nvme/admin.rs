@@ -1,8 +1,9 @@
 //! Admin commands (NVMe 1.4 §5).
 
 use super::command::{Command, Outcome, Status};
+use super::io::scatter;
 use super::queue::{CompletionQueue, SubmissionQueue};
-use super::{MAX_ENTRIES, MAX_EVENTS, Nvme, QUEUES, VECTORS, identify, scatter};
+use super::{MAX_ENTRIES, MAX_EVENTS, Nvme, QUEUES, VECTORS, identify};
 use crate::emulated::Bus;
 
 /// The feature that switches the volatile write cache.
@@ -38,8 +39,7 @@ impl Nvme {
             0x04 => self.delete_completions(command),
             0x05 => self.create_completions(command),
             0x06 => self.identify(bus, command),
-            // Commands are done when they are taken: there is none to abort.
-            0x08 => Ok(1),
+            0x08 => self.abort_command(bus, command),
             0x09 => self.set_feature(command),
             0x0a => self.feature(command),
             0x0c if self.events.len() < MAX_EVENTS => {
@@ -109,9 +109,18 @@ impl Nvme {
         Ok(0)
     }
 
+    /// Bit 0 says that the command was not aborted: it is not known, or done already.
+    fn abort_command(&mut self, bus: &Bus, command: &Command) -> Outcome {
+        let (queue, id) = (command.dword(10) as u16, (command.dword(10) >> 16) as u16);
+        let aborted = self.abort(bus, queue, id).map_err(|_| Status::INTERNAL_ERROR)?;
+        Ok(u32::from(!aborted))
+    }
+
     fn delete_submissions(&mut self, command: &Command) -> Outcome {
         let id = command.dword(10) as u16;
         let deleted = if id == 0 { None } else { self.submissions.remove(&id) };
+        // Its commands end with it, and without a word (NVMe 1.4 §5.6).
+        self.long.retain(|long| long.completion.queue != id);
         deleted.map(|_| 0).ok_or(Status::INVALID_QUEUE_ID)
     }
 
@@ -124,6 +133,7 @@ impl Nvme {
             return Err(Status::INVALID_QUEUE_DELETION);
         }
         self.completions.remove(&id);
+        self.late.retain(|completion| completion.to != id);
         Ok(0)
     }
 

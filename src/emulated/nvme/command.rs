@@ -60,6 +60,7 @@ impl Status {
     pub(super) const INVALID_FIELD: Self = Self(0x02);
     pub(super) const TRANSFER_ERROR: Self = Self(0x04);
     pub(super) const INTERNAL_ERROR: Self = Self(0x06);
+    pub(super) const ABORT_REQUESTED: Self = Self(0x07);
     pub(super) const INVALID_NAMESPACE: Self = Self(0x0b);
     pub(super) const INVALID_PRP_OFFSET: Self = Self(0x13);
     pub(super) const LBA_OUT_OF_RANGE: Self = Self(0x80);

@@ -217,15 +217,16 @@ impl Nvme {
         self.pulled
     }
 
-    /// Posts the completions that are late, as far as their queues have room. Whether there were any.
+    /// Posts the completions that are late, as far as their queues have room. Whether any was.
     pub(super) fn catch_up(&mut self, bus: &Bus) -> Result<bool> {
         let late = std::mem::take(&mut self.late);
-        let any = !late.is_empty();
+        let mut any = false;
         for completion in late {
             if self.is_full(completion.to) {
                 self.late.push(completion);
             } else {
                 self.complete(bus, completion)?;
+                any = true;
             }
         }
         Ok(any)

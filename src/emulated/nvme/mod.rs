@@ -4,17 +4,20 @@ mod admin;
 mod command;
 mod fault;
 mod identify;
+mod io;
+mod long;
 mod queue;
 mod storage;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use self::command::{Command, Outcome, Status};
+use self::command::Status;
 use self::fault::{Completion, Fate};
 pub use self::fault::{Fault, Faults};
-use self::queue::{CompletionQueue, SubmissionQueue, parts};
+use self::long::{Long, Zeros};
+use self::queue::{CompletionQueue, SubmissionQueue};
 pub use self::storage::Namespace;
 use super::bus::Bus;
 use super::model::{Activity, Model, Shape};
@@ -42,8 +45,10 @@ const MAX_ENTRIES: u16 = 1024;
 /// Of 4 KiB.
 const MAX_TRANSFER_PAGES: usize = 32;
 const MAX_EVENTS: usize = 4;
-/// Commands that are taken from a queue before others have their turn.
+/// Commands that are taken in a turn, after which registers can be reached.
 const TURN: usize = 32;
+/// Commands that have been taken and not completed: with as many, no more are taken from I/O queues.
+const MAX_PENDING: usize = 256;
 
 /// Queues contiguous, ten seconds to become ready, the NVM command set, pages of 4 to 64 KiB
 /// (NVMe 1.4 §3.1.1).
@@ -58,8 +63,12 @@ const SHUT_DOWN: u32 = 2 << 2;
 ///
 /// Admin commands: Identify, creation and deletion of queues, Get and Set Features, Get Log Page, Abort,
 /// Asynchronous Event Request. I/O commands: Read, Write, Flush, Write Zeroes, Dataset Management
-/// (Deallocate). Data by PRP lists,
-/// interrupts by MSI-X. Others are answered with the specification's status codes.
+/// (Deallocate). Data by PRP lists, interrupts by MSI-X. Others are answered with the specification's
+/// status codes.
+///
+/// Write Zeroes and Deallocate punch holes into a namespace's file where its file system has them. They
+/// are done in parts, so that other commands and registers have their turns meanwhile; a reset, or the
+/// leaving of the client that waits for them, ends them half way.
 #[derive(Debug)]
 pub struct Nvme {
     namespaces: Vec<Namespace>,
@@ -83,6 +92,10 @@ pub struct Nvme {
     faults: Option<Faults>,
     pulled: bool,
     late: Vec<Completion>,
+    /// Commands that are done in parts.
+    long: VecDeque<Long>,
+    /// The queue whose turn is next.
+    next: u16,
 }
 
 /// Takes a controller's power away for an instant: see [`Nvme::power`].
@@ -123,6 +136,8 @@ impl Nvme {
             faults: None,
             pulled: false,
             late: Vec::new(),
+            long: VecDeque::new(),
+            next: 0,
         }
     }
 
@@ -213,6 +228,7 @@ impl Nvme {
         self.features.clear();
         self.events.clear();
         self.late.clear();
+        self.long.clear();
         self.mask = 0;
         self.status = 0;
         if let Some(memory) = bus.memory(BAR)
@@ -240,46 +256,69 @@ impl Nvme {
         self.doorbells.get(usize::from(index)).map_or(0, Register::read)
     }
 
-    /// Takes a queue's turn of commands; whether there were any.
-    fn serve(&mut self, bus: &Bus, id: u16) -> Result<bool> {
-        for turn in 0..TURN {
-            let Some(queue) = self.submissions.get_mut(&id) else { return Ok(turn > 0) };
+    /// Takes `most` commands from a queue, or fewer if there are; how many there were.
+    fn serve(&mut self, bus: &Bus, id: u16, most: usize) -> Result<usize> {
+        for taken in 0..most {
+            let Some(queue) = self.submissions.get_mut(&id) else { return Ok(taken) };
             let (size, head, to) = (queue.size, queue.head, queue.completions);
             let tail = self.doorbell(2 * id);
-            if tail == u32::from(head) || tail >= u32::from(size) || self.is_full(to) {
-                return Ok(turn > 0);
+            let pending = self.long.len() + self.late.len();
+            if tail == u32::from(head)
+                || tail >= u32::from(size)
+                || self.is_full(to)
+                || (id > 0 && pending >= MAX_PENDING)
+            {
+                return Ok(taken);
             }
-            let Some(queue) = self.submissions.get_mut(&id) else { return Ok(true) };
+            let Some(queue) = self.submissions.get_mut(&id) else { return Ok(taken) };
             let command = queue.pop(bus)?;
             let fate = self.strike(bus);
             if fate == Fate::Stopped {
-                return Ok(true);
+                return Ok(taken + 1);
             }
-            let outcome =
-                if id == 0 { self.admin(bus, &command) } else { self.io(bus, &command).map(Some) };
-            let (result, status) = match outcome {
-                Ok(None) => continue,
-                Ok(Some(result)) => (result, Status::SUCCESS),
-                Err(status) => (0, status),
+            let outcome = match id {
+                0 => self
+                    .admin(bus, &command)
+                    .map(|done| done.map_or(Progress::Waits, Progress::Done)),
+                _ => self.io(bus, &command),
             };
-            let completion = Completion { to, result, queue: id, id: command.id(), status };
-            match fate {
-                Fate::Late => self.late.push(completion),
-                Fate::AfterSpurious | Fate::Twice => {
-                    let id = if fate == Fate::Twice { completion.id } else { !completion.id };
-                    self.complete(bus, Completion { id, ..completion })?;
-                    // When there is room for it.
-                    self.late.push(completion);
-                    self.catch_up(bus)?;
+            let status = outcome.as_ref().err().copied().unwrap_or(Status::SUCCESS);
+            let completion = Completion { to, result: 0, queue: id, id: command.id(), status };
+            match outcome {
+                Ok(Progress::Waits) => {}
+                Ok(Progress::Takes(zeros)) => {
+                    self.long.push_back(Long { zeros, completion, fate });
                 }
-                Fate::Lost | Fate::Stopped => {}
-                Fate::Posted => {
-                    self.complete(bus, completion)?;
-                    self.catch_up(bus)?;
+                Ok(Progress::Done(result)) => {
+                    self.finish(bus, fate, Completion { result, ..completion })?;
                 }
+                Err(_) => self.finish(bus, fate, completion)?,
             }
         }
-        Ok(true)
+        Ok(most)
+    }
+
+    /// A command has ended: posts its completion, as its fate has it, when there is room for it.
+    fn finish(&mut self, bus: &Bus, fate: Fate, completion: Completion) -> Result<()> {
+        match fate {
+            Fate::Lost | Fate::Stopped => return Ok(()),
+            Fate::Late => {
+                self.late.push(completion);
+                return Ok(());
+            }
+            Fate::AfterSpurious | Fate::Twice if !self.is_full(completion.to) => {
+                let id = if fate == Fate::Twice { completion.id } else { !completion.id };
+                self.complete(bus, Completion { id, ..completion })?;
+            }
+            Fate::AfterSpurious | Fate::Twice | Fate::Posted => {}
+        }
+        // It comes before those that are late.
+        if self.is_full(completion.to) {
+            self.late.push(completion);
+        } else {
+            self.complete(bus, completion)?;
+        }
+        self.catch_up(bus).map(drop)
     }
 
     /// Whether a completion queue has no room, or is not there.
@@ -308,109 +347,16 @@ impl Nvme {
         let index = id.checked_sub(1).and_then(|index| usize::try_from(index).ok());
         index.and_then(|index| self.namespaces.get_mut(index)).ok_or(Status::INVALID_NAMESPACE)
     }
-
-    fn io(&mut self, bus: &Bus, command: &Command) -> Outcome {
-        if command.is_fused_or_sgl() {
-            return Err(Status::INVALID_FIELD);
-        }
-        let page = self.page();
-        // Without the cache every write lasts.
-        let uncached = self.features.get(&admin::WRITE_CACHE).is_some_and(|value| value & 1 == 0);
-        let failed = |_| Status::INTERNAL_ERROR;
-        if (command.opcode(), command.namespace()) == (0x00, u32::MAX) {
-            self.namespaces.iter_mut().try_for_each(Namespace::flush).map_err(failed)?;
-            return Ok(0);
-        }
-        let namespace = self.namespace(command.namespace())?;
-        let (block, control) = (command.block(), command.dword(12));
-        let count = u64::from(control & 0xffff) + 1;
-        let len = (count << namespace.shift()) as usize;
-        let lasting = uncached || control & 1 << 30 != 0;
-        match command.opcode() {
-            0x00 => namespace.flush().map_err(failed)?,
-            0x01 | 0x02 => {
-                namespace.check(block, count)?;
-                if len > MAX_TRANSFER_PAGES * 4096 {
-                    return Err(Status::INVALID_FIELD);
-                }
-                let mut data = vec![0; len];
-                if command.opcode() == 0x01 {
-                    gather(bus, command, page, &mut data)?;
-                    namespace.write(block, &data, lasting).map_err(failed)?;
-                } else {
-                    namespace.read(block, &mut data).map_err(failed)?;
-                    scatter(bus, command, page, &data)?;
-                }
-            }
-            0x08 => zero(namespace, block, count, lasting)?,
-            0x09 => {
-                let mut ranges = vec![0; 16 * (command.dword(10) as usize % 256 + 1)];
-                gather(bus, command, page, &mut ranges)?;
-                let (ranges, _) = ranges.as_chunks::<16>();
-                // Other attributes than to deallocate are hints.
-                let deallocate = command.dword(11) & 1 << 2 != 0;
-                for range in ranges.iter().filter(|_| deallocate) {
-                    let [low, high] = [0, 8].map(|at| {
-                        let word: [u8; 8] = std::array::from_fn(|index| range[at + index]);
-                        u64::from_le_bytes(word)
-                    });
-                    zero(namespace, high, low >> 32, lasting)?;
-                }
-            }
-            _ => return Err(Status::INVALID_OPCODE),
-        }
-        Ok(0)
-    }
 }
 
-/// Writes zeros to blocks, in parts: there may be many.
-fn zero(
-    namespace: &mut Namespace,
-    block: u64,
-    count: u64,
-    lasting: bool,
-) -> std::result::Result<(), Status> {
-    namespace.check(block, count)?;
-    let zeros = vec![0; MAX_TRANSFER_PAGES * 4096];
-    let step = zeros.len() >> namespace.shift();
-    for start in (0..count).step_by(step) {
-        let part = ((count - start) << namespace.shift()).min(zeros.len() as u64);
-        let part = &zeros[..part as usize];
-        namespace.write(block + start, part, lasting).map_err(|_| Status::INTERNAL_ERROR)?;
-    }
-    Ok(())
-}
-
-/// Reads a command's data.
-fn gather(
-    bus: &Bus,
-    command: &Command,
-    page: usize,
-    data: &mut [u8],
-) -> std::result::Result<(), Status> {
-    let mut rest = data;
-    for (address, len) in parts(bus, command.prps(), rest.len(), page)? {
-        let (part, after) = rest.split_at_mut(len);
-        bus.dma_read(address, part).map_err(|_| Status::TRANSFER_ERROR)?;
-        rest = after;
-    }
-    Ok(())
-}
-
-/// Writes a command's data.
-fn scatter(
-    bus: &Bus,
-    command: &Command,
-    page: usize,
-    data: &[u8],
-) -> std::result::Result<(), Status> {
-    let mut rest = data;
-    for (address, len) in parts(bus, command.prps(), rest.len(), page)? {
-        let (part, after) = rest.split_at(len);
-        bus.dma_write(address, part).map_err(|_| Status::TRANSFER_ERROR)?;
-        rest = after;
-    }
-    Ok(())
+/// How far a command is that was taken.
+enum Progress {
+    /// With this result.
+    Done(u32),
+    /// For an event.
+    Waits,
+    /// Its time: it is done in parts.
+    Takes(Zeros),
 }
 
 impl Model for Nvme {
@@ -491,16 +437,23 @@ impl Model for Nvme {
         if !self.config.bus_mastering() {
             return Activity::Watching;
         }
-        let mut busy = false;
-        for id in 0..=QUEUES {
+        let mut left = TURN;
+        for _ in 0..=QUEUES {
             // A fault may have stopped it.
             if self.status & (READY | FATAL) != READY {
                 return Activity::Asleep;
             }
-            match self.serve(bus, id) {
-                Ok(served) => busy |= served,
+            let id = self.next;
+            self.next = if id == QUEUES { 0 } else { id + 1 };
+            match self.serve(bus, id, left) {
+                Ok(served) => left -= served,
                 Err(error) => self.cannot_reach(&error),
             }
+        }
+        let mut busy = left < TURN;
+        match self.carry_on(bus) {
+            Ok(carried_on) => busy |= carried_on,
+            Err(error) => self.cannot_reach(&error),
         }
         if !busy && !self.late.is_empty() {
             match self.catch_up(bus) {
@@ -509,5 +462,9 @@ impl Model for Nvme {
             }
         }
         if busy { Activity::Busy } else { Activity::Watching }
+    }
+
+    fn client_left(&mut self, bus: &Bus) {
+        self.drop_unreachable(bus);
     }
 }

@@ -5,12 +5,18 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use nix::errno::Errno;
+
 use super::command::Status;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file;
 
 /// The cache is written back when it holds more than this, in bytes.
 const CACHE: usize = 1 << 20;
+/// Punching a hole costs as much as to write a part of it: this is one of so many.
+const HOLE_SHARE: u64 = 16;
+/// What a call costs at least, in bytes that are written.
+const CALL: u64 = 4096;
 
 /// A namespace: logical blocks of 512 or 4096 bytes, in memory or in a file. What is written is cached
 /// until a flush, a write with forced unit access, a shutdown, or until the cache is full; a loss of
@@ -21,6 +27,8 @@ pub struct Namespace {
     shift: u32,
     blocks: u64,
     cache: BTreeMap<u64, Box<[u8]>>,
+    /// Whether holes can be punched into the file, as far as is known.
+    has_holes: bool,
 }
 
 impl Namespace {
@@ -48,7 +56,7 @@ impl Namespace {
             )));
         }
         let shift = block_size.trailing_zeros();
-        Ok(Self { file, shift, blocks: size >> shift, cache: BTreeMap::new() })
+        Ok(Self { file, shift, blocks: size >> shift, cache: BTreeMap::new(), has_holes: true })
     }
 
     pub(super) fn blocks(&self) -> u64 {
@@ -93,17 +101,77 @@ impl Namespace {
         if self.cache.len() << self.shift > CACHE { self.flush() } else { Ok(()) }
     }
 
+    /// Makes blocks from `block` on read zeros: as many of `count` as the `budget` is enough for, which is
+    /// in bytes that are written, and one at least. How many that were; it may last, or not.
+    pub(super) fn zero(&mut self, block: u64, count: u64, budget: &mut u64) -> io::Result<u64> {
+        let share = if self.has_holes { HOLE_SHARE } else { 1 };
+        let count = count.min(((*budget * share) >> self.shift).max(1));
+        let (start, len) = (block << self.shift, count << self.shift);
+        if self.has_holes {
+            match file::punch_hole(&self.file, start, len) {
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                    log::debug!("nvme: no holes can be punched: zeros are written");
+                    self.has_holes = false;
+                    return self.zero(block, count, budget);
+                }
+                punched => punched?,
+            }
+        } else {
+            self.file.write_all_at(&vec![0; len as usize], start)?;
+        }
+        while let Some((&cached, _)) = self.cache.range(block..block + count).next() {
+            self.cache.remove(&cached);
+        }
+        *budget = budget.saturating_sub((len / share).max(CALL));
+        Ok(count)
+    }
+
     /// What was written before will last.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         while let Some((block, data)) = self.cache.first_key_value() {
             self.file.write_all_at(data, block << self.shift)?;
             self.cache.pop_first();
         }
+        self.sync()
+    }
+
+    /// What the file has been given will last.
+    pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
 
     /// Power is lost, and with it what was cached.
     pub(super) fn lose_power(&mut self) {
         self.cache.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_are_written_in_parts_where_no_holes_can_be_punched() {
+        for has_holes in [true, false] {
+            let mut namespace = Namespace::memory(1 << 20, 512).unwrap();
+            namespace.has_holes = has_holes;
+            namespace.write(0, &[1; 1 << 20], true).unwrap();
+            // Another value, in the cache.
+            namespace.write(9, &[2; 1024], false).unwrap();
+            let (mut block, mut turns) = (1, 0);
+            while block < 2000 {
+                let mut budget = 64 << 10;
+                let count = namespace.zero(block, 2000 - block, &mut budget).unwrap();
+                let most = if has_holes { 16 * 128 } else { 128 };
+                assert!((1..=most).contains(&count), "{count} blocks at once");
+                (block, turns) = (block + count, turns + 1);
+            }
+            assert_eq!(turns, if has_holes { 1 } else { 16 });
+            let mut data = vec![9; 1 << 20];
+            namespace.read(0, &mut data).unwrap();
+            let end = 2000 * 512;
+            assert!(data[..512].iter().chain(&data[end..]).all(|byte| *byte == 1));
+            assert!(data[512..end].iter().all(|byte| *byte == 0));
+        }
     }
 }

@@ -286,9 +286,10 @@ impl<'a> Session<'a> {
 }
 
 impl Drop for Session<'_> {
-    /// What the client has lent us is given back; the device stays as it is.
+    /// What the client has lent us is given back; the device stays as it is, but for work that is left.
     fn drop(&mut self) {
         self.device.core.bus.detach(&self.user);
+        self.device.core.client_left();
     }
 }
 
