@@ -513,7 +513,7 @@ fn working<T>(device: &Emulated, f: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
         scope.spawn(move || {
             while watch.strong_count() > 0 {
-                device.poll();
+                device.poll().unwrap();
                 std::thread::yield_now();
             }
         });
@@ -574,7 +574,7 @@ fn a_long_command_leaves_turns_to_registers_and_others() {
         }
     }
     assert!((4..8).contains(&turns), "{turns} turns");
-    device.poll();
+    device.poll().unwrap();
     driver.next_id -= turns - 1;
     driver.complete(1).unwrap();
 }
@@ -597,7 +597,7 @@ fn a_long_command_ends_with_the_client_that_waits_for_it() {
     let left = allocated(&file);
     assert!(0 < left && left < FULL);
     for _ in 0..100 {
-        device.poll();
+        device.poll().unwrap();
     }
     assert_eq!(allocated(&file), left);
 }
@@ -611,7 +611,7 @@ fn a_long_command_ends_with_a_reset_or_its_queue() {
         |driver, device| {
             // Its submission queue is deleted.
             driver.submit(0, 0x00, 0, [0; 2], [1, 0, 0]);
-            device.poll();
+            device.poll().unwrap();
             driver.complete(0).unwrap();
         },
     ];
@@ -621,7 +621,7 @@ fn a_long_command_ends_with_a_reset_or_its_queue() {
         let left = allocated(&file);
         assert!(left > 0);
         for _ in 0..100 {
-            device.poll();
+            device.poll().unwrap();
         }
         assert_eq!(allocated(&file), left);
     }
@@ -633,13 +633,13 @@ fn a_long_command_can_be_aborted() {
     let long = u32::from(driver.next_id);
     for aborted in [true, false] {
         driver.submit(0, 0x08, 0, [0; 2], [long << 16 | 1, 0, 0]);
-        device.poll();
+        device.poll().unwrap();
         assert_eq!(driver.complete(0), Ok(u32::from(!aborted)));
     }
     let left = allocated(&file);
     driver.next_id = long as u16;
     assert_eq!(driver.complete(1), Err(0x07));
-    device.poll();
+    device.poll().unwrap();
     assert!(left > 0 && allocated(&file) == left);
 }
 
@@ -683,8 +683,8 @@ fn completions_without_room_wait_and_nothing_is_busy() {
         for _ in 0..commands {
             driver.submit(1, 0x08, 1, [0; 2], [0, 0, 0]);
         }
-        device.poll();
-        device.poll();
+        device.poll().unwrap();
+        device.poll().unwrap();
     }
     assert_eq!(device.poll().unwrap(), Activity::Watching);
     let tail = driver.queues[1].tail;
@@ -693,6 +693,6 @@ fn completions_without_room_wait_and_nothing_is_busy() {
         // What the controller has read when it completes the first four.
         driver.queues[1].tail = if id < first + 4 { 4 } else { tail };
         driver.complete(1).unwrap();
-        device.poll();
+        device.poll().unwrap();
     }
 }

@@ -8,12 +8,12 @@ use serde_json::json;
 use vfio_remap::device::DmaBuffer;
 use vfio_remap::{Error, ErrorKind, Result};
 
-use crate::driver::{Done, IoQueue, Namespace, Settings};
 use crate::guard;
 use crate::histogram::Latencies;
 use crate::mover::Mover;
 use crate::options::{Bench, Options};
 use crate::session::Session;
+use vfio_remap_nvme::{Done, IoQueue, Namespace, Settings};
 
 /// Of so many requests of a thread, the latency of one is taken.
 pub const SAMPLE: u64 = 256;

@@ -8,12 +8,12 @@ use std::time::Instant;
 use serde_json::json;
 use vfio_remap::{Error, ErrorKind, Result};
 
-use crate::driver::{Namespace, Settings};
 use crate::guard;
 use crate::mover::Mover;
 use crate::options::{Copy, Options};
 use crate::progress::Progress;
 use crate::session::Session;
+use vfio_remap_nvme::{Namespace, Settings};
 
 /// What is written is flushed, and known to last, so often.
 const SEGMENT: u64 = 16 << 20;

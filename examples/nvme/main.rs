@@ -10,7 +10,6 @@ mod bench;
 #[path = "../common/mod.rs"]
 mod common;
 mod copy;
-mod driver;
 mod guard;
 mod histogram;
 mod mover;

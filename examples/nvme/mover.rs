@@ -5,8 +5,8 @@ use std::ops::Range;
 use vfio_remap::device::DmaBuffer;
 use vfio_remap::{Error, ErrorKind, Result};
 
-use crate::driver::{Done, IoQueue, Namespace};
 use crate::session::Session;
+use vfio_remap_nvme::{Done, IoQueue, Namespace};
 
 /// Requests that are with the controller at a time, and their size unless it takes less.
 const DEPTH: usize = 16;

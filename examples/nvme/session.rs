@@ -6,8 +6,8 @@ use std::time::Duration;
 use vfio_remap::Result;
 
 use crate::common::{self, Opened, Process};
-use crate::driver::{Controller, Namespace, Settings};
 use crate::options::Common;
+use vfio_remap_nvme::{Controller, Namespace, Settings};
 
 /// A controller, one of its namespaces, and the process that emulates it, if one does.
 pub struct Session {

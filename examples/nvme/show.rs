@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 use vfio_remap::Result;
 
-use crate::driver::{Controller, Health, Identity, Namespace, Settings};
 use crate::options::Options;
 use crate::session::open_controller;
+use vfio_remap_nvme::{Controller, Health, Identity, Namespace, Settings};
 
 /// Prints what the controller says of itself.
 pub fn identify(options: &Options) -> Result<()> {

@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 use vfio_remap::{Error, ErrorKind, Result};
 
 use crate::copy::segments;
-use crate::driver::Settings;
 use crate::guard;
 use crate::mover::Mover;
 use crate::options::{Options, Verify};
 use crate::pattern::{self, Fault};
 use crate::progress::Progress;
 use crate::session::Session;
+use vfio_remap_nvme::Settings;
 
 /// How far it has come is noted so often.
 const SEGMENT: u64 = 16 << 20;

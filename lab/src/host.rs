@@ -10,7 +10,7 @@ use crate::ui;
 const STEPS: [&str; 5] = [
     "test --workspace --features vfio-remap/vm-memory",
     "test --release --test codegen",
-    "test --release --test nvme_cost -- --include-ignored --skip counted --nocapture --test-threads=1",
+    "test --release --package vfio-remap-nvme --test cost -- --include-ignored --skip counted --nocapture --test-threads=1",
     "run --release --example tour",
     "run --release --example nvme -- verify",
 ];

@@ -19,8 +19,6 @@ mod machine;
 mod msi;
 mod noiommu_mode;
 mod nvme;
-#[path = "../../examples/nvme/driver/mod.rs"]
-mod nvme_driver;
 #[path = "../support/reach.rs"]
 mod reach;
 mod remap;

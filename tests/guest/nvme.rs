@@ -1,4 +1,4 @@
-//! The NVMe driver of `examples/nvme` on QEMU's controller, and beside the kernel's driver.
+//! The NVMe driver of `drivers/nvme` on QEMU's controller, and beside the kernel's driver.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use vfio_remap::transport::Vfio;
 use vfio_remap::{Device, ErrorKind};
 
-use crate::nvme_driver::{Controller, IoQueue, Namespace, Settings};
 use crate::{lab, leftovers};
+use vfio_remap_nvme::{Controller, IoQueue, Namespace, Settings};
 
 const SETTINGS: Settings = Settings {
     queues: 2,

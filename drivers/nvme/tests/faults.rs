@@ -1,12 +1,9 @@
-//! Injected faults under the NVMe driver of `examples/nvme`: what was acknowledged and flushed is there
+//! Injected faults under the driver: what was acknowledged and flushed is there
 //! afterwards, and nothing hangs.
 //!
 //! Each seed is a run of its own, on a controller that fails at commands which the seed gives:
 //! `VFIO_REMAP_TEST_FAULT_SEEDS=17` repeats the run of seed 17, `0..500` are more of them.
-#![cfg(feature = "emulated")]
 
-#[path = "../examples/nvme/driver/mod.rs"]
-mod driver;
 #[path = "support/fault_worker.rs"]
 mod fault_worker;
 

@@ -13,23 +13,30 @@ pub const ERROR_ENTRY: usize = 64;
 
 /// How the controller is (SMART / Health Information, log page 02h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Health {
     /// Each bit is a reason for concern: 0 spare, 1 temperature, 2 reliability, 3 read-only, 4 backup of
     /// the volatile memory.
     pub warnings: u8,
     /// In kelvins.
     pub temperature: u16,
-    /// Of the spare blocks, in per cent; and below how many there is reason for concern.
+    /// Spare blocks that are left, in per cent.
     pub spare: u8,
+    /// Fewer spare blocks, in per cent, are a reason for concern.
     pub spare_threshold: u8,
     /// Of its expected life, in per cent; may exceed 100.
     pub used: u8,
-    /// In thousands of 512 bytes.
+    /// What was read, in thousands of 512 bytes.
     pub units_read: u128,
+    /// What was written, in thousands of 512 bytes.
     pub units_written: u128,
+    /// How often it was powered on.
     pub power_cycles: u128,
+    /// How long it was powered, in hours.
     pub power_on_hours: u128,
+    /// How often power was lost without a shutdown.
     pub unsafe_shutdowns: u128,
+    /// Errors of the media that it could not correct.
     pub media_errors: u128,
 }
 
@@ -54,13 +61,19 @@ impl Health {
 
 /// An error that the controller has noted (log page 01h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ErrorEntry {
     /// Which error it is, counted from one over the controller's life.
     pub number: u64,
+    /// The submission queue of the command.
     pub queue: u16,
+    /// The command's identifier; FFFFh where the error is of no command.
     pub command: u16,
+    /// The command's status.
     pub status: Status,
+    /// The first logical block that has an error.
     pub block: u64,
+    /// The namespace.
     pub namespace: u32,
 }
 

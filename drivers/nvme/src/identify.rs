@@ -17,10 +17,15 @@ const MOST_BYTES: usize = 65536 * 512;
 
 /// What the controller says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Identity {
+    /// The PCI vendor ID.
     pub vendor: u16,
+    /// The serial number.
     pub serial: String,
+    /// The model number.
     pub model: String,
+    /// The firmware revision.
     pub firmware: String,
     /// The largest transfer of a command, in bytes.
     pub max_transfer: usize,
@@ -28,6 +33,7 @@ pub struct Identity {
     pub namespaces: u32,
     /// What was written and not flushed is lost with the power, while this is on.
     pub has_write_cache: bool,
+    /// The command Write Zeroes.
     pub has_write_zeroes: bool,
     /// Deallocate, of the Dataset Management command.
     pub has_deallocate: bool,
@@ -87,6 +93,7 @@ impl Identity {
 /// A namespace: blocks, numbered from zero on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Namespace {
+    /// Its number (NSID).
     pub id: u32,
     /// How many blocks there are.
     pub blocks: u64,
@@ -143,6 +150,7 @@ impl Namespace {
     }
 
     /// A block's size in bytes.
+    #[inline]
     pub fn block_size(&self) -> usize {
         1 << self.block_shift
     }

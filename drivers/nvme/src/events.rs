@@ -4,9 +4,11 @@ use std::fmt;
 
 /// An event, of which the controller tells once until the log page that it names is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct AsyncEvent {
     /// 0 an error, 1 its health, 2 a notice, 6 of the command set, 7 the vendor's.
     pub kind: u8,
+    /// What has happened, depending on the kind.
     pub information: u8,
     /// Where there is more to be read.
     pub log_page: u8,

@@ -17,7 +17,7 @@ use super::doorbells;
 use super::events::AsyncEvent;
 use super::identify::Identity;
 use super::log_page::{ERROR_ENTRY, ERRORS, ErrorEntry, HEALTH, Health};
-use super::pair::{MOST_ENTRIES, QueuePair};
+use super::pair::MOST_ENTRIES;
 use super::queue::IoQueue;
 
 /// How long a shutdown may take at least, as not all controllers say (NVMe Base 1.4 §7.6.2 leaves it to
@@ -73,8 +73,8 @@ impl Default for Settings {
 
 /// An NVMe controller, ready. Threads share it and have an [`IoQueue`] each.
 ///
-/// When it fails, or a command is lost, whoever notices first [recovers](Self::recover) it; the others
-/// see a new generation and make their queues anew.
+/// When it fails, or a command is lost, the queue that notices first resets it. The others see a new
+/// [generation](Self::generation), and have the controller make their queues again.
 pub struct Controller {
     /// Left quiet before anything that it was told of goes.
     hardware: Hardware,
@@ -195,10 +195,12 @@ impl Controller {
         self.hardware.device.name()
     }
 
+    /// What it says of itself.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 
+    /// How it is used.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }

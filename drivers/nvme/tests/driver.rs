@@ -1,17 +1,13 @@
-//! The NVMe driver of `examples/nvme`, on the NVMe model.
-#![cfg(feature = "emulated")]
-
-#[path = "../examples/nvme/driver/mod.rs"]
-mod driver;
+//! The driver, on the NVMe model.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use driver::{Controller, Done, IoQueue, Namespace, Settings, Status};
 use vfio_remap::device::DmaBuffer;
 use vfio_remap::emulated::{Activity, Emulated, Fault, Faults, Namespace as Storage, Nvme, Power};
 use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind};
+use vfio_remap_nvme::{Controller, Done, IoQueue, Namespace, Settings, Status};
 
 const SETTINGS: Settings = Settings {
     queues: 4,

@@ -1,8 +1,5 @@
-//! The NVMe driver of `examples/nvme`, given controllers that make no sense.
-#![cfg(feature = "emulated")]
+//! The driver, given controllers that make no sense.
 
-#[path = "../examples/nvme/driver/mod.rs"]
-mod driver;
 #[path = "support/liar.rs"]
 mod liar;
 
@@ -10,11 +7,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use driver::{Controller, Done, Refused, Settings, Status};
 use liar::{Liar, Lie, TRUTH};
 use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind, Result};
+use vfio_remap_nvme::{Controller, Done, Refused, Settings, Status};
 
 /// Patient: what must succeed has time to, on whatever machine.
 const SETTINGS: Settings = Settings {

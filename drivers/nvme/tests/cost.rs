@@ -1,22 +1,17 @@
 //! What a read costs the NVMe driver: instructions from submission to completion, counted by callgrind
 //! on a model that is polled by hand, so that neither the model's work nor polling in vain counts.
 //!
-//! `cargo test --release --test nvme_cost -- --ignored --nocapture`
-#![cfg(feature = "emulated")]
-
-#[path = "../examples/nvme/driver/mod.rs"]
-mod driver;
+//! `cargo test --release -p vfio-remap-nvme --test cost -- --ignored --nocapture`
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use driver::{Controller, Done, IoQueue, Namespace, Settings};
 use vfio_remap::Device;
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::emulated::Namespace as Storage;
-use vfio_remap::emulated::{Activity, Emulated, Nvme};
+use vfio_remap::emulated::{Activity, Emulated, Namespace as Storage, Nvme};
+use vfio_remap_nvme::{Controller, Done, IoQueue, Namespace, Settings};
 
 const DEPTH: usize = 32;
 const SIZE: usize = 4096;

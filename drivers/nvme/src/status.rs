@@ -9,8 +9,11 @@ use vfio_remap::{Error, ErrorKind, Result};
 pub struct Status(u16);
 
 impl Status {
+    /// The command has succeeded.
     pub const SUCCESS: Self = Self(0);
+    /// The controller does not have this command.
     pub const INVALID_OPCODE: Self = Self(0x001);
+    /// A field of the command has a value that is reserved or not supported.
     pub const INVALID_FIELD: Self = Self(0x002);
     /// Invalid namespace or format.
     pub const INVALID_NAMESPACE: Self = Self(0x00b);
@@ -28,6 +31,7 @@ impl Status {
         Self(field & 0x7ff)
     }
 
+    /// Whether the command has succeeded.
     #[inline]
     pub fn is_success(self) -> bool {
         self == Self::SUCCESS

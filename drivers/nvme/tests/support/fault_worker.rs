@@ -13,7 +13,7 @@ use vfio_remap::emulated::Namespace as Storage;
 use vfio_remap::emulated::{Emulated, Fault, Faults, Nvme, Power};
 use vfio_remap::{Device, Result};
 
-use crate::driver::{Controller, Done, IoQueue, Namespace, Settings};
+use vfio_remap_nvme::{Controller, Done, IoQueue, Namespace, Settings};
 
 const BLOCK: usize = 512;
 const BLOCKS: u64 = 48;

@@ -88,6 +88,7 @@ impl IoQueue {
         self.id
     }
 
+    /// The controller that it belongs to.
     pub fn controller(&self) -> &Arc<Controller> {
         &self.controller
     }

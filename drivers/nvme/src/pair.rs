@@ -105,6 +105,7 @@ pub struct QueuePair {
 pub struct Done {
     /// What it was submitted with.
     pub tag: u64,
+    /// Whether it has succeeded, and why not.
     pub status: Status,
     /// Double word 0 of the completion.
     pub result: u32,
@@ -115,7 +116,9 @@ pub struct Done {
 /// A command that was not submitted.
 #[derive(Debug)]
 pub struct Refused {
+    /// Why.
     pub error: Error,
+    /// The buffer again.
     pub buffer: Option<DmaBuffer>,
 }
 
