@@ -1,13 +1,13 @@
 //! The controller's registers (NVMe Base 1.4 §3.1), but for the doorbells.
 //!
-//! They are reached by reads and writes of the device's file: they are looked at seldom, and a
-//! controller that has gone answers such an access with an error and not with a signal.
+//! They are read and written through a window of their own where the device can map them, as one access
+//! each, and by the transport's calls where it cannot.
 
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vfio_remap::{Device, Error, ErrorKind, IoRegister, Result};
+use vfio_remap::{Device, Error, ErrorKind, IoRegister, Placement, Result};
 
 use super::bring_up::has_gone;
 
@@ -81,8 +81,15 @@ pub struct Registers {
 impl Registers {
     pub fn new(device: &Arc<Device>, disable_delay: Duration) -> Result<Self> {
         let bar = device.bar(0)?;
-        let register = |offset| bar.trapped::<u32>(offset);
-        let pair = |offset| Ok::<_, Error>([bar.trapped(offset)?, bar.trapped(offset + 4)?]);
+        let window = bar.map(..DOORBELLS, Placement::Anywhere);
+        let window = window
+            .inspect_err(|failed| log::info!("nvme: registers by calls of the transport: {failed}"))
+            .ok();
+        let register = |offset: u64| match &window {
+            Some(window) => window.register::<u32>(offset as usize).map(IoRegister::from),
+            None => bar.trapped::<u32>(offset),
+        };
+        let pair = |offset| Ok::<_, Error>([register(offset)?, register(offset + 4)?]);
         Ok(Self {
             device: device.clone(),
             disable_delay,

@@ -14,6 +14,8 @@ pub const BAR: u64 = 0x2000;
 /// What it says.
 #[derive(Clone, Copy)]
 pub struct Lie {
+    /// Whether its registers are mapped, as those of hardware are, rather than trapped.
+    pub mapped: bool,
     /// Class, subclass and programming interface.
     pub class: u32,
     /// CAP.
@@ -55,6 +57,7 @@ pub struct Lie {
 
 /// 64 entries, 20 seconds to become ready, the NVM command set, pages of 4 KiB; four queues.
 pub const TRUTH: Lie = Lie {
+    mapped: false,
     class: 0x01_0802,
     capabilities: 63 | 1 << 16 | 40 << 24 | 1 << 37,
     version: 0x0001_0400,
@@ -141,6 +144,39 @@ impl Liar {
         lie.becomes_ready && self.asked > lie.slowness
     }
 
+    /// A register was written.
+    fn store(&mut self, bus: &Bus, register: usize, value: u32) -> Result<()> {
+        let (was_enabled, was_ready) = (self.is_enabled(), self.is_ready());
+        let Some(register) = self.registers.get_mut(register) else { return Ok(()) };
+        *register = value;
+        if was_enabled != self.is_enabled() {
+            self.asked = 0;
+            self.lie.lock().unwrap().cut_short |= was_enabled && !was_ready;
+            if was_enabled {
+                (self.blind, self.disabled) = (self.lie().blind, Some(Instant::now()));
+            }
+        }
+        if !self.is_enabled() {
+            (self.head, self.tail, self.phase) = (0, 0, 1);
+            self.waiting.clear();
+            bus.memory(0).unwrap().write(0x1000, &[0; 64])?;
+        }
+        Ok(())
+    }
+
+    /// Takes what was written to mapped registers, CC last, and puts CSTS there.
+    fn watch(&mut self, bus: &Bus) -> Result<()> {
+        let memory = bus.memory(0).unwrap();
+        for register in [9, 10, 11, 12, 13, 5] {
+            let value = memory.register::<u32>(4 * register)?.read();
+            if value != self.registers[register] {
+                self.store(bus, register, value)?;
+            }
+        }
+        memory.register(0x1c)?.write(self.status());
+        Ok(())
+    }
+
     fn complete(&mut self, bus: &Bus, id: u32, result: u32, status: u32) -> Result<()> {
         let at = self.base(12) + 16 * u64::from(self.tail);
         let id = (id + u32::from(self.lie().id)) & 0xffff;
@@ -202,7 +238,8 @@ impl Model for Liar {
     fn shape(&self) -> Shape {
         let mut shape = Shape::pci("liar", 256);
         shape.regions[0] = RegionInfo::mappable(BAR);
-        shape.regions[0].areas = Some(vec![0x1000..BAR]);
+        let start = if self.lie().mapped { 0 } else { 0x1000 };
+        shape.regions[0].areas = Some(vec![start..BAR]);
         shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(0);
         shape
     }
@@ -237,36 +274,32 @@ impl Model for Liar {
             self.config.write(offset, data);
             return Ok(());
         }
-        let (was_enabled, was_ready) = (self.is_enabled(), self.is_ready());
-        if let (Some(register), Ok(bytes)) =
-            (self.registers.get_mut(offset as usize / 4), data.try_into())
-        {
-            *register = u32::from_le_bytes(bytes);
-            if was_enabled != self.is_enabled() {
-                self.asked = 0;
-                self.lie.lock().unwrap().cut_short |= was_enabled && !was_ready;
-                if was_enabled {
-                    (self.blind, self.disabled) = (self.lie().blind, Some(Instant::now()));
-                }
-            }
-            if !self.is_enabled() {
-                (self.head, self.tail, self.phase) = (0, 0, 1);
-                self.waiting.clear();
-                bus.memory(0).unwrap().write(0x1000, &[0; 64])?;
-            }
+        let register = offset as usize / 4;
+        if let Ok(bytes) = data.try_into() {
+            self.store(bus, register, u32::from_le_bytes(bytes))?;
             bus.wake();
         }
         Ok(())
     }
 
-    fn reset(&mut self, _: &Bus) {
+    fn reset(&mut self, bus: &Bus) {
         self.registers = [0; 16];
         self.config.reset();
+        if self.lie().mapped {
+            let Lie { capabilities, version, .. } = self.lie();
+            let memory = bus.memory(0).unwrap();
+            memory.write(0, &[0; 64]).unwrap();
+            memory.write(0, &capabilities.to_le_bytes()).unwrap();
+            memory.write(8, &version.to_le_bytes()).unwrap();
+        }
     }
 
     fn poll(&mut self, bus: &Bus) -> Activity {
+        if self.lie().mapped {
+            self.watch(bus).unwrap();
+        }
         if !self.is_enabled() {
-            return Activity::Asleep;
+            return if self.lie().mapped { Activity::Watching } else { Activity::Asleep };
         }
         let mut step = || -> Result<()> {
             while bus.memory(0).unwrap().register::<u32>(0x1000)?.read() != self.head {
