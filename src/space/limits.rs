@@ -21,8 +21,7 @@ pub(super) fn out_of_memory(
     match errno {
         Errno::EAGAIN => out_of_locked_memory(error, size as u64),
         Errno::ENOMEM => match maps::count_and_limit() {
-            // A call may need two more mappings than there are: the one it makes and one that it splits.
-            Some((count, limit)) if count + 2 >= limit => error
+            Some((count, limit)) if is_met(count, limit) => error
                 .into_kind(ErrorKind::TooManyMappings)
                 .because(format!(
                     "the process has {count} mappings, and may have {limit} (vm.max_map_count)"
@@ -35,6 +34,11 @@ pub(super) fn out_of_memory(
         },
         _ => error,
     }
+}
+
+/// A call may need two more mappings than there are: the one it makes and one that it splits.
+fn is_met(mappings: usize, limit: usize) -> bool {
+    mappings + 2 >= limit
 }
 
 /// `do_mmap` answers EAGAIN (Linux 5.10 to 7.3) where a mapping would be locked and is too large.
@@ -91,6 +95,24 @@ mod tests {
     use crate::space::fixture::{MIB, PAGE, backing, read, write};
     use crate::space::{Access, BackingKind, Failed, Mapping, Placement, Reservation, Strategy};
     use crate::sys::fork;
+
+    #[test]
+    fn two_mappings_less_than_the_limit_are_too_many() {
+        assert!(is_met(65528, 65530) && is_met(65532, 65530));
+        assert!(!is_met(65527, 65530) && !is_met(40000, 65530));
+    }
+
+    /// Duplicates a window of 1 MiB until that fails.
+    fn duplicate_until_refused() -> Failed {
+        let window = map(MIB, BackingKind::Other).unwrap();
+        let mut all = Vec::with_capacity(256);
+        loop {
+            match window.duplicate(Access::ReadOnly, Placement::Anywhere.into()) {
+                Ok((duplicate, _)) => all.push(duplicate),
+                Err(failed) => break failed,
+            }
+        }
+    }
 
     fn map(size: usize, kind: BackingKind) -> Result<Mapping, Failed> {
         let backing = Arc::new(backing(size, kind));
@@ -158,7 +180,8 @@ mod tests {
             let other = map(2 * MIB, BackingKind::SharedMemory).unwrap();
             let duplicated = other.duplicate(Access::ReadOnly, Placement::Anywhere.into());
             drop(window);
-            [failed, duplicated.map(drop).unwrap_err()].iter().all(|failed| {
+            let small = duplicate_until_refused();
+            [failed, duplicated.map(drop).unwrap_err(), small].iter().all(|failed| {
                 let words = failed.to_string();
                 println!("{words}");
                 failed.kind() == ErrorKind::LockedMemory
@@ -197,7 +220,7 @@ mod tests {
             let failed = map(64 * MIB, BackingKind::SharedMemory).unwrap_err();
             let duplicated = window.duplicate(Access::ReadOnly, Placement::Anywhere.into());
             let duplicated = duplicated.map(drop).unwrap_err();
-            [failed, duplicated].iter().all(|failed| {
+            [failed, duplicated, duplicate_until_refused()].iter().all(|failed| {
                 let words = failed.to_string();
                 println!("{words}");
                 failed.kind() == ErrorKind::AddressSpace

@@ -155,13 +155,16 @@ fn the_limit_on_mappings_is_named_and_leaves_every_window_as_it_was() {
     };
     // Room for the new side of a relocation, and none for what covers the old one.
     duplicates.pop();
-    let relocated = window.relocate(Placement::Anywhere).map(|_| ());
+    let relocated = window.relocate(Placement::Anywhere);
     std::fs::write(LIMIT, before.trim()).unwrap();
     assert_eq!(failed.kind(), ErrorKind::TooManyMappings, "{failed}");
     assert!(failed.to_string().contains("vm.max_map_count"), "{failed}");
     assert!(duplicates.len() > 200, "{}", duplicates.len());
     match relocated {
-        Ok(()) => assert_ne!(window.addresses(), at),
+        Ok(relocation) => {
+            assert!(relocation.old.is_some(), "{}", relocation.report);
+            assert_ne!(window.addresses(), at);
+        }
         Err(failed) => {
             assert_eq!(failed.kind(), ErrorKind::TooManyMappings, "{failed}");
             assert_eq!(window.addresses(), at);

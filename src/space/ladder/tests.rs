@@ -21,6 +21,7 @@ fn both_sides_of_a_duplicate_show_the_same_bytes_by_every_strategy() {
             let request = Placement::Anywhere.only(strategy);
             let (duplicate, report) = source.duplicate(Access::ReadWrite, request).unwrap();
             assert_eq!((report.strategy, report.attempts.len()), (strategy, 0));
+            assert_eq!((report.from, report.to), (source.range(), duplicate.range()));
             assert_eq!(read(&duplicate, len - 4), 1);
             write(&duplicate, 0, 2);
             assert_eq!(read(&source, 0), 2);
@@ -212,6 +213,7 @@ fn when_the_old_side_cannot_be_covered_nothing_has_changed() {
             || window.relocate(Placement::In(place).only(strategy)).unwrap_err(),
         );
         assert_eq!(failed.errno(), Some(libc::ENOMEM));
+        assert!(failed.to_string().contains("nothing has changed"), "{failed}");
         assert_eq!(failed.into_reservation().unwrap().range(), range);
         assert_eq!(state(&range), (0, 0), "the new side is gone, and the reservation dropped");
         assert_eq!((window.range(), read(&window, 0)), (at, 5));
@@ -351,11 +353,14 @@ fn a_kernel_that_accepts_and_cannot_be_trusted_stays_on_map_again_by_the_hazards
 
 #[test]
 fn a_move_that_would_escape_revocation_or_corrupt_page_tables_is_never_made() {
-    for ((major, minor), len, hazard) in
-        [((6, 1), PAGE, Hazard::MoveEscapesRevocation), ((7, 3), 1 << 30, Hazard::OneGibEntry)]
-    {
-        let backing =
-            backing(len, BackingKind::VfioPci).on_kernel(KernelVersion::new(major, minor));
+    use BackingKind::{Other, VfioPci};
+    for (kind, (major, minor), len, hazard) in [
+        (VfioPci, (6, 1), PAGE, Hazard::MoveEscapesRevocation),
+        (Other, (6, 1), PAGE, Hazard::MoveEscapesRevocation),
+        (VfioPci, (7, 3), 1 << 30, Hazard::OneGibEntry),
+        (Other, (7, 3), 1 << 30, Hazard::OneGibEntry),
+    ] {
+        let backing = backing(len, kind).on_kernel(KernelVersion::new(major, minor));
         let mut window = map(&Arc::new(backing), len);
         let (failed, calls) =
             spy::record(|| window.relocate(Placement::Anywhere.only(Strategy::Move)).unwrap_err());
@@ -381,6 +386,9 @@ fn placements_that_do_not_fit_are_refused_with_the_reservation_given_back() {
     let failed = window.duplicate(Access::ReadWrite, taken.into()).unwrap_err();
     assert_eq!(failed.kind(), ErrorKind::AddressTaken);
     assert!(failed.to_string().contains("vfio-remap-test"), "{failed}");
+    let named = window.duplicate(Access::ReadWrite, Placement::Anywhere.by(&[])).unwrap_err();
+    assert_eq!(named.object(), "bar 0 of test, 0x0..0x400000");
+    assert_eq!(named.kind(), ErrorKind::Refused, "nothing was allowed");
 }
 
 #[test]
@@ -413,4 +421,60 @@ fn each_fixed_mapping_of_an_unknown_backing_is_tried_elsewhere_first() {
     });
     let len = 4 * PAGE;
     assert_eq!(maps.collect::<Vec<_>>(), [(len, false), (len, true)].repeat(3), "{calls:?}");
+}
+
+#[test]
+fn what_has_no_gib_entry_is_moved_where_it_is_asked_for() {
+    for kind in [BackingKind::VfioPci, BackingKind::Other] {
+        for len in [PAGE, 4 * MIB] {
+            let mut window =
+                map(&Arc::new(backing(len, kind).on_kernel(KernelVersion::new(7, 3))), len);
+            write(&window, 0, 5);
+            let relocation = window.relocate(Placement::Anywhere.only(Strategy::Move)).unwrap();
+            assert_eq!((relocation.report.strategy, read(&window, 0)), (Strategy::Move, 5));
+        }
+    }
+}
+
+#[test]
+fn an_acceptance_is_remembered_as_a_refusal_is() {
+    let window = shared(PAGE);
+    let asked = [2, 1, 1].map(|_| {
+        let anywhere = || window.duplicate(Access::ReadWrite, Placement::Anywhere.into());
+        let (made, calls) = spy::record(anywhere);
+        assert_eq!(made.unwrap().1.strategy, Strategy::DontUnmap);
+        calls.iter().filter(|call| **call == Call::DontUnmap).count()
+    });
+    assert_eq!(asked, [2, 1, 1], "the probe, and the duplicates");
+}
+
+#[test]
+fn a_refusal_advises_map_again_where_it_was_not_allowed() {
+    let window = map(&Arc::new(backing(PAGE, BackingKind::Other)), PAGE);
+    let duplicate = |strategies: &[Strategy]| {
+        let request = Placement::Anywhere.by(strategies);
+        let any = |call| matches!(call, Call::Map { .. });
+        spy::refuse(Errno::EIO, any, || window.duplicate(Access::ReadWrite, request).unwrap_err())
+    };
+    let all = duplicate(Strategy::LADDER);
+    assert_eq!((all.kind(), all.errno()), (ErrorKind::Refused, Some(libc::EIO)), "{all}");
+    assert!(!all.advice().contains("MapAgain"), "{all}");
+    let first = duplicate(&[Strategy::DontUnmap]);
+    assert!(first.advice().contains("allow MapAgain"), "{first}");
+}
+
+#[test]
+fn a_known_backing_is_tried_once_for_each_access() {
+    let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
+    let kept = Mapping::new(backing.clone(), 0, PAGE, Access::ReadOnly, Placement::Anywhere);
+    let tries = [Access::ReadOnly, Access::ReadWrite, Access::ReadWrite].map(|access| {
+        let place = Placement::In(Reservation::new(PAGE).unwrap());
+        let (made, calls) =
+            spy::record(|| Mapping::new(backing.clone(), 0, PAGE, access, place).map(drop));
+        made.unwrap();
+        calls.iter().filter(|call| matches!(call, Call::Map { .. })).count()
+    });
+    assert_eq!(tries, [0, 1, 0]);
+    drop(kept);
+    assert_eq!(format!("{backing:?}"), "Backing(bar 0 of test, SharedMemory)");
 }
