@@ -38,10 +38,12 @@
 //!    access through a window is a SIGBUS, and one through the kernel an error (EIO).
 //! 4. Bus mastering on: [`Config::set_bus_mastering`](device::Config::set_bus_mastering). VFIO opens a device
 //!    with it off, and then DMA and MSI silently do nothing.
-//! 5. Windows and registers: [`Device::bar`], [`Bar::map`], [`Window::register`].
+//! 5. Windows and registers: [`Device::bar`], [`Bar::map`], and [`Window::block`] for the registers that
+//!    [`register_block!`] declares by name, or [`Window::register`] for one of them.
 //! 6. Memory that the device reaches: [`Device::dma`], [`DmaSpace::buffer`](device::DmaSpace::buffer). The
 //!    device is told of [`DmaBuffer::iova`](device::DmaBuffer::iova), never of an address of this process.
-//! 7. Interrupts: [`Device::vectors`].
+//!    Rings are [`Descriptors`](device::Descriptors).
+//! 7. Interrupts: [`Device::vectors`]; [`poll_until`] waits for devices without.
 //! 8. Events: [`Device::events`], by which the kernel asks for the device back, or tells of an error.
 //! 9. When all is done, have the device stop, so that it reaches for no memory that is about to go: as its
 //!    data sheet says, or by [`Device::reset`], where it has a reset.
