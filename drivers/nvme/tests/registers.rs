@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use liar::{Liar, Lie, TRUTH};
+use vfio_remap::emulated::Emulated;
 use vfio_remap::space::{Access, DmaMemory};
-use vfio_remap::transport::{DeviceInfo, DmaLimits, Emulated, RegionFile, RegionInfo, Transport};
+use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionFile, RegionInfo, Transport};
 use vfio_remap::{Device, Result};
 use vfio_remap_nvme::{Controller, Settings};
 
