@@ -267,7 +267,7 @@ fn errors_of_the_server_are_errors_with_its_errno() {
             reply.set_u32(8, 0x21);
             reply.set_u32(12, u32::MAX);
         });
-        assert!(error.to_string().contains("refused"), "{error}");
+        assert!(error.to_string().contains("rejected"), "{error}");
     }
 }
 

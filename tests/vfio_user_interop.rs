@@ -145,7 +145,7 @@ fn our_client_drives_a_device_of_their_server() {
     client.dma_unmap(0x1000, 0x1000).unwrap();
     // An error of the backend, of which the server does not say the errno.
     let error = client.write_at(0, 0x100, &[0; 4]).unwrap_err();
-    assert!(error.to_string().contains("refused"), "{error}");
+    assert!(error.to_string().contains("rejected"), "{error}");
     client.reset().unwrap();
     assert_eq!(edu::read(&*client, 0x300), 1);
 

@@ -165,7 +165,7 @@ impl<'d> Config<'d> {
     pub fn set_error_reporting(&self, on: bool) -> Result<()> {
         let Some(capability) = self.capability(EXPRESS)? else {
             let object = format!("the errors of {}", self.device.name());
-            return Err(Error::new(ErrorKind::Unsupported, "have reported", object)
+            return Err(Error::new(ErrorKind::Unsupported, "enable error reporting on", object)
                 .because("the device is not PCI Express"));
         };
         self.set_bits(capability + DEVICE_CONTROL, REPORT_UNCORRECTABLE, on)
@@ -240,7 +240,7 @@ impl<'d> Config<'d> {
         let object = format!("configuration space of {}", self.device.name());
         Error::new(ErrorKind::Gone, "read", object)
             .because(format!("it reads all ones at {offset:#x}: the device does not answer"))
-            .remedy("see whether it was unplugged, or its slot or link is off; then drop and open it again")
+            .remedy("check whether it was unplugged, or its slot or link is off; then close it and open it again")
     }
 
     fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {

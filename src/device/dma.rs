@@ -87,7 +87,10 @@ impl DmaSpace {
         if !limits.page_size.is_power_of_two() {
             let object = format!("the DMA limits of {}", transport.info().name);
             return Err(Error::new(ErrorKind::Malformed, "read", object)
-                .because(format!("its pages have {:#x} bytes: no power of two", limits.page_size))
+                .because(format!(
+                    "its page size of {:#x} bytes is not a power of two",
+                    limits.page_size
+                ))
                 .remedy("have the transport answer with a power of two: DmaLimits::page_size"));
         }
         let addresses = Addresses::of(transport.address_space(), &limits.ranges);
@@ -306,10 +309,8 @@ impl Inner {
                 return error;
             }
             error
-                .because(format!(
-                    "others have mapped something at each of the {tried} places that were tried"
-                ))
-                .remedy("have them unmap it, or map at an address that is free: IovaPlacement::At")
+                .because(format!("all {tried} addresses that were tried are mapped by others"))
+                .remedy("unmap what they have mapped, or choose a free address: IovaPlacement::At")
         })
     }
 
@@ -412,7 +413,7 @@ fn leak(memory: &DmaMemory, error: &Error) {
 #[cold]
 fn no_alignment(size: u64, alignment: u64) -> Error {
     Error::new(ErrorKind::Unaligned, "map for DMA", format!("{size:#x} bytes"))
-        .because(format!("an alignment of {alignment:#x} is no power of two"))
+        .because(format!("an alignment of {alignment:#x} is not a power of two"))
         .remedy("ask for 1, or a power of two")
 }
 

@@ -163,8 +163,8 @@ impl DmaBuffer {
             let size = request.size.checked_next_multiple_of(page).filter(|size| *size > 0);
             size.filter(|size| *size < isize::MAX as usize).ok_or_else(|| {
                 Error::new(ErrorKind::OutOfRange, "allocate", object())
-                    .because("a buffer has one byte or more, and fits into memory")
-                    .remedy("ask for a size that does")
+                    .because("a buffer needs one byte or more, and must fit into memory")
+                    .remedy("ask for another size")
             })
         };
         let DmaLimits { page_size, by_file, .. } = *space.limits();

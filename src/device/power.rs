@@ -82,7 +82,7 @@ impl LowPower {
     /// Wakes the device, as dropping does, and says what came of it.
     ///
     /// # Errors
-    /// What the transport answers; the device is tried to be woken once more as this is dropped.
+    /// What the transport answers; dropping the value retries the wake-up.
     pub fn wake(self) -> Result<()> {
         self.device.transport.exit_low_power()
     }

@@ -41,7 +41,7 @@ impl Interrupt {
 pub enum Growth {
     /// Beside those in use, which went on firing (MSI-X on Linux 6.5 and newer).
     InPlace,
-    /// All vectors were taken out of use and set up anew. What fired meanwhile was lost, so every
+    /// All vectors were taken out of use and set up again. What fired meanwhile was lost, so every
     /// vector was signalled once: look for work at each.
     Rearmed,
 }
@@ -49,8 +49,8 @@ pub enum Growth {
 /// Vectors of a device, each signalling an eventfd. Dropping them takes the interrupt out of use.
 ///
 /// MSI and MSI-X are writes that the device starts: without
-/// [`Config::set_bus_mastering`](super::Config::set_bus_mastering) none ever comes, and nothing says so. An
-/// INTx needs no such leave.
+/// [`Config::set_bus_mastering`](super::Config::set_bus_mastering) none ever comes, and nothing says so. INTx does not need bus
+/// mastering.
 pub struct Vectors {
     device: Arc<Inner>,
     kind: Interrupt,
@@ -193,7 +193,7 @@ fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()
     match info.count as usize {
         0 => refuse(
             format!("the device has no {kind:?}"),
-            "use another kind: Device::interrupt tells what it has".to_owned(),
+            "use another kind: Device::interrupt reports what it has".to_owned(),
         ),
         most if count == 0 || count > most => {
             refuse(format!("the device has {most}"), format!("ask for 1 to {most}"))
@@ -259,7 +259,7 @@ impl Vectors {
     ///
     /// # Errors
     /// `OutOfRange` where the device or the machine has fewer, or there are as many already. Where vectors
-    /// had to be set up anew and that failed, the old ones are set up again.
+    /// had to be set up again and that failed, the old ones are set up again.
     pub fn grow(&mut self, count: usize) -> Result<Growth> {
         check(self.kind, &self.info, count, &self.device.info.name)?;
         let before = self.count();
@@ -281,7 +281,7 @@ impl Vectors {
                 return Err(match restored {
                     Ok(()) => error,
                     Err(_) => {
-                        error.remedy("make the vectors anew: the old ones are not set up any more")
+                        error.remedy("create the vectors again: the old ones are no longer set up")
                     }
                 });
             }
@@ -373,7 +373,7 @@ impl Vectors {
         }
         Err(Error::new(ErrorKind::OutOfRange, operation, self.name(vector))
             .because(format!("there are {}", self.count()))
-            .remedy("they are counted from 0; Vectors::grow adds some where the device has more"))
+            .remedy("vectors are numbered from 0; Vectors::grow adds more if the device has them"))
     }
 
     fn eventfd(&self, vector: usize) -> Result<&OwnedFd> {
@@ -381,7 +381,7 @@ impl Vectors {
         let slot = &self.slots[vector];
         slot.enabled.then_some(&*slot.eventfd).ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "wait for", self.name(vector))
-                .because("it is a hole")
+                .because("it is not set up (a hole)")
                 .remedy("put it back in: Vectors::set_enabled")
         })
     }

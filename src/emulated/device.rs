@@ -133,7 +133,7 @@ impl Core {
         let memories = shape.regions.iter().enumerate().map(|(index, region)| {
             check_areas(region).then_some(()).ok_or_else(|| {
                 Error::new(ErrorKind::OutOfRange, "create", info.region_name(index as u32))
-                    .because("its mapped parts leave it")
+                    .because("a mapped part of it lies outside of it")
             })?;
             // One of no bytes is vacant.
             let memory = region.mappable && region.size > 0;

@@ -82,11 +82,11 @@ impl Refused {
     pub(super) fn error(self, operation: &'static str, object: impl fmt::Display) -> Error {
         match self {
             Self::Reentrant => Error::new(ErrorKind::InUse, operation, object)
-                .because("the device's own model calls it, and is called by one at a time")
-                .remedy("do it in the model, by its Bus"),
+                .because("the device's model is calling its own device")
+                .remedy("do it inside the model, through its Bus"),
             Self::Panicked(message) => Error::new(ErrorKind::Gone, operation, object)
                 .because(format!("the device's model has panicked: {message}"))
-                .remedy("mend the model, and create the device again"),
+                .remedy("fix the model, and create the device again"),
         }
     }
 }

@@ -62,7 +62,7 @@ pub(crate) fn is_reserved(range: &Range<usize>, file: (u64, u64), offset: u64) -
 }
 
 /// Whether all of `range` maps the file with this device and inode number, from `offset` on, accessible,
-/// and kept from children (`MADV_DONTFORK`). False where nobody tells: `/proc` is not mounted, or the
+/// and kept from children (`MADV_DONTFORK`). False if that cannot be queried: `/proc` is not mounted, or the
 /// kernel was built without `CONFIG_PROC_PAGE_MONITOR`.
 pub(crate) fn is_kept_from_children(
     range: &Range<usize>,

@@ -27,7 +27,7 @@ pub struct IrqInfo {
     pub maskable: bool,
     /// Whether a vector is masked when it fires, and is to be unmasked after it was served.
     pub automasked: bool,
-    /// Whether vectors can be added only by setting all of them up anew.
+    /// Whether vectors can be added only by setting up all of them again.
     pub noresize: bool,
 }
 

@@ -105,7 +105,7 @@ pub trait Transport: Send + Sync + Debug {
     /// `Unsupported`, by default.
     fn enter_low_power(&self, wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
         let _ = wakeup;
-        Err(unsupported(self.info(), "save the power of".to_owned()))
+        Err(unsupported(self.info(), "enter low power on".to_owned()))
     }
 
     /// Wakes the device. Does nothing to one that is awake.

@@ -477,7 +477,7 @@ fn queue_count(device: &Device, admin: &mut Admin, wanted: u16) -> Result<u16> {
     match submission.min(completion).checked_add(1) {
         Some(count) if submission.max(completion) != u16::MAX => Ok(count.min(wanted)),
         _ => Err(Error::new(ErrorKind::Malformed, operation, device.name()).because(format!(
-            "it has {submission:#x} and {completion:#x}, which are no counts of queues"
+            "it has {submission:#x} and {completion:#x}, which are not counts of queues"
         ))),
     }
 }

@@ -44,7 +44,7 @@ pub struct IoQueue {
     vector: Option<usize>,
     /// The generation of the controller that knows the queue.
     generation: u32,
-    /// Why the queue could not be made anew.
+    /// Why the queue could not be created again.
     pub(super) failed: Option<Error>,
     born: Instant,
     /// Since the clock was looked at.
@@ -157,8 +157,8 @@ impl IoQueue {
         !self.ended.is_empty()
     }
 
-    /// The next command that is done; `None` where none is outstanding. Rings. A queue that has come
-    /// to grief has then been made anew, as far as that goes, and has room.
+    /// The next command that is done; `None` if none is outstanding. Rings the doorbells. A failed queue has been
+    /// created again if possible, and has room.
     #[inline]
     pub fn wait(&mut self) -> Option<Done> {
         self.ring();
@@ -174,7 +174,7 @@ impl IoQueue {
         }
     }
 
-    /// A queue that was broken by what came last is made anew, though nothing waits for that.
+    /// A queue that was broken by the last completion is created again, although nothing waits for that.
     #[cold]
     fn mend(&mut self) {
         if self.pair.is_broken() && self.failed.is_none() {
@@ -262,7 +262,7 @@ impl IoQueue {
         self.rebuild();
     }
 
-    /// The controller was reset: all commands have ended, and the queue is made anew.
+    /// The controller was reset: all commands have ended, and the queue is created again.
     fn rebuild(&mut self) {
         for _ in 0..RESETS {
             let Condition { generation, quiet, failed } =

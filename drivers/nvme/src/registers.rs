@@ -284,7 +284,7 @@ impl Registers {
     fn gone(&self, operation: &'static str) -> Error {
         Error::new(ErrorKind::Gone, operation, self.device.name())
             .because("its registers read all ones")
-            .remedy("look whether it is still there, and powered")
+            .remedy("check that it is still present, and powered")
     }
 }
 

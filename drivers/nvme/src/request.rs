@@ -129,7 +129,7 @@ impl IoQueue {
         })
     }
 
-    /// A queue that has failed is made anew where the controller was brought up again; one that is
+    /// A queue that failed is created again if the controller could be reset; one that is
     /// broken in any case: what it still takes to be outstanding ends then.
     fn revive(&mut self) {
         if self.failed.is_some() || self.pair.is_broken() {

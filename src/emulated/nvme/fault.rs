@@ -22,7 +22,7 @@ pub enum Fault {
     /// left to take.
     LateCompletion,
     /// Before the command's completion there is one of a command that was never submitted: its identifier
-    /// has all bits the other way round.
+    /// is inverted.
     SpuriousCompletion,
     /// The command's completion is posted twice, one after the other.
     DuplicateCompletion,

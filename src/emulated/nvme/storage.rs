@@ -52,7 +52,7 @@ impl Namespace {
         let size = file.metadata().map_err(failed)?.len();
         if ![512, 4096].contains(&block_size) || size == 0 || size % u64::from(block_size) != 0 {
             return Err(Error::new(ErrorKind::Unaligned, "create", "a namespace").because(format!(
-                "{size} bytes are no whole number of blocks of {block_size}; 512 or 4096 are allowed"
+                "{size} bytes are not a whole number of blocks of {block_size}; 512 or 4096 are allowed"
             )));
         }
         let shift = block_size.trailing_zeros();

@@ -263,7 +263,7 @@ impl Inbox {
             self.replies.insert(id, message);
             return Ok(());
         }
-        Err(Fault::Nonsense(format!("the client answered what nobody asked, with id {id}")))
+        Err(Fault::Nonsense(format!("unexpected reply id {id} from the client")))
     }
 }
 

@@ -35,11 +35,11 @@ impl Books {
         self.locked.add(memory.lockable())
     }
 
-    /// Counts a mapping less, of which `locked` bytes were locked.
+    /// Decrements the mapping count, and the locked bytes by `locked`.
     #[inline]
     pub(super) fn strike(&self, locked: u64) {
         self.locked.subtract(locked);
-        // Not below none: what another file has mapped may be unmapped through this.
+        // Saturates at zero: what another file has mapped may be unmapped through this.
         let less = |mappings: usize| mappings.checked_sub(1);
         let _ = self.mappings.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }

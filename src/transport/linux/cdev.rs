@@ -112,12 +112,12 @@ fn not_made(device: &PciDevice, confinement: Confinement) -> Error {
     match confinement {
         Confinement::Iommu => error
             .because(
-                "the kernel makes no file for each device (CONFIG_VFIO_DEVICE_CDEV, Linux 6.6)",
+                "the kernel has no files for single devices (CONFIG_VFIO_DEVICE_CDEV, Linux 6.6)",
             )
             .remedy("open it by its group: Vfio::open_by_group, or Vfio::open, which finds a way"),
         Confinement::None => error
             .because(
-                "the kernel makes no file for a device without an IOMMU (CONFIG_VFIO_DEVICE_CDEV and \
+                "the kernel has no files for single devices without an IOMMU (CONFIG_VFIO_DEVICE_CDEV and \
                  CONFIG_VFIO_NOIOMMU, Linux 7.3)",
             )
             .remedy("open it by its group: VfioOptions::by_group"),
@@ -137,9 +137,9 @@ fn token_refused(
             Error::os(errno, "open", &path)
                 .into_kind(ErrorKind::InUse)
                 .because(
-                    "it is open already, or the kernel takes VF tokens by group only (Linux 6.17)",
+                    "it is open already, or the kernel accepts VF tokens only by group (before Linux 6.17)",
                 )
-                .remedy(format!("find out who: fuser -v {path}; or open it by its group")),
+                .remedy(format!("find who has it open: fuser -v {path}; or open it by its group")),
         );
     }
     token::refused(errno, device, token)
@@ -175,8 +175,8 @@ fn refused(errno: Errno, device: &PciDevice, path: &Path) -> Error {
     match errno {
         Errno::EINVAL | Errno::EBUSY => error
             .into_kind(ErrorKind::InUse)
-            .because("a device can be open once, and somebody has it open, or one of its group")
-            .remedy(format!("find out who: fuser -v {}", path.display())),
+            .because("a device can be opened only once, and it or another device of its group is open already")
+            .remedy(format!("find who has it open: fuser -v {}", path.display())),
         Errno::EPERM => error
             .because("the machine does not isolate interrupts")
             .remedy("switch on interrupt remapping, or, trusting the device, set allow_unsafe_interrupts=1 of iommufd"),

@@ -179,7 +179,7 @@ pub(super) fn too_many(mapped: usize, size: usize, iova: u64) -> Error {
         "map for DMA",
         format!("{size:#x} bytes at IOVA {iova:#x}"),
     ))
-    .because(format!("{mapped} mappings are there, and the container has no room for another"))
+    .because(format!("the container has {mapped} mappings, and no room for another"))
 }
 
 fn full(error: Error) -> Error {
@@ -196,7 +196,7 @@ fn container<'g>(group: &'g Group, name: &str) -> Result<&'g VfioContainer> {
 #[cold]
 fn elsewhere(name: &str) -> Error {
     Error::new(ErrorKind::Unsupported, "do DMA with", name)
-        .because("its file came from elsewhere, and with it its address space")
+        .because("its device file was opened elsewhere, where its address space is")
         .remedy("map memory where the device was opened")
 }
 

@@ -129,7 +129,7 @@ impl Group {
             .map_err(|errno| set_container_error(errno, &object, known.is_some()))?;
         if known.is_none() {
             vfio::set_no_iommu(container.as_fd())
-                .map_err(|errno| Error::os(errno, "do without IOMMU for", &object))?;
+                .map_err(|errno| Error::os(errno, "open without an IOMMU", &object))?;
         }
         Ok(Self {
             fd,
@@ -174,8 +174,8 @@ impl Group {
             }
             let error = Error::os(errno, "open", address);
             match errno {
-                Errno::ENODEV => error.because("it has left its VFIO driver meanwhile"),
-                Errno::EINVAL => error.because("its driver refuses to open it so"),
+                Errno::ENODEV => error.because("it was unbound from its VFIO driver meanwhile"),
+                Errno::EINVAL => error.because("the driver rejected the open request"),
                 Errno::EPERM if self.container().is_none() => noiommu::not_capable(error),
                 _ => error,
             }
@@ -215,7 +215,7 @@ fn open_container() -> Result<OwnedFd> {
     match vfio::is_known_version(fd.as_fd()) {
         Ok(true) => Ok(fd),
         Ok(false) => Err(Error::new(ErrorKind::Unsupported, "open", CONTAINER)
-            .because("it speaks a version of VFIO that is not known")),
+            .because("the kernel reports an unknown version of the VFIO API")),
         Err(errno) => Err(Error::os(errno, "query", CONTAINER)),
     }
 }
@@ -232,8 +232,8 @@ fn open(path: &Path) -> Result<OwnedFd> {
                 path.display()
             )),
             ErrorKind::InUse => error
-                .because("a group can be open once, and somebody has it open")
-                .remedy(format!("find out who: fuser -v {}", path.display())),
+                .because("a group can be opened only once, and it is open already")
+                .remedy(format!("find who has it open: fuser -v {}", path.display())),
             _ => error,
         }
     })?;
@@ -245,7 +245,7 @@ fn set_container_error(errno: Errno, object: &str, beside: bool) -> Error {
     match errno {
         Errno::EINVAL => error.because("the group has a container already"),
         _ if beside => error
-            .because("the other device's address space does not take it")
+            .because("it cannot share the other device's address space")
             .remedy("open it with an address space of its own: Vfio::open_by_group"),
         _ => error,
     }

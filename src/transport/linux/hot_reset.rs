@@ -91,7 +91,7 @@ pub(super) fn perform(
         affected.iter().filter_map(|affected| in_the_way(affected, &meant)).collect();
     if !in_the_way.is_empty() {
         return Err(Error::new(ErrorKind::NotOwned, "hot reset", name)
-            .because(format!("that resets other devices, too: {}", in_the_way.join(", ")))
+            .because(format!("it would reset other devices too: {}", in_the_way.join(", ")))
             .remedy(
                 "bind them to vfio-pci, open them the same way (by iommufd: beside this one), and \
                  name them",
@@ -103,7 +103,7 @@ pub(super) fn perform(
         let error = Error::os(errno, "hot reset", name);
         match errno {
             Errno::EINVAL => error.into_kind(ErrorKind::NotOwned).because(format!(
-                "the kernel does not take this process for the owner of all of them: {}",
+                "this process does not own all affected devices: {}",
                 affected.iter().map(AffectedDevice::to_string).collect::<Vec<_>>().join(", ")
             )),
             Errno::EBUSY | Errno::EAGAIN => error

@@ -27,7 +27,7 @@ pub(super) struct Counter {
 /// Of type 1 containers: with all else that the process has locked.
 pub(super) static CONTAINERS: Counter = Counter::new(true);
 
-/// Of iommufd: with what other processes of the user have mapped so, which nobody tells.
+/// Of iommufd: with what other processes of the user have mapped so, which cannot be queried.
 pub(super) static IOMMUFD: Counter = Counter::new(false);
 
 impl Counter {
@@ -87,7 +87,7 @@ impl Locked {
     /// Why the kernel had no memory to lock, where what is known to be locked is below the limit.
     pub(super) fn shortage(&self) -> String {
         match Limit::ask() {
-            // What other processes of the user have mapped counts, and nobody tells how much that is.
+            // What other processes of the user have mapped counts, and cannot be queried.
             Some(Limit { limit, .. }) if !self.counter.of_process => format!(
                 "memory is short, or the user's processes would have more than {limit} bytes locked \
                  together (RLIMIT_MEMLOCK)"

@@ -47,7 +47,7 @@ pub(super) fn not_in_mode(device: &PciDevice) -> Error {
     match fs::read_to_string(&switch).as_deref().map(str::trim) {
         Ok("Y") => error
             .because("no VFIO driver has taken it in no-IOMMU mode")
-            .remedy("bind it to vfio-pci, anew if it is: the mode counts at that moment"),
+            .remedy("bind it to vfio-pci again: the mode is read when a device is bound"),
         Ok(_) => error.because("VFIO's no-IOMMU mode is off").remedy(format!(
             "switch it on and bind the device to vfio-pci: echo Y > {}",
             switch.display()
@@ -65,7 +65,7 @@ pub(super) fn not_in_mode(device: &PciDevice) -> Error {
 /// Who opens a device without an IOMMU must have CAP_SYS_RAWIO.
 pub(super) fn not_capable(error: Error) -> Error {
     error
-        .because("a device without an IOMMU is for whom the machine is trusted with")
+        .because("opening a device without an IOMMU requires CAP_SYS_RAWIO")
         .remedy("run it as root, or with CAP_SYS_RAWIO: setcap cap_sys_rawio+ep PROGRAM")
 }
 

@@ -9,7 +9,7 @@ use super::token::VfToken;
 use super::{Confinement, PciAddress, PciDevice, Sysfs, Vfio, noiommu};
 use crate::error::{Error, ErrorKind, Result};
 
-/// How a device is opened, where [`Vfio::open`] does not do.
+/// Options for cases that [`Vfio::open`] does not cover.
 ///
 /// ```no_run
 /// use vfio_remap::transport::{Vfio, VfToken};

@@ -32,7 +32,7 @@ impl FromStr for VfToken {
         parse(text).ok_or_else(|| {
             // Without the text: it may be a token, all but for a letter.
             Error::new(ErrorKind::Malformed, "read", format!("a VF token of {} bytes", text.len()))
-                .because("it is no UUID")
+                .because("it is not a UUID")
                 .remedy("write it like bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3; uuidgen makes one")
         })
     }

@@ -129,7 +129,7 @@ impl Vfio {
             let error = Error::os(errno, "set the VF token of", &self.info.name);
             match errno {
                 Errno::ENOTTY => error.because(
-                    "it is no physical function of an SR-IOV device, or its driver keeps none",
+                    "it is not a physical function of an SR-IOV device, or its driver does not support VF tokens",
                 ),
                 _ => error,
             }
@@ -167,7 +167,7 @@ impl Vfio {
                 // Of a container that is not set up, and a file of a device's own that is not bound, EINVAL.
                 Errno::ENOTTY | Errno::EINVAL => error
                     .into_kind(ErrorKind::Unsupported)
-                    .because("it is no VFIO device file, or is not ready")
+                    .because("it is not a VFIO device file, or is not ready")
                     .remedy(
                         "take the file that VFIO_GROUP_GET_DEVICE_FD gives, or one that is bound to an \
                          iommufd",
@@ -305,7 +305,7 @@ impl Transport for Vfio {
         let Region { info, start } = self.find(region, "map")?;
         if !info.mappable {
             return Err(Error::new(ErrorKind::NotMappable, "map", self.info.region_name(region))
-                .because("the kernel does not let it be mapped"));
+                .because("the kernel does not allow mapping it"));
         }
         let file = self.device.clone();
         Ok(if self.by_vfio_pci {
@@ -339,7 +339,7 @@ impl Transport for Vfio {
             AddressSpace::Ioas(_) => false,
             AddressSpace::Elsewhere => {
                 return Err(Error::new(ErrorKind::Unsupported, "hot reset", &self.info.name)
-                    .because("its file came from elsewhere, and its group is not known to be ours")
+                    .because("its device file was opened elsewhere, and its group may not be ours")
                     .remedy("reset it where it was opened"));
             }
         };
@@ -353,7 +353,7 @@ impl Transport for Vfio {
             Some(eventfd) => vfio_feature::enter_low_power_until_woken(device, eventfd),
         }
         .map_err(|errno| {
-            let error = Error::os(errno, "save the power of", &self.info.name);
+            let error = Error::os(errno, "enter low power on", &self.info.name);
             match errno {
                 Errno::ENOTTY => error.because(
                     "the kernel does not offer that, or its driver does not (vfio-pci, Linux 6.1)",

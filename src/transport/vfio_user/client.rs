@@ -92,7 +92,7 @@ impl VfioUser {
         let name = format!("vfio-user:{}", path.display());
         let stream = open(path, time).map_err(|error| {
             Error::io(&error, "connect to", &name)
-                .remedy("start its server, or see where that listens")
+                .remedy("start its server, or check the path on which it listens")
         })?;
         Self::new(stream, name, time)
     }
@@ -301,7 +301,7 @@ impl Transport for VfioUser {
     fn reset(&self) -> Result<()> {
         if !self.info.resettable {
             return Err(Error::new(ErrorKind::Unsupported, "reset", &self.info.name)
-                .because("the server offers no reset"));
+                .because("the server does not support reset"));
         }
         self.tell(command::DEVICE_RESET, &[], &[], "reset", &self.info.name)
     }

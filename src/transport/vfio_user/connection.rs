@@ -126,7 +126,7 @@ impl Connection {
         let (mut inner, mut deadline) = self.socket(Deadline::new(self.time));
         if let Some(fault) = &*self.fault() {
             return Err(Error::new(ErrorKind::Gone, operation, object)
-                .because(format!("the connection has failed before: {fault}"))
+                .because(format!("the connection failed earlier: {fault}"))
                 .remedy("connect again"));
         }
         let reply = self.converse(&mut inner, request, &mut deadline).map_err(|fault| {
@@ -138,11 +138,9 @@ impl Connection {
         match reply.header.failed() {
             None => Ok(reply),
             Some(0) => Err(Error::new(ErrorKind::Os, operation, object)
-                .because("the server refused, and did not say why")),
-            Some(errno) => {
-                Err(Error::os(Errno::from_raw(errno), operation, object)
-                    .because("the server refused"))
-            }
+                .because("the server rejected it without an error number")),
+            Some(errno) => Err(Error::os(Errno::from_raw(errno), operation, object)
+                .because("the server rejected it")),
         }
     }
 
@@ -335,7 +333,7 @@ impl Connection {
 }
 
 fn unasked() -> Fault {
-    Fault::Nonsense("the server answered what nobody asked".to_owned())
+    Fault::Nonsense("unexpected reply from the server".to_owned())
 }
 
 impl fmt::Debug for Connection {
