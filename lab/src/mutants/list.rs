@@ -11,7 +11,7 @@ pub static MUTANTS: &[Mutant] = &[
         file: "src/device/register.rs",
         before: "assert!(index < count,",
         after: "assert!(index < usize::MAX,",
-        killer: Pending("a register past the last panics"),
+        killer: Host("--test guards -- registers_past_the_last_are_not_reached"),
     },
     Mutant {
         name: "buffer-part-bound",
@@ -28,11 +28,11 @@ pub static MUTANTS: &[Mutant] = &[
         file: "src/device/dma_buffer.rs",
         before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
         after: "SealFlag::F_SEAL_GROW",
-        killer: Pending("the file of a buffer cannot be made shorter"),
+        killer: Host("--test guards -- memory_for_dma_keeps_its_size"),
     },
     Mutant {
         name: "emulated-memory-seal-shrink",
-        file: "src/transport/emulated/memory.rs",
+        file: "src/emulated/memory.rs",
         before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
         after: "SealFlag::F_SEAL_GROW",
         killer: Pending("the file of a model's memory cannot be made shorter"),
@@ -42,14 +42,17 @@ pub static MUTANTS: &[Mutant] = &[
         file: "src/sys/mm.rs",
         before: "libc::MADV_DONTFORK)",
         after: "libc::MADV_NORMAL)",
-        killer: Pending("a window is a hole in a child"),
+        killer: Host("--lib -- space::mapping::tests::a_child_has_a_hole_where_a_mapping_was"),
     },
     Mutant {
         name: "other-vetted-once",
         file: "src/space/backing.rs",
         before: "if accepted && self.kind != BackingKind::Other {",
         after: "if accepted {",
-        killer: Pending("a file of no known kind is asked before each MAP_FIXED"),
+        killer: Host(
+            "--lib -- space::ladder::tests::\
+             each_fixed_mapping_of_an_unknown_backing_is_tried_elsewhere_first",
+        ),
     },
     // A child of fork(2) leaves alone what its parent made.
     Mutant {
@@ -57,7 +60,7 @@ pub static MUTANTS: &[Mutant] = &[
         file: "src/space/mapping.rs",
         before: "if self.len == 0 || self.generation != fork::generation() {",
         after: "if self.len == 0 {",
-        killer: Pending("what a child has where its parent had a window stays"),
+        killer: Host("--lib -- space::mapping::tests::a_child_leaves_alone_what_it_did_not_map"),
     },
     Mutant {
         name: "child-drops-reservation",
@@ -68,7 +71,9 @@ pub static MUTANTS: &[Mutant] = &[
         after: "impl Drop for Area {
     fn drop(&mut self) {
         if false {",
-        killer: Pending("what a child has where its parent had a reservation stays"),
+        killer: Host(
+            "--lib -- space::reservation::tests::a_child_keeps_the_reservations_of_its_parent",
+        ),
     },
     Mutant {
         name: "child-drops-placed-mapping",
@@ -88,7 +93,7 @@ pub static MUTANTS: &[Mutant] = &[
         if self.generation != fork::generation() {",
         after: "    fn drop(&mut self) {
         if false {",
-        killer: Pending("a child's drop of a DMA mapping does not reach a server"),
+        killer: Host("--test guards -- a_child_takes_nothing_back_from_a_device"),
     },
     Mutant {
         name: "child-drops-vectors",
@@ -99,18 +104,18 @@ pub static MUTANTS: &[Mutant] = &[
         after: "impl Drop for Vectors {
     fn drop(&mut self) {
         if false {",
-        killer: Pending("a child's drop of vectors does not reach a server"),
+        killer: Host("--test guards -- a_child_takes_nothing_back_from_a_device"),
     },
     Mutant {
         name: "child-drops-events",
-        file: "src/device/vectors.rs",
+        file: "src/device/events.rs",
         before: "impl Drop for Events {
     fn drop(&mut self) {
         if self.generation != fork::generation() {",
         after: "impl Drop for Events {
     fn drop(&mut self) {
         if false {",
-        killer: Pending("a child's drop of events does not reach a server"),
+        killer: Host("--test guards -- a_child_takes_nothing_back_from_a_device"),
     },
     Mutant {
         name: "child-drops-low-power",
@@ -119,14 +124,17 @@ pub static MUTANTS: &[Mutant] = &[
         if self.generation != fork::generation() {",
         after: "    fn drop(&mut self) {
         if false {",
-        killer: Pending("a child's drop of LowPower does not wake the device"),
+        killer: Host("--test guards -- a_child_takes_nothing_back_from_a_device"),
     },
     Mutant {
         name: "child-drops-vfio",
         file: "src/transport/linux/vfio.rs",
         before: "let forked = self.generation != fork::generation();",
         after: "let forked = false;",
-        killer: Pending("a child's drop of Vfio unmaps nothing of its parent's"),
+        killer: Guest {
+            kernel: "6.12",
+            test: "dma::a_child_that_drops_a_transport_unmaps_nothing_of_its_parents",
+        },
     },
     Mutant {
         name: "child-drops-vfio-user",
@@ -141,7 +149,7 @@ pub static MUTANTS: &[Mutant] = &[
     },
     Mutant {
         name: "child-drops-emulated",
-        file: "src/transport/emulated/device.rs",
+        file: "src/emulated/device.rs",
         before: "if self.generation != fork::generation() {
             // A child of fork(2) has not the thread.",
         after: "if false {",
@@ -149,7 +157,7 @@ pub static MUTANTS: &[Mutant] = &[
     },
     Mutant {
         name: "child-drops-server",
-        file: "src/transport/emulated/server.rs",
+        file: "src/emulated/server/mod.rs",
         before: "impl Drop for Server {
     fn drop(&mut self) {
         if self.generation != fork::generation() {",
@@ -166,10 +174,7 @@ pub static MUTANTS: &[Mutant] = &[
             log::warn!(\"interrupts stay",
         after: "if let Err(error) = Ok::<(), Error>(()) {
             log::warn!(\"interrupts stay",
-        killer: Guest {
-            kernel: "6.12",
-            test: "driver::without_bus_mastering_dma_and_msi_silently_do_nothing_and_an_intx_comes",
-        },
+        killer: Host("--lib -- device::tests::vectors_are_disconnected_when_they_are_dropped"),
     },
     Mutant {
         name: "vectors-half-connected",
@@ -177,7 +182,7 @@ pub static MUTANTS: &[Mutant] = &[
         before: "            let _ = self.transport().set_irqs(kind.index(), 0, &[]);
             self.inner.notes().try_remove(slot);",
         after: "            self.inner.notes().try_remove(slot);",
-        killer: Pending("vectors that fail in parts are disconnected"),
+        killer: Host("--lib -- device::tests::vectors_that_are_refused_leave_nothing_connected"),
     },
     Mutant {
         name: "vectors-noted-after-failure",
@@ -186,20 +191,20 @@ pub static MUTANTS: &[Mutant] = &[
             return Err(error);",
         after: "            let _ = slot;
             return Err(error);",
-        killer: Pending("after vectors that failed, others can be set up"),
+        killer: Host("--lib -- device::tests::vectors_that_are_refused_leave_nothing_connected"),
     },
     Mutant {
         name: "events-half-connected",
-        file: "src/device/vectors.rs",
-        before: "events.release = connect(irq_index::REQ)?;",
-        after: "events.release = match connect(irq_index::REQ) {
+        file: "src/device/events.rs",
+        before: "events.release = connect(&events.both, irq_index::REQ)?;",
+        after: "events.release = match connect(&events.both, irq_index::REQ) {
             Ok(release) => release,
             Err(error) => {
                 std::mem::forget(events);
                 return Err(error);
             }
         };",
-        killer: Pending("events of which the second fails are disconnected"),
+        killer: Host("--lib -- device::tests::events_that_are_refused_leave_nothing_connected"),
     },
     Mutant {
         name: "binding-half-made",
@@ -209,7 +214,7 @@ pub static MUTANTS: &[Mutant] = &[
         after: "        let binding = std::mem::ManuallyDrop::new(binding);
         self.leave_driver()?;
         write(",
-        killer: Pending("a device that cannot be bound gets back the driver_override that it had"),
+        killer: Host("--lib -- what_cannot_be_bound_gets_back_what_it_had"),
     },
     Mutant {
         name: "low-power-noted-after-failure",
@@ -218,6 +223,6 @@ pub static MUTANTS: &[Mutant] = &[
             return Err(error);",
         after: "            let _ = slot;
             return Err(error);",
-        killer: Pending("after a sleep that failed, another can be tried"),
+        killer: Host("--lib -- device::tests::a_sleep_that_is_refused_leaves_nothing"),
     },
 ];
