@@ -32,7 +32,8 @@ const ALL: u32 = u32::MAX;
 pub struct Settings {
     /// I/O queues to ask for: one for each thread.
     pub queues: u16,
-    /// Entries of an I/O queue, of which all but one can be used at a time.
+    /// Entries of an I/O queue, of which all but one can be used at a time: 2 to 16384, or fewer where the
+    /// controller has less (CAP.MQES). What is outside is taken for the nearest.
     pub entries: u16,
     /// Whether completions are waited for by MSI-X, rather than by polling.
     pub interrupts: bool,

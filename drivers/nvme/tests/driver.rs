@@ -323,7 +323,8 @@ fn identifiers_outlast_the_longest_queue() {
     let faults = Faults::new([(10, Fault::LostCompletion)]);
     let storage = Storage::memory(1 << 20, 512).unwrap();
     let model = Emulated::new(Nvme::new(vec![storage]).with_faults(&faults)).unwrap();
-    let controller = controller(&model, Settings { entries: 512, ..SETTINGS });
+    let timeout = Duration::from_secs(3600);
+    let controller = controller(&model, Settings { entries: 512, timeout, ..SETTINGS });
     let namespace = controller.namespace(1).unwrap();
     let mut queue = controller.queue().unwrap();
     queue.flush(&namespace, u64::MAX).unwrap();
