@@ -8,6 +8,7 @@ mod shared;
 #[path = "support/watch.rs"]
 mod watch;
 
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -435,5 +436,16 @@ fn configuration_space_of_any_size_is_one_of_both() {
         let mut last = [0; 2];
         config.read(len - 1, &mut last);
         assert_eq!(last, [0, 0xff], "{size}: all ones are past its end");
+    }
+}
+
+/// A client that has the file cannot make an access of the server's a SIGBUS.
+#[test]
+fn the_file_of_a_models_memory_keeps_its_size() {
+    let device = Emulated::new(Edu::new()).unwrap();
+    let file = File::from(device.backing(0).unwrap().fd().try_clone_to_owned().unwrap());
+    for size in [0, 0x1_0000, 1 << 30] {
+        let error = file.set_len(size).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{size:#x} bytes");
     }
 }
