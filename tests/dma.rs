@@ -126,6 +126,52 @@ fn neighbours_who_have_mapped_much_are_mapped_around() {
 }
 
 #[test]
+fn what_is_mapped_elsewhere_keeps_to_limit_and_alignment() {
+    let neighbours = vec![0..=0x1ff_ffff, 1 << 32..=(1 << 32) + 0xffff];
+    let transport = Arc::new(Scripted { neighbours, ..Scripted::default() });
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let placement = IovaPlacement::Anywhere { alignment: 1 << 16, limit: 0xfff_ffff };
+    let buffer = space.buffer_with(BufferRequest::new(4096).placement(placement)).unwrap();
+    assert!((0x200_0000..=0xfff_ffff).contains(&buffer.iova().0), "{buffer:?}");
+    assert_eq!(buffer.iova().0 % (1 << 16), 0);
+    assert_ne!(transport.refused.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn memory_where_nothing_translates_is_where_it_may_be_or_refused() {
+    let mut limits = Scripted::default().dma_limits().unwrap();
+    limits.translated = false;
+    let at = |physical, alignment, limit| {
+        let limits = limits.clone();
+        let physical = Some(physical);
+        let transport = Arc::new(Scripted { physical, ..Scripted::with_limits(limits) });
+        let placement = IovaPlacement::Anywhere { alignment, limit };
+        let request = BufferRequest::new(4096).placement(placement);
+        Device::new(transport).dma().unwrap().buffer_with(request).map_err(|error| error.kind())
+    };
+    assert_eq!(at(0x3000, 0x1000, 0xffff).unwrap().iova(), Iova(0x3000));
+    assert_eq!(at(0x3000, 0x2000, 0xffff).unwrap_err(), ErrorKind::OutOfRange);
+    assert_eq!(at(0x10_0000, 0x1000, 0xffff).unwrap_err(), ErrorKind::OutOfRange);
+}
+
+#[test]
+fn memory_of_no_whole_pages_of_the_iommu_is_refused() {
+    let small = Device::new(Arc::new(Scripted::default())).dma().unwrap();
+    let limits = DmaLimits::new(vec![0..=(1 << 39) - 1], 16 << 10);
+    let large = Device::new(Arc::new(Scripted::with_limits(limits))).dma().unwrap();
+    // Of the right size at the wrong address, or the other way round.
+    for size in [4 << 10, 16 << 10] {
+        let buffers: Vec<_> = (0..16).map(|_| small.buffer(size).unwrap()).collect();
+        for memory in buffers.iter().map(|buffer| buffer.memory()) {
+            let whole = (memory.address() | size).is_multiple_of(16 << 10);
+            let mapped = large.map(memory.clone(), IovaPlacement::default(), Access::ReadWrite);
+            let kind = mapped.map(drop).map_err(|error| error.kind());
+            assert_eq!(kind, if whole { Ok(()) } else { Err(ErrorKind::Unaligned) });
+        }
+    }
+}
+
+#[test]
 fn a_space_that_neighbours_have_filled_says_so() {
     let neighbours = vec![0..=u64::MAX];
     let transport = Arc::new(Scripted { neighbours, ..Scripted::default() });

@@ -123,6 +123,9 @@ mod tests {
         for apart in [None, Some(AddressSpaceId::unique())] {
             assert_eq!(Addresses::of(apart, &ranges).taken(), []);
         }
+        assert_eq!(Addresses::of(Some(id), &ranges).taken(), [0x2000..=0x3fff], "still that one");
+        assert!(one.contain(0x4000, 0x1000) && one.contain(0x2000, 0x1000), "free or taken");
+        assert!(!one.contain(0x4000, 0x1001) && !one.contain(u64::MAX, 2));
         drop((one, other));
         assert_eq!(Addresses::of(Some(id), &ranges).taken(), [], "all have left");
     }
