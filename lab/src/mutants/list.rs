@@ -236,4 +236,102 @@ pub static MUTANTS: &[Mutant] = &[
             return Err(error);",
         killer: Host("--lib -- device::tests::a_sleep_that_is_refused_leaves_nothing"),
     },
+    // The Linux transport, on a real kernel.
+    Mutant {
+        name: "linux-mapping-limit",
+        file: "src/transport/linux/vfio.rs",
+        before: "if mapped >= self.most.load(Ordering::Relaxed) && self.dma_limits()?.mappings == Some(0) {",
+        after: "if false && mapped >= self.most.load(Ordering::Relaxed) {",
+        killer: Guest {
+            kernel: "6.12",
+            test: "dma::the_limit_on_mappings_is_named_and_reached_again_after_an_unmap",
+        },
+    },
+    Mutant {
+        name: "linux-driver-restored",
+        file: "src/transport/linux/binding.rs",
+        before: "        if device.driver() != *driver {",
+        after: "        if false && device.driver() != *driver {",
+        killer: Guest {
+            kernel: "6.12",
+            test: "binding::a_bound_device_opens_and_gets_its_driver_back",
+        },
+    },
+    Mutant {
+        name: "linux-one-space",
+        file: "src/transport/linux/group.rs",
+        before: "    beside.map_or_else(AddressSpaceId::unique, Group::address_space)",
+        after: "    beside.map_or_else(AddressSpaceId::unique, |_| AddressSpaceId::unique())",
+        killer: Guest {
+            kernel: "6.12",
+            test: "address_spaces::thousands_of_pages_of_a_neighbour_are_no_obstacle",
+        },
+    },
+    Mutant {
+        name: "linux-positive-count",
+        file: "src/transport/linux/irq.rs",
+        before: "    if available == 0 {\n",
+        after: "    if true || available == 0 {\n",
+        killer: Guest {
+            kernel: "6.12",
+            test: "msi::fewer_vectors_are_an_error_that_counts_them_without_intremap",
+        },
+    },
+    Mutant {
+        name: "linux-uncounted-unmap",
+        file: "src/transport/linux/vfio.rs",
+        before: "        self.books.strike(kept.as_ref().map_or(size, DmaMemory::lockable));\n",
+        after: "        let _ = kept;\n",
+        killer: Guest {
+            kernel: "6.12",
+            test: "dma::the_limit_on_locked_memory_is_named_with_the_need_and_the_command_that_raises_it",
+        },
+    },
+    Mutant {
+        name: "linux-group-shared",
+        file: "src/transport/linux/group.rs",
+        before: "            if wanted && group.confinement() == confinement {",
+        after: "            if false && wanted && group.confinement() == confinement {",
+        killer: Guest {
+            kernel: "6.12",
+            test: "binding::a_viable_group_opens_once_the_neighbour_is_bound",
+        },
+    },
+    Mutant {
+        name: "linux-memory-kept",
+        file: "src/transport/linux/books.rs",
+        before: "        let before = kept.insert(iova, memory.clone());\n        drop(kept);\n        drop(before);\n",
+        after: "        drop(kept);\n",
+        killer: Guest {
+            kernel: "6.12",
+            test: "dma::what_a_transport_has_mapped_of_others_is_kept_until_it_is_unmapped_or_the_transport_goes",
+        },
+    },
+    Mutant {
+        name: "linux-left-mapped",
+        file: "src/transport/linux/vfio.rs",
+        before: "            if let Err(error) = self.space.unmap(iova, memory.size() as u64, &self.info.name) {",
+        after: "            if let Err(error) = Ok::<(), Error>(drop(iova)) {",
+        killer: Guest {
+            kernel: "6.12",
+            test: "address_spaces::what_a_device_leaves_mapped_is_unmapped_as_it_leaves",
+        },
+    },
+    Mutant {
+        name: "linux-region-end",
+        file: "src/transport/linux/vfio.rs",
+        before: "            .filter(|_| inside)\n",
+        after: "            .filter(|_| inside || true)\n",
+        killer: Guest { kernel: "6.12", test: "bad_input::ranges_that_make_no_sense" },
+    },
+    Mutant {
+        name: "linux-viable",
+        file: "src/transport/linux/group.rs",
+        before: "    if flags & VFIO_GROUP_FLAGS_VIABLE != 0 {",
+        after: "    if true || flags & VFIO_GROUP_FLAGS_VIABLE != 0 {",
+        killer: Guest {
+            kernel: "6.12",
+            test: "binding::a_viable_group_opens_once_the_neighbour_is_bound",
+        },
+    },
 ];
