@@ -21,7 +21,7 @@ use super::dma::{DmaMapping, DmaSpace, IovaPlacement};
 use super::iova::Iova;
 use super::register_access::Width;
 use crate::error::{Error, ErrorKind, Result};
-use crate::space::{Access, DmaMemory};
+use crate::space::{Access, DmaMemory, out_of_memory};
 use crate::sys;
 use crate::transport::DmaLimits;
 
@@ -105,8 +105,9 @@ impl Memory {
     /// bytes, a power of two; and where in the file they begin. The file's length cannot change: no access
     /// to the mapping ever faults.
     fn new(size: usize, alignment: usize, huge: bool) -> Result<(Self, OwnedFd, u64)> {
+        let object = || format!("{size:#x} bytes for DMA");
         let failed = |errno| {
-            let error = Error::os(errno, "allocate", format!("{size:#x} bytes for DMA"));
+            let error = Error::os(errno, "allocate", object());
             if !huge {
                 return error;
             }
@@ -129,7 +130,10 @@ impl Memory {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: the kernel chooses a range that nobody uses.
         let at = unsafe { mmap(None, room, protection, MapFlags::MAP_SHARED, fd.as_fd(), 0) };
-        let at = at.map_err(failed)?.cast();
+        let no_room = |errno| {
+            if huge { failed(errno) } else { out_of_memory(errno, "allocate", object(), size) }
+        };
+        let at = at.map_err(no_room)?.cast();
         let mut memory = Self { at, size: room.get(), refused: None, huge };
         let skipped = memory.at.addr().get().wrapping_neg() & (alignment - 1);
         memory.trim(skipped, size).map_err(failed)?;

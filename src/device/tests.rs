@@ -1,9 +1,11 @@
 //! What is undone: when a set-up fails, when its owner is dropped, and not in a child of `fork(2)`.
 
-#![expect(unsafe_code, reason = "a device changes this memory at any time")]
+#![expect(unsafe_code, reason = "tests fork")]
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
+
+use nix::sys::resource::{Resource, setrlimit};
 
 use super::*;
 use crate::space::{Access, DmaMemory};
@@ -202,4 +204,21 @@ fn a_child_undoes_nothing_of_its_parents() {
         ["disconnect MSI", "disconnect errors", "disconnect requests", "wake", "unmap 0x1000"]
     );
     closes(told, device);
+}
+
+#[test]
+fn a_buffer_without_address_space_names_the_limit() {
+    const LIMIT: u64 = 4 << 30;
+    let (_told, device) = device(false);
+    let space = device.dma().unwrap();
+    let named = || {
+        setrlimit(Resource::RLIMIT_AS, LIMIT, LIMIT).unwrap();
+        let error = space.buffer(LIMIT as usize).unwrap_err();
+        println!("{error}");
+        error.kind() == ErrorKind::AddressSpace
+            && error.to_string().contains("may have 4294967296 (RLIMIT_AS)")
+            && error.advice().contains("--as=")
+    };
+    // SAFETY: no other thread knows of this device, and so holds none of its locks.
+    assert!(unsafe { fork::holds_in_child(named) });
 }

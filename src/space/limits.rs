@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind};
 use crate::sys::maps;
 
 /// The error of a call that maps, for which `size` bytes were not to be had.
-pub(super) fn out_of_memory(
+pub(crate) fn out_of_memory(
     errno: Errno,
     operation: &'static str,
     object: impl fmt::Display,

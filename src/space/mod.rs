@@ -24,6 +24,7 @@ pub use backing::BackingKind;
 pub use hazard::Hazard;
 pub use kernel::KernelVersion;
 pub use ladder::Relocation;
+pub(crate) use limits::out_of_memory;
 pub(crate) use mapping::Mapping;
 pub use memory::DmaMemory;
 pub use placement::{Failed, Placement, Request, Strategy};
