@@ -70,9 +70,9 @@ impl Series {
     }
 
     /// What the cache keeps beside a kernel to know again what it is made of:
-    /// all of it, since it is short.
+    /// all of it, since it is short, but for what the patches say of themselves.
     fn text(&self) -> String {
-        let patches = self.patches.iter().map(|(_, patch)| patch.as_str());
+        let patches = self.patches.iter().map(|(_, patch)| changes(patch));
         patches.chain(self.selftests.iter().copied()).chain([self.config.as_str()]).collect()
     }
 
@@ -81,6 +81,11 @@ impl Series {
         let built_from = fs::read_to_string(directory.join("series"));
         built_from.is_ok_and(|built_from| built_from == self.text())
     }
+}
+
+/// A patch without the mail that it is in.
+fn changes(patch: &str) -> &str {
+    patch.find("\ndiff --git ").map_or(patch, |at| &patch[at..])
 }
 
 /// Whether `directory` holds a kernel of this recipe, of whichever source.
@@ -299,9 +304,17 @@ mod tests {
         let order: Vec<_> = series.patches.iter().map(|(name, _)| name.as_str()).collect();
         assert!(order[0].starts_with("fixes/0001-"), "{order:?}");
         assert!(order[order.len() - 1].starts_with("rfc/"), "{order:?}");
-        assert!(series.patches.iter().all(|(_, patch)| series.text().contains(patch)));
+        assert!(series.patches.iter().all(|(_, patch)| series.text().contains(changes(patch))));
         assert!(series.text().contains("one"));
         assert!(series.text().ends_with(&series.config));
+    }
+
+    #[test]
+    fn another_message_makes_no_other_kernel() {
+        let patch =
+            |message| format!("{message}\n---\n file | 1 +\n\ndiff --git a/file b/file\n+x\n");
+        assert_eq!(changes(&patch("one")), changes(&patch("two")));
+        assert!(changes(&patch("one")).ends_with("+x\n"));
     }
 
     #[test]

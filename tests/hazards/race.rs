@@ -13,7 +13,7 @@ use crate::reach::Loader;
 use crate::{child, klog};
 
 /// A word in each GiB of the BAR.
-const WORDS: [usize; 4] = [0, GIB, 2 * GIB, 3 * GIB];
+const WORDS: [usize; 4] = [0x1234, GIB + 0x1234, 2 * GIB + 0x1234, 3 * GIB + 0x1234];
 
 /// How long a race goes on, whatever the machine is busy with.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -61,6 +61,15 @@ impl Race<'_> {
     }
 }
 
+/// Ends a race when it is dropped, as it is where a round fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Takes turns of `round`, which changes the mapping and says where it is then, while another thread
 /// revokes it.
 fn race(length: &Length, round: impl Fn(&Bar, usize) -> usize) -> Tally {
@@ -76,6 +85,7 @@ fn race(length: &Length, round: impl Fn(&Bar, usize) -> usize) -> Tally {
     let mut rounds = 0;
     let revocations = thread::scope(|scope| {
         let revoking = scope.spawn(|| race.revoke());
+        let over = Over(&race.over);
         while !revoking.is_finished()
             && (started.elapsed() < length.time || rounds < length.rounds)
             && started.elapsed() < LIMIT
@@ -90,7 +100,7 @@ fn race(length: &Length, round: impl Fn(&Bar, usize) -> usize) -> Tally {
             *place = round(&bar, *place);
             rounds += 1;
         }
-        race.over.store(true, Ordering::Relaxed);
+        drop(over);
         revoking.join().unwrap()
     });
     let time = started.elapsed();
