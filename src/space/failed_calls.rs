@@ -212,6 +212,7 @@ fn without_room_files_that_look_alike_stay_where_they_are() {
     let no_room = |call| matches!(call, Call::Reserve | Call::Cover { .. });
     let failed = spy::refuse(Errno::ENOMEM, no_room, || mapping.vacate().unwrap_err());
     assert_eq!(failed.errno(), Some(libc::ENOMEM), "{failed}");
+    assert!(!mapping.has_gone());
     assert_eq!((mapping.range(), state(&range)), (range.clone(), (PAGE, 0)));
     spy::refuse(Errno::ENOMEM, no_room, || drop(mapping));
     assert_eq!(state(&range), (0, PAGE));

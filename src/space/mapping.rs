@@ -439,6 +439,30 @@ mod tests {
     use crate::space::Strategy;
     use crate::space::fixture::{PAGE, backing, secluded, state, unmap_and_let_in};
     use crate::sys::file;
+    use crate::sys::spy::{self, Call};
+
+    /// The calls that map `len` bytes where there is room.
+    fn calls(kind: BackingKind, len: usize) -> Vec<Call> {
+        let backing = Arc::new(backing(len, kind));
+        let map = || Mapping::new(backing, 0, len, Access::ReadWrite, Placement::Anywhere);
+        let (made, calls) = spy::record(map);
+        let mapping = made.unwrap();
+        assert_eq!(mapping.is_shared_memory(), kind == BackingKind::SharedMemory);
+        let at = mapping.range().start;
+        let shown = format!("Mapping(bar 0 of test, 0x0..{len:#x} at {at:#x}, ReadWrite)");
+        assert_eq!(format!("{mapping:?}"), shown);
+        calls
+    }
+
+    #[test]
+    fn a_small_mapping_is_one_call_and_large_ones_of_bars_ask_for_huge_pages() {
+        let advises = |calls: &[Call]| calls.iter().filter(|call| **call == Call::Advise).count();
+        for kind in [BackingKind::SharedMemory, BackingKind::VfioPci, BackingKind::Other] {
+            assert_eq!(calls(kind, PAGE), [Call::Map { len: PAGE }, Call::Advise]);
+            let huge = usize::from(kind == BackingKind::VfioPci);
+            assert_eq!(advises(&calls(kind, HUGE)), 1 + huge, "{kind:?}");
+        }
+    }
 
     #[test]
     fn a_child_has_a_hole_where_a_mapping_was() {

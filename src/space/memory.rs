@@ -108,3 +108,24 @@ impl fmt::Debug for DmaMemory {
         write!(f, "DmaMemory({:#x}..{:#x})", self.address(), self.address() + self.size())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::file;
+
+    #[test]
+    fn whose_the_pages_are_says_what_is_locked_and_kept() {
+        let file = Arc::new(file::memory_file("vfio-remap-test", 0x3000).unwrap());
+        let part = Some((file, 0x1000));
+        // SAFETY: nobody maps or reaches it.
+        let memory = unsafe { DmaMemory::new(0x10_0000, 0x2000, part, Arc::new(())) };
+        assert_eq!((memory.address(), memory.size()), (0x10_0000, 0x2000));
+        assert_eq!(memory.file().map(|(_, offset)| offset), Some(0x1000));
+        assert_eq!(format!("{memory:?}"), "DmaMemory(0x100000..0x102000)");
+        let locked_and_kept = |memory: &DmaMemory| (memory.lockable(), memory.is_kept_by_kernel());
+        assert_eq!(locked_and_kept(&memory), (0x2000, false));
+        assert_eq!(locked_and_kept(&memory.clone().own()), (0x2000, true));
+        assert_eq!(locked_and_kept(&memory.of_device()), (0, false));
+    }
+}

@@ -143,3 +143,41 @@ impl fmt::Debug for Failed {
         fmt::Debug::fmt(&self.error, f)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    #[test]
+    fn the_first_of_each_strategy_counts() {
+        use Strategy::{DontUnmap, MapAgain, Move};
+        let order = |request: Request| (request.strategies, request.pinned);
+        let all = [MapAgain, MapAgain, Move, MapAgain, DontUnmap, Move];
+        let wanted = ([Some(MapAgain), Some(Move), Some(DontUnmap)], false);
+        assert_eq!(order(Placement::Anywhere.by(&all)), wanted);
+        let wanted = ([Some(Move), None, None], true);
+        assert_eq!(order(Placement::Anywhere.only(Move)), wanted);
+        let wanted = ([Some(DontUnmap), Some(MapAgain), None], false);
+        assert_eq!(order(Placement::Anywhere.into()), wanted);
+        assert_eq!(DontUnmap.to_string(), "DontUnmap");
+    }
+
+    #[test]
+    fn a_failure_is_its_error_and_gives_the_reservation_back() {
+        let failed = || {
+            let error = Error::from_errno(libc::EACCES, "map", "bar 0");
+            Failed::new(error, Some(Reservation::new(1).unwrap()))
+        };
+        let (error, reservation) = failed().into_parts();
+        assert!(reservation.is_some() && failed().into_reservation().is_some());
+        assert_eq!(failed().error().to_string(), error.to_string());
+        assert_eq!(failed().to_string(), error.to_string());
+        assert_eq!(format!("{:?}", failed()), format!("{error:?}"));
+        assert_eq!(failed().kind(), ErrorKind::PermissionDenied);
+        assert_eq!(Error::from(failed()).to_string(), error.to_string());
+        let io = std::io::Error::from(failed());
+        assert_eq!(io.kind(), std::io::ErrorKind::PermissionDenied);
+        assert!(Failed::from(error).into_reservation().is_none());
+    }
+}

@@ -165,4 +165,35 @@ mod tests {
              (Invalid argument) (remembered); the source is live and warm"
         );
     }
+
+    #[test]
+    fn what_became_of_the_source_ends_the_sentence() {
+        let attempt = |outcome| Attempt { strategy: Strategy::Move, outcome };
+        let attempts = [
+            attempt(Outcome::OnlyMoves),
+            attempt(Outcome::Hazard(Hazard::UnknownBacking)),
+            attempt(Outcome::Refused { errno: Errno::EIO as i32, remembered: false }),
+        ];
+        for (source, end) in [
+            (Source::Warm, "; the source is live and warm"),
+            (Source::Cold, "; the source is live but cold: it faults in again when touched"),
+            (Source::Released, "; the old range is reserved and reaches nothing"),
+            (Source::ReleasedWithGap, "was a hole for an instant (gap)"),
+            (Source::Lost, "cannot be told from another's"),
+        ] {
+            let report = Report {
+                verb: Verb::Relocate,
+                strategy: Strategy::MapAgain,
+                attempts: Attempts(ArrayVec::from_iter(attempts)),
+                from: 0x1000..0x3000,
+                to: 0x8000..0xa000,
+                source,
+            };
+            let sentence = report.to_string();
+            let start = "relocated 0x1000..0x3000 to 0x8000 by MapAgain; Move cannot duplicate; Move was \
+                         not taken: nothing says that this backing fills the source again; Move was \
+                         refused with EIO (I/O error); ";
+            assert!(sentence.starts_with(start) && sentence.ends_with(end), "{sentence}");
+        }
+    }
 }

@@ -399,6 +399,7 @@ fn large_mappings_are_congruent_wherever_they_go() {
     let mut window = Mapping::new(backing, offset, 4 * MIB, Access::ReadWrite, place).unwrap();
     let residue = |mapping: &Mapping| mapping.range().start % (2 * MIB);
     assert_eq!(residue(&window), PAGE);
+    assert_eq!(window.offset(), offset);
     window.relocate(Placement::Anywhere.into()).unwrap();
     assert_eq!(residue(&window), PAGE);
     let (duplicate, _) = window.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap();
@@ -477,4 +478,16 @@ fn a_known_backing_is_tried_once_for_each_access() {
     assert_eq!(tries, [0, 1, 0]);
     drop(kept);
     assert_eq!(format!("{backing:?}"), "Backing(bar 0 of test, SharedMemory)");
+}
+
+#[test]
+fn a_gib_is_congruent_modulo_a_gib() {
+    const GIB: usize = 1 << 30;
+    let backing = Arc::new(backing(2 * GIB, BackingKind::SharedMemory));
+    let map = || {
+        let place = Placement::Anywhere;
+        Mapping::new(backing.clone(), PAGE as u64, GIB, Access::ReadOnly, place).unwrap()
+    };
+    let all = [map(), map()];
+    assert_eq!(all.map(|window| window.range().start % GIB), [PAGE, PAGE]);
 }
