@@ -465,6 +465,16 @@ mod tests {
     }
 
     #[test]
+    fn a_mapping_that_has_a_reservation_to_itself_goes_with_it_in_one_call() {
+        let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
+        let place = Placement::In(secluded(PAGE));
+        let made = Mapping::new(backing, 0, PAGE, Access::ReadWrite, place).unwrap();
+        let range = made.range();
+        let ((), calls) = spy::record(|| drop(made));
+        assert_eq!((calls, state(&range)), (vec![Call::Unmap], (0, 0)));
+    }
+
+    #[test]
     fn a_child_has_a_hole_where_a_mapping_was() {
         let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
         for strategy in [Strategy::DontUnmap, Strategy::MapAgain, Strategy::Move] {

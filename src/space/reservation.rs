@@ -451,8 +451,6 @@ unsafe fn unmap_or_leak(range: &Range<usize>) {
 /// Whether the stack of the main thread, which is mapped as it is used, may come to lie in `range`: the
 /// kernel keeps it from growing into a mapping, but only where it has to be grown at all.
 fn stack_may_grow_into(range: &Range<usize>) -> bool {
-    const GAP: usize = 1 << 20;
-    const LEAST: u64 = 8 << 20;
     /// One past the stack's highest byte, which stays as it is.
     static END: OnceLock<Option<usize>> = OnceLock::new();
     let find = || {
@@ -460,19 +458,27 @@ fn stack_may_grow_into(range: &Range<usize>) -> bool {
         all.iter().find(|mapped| mapped.name == "[stack]").map(|stack| stack.range.end)
     };
     let Some(end) = *END.get_or_init(find) else { return false };
-    let floor = match getrlimit(Resource::RLIMIT_STACK).map_or(RLIM_INFINITY, |(limit, _)| limit) {
-        RLIM_INFINITY => None,
-        limit => usize::try_from(limit.max(LEAST))
-            .ok()
-            .and_then(|limit| end.checked_sub(limit)?.checked_sub(GAP)),
-    };
-    // Without a limit it grows down to what is mapped below it.
-    let floor = floor.unwrap_or_else(|| {
-        let all = maps::overlapping(&(0..end));
-        let stack = all.iter().position(|mapped| mapped.range.end == end).unwrap_or(0);
-        all[..stack].last().map_or(0, |below| below.range.end)
-    });
+    let limit = getrlimit(Resource::RLIMIT_STACK).map_or(RLIM_INFINITY, |(limit, _)| limit);
+    let floor =
+        stack_floor(end, limit).unwrap_or_else(|| end_below(&maps::overlapping(&(0..end)), end));
     range.start < end && floor < range.end
+}
+
+/// The lowest address that a stack that ends at `end` may come to, with the gap that the kernel keeps below
+/// it; `None` without a limit.
+fn stack_floor(end: usize, limit: u64) -> Option<usize> {
+    const GAP: usize = 1 << 20;
+    const LEAST: u64 = 8 << 20;
+    if limit == RLIM_INFINITY {
+        return None;
+    }
+    end.checked_sub(usize::try_from(limit.max(LEAST)).ok()?)?.checked_sub(GAP)
+}
+
+/// Where the mapping ends that is the next below the one that ends at `end`.
+fn end_below(mappings: &[maps::Mapped], end: usize) -> usize {
+    let index = mappings.iter().position(|mapped| mapped.range.end == end).unwrap_or(0);
+    mappings[..index].last().map_or(0, |below| below.range.end)
 }
 
 impl fmt::Debug for Reservation {

@@ -96,7 +96,7 @@ pub(crate) fn reserve_at(
     offset: u64,
     len: usize,
 ) -> Result<()> {
-    spy::call(Call::ReserveAt)?;
+    spy::call(Call::ReserveAt { address })?;
     let flags = MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
     // SAFETY: NOREPLACE never touches what is there.
     let at = unsafe { mmap(address, len, PROT_NONE, flags, placeholder.as_raw_fd(), offset)? };

@@ -13,7 +13,7 @@ pub(crate) enum Call {
     /// `mmap` of the inaccessible placeholder where the kernel likes.
     Reserve,
     /// The same at an address, only if nothing is there (`MAP_FIXED_NOREPLACE`).
-    ReserveAt,
+    ReserveAt { address: usize },
     /// The same over a range of ours (`MAP_FIXED`).
     Cover { address: usize, len: usize },
     /// `mmap` of a file where the kernel likes.

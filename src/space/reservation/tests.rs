@@ -31,7 +31,7 @@ fn without_room_to_align_the_size_alone_is_enough() {
                 reserves += 1;
                 (reserves == 1).then_some(Errno::ENOMEM)
             }
-            Call::ReserveAt => {
+            Call::ReserveAt { .. } => {
                 tries += 1;
                 (tries <= taken).then_some(Errno::EEXIST)
             }
@@ -41,7 +41,7 @@ fn without_room_to_align_the_size_alone_is_enough() {
         let (reservation, calls) = spy::record(|| spy::script(script, make));
         assert_eq!(reservation.address() % modulus, 0x5000);
         assert_eq!((reservation.size(), mapped(&reservation.range())), (4 * MIB, 4 * MIB));
-        let tries = calls.iter().filter(|call| **call == Call::ReserveAt).count();
+        let tries = calls.iter().filter(|call| matches!(call, Call::ReserveAt { .. })).count();
         // Or none, where the kernel's choice is congruent by chance.
         assert!(tries == 0 || tries > taken, "{calls:?}");
     }
@@ -55,13 +55,20 @@ fn an_aligned_address_is_not_searched_for_ever() {
             reserves += 1;
             (reserves == 1).then_some(Errno::EAGAIN)
         }
-        Call::ReserveAt => Some(Errno::EEXIST),
+        Call::ReserveAt { .. } => Some(Errno::EEXIST),
         _ => None,
     };
     let make = || Reservation::congruent(4 * MIB, 1 << 34, 0x5000).unwrap_err();
     let (failed, calls) = spy::record(|| spy::script(script, make));
     assert_eq!(failed.errno(), Some(libc::EAGAIN), "{failed}");
-    assert_eq!(calls.iter().filter(|call| **call == Call::ReserveAt).count(), 64);
+    let tried = calls.iter().filter_map(|call| match *call {
+        Call::ReserveAt { address } => Some(address),
+        _ => None,
+    });
+    let tried: Vec<_> = tried.collect();
+    assert_eq!(tried.len(), 64);
+    assert!(tried.windows(2).all(|two| two[0] - two[1] == 1 << 34), "{tried:x?}");
+    assert!(tried.iter().all(|address| address % (1 << 34) == 0x5000), "{tried:x?}");
     assert_eq!(calls[..3], [Call::Reserve, Call::Reserve, Call::Unmap]);
 }
 
@@ -119,6 +126,7 @@ fn a_bad_split_gives_the_reservation_back() {
     let range = whole.range();
     let failed = whole.split_at(MIB).unwrap_err();
     assert_eq!(failed.kind(), ErrorKind::OutOfRange);
+    assert_eq!(failed.object(), format!("addresses {:#x}..{:#x}", range.start, range.end));
     let failed = failed.into_reservation().unwrap().split_at(1).unwrap_err();
     assert_eq!(failed.kind(), ErrorKind::Unaligned);
     assert_eq!(failed.into_reservation().unwrap().range(), range);
@@ -150,7 +158,8 @@ fn what_others_took_is_never_unmapped() {
     let other = Reservation::at(second.address() + 4096, 4096).unwrap();
     // SAFETY: nothing of ours is there.
     assert!(!unsafe { second.plug(&Turn::take(), second.size()) });
-    drop(second);
+    let ((), calls) = spy::record(|| drop(second));
+    assert_eq!(calls, [Call::Unmap], "what lies before it");
     assert_eq!(mapped(&range), 4096, "only what the other holds");
     drop(other);
 }
@@ -195,4 +204,78 @@ fn a_kept_destination_is_known_by_its_file() {
         unsafe { reservation.plug(&Turn::take(), MIB) }
     });
     assert!(kept && calls.is_empty());
+}
+
+#[test]
+fn a_reservation_without_alignment_is_one_call() {
+    let (made, calls) = spy::record(|| Reservation::new(MIB));
+    assert_eq!((made.is_ok(), calls), (true, vec![Call::Reserve]));
+    let no_room =
+        || spy::refuse(Errno::ENOMEM, |call| call == Call::Reserve, || Reservation::new(MIB));
+    let (made, calls) = spy::record(no_room);
+    assert_eq!(made.unwrap_err().errno(), Some(libc::ENOMEM));
+    assert_eq!(calls, [Call::Reserve]);
+}
+
+#[test]
+fn what_was_reserved_to_align_in_is_given_back() {
+    let (made, calls) = spy::record(|| Reservation::congruent(MIB, 1 << 34, 0x5000));
+    assert_eq!(made.unwrap().address() % (1 << 34), 0x5000);
+    assert_eq!(calls, [Call::Reserve, Call::Unmap, Call::Unmap], "before and after it");
+}
+
+#[test]
+fn anonymous_memory_that_is_in_the_way_is_named_so() {
+    let place = secluded(MIB);
+    let range = place.range();
+    drop(place);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    let (at, prot) = (range.start as *mut libc::c_void, libc::PROT_READ);
+    // SAFETY: NOREPLACE never touches what is there.
+    assert_eq!(unsafe { libc::mmap(at, MIB, prot, flags, -1, 0) }, at);
+    let error = Reservation::at(range.start, MIB).unwrap_err();
+    let words = format!("anonymous memory is mapped at {:#x}..{:#x}", range.start, range.end);
+    assert!(error.to_string().contains(&words), "{error}");
+    // SAFETY: mapped above, and nobody knows of it.
+    unsafe { mm::munmap(range.start, MIB) }.unwrap();
+}
+
+#[test]
+fn a_gap_is_reserved_again_unless_somebody_is_there() {
+    let place = secluded(MIB);
+    let range = place.range();
+    drop(place);
+    let over_gap = || Reservation::over_gap(&Turn::take(), range.start, MIB);
+    let again = over_gap().unwrap();
+    assert_eq!((again.range(), mapped(&range)), (range.clone(), MIB));
+    assert!(over_gap().is_none());
+}
+
+#[test]
+fn only_a_placeholder_is_unlocked() {
+    let (reservation, rest) = secluded(2 * MIB).split_at(MIB).unwrap();
+    assert!(reservation.unlock(MIB));
+    // SAFETY: the reservation is ours; this is the hole that a failing FIXED call leaves.
+    unsafe { mm::munmap(reservation.start + MIB / 2, MIB / 2) }.unwrap();
+    let (unlocked, calls) = spy::record(|| reservation.unlock(MIB));
+    assert!(!unlocked && calls.is_empty(), "{calls:?}");
+    drop(rest);
+}
+
+#[test]
+fn the_stack_grows_down_to_its_limit_or_to_what_is_below() {
+    let end = 0x7fff_0000_0000;
+    assert_eq!(stack_floor(end, 8 << 20), Some(end - 9 * MIB));
+    assert_eq!(stack_floor(end, 1 << 20), Some(end - 9 * MIB), "it may be raised again");
+    assert_eq!(stack_floor(end, 64 << 20), Some(end - 65 * MIB));
+    assert_eq!(stack_floor(end, RLIM_INFINITY), None);
+    assert_eq!(stack_floor(end, end as u64), None);
+
+    let all = maps::overlapping(&(0..usize::MAX));
+    let stack = all.iter().position(|mapped| mapped.name == "[stack]").unwrap();
+    let end = all[stack].range.end;
+    assert_eq!(end_below(&all, end), all[stack - 1].range.end);
+    assert_eq!(end_below(&[], end), 0);
+    assert!(stack_may_grow_into(&(end - 4096..end)));
+    assert!(!stack_may_grow_into(&(end..end + 4096)));
 }
