@@ -97,30 +97,41 @@
 //! A driver for devices of this machine needs none of them.
 
 #![deny(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(
     "vfio-remap needs Linux on a 64-bit machine: VFIO is Linux's, and BARs of GiB need addresses"
 );
 
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub mod device;
-#[cfg(feature = "emulated")]
+#[cfg(all(target_os = "linux", target_pointer_width = "64", feature = "emulated"))]
 pub mod emulated;
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 mod error;
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub mod space;
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 mod sys;
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub mod transport;
 
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use device::{
     Bar, Device, IoRegister, IoRegisterBlock, Register, RegisterBlock, Registers, Window,
     poll_until, poll_until_async, try_poll_until,
 };
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use error::{Error, ErrorKind, Result};
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use space::{Placement, Report, Reservation, Strategy};
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use transport::{PciAddress, Transport};
 
 /// What [`register_block!`] refers to by path.
 #[doc(hidden)]
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub mod __register_block {
     pub use crate::device::register_layout::max_align;
     pub use bitfield_struct::bitfield;

@@ -2,9 +2,10 @@
 //! crate's tests, examples and benchmarks there.
 //!
 //! From the top: [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
-//! [`matrix`], [`mutants`], [`performance`] and this file are the commands, [`boot`] is one boot
-//! of one kernel, with its [`heartbeat`]; [`kernels`], [`patched`], [`busybox`], [`payload`] and [`guest`]
-//! make what is booted, [`machine`] and [`root`] what it is booted on;
+//! [`matrix`], [`mutants`], [`targets`], [`performance`] and this file are the commands,
+//! [`boot`] is one boot of one kernel, with its [`heartbeat`]; [`kernels`], [`patched`],
+//! [`busybox`], [`payload`], [`compiler`] and [`guest`] make what is booted or built,
+//! [`machine`] and [`root`] what it is booted on;
 //! [`klog`], [`libtest`] and [`report`] judge what came of it.
 
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ mod busybox;
 mod cache;
 mod chart;
 mod command;
+mod compiler;
 mod cpio;
 mod decompress;
 mod fio;
@@ -37,6 +39,7 @@ mod qemu;
 mod report;
 mod root;
 mod soak;
+mod targets;
 mod test;
 mod tools;
 mod ui;
@@ -130,6 +133,15 @@ enum Task {
         #[command(flatten)]
         common: Common,
     },
+    /// Check that the crate compiles with musl and for aarch64, with and without its
+    /// features, and that it is one clear error on other machines.
+    ///
+    /// Debian's compiler and its sources are fetched once, 150 MB; the standard
+    /// library of each target is built, which takes some minutes the first time.
+    Targets {
+        #[command(flatten)]
+        mirror: Mirror,
+    },
     /// Run an example in a guest; its exit status becomes the lab's.
     Run {
         /// The kernel to run it in.
@@ -180,11 +192,17 @@ enum Task {
 }
 
 #[derive(Args)]
-struct Common {
+struct Mirror {
     /// Fetch packages from here, not from the mirror in the machine's own apt
     /// configuration.
-    #[arg(long, value_name = "URL", env = "LAB_MIRROR")]
-    mirror: Option<String>,
+    #[arg(long = "mirror", value_name = "URL", env = "LAB_MIRROR")]
+    url: Option<String>,
+}
+
+#[derive(Args)]
+struct Common {
+    #[command(flatten)]
+    mirror: Mirror,
     /// Give up on a boot after this time.
     #[arg(long, value_name = "MINUTES", default_value_t = 20)]
     timeout: u64,
@@ -230,7 +248,7 @@ fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Test { kernels, host_only, common, libtest } => {
             // All at once, since what is found missing later costs the time until then.
-            tools::ensure(&test::needs(&kernels, host_only, common.mirror.clone())?)?;
+            tools::ensure(&test::needs(&kernels, host_only, common.mirror.url.clone())?)?;
             if kernels.is_empty() {
                 host::test()?;
                 fuzz::briefly()?;
@@ -267,6 +285,10 @@ fn perform(task: Task) -> Result<ExitCode> {
             let guests = if mutants::need_guests(&chosen) { Some(ready(common)?) } else { None };
             let killed = mutants::run(&chosen, guests.as_ref())?;
             Ok(if killed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Targets { mirror } => {
+            let passed = targets::run(&Store::open(mirror.url)?)?;
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Run { kernel, common, command } => {
             let (name, arguments) = command.split_first().context("clap wants an example")?;
@@ -312,7 +334,7 @@ fn perform(task: Task) -> Result<ExitCode> {
 
 /// Readies what all boots have in common.
 fn ready(common: Common) -> Result<(Lab, Store)> {
-    let store = Store::open(common.mirror)?;
+    let store = Store::open(common.mirror.url)?;
     tools::ensure(&[Need::Booting])?;
     let lab = Lab {
         root: Root::ensure(&store)?,
