@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,13 +32,25 @@ const LOOK: Duration = Duration::from_secs(5);
 /// How often a guest is booted that the emulator does not bring to its end.
 const ATTEMPTS: usize = 3;
 
+/// What becomes of a payload's output, beside the file that keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Show {
+    /// It goes to standard output as it comes.
+    AtOnce,
+    /// It goes there when the guest has ended: what guests write side by side does not mix.
+    AtTheEnd,
+    Never,
+}
+
 /// Where boots find their parts and leave their logs.
+#[derive(Clone)]
 pub struct Lab {
     pub root: Root,
     pub busybox: PathBuf,
     /// For what a boot leaves behind.
     pub logs: PathBuf,
     pub timeout: Duration,
+    pub show: Show,
 }
 
 /// How a boot ended.
@@ -90,8 +102,7 @@ pub struct Attempt {
 }
 
 impl Lab {
-    /// Boots a kernel and runs the payload in it; what the payload writes
-    /// goes to our standard output as it comes. `label` names the logs.
+    /// Boots a kernel and runs the payload in it. `label` names the logs.
     ///
     /// Where the emulator crashes or the guest stands still, it is booted again,
     /// and the user is told: that is the emulator's doing, and no answer about what
@@ -144,7 +155,9 @@ impl Lab {
         let work = cache::work_directory(&self.logs, "boot-of-")?;
         let initramfs = work.path().join("initramfs");
         let console = work.path().join("console");
-        fs::write(&initramfs, guest::initramfs(image, variant, &self.busybox, payload)?)?;
+        let terminal = self.show == Show::AtOnce && io::stdout().is_terminal();
+        let archive = guest::initramfs(image, variant, &self.busybox, payload, terminal)?;
+        fs::write(&initramfs, archive)?;
 
         for (name, size) in machine::disk_files() {
             fs::File::create(work.path().join(name))?.set_len(size)?;
@@ -165,13 +178,18 @@ impl Lab {
         what: &str,
         label: &str,
     ) -> Result<Outcome> {
-        let stage = Stage::new("Booting", what);
+        let mut stage = Stage::new("Booting", what);
         let started = Instant::now();
         let errors = fs::File::create(work.join("qemu"))?;
         let mut qemu = Qemu::start(command.stderr(errors))?;
-        let (output, end) = self.stream(&mut qemu, work, console, &stage)?;
+        let (output, end) = self.stream(&mut qemu, work, console, what, &mut stage)?;
         drop(qemu);
         let took = started.elapsed();
+        if self.show == Show::AtTheEnd {
+            stage.clear();
+            let told = format!("{what} ({label}) in {:.1} s", took.as_secs_f32());
+            ui::output("Booted", &told, &output)?;
+        }
 
         let log = KernelLog::new(&fs::read(console).unwrap_or_default());
         let [log_path, output_path] = self.leavings(label);
@@ -183,14 +201,15 @@ impl Lab {
         Ok(Outcome { ending, log, log_path, output, took, given_up: Vec::new() })
     }
 
-    /// Passes the payload's output on until QEMU ends, or there is no use in
+    /// Takes the payload's output until QEMU ends, or there is no use in
     /// waiting for that.
     fn stream(
         &self,
         qemu: &mut Qemu,
         work: &Path,
         console: &Path,
-        stage: &Stage,
+        what: &str,
+        stage: &mut Stage,
     ) -> Result<(Vec<u8>, End)> {
         let mut all = Vec::new();
         let mut stdout = io::stdout();
@@ -213,11 +232,15 @@ impl Lab {
             }
             let left = self.timeout.saturating_sub(now.duration_since(started));
             match qemu.output.recv_timeout(left.min(next_look.duration_since(now))) {
-                Ok(bytes) => {
+                Ok(bytes) if self.show == Show::AtOnce => {
                     stage.clear();
                     stdout.write_all(&bytes)?;
                     stdout.flush()?;
                     all.extend(bytes);
+                }
+                Ok(bytes) => {
+                    all.extend(bytes);
+                    stage.progress(&format!("{what}: {}", last_line(&all)));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     return Ok((all, End::Output(qemu.child.wait()?.signal())));
@@ -226,6 +249,14 @@ impl Lab {
             }
         }
     }
+}
+
+/// What an output ends with, as far as that is worth a line.
+fn last_line(output: &[u8]) -> String {
+    const MOST: usize = 200;
+    let end = String::from_utf8_lossy(&output[output.len().saturating_sub(MOST)..]);
+    let mut lines = end.lines().rev();
+    lines.find(|line| !line.trim().is_empty()).unwrap_or_default().to_owned()
 }
 
 /// The label of an attempt that is given up.
@@ -350,6 +381,13 @@ pub mod tests {
         assert!(matches!(outcome("", CRASHED, "").ending, Ending::Crashed { signal: 6, .. }));
         assert!(matches!(outcome("", End::Time, "").ending, Ending::TimedOut(_)));
         assert!(matches!(outcome("", End::Output(None), "").ending, Ending::Died { .. }));
+    }
+
+    #[test]
+    fn progress_is_the_last_line_that_says_something() {
+        assert_eq!(last_line(b"test a ... ok\ntest b ... "), "test b ... ");
+        assert_eq!(last_line(b"test a ... ok\n\n"), "test a ... ok");
+        assert_eq!(last_line(b""), "");
     }
 
     #[test]

@@ -64,8 +64,12 @@ pub fn work_directory(parent: &Path, prefix: &str) -> Result<TempDir> {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         let owner = name.strip_prefix(prefix).and_then(|rest| rest.split('.').next());
-        if owner.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
-            fs::remove_dir_all(entry.path())?;
+        if owner.is_some_and(|process| !Path::new("/proc").join(process).exists())
+            // Another guest's boot may be at it, too.
+            && let Err(error) = fs::remove_dir_all(entry.path())
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(error.into());
         }
     }
     let prefix = format!("{prefix}{}.", process::id());

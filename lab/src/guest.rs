@@ -21,12 +21,14 @@ pub struct Payload<'a> {
     pub files: &'a [(String, PathBuf)],
 }
 
-/// Packs the initramfs for one boot.
+/// Packs the initramfs for one boot. What the payload writes to is a terminal there, but need not
+/// end in one: `terminal` tells, so that no progress bar is drawn into a file.
 pub fn initramfs(
     image: &Image,
     variant: Variant,
     busybox: &Path,
     payload: &Payload,
+    terminal: bool,
 ) -> Result<Vec<u8>> {
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
@@ -50,18 +52,25 @@ pub fn initramfs(
     for (path, file) in payload.files {
         archive.file_in_directories(path, &read(file)?);
     }
-    let config = config(image.name, variant, &program, payload.arguments);
+    let config = config(image.name, variant, &program, payload.arguments, terminal);
     archive.file("lab/config", config.as_bytes());
     Ok(archive.finish())
 }
 
 /// The part of init that differs from boot to boot: the payload's environment
 /// and its command line.
-fn config(kernel: &str, variant: Variant, program: &str, arguments: &[String]) -> String {
+fn config(
+    kernel: &str,
+    variant: Variant,
+    program: &str,
+    arguments: &[String],
+    terminal: bool,
+) -> String {
     let environment = [
         ("LAB_DEVICES", machine::addresses()),
         ("LAB_KERNEL", kernel.to_owned()),
         ("LAB_IOMMU", u8::from(variant.has_iommu()).to_string()),
+        ("TERM", if terminal { "linux" } else { "dumb" }.to_owned()),
         ("HOME", "/tmp".to_owned()),
         ("TMPDIR", "/tmp".to_owned()),
         ("RUST_BACKTRACE", "1".to_owned()),
@@ -80,7 +89,7 @@ fn config(kernel: &str, variant: Variant, program: &str, arguments: &[String]) -
 }
 
 /// A word that a shell takes as it is.
-fn quoted(word: &str) -> String {
+pub fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
@@ -91,8 +100,9 @@ mod tests {
     #[test]
     fn arguments_reach_the_payload_unchanged() {
         let arguments = ["it's $HOME".to_owned(), String::new()];
-        let config = config("6.1", Variant::Usual, "/lab/guest", &arguments);
+        let config = config("6.1", Variant::Usual, "/lab/guest", &arguments, false);
         assert!(config.contains("export LAB_KERNEL='6.1'\n"));
+        assert!(config.contains("export TERM='dumb'\n"));
         assert!(config.ends_with("set -- '/lab/guest' 'it'\\''s $HOME' ''\n"), "{config}");
     }
 }

@@ -3,9 +3,9 @@
 //!
 //! From the top: [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
 //! [`matrix`], [`mutants`], [`targets`], [`performance`] and this file are the commands,
-//! [`boot`] is one boot of one kernel, with its [`heartbeat`]; [`kernels`], [`patched`],
-//! [`busybox`], [`payload`], [`compiler`] and [`guest`] make what is booted or built,
-//! [`machine`] and [`root`] what it is booted on;
+//! [`boot`] is one boot of one kernel, with its [`heartbeat`], and [`side_by_side`]
+//! several; [`kernels`], [`patched`], [`busybox`], [`payload`], [`compiler`] and [`guest`]
+//! make what is booted, [`machine`] and [`root`] what it is booted on;
 //! [`klog`], [`libtest`] and [`report`] judge what came of it.
 
 #![forbid(unsafe_code)]
@@ -19,6 +19,7 @@ mod command;
 mod compiler;
 mod cpio;
 mod decompress;
+mod estimate;
 mod fio;
 mod fuzz;
 mod guest;
@@ -38,6 +39,7 @@ mod performance;
 mod qemu;
 mod report;
 mod root;
+mod side_by_side;
 mod soak;
 mod targets;
 mod test;
@@ -52,7 +54,7 @@ use std::time::Duration;
 use anyhow::{Context, Error, Result, bail};
 use clap::{Args, Parser, Subcommand};
 
-use boot::{Ending, Lab};
+use boot::{Ending, Lab, Show};
 use cache::Store;
 use guest::Payload;
 use hazard::Hazard;
@@ -85,7 +87,9 @@ enum Task {
     /// patched kernel promise is tested in one more boot of that. Fails if a
     /// test fails, or if a kernel complains in its log while the tests run.
     /// What `vfio-user` does is done, too, and in the newest kernel the examples
-    /// tour, edu and nvme run on devices of the machine.
+    /// tour, edu and nvme run on devices of the machine. Two guests run side by side,
+    /// while other kernels are fetched or built; what a guest writes is shown when it
+    /// has ended.
     Test {
         /// Only the guest tests, in this kernel; may be given several times.
         #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::by_name)]
@@ -249,6 +253,9 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Test { kernels, host_only, common, libtest } => {
             // All at once, since what is found missing later costs the time until then.
             tools::ensure(&test::needs(&kernels, host_only, common.mirror.url.clone())?)?;
+            let guests = if host_only { Vec::new() } else { test::selected(&kernels) };
+            let store = Store::open(common.mirror.url.clone())?;
+            estimate::tell(&store, &guests, kernels.is_empty())?;
             if kernels.is_empty() {
                 host::test()?;
                 fuzz::briefly()?;
@@ -257,12 +264,8 @@ fn perform(task: Task) -> Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             let (lab, store) = ready(common)?;
-            // Whatever comes of one, the other is run, too.
             let all = kernels.is_empty() && libtest.is_empty();
-            let newest = kernels::by_name(NEWEST).map_err(Error::msg)?;
-            let on_ours = !all || vfio_user::test(&lab, &store, newest)?;
-            let kernels = test::selected(&kernels);
-            let passed = test::guest(&lab, &store, &kernels, &libtest)? && on_ours;
+            let passed = test::guest(&lab, &store, &guests, &libtest, all)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::VfioUser { kernel, common } => {
@@ -282,7 +285,13 @@ fn perform(task: Task) -> Result<ExitCode> {
         }
         Task::Mutants { names, common } => {
             let chosen = if names.is_empty() { MUTANTS.iter().collect() } else { names };
-            let guests = if mutants::need_guests(&chosen) { Some(ready(common)?) } else { None };
+            let guests = match mutants::need_guests(&chosen) {
+                true => {
+                    let (lab, store) = ready(common)?;
+                    Some((Lab { show: Show::Never, ..lab }, store))
+                }
+                false => None,
+            };
             let killed = mutants::run(&chosen, guests.as_ref())?;
             Ok(if killed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
@@ -341,6 +350,7 @@ fn ready(common: Common) -> Result<(Lab, Store)> {
         busybox: busybox::path(&store)?,
         logs: payload::logs(),
         timeout: Duration::from_secs(common.timeout * 60),
+        show: Show::AtOnce,
     };
     Ok((lab, store))
 }

@@ -70,6 +70,12 @@ pub fn hazards() -> Result<PathBuf> {
     build("hazards", &["test", "--no-run", "--test", "hazards", "--profile", "lab"])
 }
 
+/// An example as tests run: of what they are built of, and with every check on.
+pub fn tested_example(name: &str) -> Result<PathBuf> {
+    let arguments = ["build", "--example", name, "--profile", "lab", "--features", "vm-memory"];
+    build(name, &arguments)
+}
+
 pub fn example(name: &str) -> Result<PathBuf> {
     build(name, &["build", "--release", "--example", name])
 }

@@ -21,6 +21,8 @@ pub enum Result {
     },
     /// Not run, and why.
     Skipped(String),
+    /// It could not be run, and why.
+    Failed(String),
 }
 
 /// What a payload has to show.
@@ -37,7 +39,7 @@ impl Row {
         matches!(self.result, Result::Ran { .. })
     }
 
-    /// Skipped counts as passed.
+    /// Skipped counts as passed, failed does not.
     pub fn passed(&self) -> bool {
         match &self.result {
             Result::Ran { outcome, proof, .. } => {
@@ -46,6 +48,7 @@ impl Row {
                     && outcome.log.offences().is_empty()
             }
             Result::Skipped(_) => true,
+            Result::Failed(_) => false,
         }
     }
 }
@@ -69,6 +72,10 @@ pub fn table(rows: &[Row]) -> String {
         match &row.result {
             Result::Skipped(reason) => {
                 writeln!(table, "{:<24}skipped: {reason}", row.label).expect("a string takes all");
+            }
+            Result::Failed(reason) => {
+                let reason = reason.lines().next().unwrap_or_default();
+                writeln!(table, "{:<24}FAILED: {reason}", row.label).expect("a string takes all");
             }
             Result::Ran { version, outcome, proof } => {
                 line(&mut table, &row.label, version, outcome);
@@ -161,6 +168,16 @@ mod tests {
         assert!(!row(Proof::Counts, 0, "all is well", "").passed());
         let result = "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured";
         assert!(row(Proof::Counts, 0, result, "").passed());
+    }
+
+    #[test]
+    fn a_kernel_that_could_not_be_had_has_not_passed() {
+        let row = |result| Row { label: "6.1".to_owned(), result };
+        let failed = row(Result::Failed("no network\nE: refused".to_owned()));
+        assert!(!failed.ran() && !failed.passed());
+        assert!(table(&[failed]).contains("6.1                     FAILED: no network\n"));
+        let skipped = row(Result::Skipped("not on the mirror".to_owned()));
+        assert!(!skipped.ran() && skipped.passed());
     }
 
     #[test]

@@ -1,20 +1,23 @@
 //! `cargo lab test`.
 
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Error, Result};
 
-use crate::boot::Lab;
+use crate::boot::{Lab, Show};
 use crate::cache::Store;
 use crate::command;
-use crate::guest::Payload;
-use crate::kernels::{Image, KERNELS, Kernel, NEWEST, PATCHED};
+use crate::guest::quoted;
+use crate::kernels::{self, KERNELS, Kernel, NEWEST, PATCHED};
 use crate::machine::{self, Variant};
 use crate::payload;
 use crate::report::{self, Proof, Row};
+use crate::side_by_side::{self, Job, Plan};
 use crate::tools::Need;
 use crate::ui;
+use crate::vfio_user;
 
 /// In the name of each test that wants a machine without an IOMMU. All others
 /// want one with.
@@ -65,16 +68,16 @@ pub fn needs(
 /// `newest` and `patched` once more without an IOMMU, `patched` once more with
 /// the tests of its patches, and the last but `patched` once more without
 /// interrupt remapping. `newest` runs the examples, too, unless libtest is
-/// told something. Whether all that the mirror still has passed.
+/// told something. Two guests run at a time. If `all` is to be tested, one of them is
+/// that of `vfio-user`. Whether all that the mirror still has passed.
 pub fn guest(
     lab: &Lab,
     store: &Store,
     kernels: &[&'static Kernel],
     libtest: &[String],
+    all: bool,
 ) -> Result<bool> {
     let program = payload::guest_tests()?;
-    // All before the first boot: what is missing for one is then known early.
-    let images = kernels.iter().map(|kernel| kernel.image(store)).collect::<Result<Vec<_>>>()?;
     let special = |name: &str| {
         [WITHOUT_IOMMU, ACPI_HOTPLUG, WITHOUT_INTREMAP].iter().any(|wish| name.contains(wish))
     };
@@ -83,51 +86,30 @@ pub fn guest(
     let without_intremap = only(&program, libtest, |name| name.contains(WITHOUT_INTREMAP))?;
     // One kernel is enough for what they all answer alike.
     let last = kernels.iter().map(|kernel| kernel.name).rfind(|&name| name != PATCHED);
-    let examples = if libtest.is_empty() && kernels.iter().any(|kernel| kernel.name == NEWEST) {
-        examples()?
-    } else {
-        Vec::new()
-    };
-    let mut rows = Vec::new();
-    for (kernel, image) in kernels.iter().zip(images) {
-        let Some(image) = image else {
-            let reason =
-                "the mirror does not have it any more, and neither does the cache".to_owned();
-            rows.push(Row {
-                label: kernel.name.to_owned(),
-                result: report::Result::Skipped(reason),
-            });
-            continue;
-        };
-        let selftests = selftests(&image)?;
-        let mut run = |proof, variant, program: &Path, arguments: &[String], label: &str| {
-            let payload = Payload { program, arguments, files: &selftests };
-            let outcome = lab.boot(&image, variant, &payload, label)?;
-            let result = report::Result::Ran { version: image.version.clone(), outcome, proof };
-            rows.push(Row { label: label.to_owned(), result });
-            Ok::<_, Error>(())
-        };
-        if kernel.name == NEWEST {
-            for Example { name, program, arguments } in &examples {
-                let label = format!("{}-{name}", kernel.name);
-                run(Proof::Status, Variant::Usual, program, arguments, &label)?;
-            }
+    let scripts = tempfile::tempdir()?;
+    let mut plans = Vec::new();
+    for &kernel in kernels {
+        let mut jobs = Vec::new();
+        if kernel.name == NEWEST && libtest.is_empty() {
+            jobs.push(examples(format!("{}-examples", kernel.name), scripts.path())?);
         }
         let mut boot = |variant, program: &Path, arguments: &[String], label: &str| {
-            run(Proof::Counts, variant, program, arguments, label)
+            let (program, arguments) = (program.to_owned(), arguments.to_owned());
+            let (label, files) = (label.to_owned(), Vec::new());
+            jobs.push(Job { label, variant, program, arguments, files, proof: Proof::Counts });
         };
         if let Some(arguments) = &usual {
-            boot(Variant::Usual, &program, arguments, kernel.name)?;
+            boot(Variant::Usual, &program, arguments, kernel.name);
         }
         if let Some(arguments) = &acpi_hotplug {
             let label = format!("{}-acpi-hotplug", kernel.name);
-            boot(Variant::AcpiHotplug, &program, arguments, &label)?;
+            boot(Variant::AcpiHotplug, &program, arguments, &label);
         }
         if let Some(arguments) = &without_intremap
             && last == Some(kernel.name)
         {
             let label = format!("{}-without-intremap", kernel.name);
-            boot(Variant::WithoutIntremap, &program, arguments, &label)?;
+            boot(Variant::WithoutIntremap, &program, arguments, &label);
         }
         if [NEWEST, PATCHED].contains(&kernel.name) {
             let some = only(&program, libtest, |name| {
@@ -136,50 +118,62 @@ pub fn guest(
             })?;
             if let Some(arguments) = some {
                 let label = format!("{}-without-iommu", kernel.name);
-                boot(Variant::WithoutIommu, &program, &arguments, &label)?;
+                boot(Variant::WithoutIommu, &program, &arguments, &label);
             }
         }
         if kernel.name == PATCHED {
             let hazards = payload::hazards()?;
             if let Some(arguments) = only(&hazards, libtest, |name| name.starts_with(SERIES))? {
-                boot(Variant::Nvdimm, &hazards, &arguments, "patched-series")?;
+                boot(Variant::Nvdimm, &hazards, &arguments, "patched-series");
             }
         }
+        plans.push(Plan { kernel, jobs });
     }
+    let boots: usize = plans.iter().map(|plan| plan.jobs.len()).sum();
+    let show = if boots > 1 || all { Show::AtTheEnd } else { Show::AtOnce };
+    let lab = &Lab { show, ..lab.clone() };
+    let newest = kernels::by_name(NEWEST).map_err(Error::msg)?;
+    if all {
+        // Here, since apt cannot fetch one kernel for several of us at a time.
+        newest.image(store)?;
+    }
+    let vfio_user = || if all { vfio_user::test(lab, store, newest) } else { Ok(true) };
+    let (vfio_user, rows) = side_by_side::run(lab, store, plans, vfio_user);
     println!("\n{}", report::table(&rows));
     // If the mirror has none of the kernels, nothing was tested.
     let passed = rows.iter().any(Row::ran) && rows.iter().all(Row::passed);
     if !passed {
         ui::error("not all is well in the guests: see the table above");
     }
-    Ok(passed)
+    Ok(vfio_user? && passed)
 }
 
-/// The kernel's own selftests, for the guest's `/lab/selftests`.
-fn selftests(image: &Image) -> Result<Vec<(String, PathBuf)>> {
+/// One boot in which all the examples run that do so on real devices.
+fn examples(label: String, scripts: &Path) -> Result<Job> {
     let mut files = Vec::new();
-    for path in image.selftests()? {
-        let name = path.file_name().context("a selftest is a file")?.to_string_lossy();
-        files.push((format!("lab/selftests/{name}"), path));
-    }
-    Ok(files)
-}
-
-/// An example for guests, and what it is told.
-struct Example {
-    name: &'static str,
-    program: PathBuf,
-    arguments: Vec<String>,
-}
-
-/// Builds the examples that run on real devices.
-fn examples() -> Result<Vec<Example>> {
-    let example = |&(name, arguments): &(&'static str, &[&str])| {
+    let mut commands = Vec::new();
+    for (name, arguments) in EXAMPLES {
+        let path = format!("lab/examples/{name}");
         let arguments = arguments.iter().map(|argument| machine::with_addresses(argument));
-        let arguments = arguments.collect::<Result<_>>()?;
-        Ok(Example { name, program: payload::example(name)?, arguments })
-    };
-    EXAMPLES.iter().map(example).collect()
+        let arguments = arguments.collect::<Result<Vec<_>>>()?;
+        commands.push([vec![format!("/{path}")], arguments].concat());
+        files.push((path, payload::tested_example(name)?));
+    }
+    let program = scripts.join("run-examples");
+    fs::write(&program, script(&commands))?;
+    let proof = Proof::Status;
+    Ok(Job { label, variant: Variant::Usual, program, arguments: Vec::new(), files, proof })
+}
+
+/// Runs commands one after the other; the exit status is that of the last that failed.
+fn script(commands: &[Vec<String>]) -> String {
+    let mut script = "#!/bin/sh\nstatus=0\n".to_owned();
+    for command in commands {
+        let words: Vec<_> = command.iter().map(|word| quoted(word)).collect();
+        let line = words.join(" ");
+        script += &format!("echo {}\n{line} || status=$?\n", quoted(&format!("$ {line}")));
+    }
+    script + "exit $status\n"
 }
 
 /// The arguments that make libtest run, of the tests that the user's arguments
@@ -209,4 +203,21 @@ fn arguments<const N: usize>(ours: [&str; N], theirs: &[String]) -> Vec<String> 
 /// The kernels that the user named, or all.
 pub fn selected(named: &[&'static Kernel]) -> Vec<&'static Kernel> {
     if named.is_empty() { KERNELS.iter().collect() } else { named.to_vec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_script_runs_all_and_tells_of_a_failure() {
+        let commands = [["sh", "-c", "exit 7"], ["echo", "it's", "done"]];
+        let commands = commands.map(|command| command.map(str::to_owned).to_vec());
+        let ran = Command::new("sh").args(["-c", &script(&commands)]).output().unwrap();
+        assert_eq!(ran.status.code(), Some(7));
+        let said = String::from_utf8(ran.stdout).unwrap();
+        assert!(said.ends_with("\nit's done\n"), "{said}");
+        let well = Command::new("sh").args(["-c", &script(&commands[1..])]).output().unwrap();
+        assert_eq!(well.status.code(), Some(0));
+    }
 }

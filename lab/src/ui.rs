@@ -1,23 +1,44 @@
 //! Telling the user what goes on, in cargo's style, on standard error.
 
+use std::io::{self, Write};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use console::style;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+/// The lines that move. Hidden where standard error is no terminal.
+static MOVING: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// One line: a verb and its object.
 pub fn status(verb: &str, what: &str) {
-    eprintln!("{:>12} {what}", style(verb).green().bold().for_stderr());
+    write(&format!("{:>12} {what}", style(verb).green().bold().for_stderr()));
 }
 
 /// Something that the user should know but that stops nothing.
 pub fn warning(what: &str) {
-    eprintln!("{}: {what}", style("warning").yellow().bold().for_stderr());
+    write(&format!("{}: {what}", style("warning").yellow().bold().for_stderr()));
 }
 
 /// What makes the lab stop.
 pub fn error(what: &str) {
-    eprintln!("{}: {what}", style("error").red().bold().for_stderr());
+    write(&format!("{}: {what}", style("error").red().bold().for_stderr()));
+}
+
+/// Lines that stay, above those that move.
+fn write(lines: &str) {
+    MOVING.suspend(|| eprintln!("{lines}"));
+}
+
+/// What a guest has written, under a line that says whose it is; for standard output, and in
+/// one piece, whatever else is written at the same time.
+pub fn output(verb: &str, what: &str, bytes: &[u8]) -> io::Result<()> {
+    MOVING.suspend(|| {
+        eprintln!("{:>12} {what}", style(verb).green().bold().for_stderr());
+        let mut stdout = io::stdout().lock();
+        stdout.write_all(bytes)?;
+        stdout.flush()
+    })
 }
 
 /// Something that takes a while: a line that moves on a terminal and stands
@@ -32,11 +53,11 @@ pub struct Stage {
 
 impl Stage {
     pub fn new(verb: &'static str, what: &str) -> Self {
-        let bar = ProgressBar::new_spinner();
+        let bar = MOVING.add(ProgressBar::new_spinner());
         if bar.is_hidden() {
             status(verb, what);
         }
-        let template = "{prefix:>12.green.bold} {msg} {spinner} {elapsed}";
+        let template = "{prefix:>12.green.bold} {wide_msg} {spinner} {elapsed}";
         bar.set_style(ProgressStyle::with_template(template).expect("a valid template"));
         bar.set_prefix(verb);
         bar.set_message(what.to_owned());
@@ -47,7 +68,7 @@ impl Stage {
 
     /// Replaces the moving line by one that stays.
     pub fn done(self, verb: &str, what: &str) {
-        self.bar.finish_and_clear();
+        self.clear();
         let seconds = self.started.elapsed().as_secs_f32();
         status(verb, &format!("{what} in {seconds:.1} s"));
     }

@@ -2,7 +2,7 @@
 
 use super::{Killer, Mutant};
 
-use Killer::{Guest, Host, Pending};
+use Killer::{Guest, Host};
 
 pub static MUTANTS: &[Mutant] = &[
     // Bounds.

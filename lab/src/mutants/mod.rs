@@ -50,8 +50,6 @@ enum Killer {
     Host(&'static str),
     /// A test of `tests/guest`, in the guest of a kernel.
     Guest { kernel: &'static str, test: &'static str },
-    /// None yet: what there should be a test for.
-    Pending(&'static str),
 }
 
 /// What came of a mutant.
@@ -61,7 +59,6 @@ enum Verdict {
     /// The test did not come to its end.
     Hung,
     Survived,
-    Pending,
 }
 
 /// Looks a mutant up by its name on the command line.
@@ -84,7 +81,7 @@ pub fn run(mutants: &[&Mutant], guests: Option<&(Lab, Store)>) -> Result<bool> {
     let mut killers: Vec<Killer> = Vec::new();
     for mutant in mutants {
         mutant.mutated(&copy.read(mutant.file)?)?;
-        if !matches!(mutant.killer, Killer::Pending(_)) && !killers.contains(&mutant.killer) {
+        if !killers.contains(&mutant.killer) {
             killers.push(mutant.killer);
         }
     }
@@ -141,7 +138,6 @@ impl std::fmt::Display for Killer {
         match self {
             Self::Host(arguments) => write!(f, "cargo test {arguments}"),
             Self::Guest { kernel, test } => write!(f, "cargo lab test --kernel {kernel} -- {test}"),
-            Self::Pending(what) => write!(f, "none yet: {what}"),
         }
     }
 }
@@ -152,7 +148,6 @@ impl std::fmt::Display for Verdict {
             Self::Killed => "killed",
             Self::Hung => "killed, hung",
             Self::Survived => "SURVIVED",
-            Self::Pending => "PENDING",
         })
     }
 }
@@ -186,9 +181,6 @@ impl<'a> Copy<'a> {
 
     /// What a mutant's killer says of it.
     fn mutate(&self, mutant: &Mutant) -> Result<Verdict> {
-        if let Killer::Pending(_) = mutant.killer {
-            return Ok(Verdict::Pending);
-        }
         let original = self.read(mutant.file)?;
         let path = self.sources.workspace.join(mutant.file);
         fs::write(&path, mutant.mutated(&original)?)?;
@@ -202,26 +194,31 @@ impl<'a> Copy<'a> {
         match killer {
             Killer::Host(arguments) => self.judge_on_host(arguments, &self.log(name)),
             Killer::Guest { kernel, test } => self.judge_in_guest(kernel, test, name),
-            Killer::Pending(_) => Ok(Verdict::Pending),
         }
+    }
+
+    /// The call of cargo that runs a target's tests.
+    fn cargo_test(&self, target: &str) -> Command {
+        let mut cargo = self.sources.cargo();
+        cargo.args(["test", "--locked", "--target-dir"]).arg(&self.sources.target);
+        cargo.args(target.split(' '));
+        cargo
+    }
+
+    fn build(&self, target: &str) -> Result<()> {
+        let built = command::unchecked(self.cargo_test(target).arg("--no-run"))?;
+        let said = String::from_utf8_lossy(&built.stderr);
+        ensure!(built.status.success(), "it does not compile:\n{}", tail(&said, TAIL));
+        Ok(())
     }
 
     fn judge_on_host(&self, arguments: &str, log: &Path) -> Result<Verdict> {
         let (target, test) = arguments.split_once(" -- ").context("a killer names a test")?;
-        let cargo = || {
-            let mut cargo = self.sources.cargo();
-            cargo.args(["test", "--locked", "--target-dir"]).arg(&self.sources.target);
-            cargo.args(target.split(' '));
-            cargo
-        };
-        let built = command::unchecked(cargo().arg("--no-run"))?;
-        let said = String::from_utf8_lossy(&built.stderr);
-        ensure!(built.status.success(), "it does not compile:\n{}", tail(&said, TAIL));
-
+        self.build(target)?;
         let mut run = Command::new("setpriv");
         run.args(["--pdeathsig", "TERM", "timeout", "--kill-after=10"]);
         run.arg(LIMIT.as_secs().to_string());
-        let cargo = cargo();
+        let cargo = self.cargo_test(target);
         run.arg(cargo.get_program()).args(cargo.get_args()).args(["--", "--exact", test]);
         let started = Instant::now();
         let ran = command::unchecked(run.current_dir(&self.sources.workspace))?;
@@ -323,14 +320,13 @@ mod tests {
             match mutant.killer {
                 Killer::Host(arguments) => assert!(arguments.contains(" -- "), "{arguments}"),
                 Killer::Guest { kernel, .. } => assert!(kernels::by_name(kernel).is_ok()),
-                Killer::Pending(what) => assert!(!what.is_empty()),
             }
         }
     }
 
     #[test]
     fn a_mutant_that_does_not_fit_is_an_error() {
-        let killer = Killer::Pending("a test");
+        let killer = Killer::Host("--lib -- a_test");
         let mutant = Mutant { name: "x", file: "y.rs", before: "a < b", after: "true", killer };
         assert_eq!(mutant.mutated("if a < b {").unwrap(), "if true {");
         for text in ["", "a < b; a < b"] {
