@@ -179,7 +179,7 @@ fn a_space_that_neighbours_have_filled_says_so() {
     let error = space.buffer(4096).unwrap_err();
     assert_eq!((error.kind(), error.errno()), (ErrorKind::AddressTaken, Some(libc::EEXIST)));
     let refused = transport.refused.load(Ordering::Relaxed);
-    let words = format!("something at each of the {refused} places that were tried");
+    let words = format!("all {refused} addresses that were tried are mapped by others");
     assert!(refused <= 256 && error.to_string().contains(&words), "{error}");
     assert!(error.advice().contains("IovaPlacement::At"), "{error}");
     assert_eq!(format!("{space:?}"), "DmaSpace(0 mappings, 2 free ranges)");
