@@ -117,7 +117,9 @@ fn joined_pieces_are_the_whole_again() {
     let whole = Reservation::new(MIB).unwrap();
     let range = whole.range();
     let (a, b) = whole.split_at(MIB / 2).unwrap();
-    assert_eq!(a.join(b).unwrap().range(), range);
+    let whole = a.join(b).unwrap();
+    assert_eq!(whole.range(), range);
+    assert_eq!(format!("{whole:?}"), format!("Reservation({:#x}..{:#x})", range.start, range.end));
 }
 
 #[test]
@@ -278,4 +280,8 @@ fn the_stack_grows_down_to_its_limit_or_to_what_is_below() {
     assert_eq!(end_below(&[], end), 0);
     assert!(stack_may_grow_into(&(end - 4096..end)));
     assert!(!stack_may_grow_into(&(end..end + 4096)));
+    let (limit, _) = getrlimit(Resource::RLIMIT_STACK).unwrap();
+    let floor = stack_floor(end, limit).unwrap_or_else(|| end_below(&all, end));
+    assert!(stack_may_grow_into(&(floor..floor + 4096)));
+    assert!(!stack_may_grow_into(&(floor - 4096..floor)));
 }
