@@ -119,7 +119,7 @@ fn drives(device: Device, address: Option<PciAddress>) {
     // Its address space is its opener's.
     for error in [device.dma().map(drop), device.hot_reset(&[])].map(Result::unwrap_err) {
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-        assert!(error.to_string().contains("its file came from elsewhere"), "{error}");
+        assert!(error.to_string().contains("its device file was opened elsewhere"), "{error}");
         assert!(!error.advice().is_empty(), "{error}");
     }
     drop((window, copy, vectors));
@@ -134,7 +134,7 @@ fn a_file_that_is_no_devices_is_refused_and_closed() {
             // SAFETY: no device is behind it.
             let error = unsafe { Vfio::from_fd(file(path).into(), None) }.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{path}: {error}");
-            assert!(error.to_string().contains("it is no VFIO device file"), "{error}");
+            assert!(error.to_string().contains("it is not a VFIO device file"), "{error}");
             assert!(!error.advice().is_empty(), "{error}");
         }
     });
