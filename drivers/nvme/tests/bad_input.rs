@@ -103,7 +103,7 @@ fn what_is_no_controller_or_makes_no_sense_is_named_and_left_quiet_for_the_next(
         (with(|lie| lie.fatal = true), ErrorKind::Os, "CSTS.CFS"),
         (with(|lie| lie.controller = |data| data[512] = 0x77), ErrorKind::Malformed, "2^7"),
         (with(|lie| lie.controller = |data| data[513] = 0x33), ErrorKind::Malformed, "completion"),
-        (with(|lie| lie.queues = u32::MAX), ErrorKind::Malformed, "no counts of queues"),
+        (with(|lie| lie.queues = u32::MAX), ErrorKind::Malformed, "not counts of queues"),
         (with(|lie| lie.silent = Some(0x06)), ErrorKind::Os, "no answer in 0.5 seconds"),
         (with(|lie| lie.id = 1), ErrorKind::Os, "answered with nonsense"),
     ];
