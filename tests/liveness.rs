@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hostile_server::{READ, Reply, serve, serve_among};
+use hostile_server::{READ, REGION, Reply, serve, serve_among};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::{read, write};
@@ -368,4 +368,137 @@ fn a_client_can_have_the_server_open_only_so_many_files() {
 fn the_limit_of_files_follows_that_of_the_process() {
     let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     assert_eq!(u64::from(ClientLimits::default().files), (soft / 2).min(u32::MAX.into()));
+}
+
+extern "C" fn nothing(_: libc::c_int) {}
+
+/// Signals come, again and again, to the thread that waits.
+#[test]
+fn signals_do_not_prolong_an_exchange() {
+    in_time(|| {
+        // SAFETY: the handler does nothing.
+        unsafe { libc::signal(libc::SIGUSR1, nothing as *const () as libc::sighandler_t) };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let server = thread::spawn(move || serve(theirs, READ, |reply| reply.silent = true));
+        let client = VfioUser::from_stream(ours, AMPLE / 30).unwrap();
+        let (name, waits) = sync_channel(1);
+        let waiting = thread::spawn(move || {
+            // SAFETY: names this thread, which is signalled while it is joined.
+            name.send(unsafe { libc::pthread_self() }).unwrap();
+            let error = client.read_at(0, 8, &mut [0; 4]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+        });
+        let thread = waits.recv().unwrap();
+        while !waiting.is_finished() {
+            // SAFETY: the thread has not been joined.
+            unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
+            thread::sleep(Duration::from_millis(20));
+        }
+        waiting.join().unwrap();
+        server.join().unwrap();
+    });
+}
+
+/// It asks for room, again and again, and for a byte more each time.
+#[test]
+fn a_server_that_always_wants_more_room_is_given_up() {
+    in_time(|| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let asked = Arc::new(AtomicU32::new(0));
+        let server = thread::spawn({
+            let asked = asked.clone();
+            move || {
+                serve(theirs, REGION, move |reply| {
+                    let more = 257 + asked.fetch_add(1, Ordering::Relaxed);
+                    reply.fds.clear();
+                    reply.set_u32(16, more);
+                })
+            }
+        });
+        let error = VfioUser::from_stream(ours, AMPLE).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
+        server.join().unwrap();
+        let asked = asked.load(Ordering::Relaxed);
+        assert!(asked <= 4, "it was asked {asked} times");
+    });
+}
+
+/// A client takes its own interrupt out of use; that of the program goes on.
+#[test]
+fn a_client_disconnects_its_own_vectors_only() {
+    in_time(|| {
+        let emulated = Emulated::new(Edu::new()).unwrap();
+        let device = Device::new(Arc::new(emulated.clone()));
+        let vectors = device.vectors(Interrupt::Msi, 1).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let server = thread::spawn({
+            let emulated = emulated.clone();
+            move || Server::serve_stream(&emulated, theirs, AMPLE)
+        });
+        let client = VfioUser::from_stream(ours, AMPLE).unwrap();
+        client.set_irqs(irq_index::MSI, 0, &[]).unwrap();
+        vectors.trigger(0).unwrap();
+        assert_eq!(vectors.wait(0, AMPLE).unwrap(), 1);
+        drop(client);
+        server.join().unwrap().unwrap();
+    });
+}
+
+/// The client answers each question for its memory well in time, a few bytes at a time, and for ever.
+#[test]
+fn a_client_that_gives_memory_slowly_does_not_hold_up_the_device() {
+    in_time(|| {
+        let device = Emulated::new(Edu::new()).unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let server = thread::spawn({
+            let device = device.clone();
+            move || Server::serve_stream(&device, theirs, TIME)
+        });
+        let mut id = 0;
+        let mut tell = |stream: &mut UnixStream, command: u16, body: &[u8]| {
+            id += 1;
+            let mut bytes = [id, command].map(u16::to_ne_bytes).concat();
+            bytes.extend([16 + body.len() as u32, 0, 0].map(u32::to_ne_bytes).concat());
+            bytes.extend(body);
+            stream.write_all(&bytes).unwrap();
+        };
+        let answer = |stream: &mut UnixStream| -> std::io::Result<([u8; 16], Vec<u8>)> {
+            let mut header = [0; 16];
+            stream.read_exact(&mut header)?;
+            let size = u32::from_ne_bytes(header[4..8].try_into().unwrap()) as usize;
+            let mut body = vec![0; size - 16];
+            stream.read_exact(&mut body)?;
+            Ok((header, body))
+        };
+        let version = b"\0\0\x01\0{\"capabilities\":{\"max_data_xfer_size\":8}}\0";
+        tell(&mut ours, 1, version);
+        answer(&mut ours).unwrap();
+        // 4 KiB at 0, for reading, of which the server has no file.
+        let map = [32u32, 1, 0, 0, 0, 0, 4096, 0].map(u32::to_ne_bytes).concat();
+        tell(&mut ours, 2, &map);
+        answer(&mut ours).unwrap();
+        // The driver is the program itself: from memory to the device, 4 KiB.
+        device.write_at(7, 4, &4u16.to_le_bytes()).unwrap();
+        for (offset, value) in [(0x80, 0), (0x88, 0x4_0000), (0x90, 4096), (0x98, 1u64)] {
+            device.write_at(0, offset, &value.to_le_bytes()).unwrap();
+        }
+        let mut asked = 0;
+        while let Ok((header, body)) = answer(&mut ours) {
+            asked += 1;
+            thread::sleep(TIME / 4);
+            let mut reply = header.to_vec();
+            reply[4..8].copy_from_slice(&(16 + 16 + 8u32).to_ne_bytes());
+            reply[8] = 1;
+            reply.extend(&body[..16]);
+            reply.extend([0; 8]);
+            if ours.write_all(&reply).is_err() {
+                break;
+            }
+        }
+        // All of it would be 512, in 26 seconds.
+        assert!((1..512).contains(&asked), "it was asked {asked} times");
+        drop(ours);
+        let _ = server.join().unwrap();
+        edu::until("the device goes on", || edu::read(&device, 0x98) & 1 == 0);
+    });
 }

@@ -14,10 +14,11 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::register::{Mode, ReadWrite, Readable, Register, Width, Writable};
-use super::register_layout::{BlockAt, BlockLayout, RegisterAt};
+use super::register_layout::{About, BlockAt, BlockLayout, RegisterAt};
 use super::window::{self, Window};
 use super::{Inner, Note, Trapped};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::fork;
 
 /// A block of registers in a window, laid out as `L` says: see [`register_block!`](crate::register_block).
 ///
@@ -28,7 +29,8 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct RegisterBlock<L, M: Mode = ReadWrite> {
     at: NonNull<u8>,
     hold: Arc<WindowHold>,
-    _what: PhantomData<fn() -> (L, M)>,
+    /// Invariant, as places are: see [`RegisterAt`].
+    _what: About<(L, M)>,
 }
 
 // SAFETY: a block only loads and stores whole values by single instructions; the device at the other end
@@ -150,6 +152,10 @@ impl WindowHold {
 
 impl Drop for WindowHold {
     fn drop(&mut self) {
+        if self.window.mapping.is_inherited() {
+            // A thread of the parent's may have held the lock when this process was forked.
+            return;
+        }
         self.window.blocks().try_remove(self.slot);
     }
 }
@@ -234,10 +240,15 @@ struct TrappedHold {
     /// The first byte of the block.
     first: Trapped,
     slot: usize,
+    /// The process that made it: see [`fork::generation`].
+    generation: u32,
 }
 
 impl Drop for TrappedHold {
     fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return;
+        }
         self.first.device.notes().try_remove(self.slot);
     }
 }
@@ -258,7 +269,8 @@ impl<L: BlockLayout> IoRegisterBlock<L> {
         }
         let slot = device.notes().insert(Note::Block { name: L::NAME, region, range: offset..end });
         let first = Trapped { device, region, offset };
-        Ok(Self(Route::Trapped { hold: Arc::new(TrappedHold { first, slot }), offset: 0 }))
+        let hold = TrappedHold { first, slot, generation: fork::generation() };
+        Ok(Self(Route::Trapped { hold: Arc::new(hold), offset: 0 }))
     }
 
     /// Whether it is reached through a window.

@@ -9,8 +9,9 @@ use std::marker::PhantomData;
 
 use super::register::{Mode, ReadWrite, Width};
 
-/// What a place is about, of which it has nothing.
-type About<T> = PhantomData<fn() -> T>;
+/// What a place is about, of which it has nothing. Invariant: where one layout is a subtype of another, as
+/// function pointers of different lifetimes are, a place in one is no place in the other.
+pub(super) type About<T> = PhantomData<fn(T) -> T>;
 
 /// The layout of a block of registers: implemented by [`register_block!`](crate::register_block) for the
 /// type that it declares.

@@ -44,7 +44,7 @@ pub struct Window {
 
 /// What clones of a window and its registers share.
 pub(super) struct Inner {
-    mapping: Mapping,
+    pub(super) mapping: Mapping,
     region: u32,
     /// Where the window begins within its first page, in bytes.
     skip: usize,

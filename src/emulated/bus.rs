@@ -68,6 +68,8 @@ impl Bus {
     pub fn dma_read(&self, address: u64, data: &mut [u8]) -> Result<()> {
         // Held while copying: what the driver unmaps is not reached afterwards.
         let table = self.dma();
+        // A client that must be asked has one time for all of it: others wait for the table.
+        let mut deadline = None;
         let failed = |errno| self.dma_error(errno, "read", address, data.len());
         for piece in table.find(address, data.len(), Rights::READ).map_err(failed)? {
             let Piece { target: Mapping { target, .. }, offset, range } = piece;
@@ -75,7 +77,10 @@ impl Bus {
             let done = match target {
                 Target::Here(memory) => dma::read(&memory, offset, part),
                 Target::File(file, start) => of(file.read_exact_at(part, start + offset)),
-                Target::Client(wire, start) => wire.dma_read(start + offset, part),
+                Target::Client(wire, start) => {
+                    let deadline = deadline.get_or_insert_with(|| wire.deadline());
+                    wire.dma_read(start + offset, part, deadline)
+                }
             };
             done.map_err(|errno| {
                 self.dma_error(errno, "read", address + range.start as u64, range.len())
@@ -90,6 +95,7 @@ impl Bus {
     /// As `dma_read`; where it fails half way, the first bytes are written.
     pub fn dma_write(&self, address: u64, data: &[u8]) -> Result<()> {
         let table = self.dma();
+        let mut deadline = None;
         let failed = |errno| self.dma_error(errno, "write", address, data.len());
         for piece in table.find(address, data.len(), Rights::WRITE).map_err(failed)? {
             let Piece { target: Mapping { target, .. }, offset, range } = piece;
@@ -97,7 +103,10 @@ impl Bus {
             match target {
                 Target::Here(memory) => dma::write(&memory, offset, part),
                 Target::File(file, start) => of(file.write_all_at(part, start + offset)),
-                Target::Client(wire, start) => wire.dma_write(start + offset, part),
+                Target::Client(wire, start) => {
+                    let deadline = deadline.get_or_insert_with(|| wire.deadline());
+                    wire.dma_write(start + offset, part, deadline)
+                }
             }
             .map_err(failed)?;
         }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::bus::{Bus, Target};
-use super::irq::Line;
+use super::irq::{Line, may_be_eventfd};
 use super::memory::Memory;
 use super::model::{Activity, Model, Shape};
 use super::stage::Stage;
@@ -282,6 +282,14 @@ impl Core {
             .map_err(|errno| self.irq_error(errno, operation, index))
     }
 
+    /// Takes the vectors out of use that a user has connected.
+    pub(super) fn disconnect(&self, user: &Arc<User>, index: u32) -> Result<()> {
+        self.with_line(index, "disconnect", |line| {
+            line.disconnect_user(user);
+            Ok(())
+        })
+    }
+
     /// Connects a user's eventfds.
     pub(super) fn connect(
         &self,
@@ -291,7 +299,14 @@ impl Core {
         fds: Vec<Option<OwnedFd>>,
     ) -> Result<()> {
         self.check("connect", format_args!("interrupt {index} of {}", self.info.name))?;
-        self.with_line(index, "connect", |line| line.connect(user, start, fds))
+        // Looking at foreign files, and closing them, may take its time: not while others wait.
+        if fds.iter().flatten().any(|fd| !may_be_eventfd(fd)) {
+            return Err(self.irq_error(Errno::EINVAL, "connect", index));
+        }
+        let mut fds = fds.into_iter().map(|fd| fd.map(Arc::new)).collect::<Vec<_>>();
+        let displaced =
+            self.with_line(index, "connect", |line| line.connect(user, start, &mut fds));
+        displaced.map(drop)
     }
 }
 
@@ -341,10 +356,7 @@ impl Transport for Emulated {
 
     fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
         if fds.is_empty() {
-            return self.core.with_line(index, "disconnect", |line| {
-                line.disconnect();
-                Ok(())
-            });
+            return self.core.disconnect(&self.core.user, index);
         }
         let own = |fd: &Option<BorrowedFd<'_>>| fd.map(|fd| fd.try_clone_to_owned()).transpose();
         let fds = fds.iter().map(own).collect::<std::io::Result<_>>().map_err(|error| {

@@ -1,7 +1,8 @@
 //! Interrupts of a model: which eventfd each vector signals, and what waits behind a mask.
 
+use std::fs;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -16,10 +17,12 @@ pub(super) struct Line {
     vectors: Vec<Vector>,
 }
 
+/// The eventfd that a vector signals, and whose that is.
+pub(super) type Connection = (Arc<OwnedFd>, Arc<User>);
+
 #[derive(Default)]
 struct Vector {
-    /// The eventfd that it signals, and whose that is.
-    eventfd: Option<(Arc<OwnedFd>, Arc<User>)>,
+    eventfd: Option<Connection>,
     masked: bool,
     /// It fired while it was masked.
     pending: bool,
@@ -46,31 +49,24 @@ impl Line {
         self.vectors.get_mut(vectors.start as usize..vectors.end as usize).ok_or(Errno::EINVAL)
     }
 
-    /// Connects the vectors from `start` on to a user's eventfds; EINVAL where one of the files is no
-    /// eventfd, or they are more than the vectors.
+    /// Connects the vectors from `start` on to a user's eventfds, which are taken. What was connected there
+    /// before; EINVAL where they are more than the vectors.
     pub(super) fn connect(
         &mut self,
         user: &Arc<User>,
         start: u32,
-        fds: Vec<Option<OwnedFd>>,
-    ) -> Result<(), Errno> {
+        fds: &mut [Option<Arc<OwnedFd>>],
+    ) -> Result<Vec<Option<Connection>>, Errno> {
         let end = u32::try_from(fds.len()).ok().and_then(|count| start.checked_add(count));
         let vectors = self.get(start..end.ok_or(Errno::EINVAL)?)?;
-        if fds.iter().flatten().any(|fd| !may_be_eventfd(fd)) {
-            return Err(Errno::EINVAL);
-        }
-        for (vector, eventfd) in vectors.iter_mut().zip(fds) {
-            vector.eventfd = eventfd.map(|eventfd| (Arc::new(eventfd), user.clone()));
-        }
-        Ok(())
+        let connect = |(vector, fd): (&mut Vector, &mut Option<Arc<OwnedFd>>)| {
+            let connection = fd.take().map(|eventfd| (eventfd, user.clone()));
+            std::mem::replace(&mut vector.eventfd, connection)
+        };
+        Ok(vectors.iter_mut().zip(fds).map(connect).collect())
     }
 
-    /// Takes all vectors out of use, and unmasks them.
-    pub(super) fn disconnect(&mut self) {
-        self.vectors.iter_mut().for_each(Vector::disconnect);
-    }
-
-    /// The same with the vectors that a user has connected.
+    /// Takes the vectors out of use that a user has connected, and unmasks them.
     pub(super) fn disconnect_user(&mut self, user: &Arc<User>) {
         for vector in &mut self.vectors {
             if vector.eventfd.as_ref().is_some_and(|(_, owner)| Arc::ptr_eq(owner, user)) {
@@ -129,15 +125,17 @@ impl Vector {
     }
 }
 
-/// Eventfds are anonymous inodes, whose mode names no type. Pipes, sockets and files are not.
-fn may_be_eventfd(fd: &OwnedFd) -> bool {
-    fstat(fd).is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == 0)
+/// By the name that `/proc` has for it: asking the file itself may take as long as whoever serves its file
+/// system likes. Without `/proc`, by its mode, which names no type; pipes, sockets and files have one.
+pub(super) fn may_be_eventfd(fd: &OwnedFd) -> bool {
+    match fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+        Ok(name) => name.as_os_str() == "anon_inode:[eventfd]",
+        Err(_) => fstat(fd).is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == 0),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
     use crate::sys::eventfd;
 
@@ -146,8 +144,8 @@ mod tests {
         let info = IrqInfo { maskable: true, automasked, ..IrqInfo::eventfds(2) };
         let mut line = Line::new(info);
         let events = [0; 2].map(|_| eventfd::new().unwrap());
-        let fds = events.iter().map(|event| Some(event.as_fd().try_clone_to_owned().unwrap()));
-        line.connect(&User::new(0), 0, fds.collect()).unwrap();
+        let fds = events.iter().map(|event| Some(Arc::new(event.try_clone().unwrap())));
+        line.connect(&User::new(0), 0, &mut fds.collect::<Vec<_>>()).unwrap();
         (line, move || [0, 1].map(|index: usize| eventfd::take(&events[index]).unwrap()))
     }
 
@@ -181,9 +179,12 @@ mod tests {
         assert_eq!(line.fire(1..3), Err(Errno::EINVAL));
         assert_eq!(line.mask(Range { start: 2, end: 1 }, true), Err(Errno::EINVAL));
         let user = User::new(0);
-        assert_eq!(line.connect(&user, u32::MAX, vec![None, None]), Err(Errno::EINVAL));
+        for start in [1, u32::MAX] {
+            let refused = line.connect(&user, start, &mut [None, None]);
+            assert_eq!(refused.map(drop), Err(Errno::EINVAL));
+        }
         let (_reader, writer) = std::io::pipe().unwrap();
-        assert_eq!(line.connect(&user, 0, vec![None, Some(writer.into())]), Err(Errno::EINVAL));
+        assert!(!may_be_eventfd(&writer.into()) && may_be_eventfd(&eventfd::new().unwrap()));
         line.fire(0..2).unwrap();
         assert_eq!(fired(), [1, 1], "nothing has changed");
     }
@@ -193,7 +194,7 @@ mod tests {
         let (mut line, fired) = line(false);
         let other = User::new(0);
         let event = eventfd::new().unwrap();
-        line.connect(&other, 1, vec![Some(event.try_clone().unwrap())]).unwrap();
+        line.connect(&other, 1, &mut [Some(Arc::new(event.try_clone().unwrap()))]).unwrap();
         line.disconnect_user(&other);
         line.fire(0..2).unwrap();
         assert_eq!((fired(), eventfd::take(event)), ([1, 0], Ok(0)));

@@ -66,7 +66,10 @@ impl Stage {
         let result = catch_unwind(AssertUnwindSafe(|| act(&mut **model)));
         self.inside.store(0, Ordering::Relaxed);
         result.map_err(|payload| {
-            Refused::Panicked(self.panic.get_or_init(|| message(&*payload)).clone())
+            let said = self.panic.get_or_init(|| message(&*payload)).clone();
+            // What it carries may panic again when it is dropped.
+            std::mem::forget(payload);
+            Refused::Panicked(said)
         })
     }
 }

@@ -52,6 +52,13 @@ impl Area {
     }
 }
 
+impl Area {
+    /// Gives up a range for good.
+    fn lose(&self, range: Range<usize>) {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+    }
+}
+
 impl Drop for Area {
     fn drop(&mut self) {
         if self.generation != fork::generation() {
@@ -355,12 +362,12 @@ impl Reservation {
             mm::reserve_at(turn, self.start, file.as_fd(), offset, size).is_ok()
         });
         if !filled {
+            self.area.lose(range.clone());
             log::error!(
                 "gave up {}: after a failed call or a move, what is mapped there is another's, or cannot \
                  be told from another's",
                 show(&range)
             );
-            self.area.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
         }
         filled
     }
@@ -385,8 +392,8 @@ impl Reservation {
                 // SAFETY: the mapping is ours and there still; the caller vouches for its users.
                 if let Err(errno) = unsafe { mm::munmap(self.start, size) } {
                     let range = self.start..self.start + size;
+                    self.area.lose(range.clone());
                     log::error!("leaked a mapping at {}: {errno}", show(&range));
-                    self.area.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
                     return false;
                 }
             }

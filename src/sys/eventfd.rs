@@ -125,17 +125,17 @@ impl Queue {
         if self.generation != fork::generation() {
             return Err(Errno::EINVAL);
         }
-        let request = Request {
+        let mut request = Request {
             opcode: Self::IOCB_CMD_PREAD,
             file: self.file.as_raw_fd() as u32,
             flags: Self::IOCB_FLAG_RESFD,
             eventfd: eventfd.as_raw_fd() as u32,
             ..Request::default()
         };
-        let mut requests = [&raw const request];
+        let mut requests = [&raw mut request];
         let mut submit = || {
-            // SAFETY: one request, which reads no bytes to nowhere; the kernel has copied it when the
-            // call returns.
+            // SAFETY: one request of ours, into which the kernel writes its key (`aio_key`), and which it has
+            // copied when the call returns. It reads no bytes to nowhere.
             let done = unsafe {
                 libc::syscall(libc::SYS_io_submit, self.context, 1, requests.as_mut_ptr())
             };

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{FileStat, SFlag, fstat};
@@ -31,8 +32,13 @@ pub(crate) fn punch_hole(fd: impl AsFd, offset: u64, len: u64) -> Result<(), Err
 
 /// Whether the file's pages are a tmpfs's own (a memfd, a file in `/dev/shm`): a regular file, and
 /// tmpfs by `fstatfs(2)`, which would say so of every device in `/dev`, too.
+///
+/// Only such files, and hugetlbfs's, have seals (`man 2 F_GET_SEALS`). They are asked for first: the
+/// answer does not depend on a file system that may be in a process that does not answer (FUSE).
 pub(crate) fn is_tmpfs(fd: impl AsFd) -> bool {
-    matches!(regular_size(&fd), Ok(Some(_))) && file_system(&fd) == Some(TMPFS_MAGIC)
+    fcntl(&fd, FcntlArg::F_GET_SEALS).is_ok()
+        && matches!(regular_size(&fd), Ok(Some(_)))
+        && file_system(&fd) == Some(TMPFS_MAGIC)
 }
 
 /// Whether the file's pages are huge ones (hugetlbfs), so that lengths are rounded as nowhere else.

@@ -41,12 +41,16 @@ impl Mapped {
     }
 }
 
+/// The lines of a file, of which names of mapped files are parts: those are any bytes.
+fn lines(file: impl io::Read) -> impl Iterator<Item = String> {
+    let lines = BufReader::new(file).split(b'\n').map_while(Result::ok);
+    lines.map(|line| String::from_utf8_lossy(&line).into_owned())
+}
+
 /// The mappings that overlap `range`, by address. Empty where `/proc` is not mounted.
 pub(crate) fn overlapping(range: &Range<usize>) -> Vec<Mapped> {
     let Ok(file) = File::open("/proc/self/maps") else { return Vec::new() };
-    BufReader::new(file)
-        .lines()
-        .map_while(Result::ok)
+    lines(file)
         .filter_map(|line| Mapped::parse(&line))
         .take_while(|mapped| mapped.range.start < range.end)
         .filter(|mapped| range.start < mapped.range.end)
@@ -69,8 +73,7 @@ pub(crate) fn is_kept_from_children(
     file: (u64, u64),
     offset: u64,
 ) -> io::Result<bool> {
-    let smaps = BufReader::new(File::open("/proc/self/smaps")?);
-    let with_flags = kept_from_children(smaps.lines().map_while(Result::ok), range);
+    let with_flags = kept_from_children(lines(File::open("/proc/self/smaps")?), range);
     Ok(are(range, &with_flags, |mapped| {
         !mapped.inaccessible && mapped.shows(file, offset, range.start)
     }))
@@ -191,6 +194,13 @@ mod tests {
         assert!(!are(0x1000..0x4000, &[mapping(0x1000, 0x2000), strange]), "another offset");
         let strange = Mapped { inode: 8, ..mapping(0x2000, 0x4000) };
         assert!(!are(0x1000..0x4000, &[mapping(0x1000, 0x2000), strange]), "another file");
+    }
+
+    #[test]
+    fn a_name_of_any_bytes_hides_no_line() {
+        let text = b"1000-2000 r--p 00000000 00:01 7  /tmp/\xff\xfe\n3000-4000 r--p 00000000 00:01 8  /x\n";
+        let inodes = lines(&text[..]).filter_map(|line| Mapped::parse(&line)).map(|it| it.inode);
+        assert!(inodes.eq([7, 8]));
     }
 
     #[test]

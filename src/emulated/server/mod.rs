@@ -54,7 +54,10 @@ impl From<Duration> for ClientLimits {
 ///
 /// Clients are not trusted: what they send is checked, what they share is read and written but never
 /// mapped, and one that misbehaves is disconnected. A client cannot hold up the server, whatever it does
-/// with the sockets, files and eventfds that both have: each wait has the time of its [`ClientLimits`].
+/// with the sockets, memory and eventfds that both have: each wait has the time of its [`ClientLimits`]. One
+/// wait has none: a descriptor that is neither memory nor an eventfd is closed in the thread that serves
+/// this client, and where the client itself serves the file system behind it (FUSE), that ends when the
+/// client answers or leaves. Nobody else waits for it.
 ///
 /// Clients do share the device, with each other and with the program that it is in: one finds it as
 /// another has left it. What a client has mapped for DMA and which eventfds it has connected is its own,

@@ -69,7 +69,8 @@ impl<'a> Session<'a> {
     /// Answers commands until the client leaves.
     pub(super) fn run(&mut self) -> Result<(), Fault> {
         loop {
-            let message = match self.wire.command() {
+            let next = if self.greeted { self.wire.command() } else { self.wire.first_command() };
+            let message = match next {
                 Ok(message) => message,
                 Err(Fault::Closed { cut_short: false }) => return Ok(()),
                 Err(fault) => return Err(fault),
@@ -229,7 +230,7 @@ impl<'a> Session<'a> {
             VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_DATA_BOOL | VFIO_IRQ_SET_DATA_EVENTFD;
         match (flags & DATA, flags & !DATA) {
             (VFIO_IRQ_SET_DATA_NONE, TRIGGER) if count == 0 => {
-                self.device.set_irqs(index, 0, &[]).map_err(errno)?;
+                self.device.core.disconnect(&self.user, index).map_err(errno)?;
             }
             (VFIO_IRQ_SET_DATA_NONE, action) => self.act(index, start..end, action)?,
             (VFIO_IRQ_SET_DATA_BOOL, action) => {

@@ -54,14 +54,17 @@ struct Inbox {
 }
 
 /// What is waited for.
-enum Wanted {
-    Command,
-    Reply(u16, Deadline),
+enum Wanted<'a> {
+    /// Within a deadline, or whenever it comes.
+    Command(Option<&'a mut Deadline>),
+    Reply(u16, &'a mut Deadline),
 }
 
 impl Wire {
     pub(super) fn new(stream: UnixStream, time: Duration) -> std::io::Result<Self> {
         let (sender, receiver) = channel::split(stream, time)?;
+        // A client may be idle; what must come in time is waited for by poll.
+        receiver.stream().set_read_timeout(None)?;
         Ok(Self {
             time,
             stream: receiver.stream().clone(),
@@ -82,18 +85,24 @@ impl Wire {
         })
     }
 
-    /// The client has said who it is, and that it takes so much data in one message: from now on it may
-    /// be idle.
+    /// The client has said who it is, and that it takes so much data in one message.
     pub(super) fn greeted(&self, transfer: usize) {
         self.inbox().transfer = transfer;
-        if let Err(error) = self.stream.set_read_timeout(None) {
-            log::debug!("the client cannot be given all time: {error}");
-        }
     }
 
-    /// The client's next command, whenever it comes; the first must come in time.
+    /// The client's first command, which must come in time.
+    pub(super) fn first_command(&self) -> Result<Message, Fault> {
+        self.wait(&mut Wanted::Command(Some(&mut self.deadline())))
+    }
+
+    /// The client's next command, whenever it comes.
     pub(super) fn command(&self) -> Result<Message, Fault> {
-        self.wait(&mut Wanted::Command)
+        self.wait(&mut Wanted::Command(None))
+    }
+
+    /// For what the client is to do from now on.
+    pub(in crate::emulated) fn deadline(&self) -> Deadline {
+        Deadline::new(self.time).by_poll()
     }
 
     pub(super) fn send(
@@ -102,7 +111,7 @@ impl Wire {
         parts: [&[u8]; 2],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), Fault> {
-        self.send_by(header, parts, fds, &mut Deadline::new(self.time))
+        self.send_by(header, parts, fds, &mut self.deadline())
     }
 
     fn send_by(
@@ -116,13 +125,18 @@ impl Wire {
         sender.send(header, parts, fds, deadline)
     }
 
-    /// Reads the client's memory by messages.
-    pub(in crate::emulated) fn dma_read(&self, address: u64, data: &mut [u8]) -> Result<(), Errno> {
+    /// Reads the client's memory by messages, however many, within one deadline.
+    pub(in crate::emulated) fn dma_read(
+        &self,
+        address: u64,
+        data: &mut [u8],
+        deadline: &mut Deadline,
+    ) -> Result<(), Errno> {
         let transfer = self.inbox().transfer;
         let mut address = address;
         for part in data.chunks_mut(transfer) {
             let access = DmaAccess { address, count: part.len() as u64 };
-            let body = self.ask(command::DMA_READ, access, &[])?;
+            let body = self.ask(command::DMA_READ, access, &[], deadline)?;
             part.copy_from_slice(body.get(DmaAccess::SIZE..).ok_or(Errno::EIO)?);
             // Past the last address nothing follows.
             address = address.wrapping_add(part.len() as u64);
@@ -130,13 +144,18 @@ impl Wire {
         Ok(())
     }
 
-    /// Writes the client's memory by messages.
-    pub(in crate::emulated) fn dma_write(&self, address: u64, data: &[u8]) -> Result<(), Errno> {
+    /// Writes the client's memory by messages, as [`dma_read`](Self::dma_read) reads.
+    pub(in crate::emulated) fn dma_write(
+        &self,
+        address: u64,
+        data: &[u8],
+        deadline: &mut Deadline,
+    ) -> Result<(), Errno> {
         let transfer = self.inbox().transfer;
         let mut address = address;
         for part in data.chunks(transfer) {
             let access = DmaAccess { address, count: part.len() as u64 };
-            self.ask(command::DMA_WRITE, access, part)?;
+            self.ask(command::DMA_WRITE, access, part, deadline)?;
             // Past the last address nothing follows.
             address = address.wrapping_add(part.len() as u64);
         }
@@ -144,7 +163,13 @@ impl Wire {
     }
 
     /// Asks the client, and sees that its reply is one to that; its body.
-    fn ask(&self, command: u16, access: DmaAccess, data: &[u8]) -> Result<Vec<u8>, Errno> {
+    fn ask(
+        &self,
+        command: u16,
+        access: DmaAccess,
+        data: &[u8],
+        deadline: &mut Deadline,
+    ) -> Result<Vec<u8>, Errno> {
         let id = {
             let mut inbox = self.inbox();
             let id = inbox.next_id;
@@ -154,10 +179,8 @@ impl Wire {
         };
         let fields = access.encode();
         let header = Header::command(id, command, fields.len() + data.len());
-        // One time for all of it.
-        let mut deadline = Deadline::new(self.time).by_poll();
         let reply = self
-            .send_by(header, [&fields, data], &[], &mut deadline)
+            .send_by(header, [&fields, data], &[], deadline)
             .and_then(|()| self.wait(&mut Wanted::Reply(id, deadline)));
         let reply = match reply {
             Ok(reply) => reply,
@@ -182,7 +205,7 @@ impl Wire {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait(&self, wanted: &mut Wanted) -> Result<Message, Fault> {
+    fn wait(&self, wanted: &mut Wanted<'_>) -> Result<Message, Fault> {
         let mut inbox = self.inbox();
         loop {
             if let Some(message) = inbox.take(wanted) {
@@ -194,8 +217,10 @@ impl Wire {
             if let Some(mut receiver) = inbox.receiver.take() {
                 drop(inbox);
                 let received = match wanted {
-                    Wanted::Command => receiver.receive_idle(self.time),
-                    Wanted::Reply(_, deadline) => receiver.receive(deadline),
+                    Wanted::Command(None) => receiver.receive_idle(self.time),
+                    Wanted::Command(Some(deadline)) | Wanted::Reply(_, deadline) => {
+                        receiver.receive(deadline)
+                    }
                 };
                 inbox = self.inbox();
                 inbox.receiver = Some(receiver);
@@ -209,8 +234,10 @@ impl Wire {
             }
             inbox.waiting += 1;
             inbox = match wanted {
-                Wanted::Command => self.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner),
-                Wanted::Reply(_, deadline) => {
+                Wanted::Command(None) => {
+                    self.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner)
+                }
+                Wanted::Command(Some(deadline)) | Wanted::Reply(_, deadline) => {
                     if let Err(fault) = deadline.check() {
                         inbox.waiting -= 1;
                         return Err(fault);
@@ -233,9 +260,9 @@ impl Wire {
 }
 
 impl Inbox {
-    fn take(&mut self, wanted: &Wanted) -> Option<Message> {
+    fn take(&mut self, wanted: &Wanted<'_>) -> Option<Message> {
         match wanted {
-            Wanted::Command => {
+            Wanted::Command(_) => {
                 let message = self.commands.pop_front()?;
                 self.bytes -= message.body.len();
                 self.fds -= message.fds.len();

@@ -169,9 +169,9 @@ impl Connection {
         let header = Header::command(id, command, body[0].len() + body[1].len());
         inner.sender.send(header, body, fds, deadline)?;
         loop {
-            let message = inner.receiver.receive(deadline)?;
+            let mut message = inner.receiver.receive(deadline)?;
             if message.header.is_command() {
-                self.serve(&mut inner.sender, &message, deadline)?;
+                self.serve(&mut inner.sender, &mut message, deadline)?;
                 deadline.check()?;
                 continue;
             }
@@ -182,6 +182,9 @@ impl Connection {
                     command::name(for_command),
                     command::name(command)
                 )));
+            }
+            if command != command::DEVICE_GET_REGION_INFO {
+                channel::discard(std::mem::take(&mut message.fds));
             }
             if message.header.failed().is_none() && message.body.len() < reply {
                 return Err(Fault::Nonsense(format!(
@@ -204,11 +207,11 @@ impl Connection {
         inner: &mut Inner,
         deadline: &mut Deadline,
     ) -> std::result::Result<(), Fault> {
-        while let Some(message) = inner.receiver.take()? {
+        while let Some(mut message) = inner.receiver.take()? {
             if !message.header.is_command() {
                 return Err(unasked());
             }
-            self.serve(&mut inner.sender, &message, deadline)?;
+            self.serve(&mut inner.sender, &mut message, deadline)?;
         }
         Ok(())
     }
@@ -243,10 +246,17 @@ impl Connection {
     fn serve(
         &self,
         sender: &mut Sender,
-        message: &Message,
+        message: &mut Message,
         deadline: &mut Deadline,
     ) -> std::result::Result<(), Fault> {
-        let Message { header, body, .. } = message;
+        let Message { header, body, fds } = message;
+        if !fds.is_empty() {
+            channel::discard(std::mem::take(fds));
+            return Err(Fault::Nonsense(format!(
+                "the server sent descriptors with {}, which takes none",
+                command::name(header.command)
+            )));
+        }
         let answer = match header.command {
             command::DMA_READ => self.read_memory(body),
             command::DMA_WRITE => self.write_memory(body),
@@ -322,9 +332,9 @@ impl Connection {
         let mut inner = self.inner();
         match inner.receiver.receive_now()? {
             None => Ok(false),
-            Some(message) if message.header.is_command() => {
+            Some(mut message) if message.header.is_command() => {
                 let mut deadline = Deadline::new(self.time).by_poll();
-                self.serve(&mut inner.sender, &message, &mut deadline)?;
+                self.serve(&mut inner.sender, &mut message, &mut deadline)?;
                 Ok(true)
             }
             Some(_) => Err(unasked()),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::connection::{Connection, Request};
+use super::protocol::channel::discard;
 use super::protocol::wire::{self, command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file;
@@ -13,6 +14,9 @@ use crate::transport::{RegionFile, RegionInfo};
 
 /// The longest answer about a region that is asked for: some 65,000 sparse areas.
 const MAX_ANSWER: u32 = 1 << 20;
+
+/// How often a server may ask for more room: it knows at the first time how much it needs.
+const MAX_ROUNDS: u32 = 4;
 
 pub(super) struct Region {
     pub(super) info: RegionInfo,
@@ -28,6 +32,7 @@ pub(super) fn read_region(
 ) -> Result<Option<Region>> {
     // Room for some areas, so that most regions are asked for once.
     let mut argsz = 256;
+    let mut rounds = 0..MAX_ROUNDS;
     let (body, fds) = loop {
         let ask = wire::RegionInfo { argsz, index, ..Default::default() };
         let request = Request {
@@ -49,7 +54,8 @@ pub(super) fn read_region(
         if answer.argsz as usize <= reply.body.len() || answer.size == 0 {
             break (reply.body, reply.fds);
         }
-        if answer.argsz <= argsz || answer.argsz > MAX_ANSWER {
+        rounds.next();
+        if answer.argsz <= argsz || answer.argsz > MAX_ANSWER || rounds.is_empty() {
             return malformed(format!(
                 "the server claims {} bytes of information, {argsz} were asked for",
                 answer.argsz
@@ -60,6 +66,11 @@ pub(super) fn read_region(
     let (mut info, start) = RegionInfo::from_vfio(&body)?;
     if info.size == 0 {
         return Ok(None);
+    }
+    if fds.iter().any(|fd| !file::is_tmpfs(fd)) {
+        discard(fds);
+        return Err(Error::new(ErrorKind::Malformed, "map", name)
+            .because("the server sent a file that is not shared memory"));
     }
     let file = if info.mappable { choose(&mut info, fds, name)? } else { None };
     info.mappable = file.is_some();

@@ -6,6 +6,7 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -60,6 +61,17 @@ impl From<Errno> for Fault {
         match errno {
             Errno::EPIPE | Errno::ECONNRESET => Self::Closed { cut_short: false },
             errno => Self::Os(errno),
+        }
+    }
+}
+
+/// Closes descriptors that a peer has sent and nobody wants. By a thread: to close a file may take as long as
+/// whoever serves its file system likes (FUSE).
+pub(crate) fn discard(fds: Vec<OwnedFd>) {
+    if !fds.is_empty() {
+        let thread = thread::Builder::new().name("vfio-user discard".to_owned());
+        if let Err(error) = thread.spawn(move || drop(fds)) {
+            log::debug!("descriptors were closed here: {error}");
         }
     }
 }
@@ -195,19 +207,24 @@ impl Receiver {
             }
             if std::mem::replace(&mut deadline.waited, true) {
                 deadline.wait(&self.stream, PollFlags::POLLIN)?;
+                // That the socket is ready does not mean that there is a byte to read: not by a call that
+                // would wait for one.
+                self.fill(MsgFlags::MSG_DONTWAIT, deadline.time)?;
+            } else {
+                self.fill(MsgFlags::empty(), deadline.time)?;
             }
-            self.fill(deadline.time)?;
         }
     }
 
-    /// The next message, whenever it comes; once it has begun, the rest may take `time`.
+    /// The next message, whenever it comes, on a socket without a receive timeout; once it has begun, the
+    /// rest may take `time`.
     #[cfg(feature = "emulated")]
     pub(crate) fn receive_idle(&mut self, time: Duration) -> Result<Message, Fault> {
         if let Some(message) = self.take()? {
             return Ok(message);
         }
-        if self.filled == 0 {
-            self.fill(time)?;
+        while self.filled == 0 {
+            self.fill(MsgFlags::empty(), time)?;
         }
         self.receive(&mut Deadline::new(time).by_poll())
     }
@@ -218,14 +235,10 @@ impl Receiver {
             if let Some(message) = self.take()? {
                 return Ok(Some(message));
             }
-            match socket::receive(
-                &self.stream,
-                &mut self.buffer[self.filled..],
-                MsgFlags::MSG_DONTWAIT,
-            ) {
-                Err(Errno::EAGAIN) => return Ok(None),
-                Err(Errno::EINTR) => {}
-                other => self.arrived(other?)?,
+            let before = self.filled;
+            self.fill(MsgFlags::MSG_DONTWAIT, Duration::ZERO)?;
+            if self.filled == before {
+                return Ok(None);
             }
         }
     }
@@ -259,15 +272,16 @@ impl Receiver {
         Ok(Some(Message { header, body, fds }))
     }
 
-    /// Reads what has arrived, or waits for it. The buffer has room whenever no whole message is in it.
-    fn fill(&mut self, time: Duration) -> Result<(), Fault> {
-        loop {
-            let buffer = &mut self.buffer[self.filled..];
-            match socket::receive(&self.stream, buffer, MsgFlags::empty()) {
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return Err(Fault::Silent(time)),
-                other => return self.arrived(other?),
-            }
+    /// Reads what has arrived; without `MSG_DONTWAIT` it waits for that once, as long as the socket's receive
+    /// timeout says, or until a signal comes. The buffer has room whenever no whole message is in it.
+    fn fill(&mut self, flags: MsgFlags, time: Duration) -> Result<(), Fault> {
+        let buffer = &mut self.buffer[self.filled..];
+        match socket::receive(&self.stream, buffer, flags) {
+            // The next wait is measured: a signal does not make it longer.
+            Err(Errno::EINTR) => Ok(()),
+            Err(Errno::EAGAIN) if flags.contains(MsgFlags::MSG_DONTWAIT) => Ok(()),
+            Err(Errno::EAGAIN) => Err(Fault::Silent(time)),
+            other => self.arrived(other?),
         }
     }
 
@@ -296,6 +310,7 @@ impl Receiver {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::fd::AsRawFd;
 
     use super::*;
     use crate::transport::vfio_user::protocol::wire::command;
@@ -437,6 +452,20 @@ mod tests {
         assert_eq!(fault, Fault::Silent(TIME));
         drop((receiver, sender));
         assert!(!writer.join().unwrap(), "each message had a time of its own");
+    }
+
+    /// A byte out of band makes the socket ready, and leaves nothing to read.
+    #[test]
+    fn a_byte_out_of_band_does_not_take_the_deadline_away() {
+        let (theirs, _sender, mut receiver) = pair(AMPLE);
+        receiver.stream().set_read_timeout(None).unwrap();
+        nix::sys::socket::send(theirs.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let fault = receiver.receive(&mut Deadline::new(TIME).by_poll()).map(drop);
+            done.send(fault).unwrap();
+        });
+        assert_eq!(ended.recv_timeout(AMPLE), Ok(Err(Fault::Silent(TIME))));
     }
 
     #[test]
