@@ -118,7 +118,7 @@ fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
         for _ in 0..2 {
             let error = map().unwrap_err();
             assert_eq!(error.kind(), ErrorKind::TooManyMappings, "{error}");
-            assert!(error.to_string().contains(&format!("{MOST} mappings are there")), "{error}");
+            assert!(error.to_string().contains(&format!("has {MOST} mappings")), "{error}");
             assert!(error.advice().contains("dma_entry_limit"), "{error}");
             mappings.pop();
             mappings.push(map().unwrap());
