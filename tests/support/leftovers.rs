@@ -19,8 +19,8 @@ pub fn holdings() -> Holdings {
             let target = std::fs::read_link(entry.path()).ok()?.display().to_string();
             ours(&target).then(|| format!("{} {target}", entry.file_name().display()))
         })
-        // One file for the life of the process marks reservations.
-        .filter(|file| !file.contains("vfio-remap-reserved"))
+        // One file each for the life of the process: that marks reservations, that signals eventfds.
+        .filter(|file| !file.contains("vfio-remap-reserved") && !file.contains("vfio-remap-signal"))
         .collect();
     let mappings = std::fs::read_to_string("/proc/self/maps")
         .unwrap()
