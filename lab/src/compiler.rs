@@ -26,9 +26,9 @@ const RUSTC: &str = "rustc";
 
 /// Runs the compiler by the root's loader, wherever the root is.
 const WRAPPER: &str = r#"#!/bin/sh
-root="$(dirname "$0")/root/usr"
-exec "$root/lib64/ld-linux-x86-64.so.2" --library-path "$root/lib/x86_64-linux-gnu" \
-    "$root/bin/rustc" --sysroot "$root" "$@"
+usr="$(dirname "$0")/root"/usr
+exec "$usr/lib64/ld-linux-x86-64.so.2" --library-path "$usr/lib/x86_64-linux-gnu" \
+    "$usr/bin/rustc" --sysroot "$usr" "$@"
 "#;
 
 /// The compiler, in the cache.
