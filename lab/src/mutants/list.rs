@@ -145,7 +145,9 @@ pub static MUTANTS: &[Mutant] = &[
         after: "impl Drop for Binding {
     fn drop(&mut self) {
         if false {",
-        killer: Host("--lib -- a_child_leaves_the_binding_of_its_parent_alone"),
+        killer: Host(
+            "--lib -- transport::linux::binding::tests::a_child_leaves_the_binding_of_its_parent_alone",
+        ),
     },
     Mutant {
         name: "child-drops-vfio-user",
@@ -225,7 +227,9 @@ pub static MUTANTS: &[Mutant] = &[
         after: "        let binding = std::mem::ManuallyDrop::new(binding);
         self.leave_driver()?;
         write(",
-        killer: Host("--lib -- what_cannot_be_bound_gets_back_what_it_had"),
+        killer: Host(
+            "--lib -- transport::linux::binding::tests::what_cannot_be_bound_gets_back_what_it_had",
+        ),
     },
     Mutant {
         name: "low-power-noted-after-failure",

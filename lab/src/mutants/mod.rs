@@ -200,7 +200,9 @@ impl<'a> Copy<'a> {
     /// The call of cargo that runs a target's tests.
     fn cargo_test(&self, target: &str) -> Command {
         let mut cargo = self.sources.cargo();
-        cargo.args(["test", "--locked", "--target-dir"]).arg(&self.sources.target);
+        cargo
+            .args(["test", "--locked", "--package", "vfio-remap", "--target-dir"])
+            .arg(&self.sources.target);
         cargo.args(target.split(' '));
         cargo
     }
