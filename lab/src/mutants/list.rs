@@ -276,10 +276,10 @@ pub static MUTANTS: &[Mutant] = &[
         file: "src/transport/linux/irq.rs",
         before: "    if available == 0 {\n",
         after: "    if true || available == 0 {\n",
-        killer: Guest {
-            kernel: "6.12",
-            test: "msi::fewer_vectors_are_an_error_that_counts_them_without_intremap",
-        },
+        killer: Host(
+            "--lib -- transport::linux::irq::tests::\
+             a_count_for_an_answer_is_an_error_that_names_it",
+        ),
     },
     Mutant {
         name: "linux-uncounted-unmap",
