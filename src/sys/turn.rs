@@ -13,7 +13,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::fork;
 
 /// The turn to give addresses out, or to replace what is mapped at addresses of one's own.
-pub(crate) struct Turn(#[allow(dead_code, reason = "held for its Drop")] MutexGuard<'static, ()>);
+pub(crate) struct Turn {
+    _held: MutexGuard<'static, ()>,
+}
 
 struct Lock(UnsafeCell<Mutex<()>>);
 
@@ -39,7 +41,7 @@ impl Turn {
     pub(crate) fn take() -> Self {
         #[cfg(test)]
         TAKEN.set(TAKEN.get() + 1);
-        Self(lock().lock().unwrap_or_else(PoisonError::into_inner))
+        Self { _held: lock().lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
     /// How often this thread took the turn.

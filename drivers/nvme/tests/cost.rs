@@ -3,11 +3,11 @@
 //!
 //! `cargo test --release -p vfio-remap-nvme --test cost -- --ignored --nocapture`
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use allocation_counter::measure;
 use vfio_remap::Device;
 use vfio_remap::device::DmaBuffer;
 use vfio_remap::emulated::{Activity, Emulated, Namespace as Storage, Nvme};
@@ -18,28 +18,6 @@ const SIZE: usize = 4096;
 const BATCHES: &str = "VFIO_REMAP_TEST_BATCHES";
 /// The most instructions of a read, and what it takes now and then is allowed for.
 const MOST: u64 = 208;
-
-/// Counts allocations.
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: the system's allocator does the work.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's own contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: the caller's own contract.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// A controller whose model works when it is told to. Bringing it up takes a thread that tells it.
 fn controller() -> (Arc<Controller>, Emulated) {
@@ -117,14 +95,11 @@ fn reads(batches: u64) -> u64 {
         });
     let mut allocations = 0;
     for _ in 0..batches {
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
-        counted_submission(&mut queue, &namespace, &mut buffers);
-        allocations += ALLOCATIONS.load(Ordering::Relaxed) - before;
+        allocations +=
+            measure(|| counted_submission(&mut queue, &namespace, &mut buffers)).count_total;
         while queue.outstanding() > 0 {
             while model.poll().unwrap() == Activity::Busy {}
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
-            counted_completion(&mut queue, &mut buffers);
-            allocations += ALLOCATIONS.load(Ordering::Relaxed) - before;
+            allocations += measure(|| counted_completion(&mut queue, &mut buffers)).count_total;
         }
     }
     with_model(&model, || {
