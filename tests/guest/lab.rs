@@ -148,7 +148,6 @@ fn until(name: &str, there: bool) {
 }
 
 /// Maps all of a BAR that can be mapped as one window.
-#[allow(dead_code)]
 pub fn map_all(device: &Device, bar: u32) -> Window {
     device.bar(bar).unwrap().map(.., Placement::Anywhere).unwrap()
 }

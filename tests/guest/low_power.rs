@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vfio_remap::{Device, ErrorKind};
 
-use crate::{lab, leftovers, reach};
+use crate::{lab, leftovers, probe};
 
 /// e1000e's status register, which is never 0.
 const STATUS: u64 = 8;
@@ -52,12 +52,12 @@ fn a_sleeping_device_is_reached_through_the_kernel_only_until_it_is_woken() {
                 assert_ne!(awake, 0);
                 let low_power = device.low_power().unwrap();
                 becomes(&device, "suspended");
-                assert_eq!(reach::load(at), None, "a mapped access works");
+                assert_eq!(probe::load(at), None, "a mapped access works");
                 // The kernel wakes it for these, and no longer than they take.
                 let bar = device.bar(0).unwrap();
                 assert_eq!(bar.trapped::<u32>(STATUS).unwrap().read().unwrap(), awake);
                 assert_eq!(device.config().unwrap().vendor().unwrap(), 0x8086);
-                assert_eq!(reach::load(at), None, "a mapped access works");
+                assert_eq!(probe::load(at), None, "a mapped access works");
                 assert!(!low_power.woken(Duration::ZERO).unwrap());
                 let error = device.low_power().unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
@@ -65,7 +65,7 @@ fn a_sleeping_device_is_reached_through_the_kernel_only_until_it_is_woken() {
                 assert_eq!(register.read(), awake);
             }
             drop(device.low_power().unwrap());
-            assert!(reach::load(at).is_some());
+            assert!(probe::load(at).is_some());
         }
         drop((register, window));
         device.close().unwrap();
@@ -82,10 +82,10 @@ fn an_access_through_the_kernel_wakes_a_device_that_is_to_tell_of_it() {
             let low_power = device.low_power_until_woken().unwrap();
             becomes(&device, "suspended");
             assert!(!low_power.woken(Duration::ZERO).unwrap());
-            assert_eq!(reach::load(at), None);
+            assert_eq!(probe::load(at), None);
             assert_eq!(device.config().unwrap().vendor().unwrap(), 0x8086);
             assert!(low_power.woken(Duration::from_secs(5)).unwrap());
-            assert!(reach::load(at).is_some(), "it does not stay awake");
+            assert!(probe::load(at).is_some(), "it does not stay awake");
             // While its sleep is held, the device cannot be closed, and the error says so.
             let still = device.close().unwrap_err();
             assert!(still.to_string().contains("low power"), "{still}");

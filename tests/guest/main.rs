@@ -3,24 +3,18 @@
 mod address_spaces;
 mod bad_input;
 mod binding;
+#[path = "../host/common/mod.rs"]
+mod common;
 mod dma;
 mod driver;
 mod events;
 mod foreign_file;
-#[path = "../support/guest_memory.rs"]
-mod guest_memory;
-#[path = "../support/hole.rs"]
-mod hole;
 mod lab;
-#[path = "../support/leftovers.rs"]
-mod leftovers;
 mod low_power;
 mod machine;
 mod msi;
 mod noiommu_mode;
 mod nvme;
-#[path = "../support/reach.rs"]
-mod reach;
 mod remap;
 mod removal;
 mod reset;
@@ -31,18 +25,20 @@ mod sriov;
 
 use vfio_remap::Device;
 
+use common::{contention, guest_memory, leftovers, probe};
+
 #[test]
 fn no_window_is_ever_a_hole_while_it_is_relocated_ten_thousand_times() {
     let device = lab::open("edu");
     let window = device.bar(0).unwrap().map(.., vfio_remap::Placement::Anywhere).unwrap();
-    hole::relocating_never_leaves_a_hole(window, lab::EDU_ID);
+    contention::relocating_never_leaves_a_hole(window, lab::EDU_ID);
 }
 
 #[test]
 fn the_same_test_sees_the_hole_that_munmap_then_mmap_leaves() {
     let device = lab::open("edu");
     let window = device.bar(0).unwrap().map(.., vfio_remap::Placement::Anywhere).unwrap();
-    hole::munmap_then_mmap_leaves_a_hole(window, lab::EDU_ID);
+    contention::munmap_then_mmap_leaves_a_hole(window, lab::EDU_ID);
 }
 
 /// A device is closed at the end of a test, and says so if not.

@@ -5,7 +5,7 @@ use vfio_remap::transport::MemoryDevice;
 use vfio_remap::{Device, ErrorKind, Placement, Report, Reservation, Strategy, Window};
 
 use crate::lab::{self, SUBJECTS, Subject};
-use crate::{close, reach, scale};
+use crate::{close, probe, scale};
 
 /// Every stock kernel refuses DontUnmap for a BAR; the patched one is not trusted with 1 GiB entries.
 fn assert_map_again(report: &Report) {
@@ -90,7 +90,7 @@ fn a_relocated_window_reaches_the_device_and_its_old_addresses_nothing() {
         assert_eq!(relocation.report.source, Source::Released);
         assert_eq!((&window.addresses(), relocation.old.unwrap().range()), (&there, old.clone()));
         for offset in [0, size / 2, size - 4096] {
-            assert_eq!(reach::load(old.start + offset), None, "{}", subject.name);
+            assert_eq!(probe::load(old.start + offset), None, "{}", subject.name);
         }
         assert_same_device(subject, &window, &alias);
     });
@@ -126,7 +126,7 @@ fn where_a_gib_entry_was_faulted_in_the_old_addresses_reach_nothing_either() {
     let left = relocation.old.unwrap();
     assert_eq!(left.range(), old);
     for gib in 0..4 {
-        assert_eq!(reach::load(old.start + (gib << 30) + 0x1234), None);
+        assert_eq!(probe::load(old.start + (gib << 30) + 0x1234), None);
         let word = window.register::<u32>((gib << 30) + 0x1234).unwrap();
         assert_eq!(word.read(), 0xfeed_0000 + gib as u32);
     }
@@ -193,7 +193,7 @@ fn a_plain_move_of_a_bar_is_refused_where_it_would_escape_revocation_and_works_e
             let relocation = result.unwrap();
             assert_eq!(relocation.report.source, Source::ReleasedWithGap);
             assert!(relocation.report.to_string().contains("(gap)"));
-            assert_eq!(reach::load(old.start), None);
+            assert_eq!(probe::load(old.start), None);
         }
     }
     assert_eq!(window.register::<u32>(0).unwrap().read(), lab::EDU_ID);

@@ -1,8 +1,8 @@
 //! A refused call can cost the range that it was to fill.
 
 use crate::device::Bar;
+use crate::probe;
 use crate::raw::{self, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE};
-use crate::reach;
 
 const MARK: u32 = 0x600d_da7a;
 
@@ -11,7 +11,7 @@ fn marked_page() -> usize {
     let page = raw::map_memory(PAGE);
     // SAFETY: the page was mapped on the line above.
     unsafe { raw::poke(page, MARK) };
-    assert_eq!(reach::load(page), Some(MARK));
+    assert_eq!(probe::load(page), Some(MARK));
     page
 }
 
@@ -24,7 +24,7 @@ fn fixed_refusal_destroys_destination() {
     let flags = MREMAP_MAYMOVE | MREMAP_DONTUNMAP | MREMAP_FIXED;
     // SAFETY: both pages are ours.
     let error = unsafe { raw::mremap(old, PAGE, flags, page) }.unwrap_err();
-    let left = reach::load(page);
+    let left = probe::load(page);
     println!("mremap(MAYMOVE|DONTUNMAP|FIXED) of a BAR onto a page of memory: {error}");
     println!("the page of memory afterwards: {left:x?} (None: there is a hole)");
     assert_eq!(left, None, "this kernel keeps the destination");
@@ -37,7 +37,7 @@ fn refused_mmap_destroys_destination() {
     let page = marked_page();
     // SAFETY: the page is ours.
     let error = unsafe { bar.map_fixed(page, bar.size, PAGE) }.unwrap_err();
-    let left = reach::load(page);
+    let left = probe::load(page);
     println!("mmap(MAP_FIXED) past the end of a BAR onto a page of memory: {error}");
     println!("the page of memory afterwards: {left:x?} (None: there is a hole)");
     assert_eq!(left, None, "this kernel keeps the destination");

@@ -11,10 +11,10 @@ mod gib_entry;
 mod klog;
 mod matrix;
 mod memtype;
+#[path = "../host/common/probe.rs"]
+mod probe;
 mod race;
 mod raw;
-#[path = "../support/reach.rs"]
-mod reach;
 mod revocation;
 mod series;
 mod source;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::device::Bar;
 use crate::raw::{self, GIB, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE};
-use crate::reach::Loader;
+use crate::probe::Loader;
 use crate::{child, klog};
 
 /// A word in each GiB of the BAR.

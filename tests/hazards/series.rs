@@ -8,10 +8,10 @@ mod selftests;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use crate::device::{Bar, SUBJECTS, Scratch};
+use crate::probe;
 use crate::raw::{
     self, GIB, MAP_SHARED, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE, peek, poke,
 };
-use crate::reach;
 
 /// What is written through one mapping is read through the other.
 ///
@@ -56,7 +56,7 @@ fn dont_unmap_of_a_bar_leaves_both_sides_live() {
                     let before = peek(old + scratch.offset);
                     bar.set_decoding(false);
                     for side in [old, new] {
-                        assert_eq!(reach::load(side + scratch.offset), None, "{}", subject.name);
+                        assert_eq!(probe::load(side + scratch.offset), None, "{}", subject.name);
                     }
                     bar.set_decoding(true);
                     for side in [old, new] {
@@ -119,7 +119,7 @@ fn dont_unmap_of_what_cannot_be_faulted_in_is_refused() {
         let ring = raw::map_file(0, len, MAP_SHARED, perf.as_fd(), 0).unwrap();
         let error = raw::mremap(ring, len, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
-        assert!(reach::load(ring).is_some());
+        assert!(probe::load(ring).is_some());
         raw::munmap(ring, len);
     }
 }
@@ -163,7 +163,7 @@ fn gib_entries_move_and_leave_nothing_behind() {
             }
             assert_marks(moved);
             bar.set_decoding(false);
-            assert_eq!(reach::load(moved + WORDS[1]), None);
+            assert_eq!(probe::load(moved + WORDS[1]), None);
             bar.set_decoding(true);
             assert_marks(moved);
             raw::munmap(old, bar.size);
@@ -186,7 +186,7 @@ fn dont_unmap_of_gib_entries_leaves_both_sides_live() {
             }
             bar.set_decoding(false);
             for side in [old, new] {
-                assert_eq!(reach::load(side + WORDS[2]), None);
+                assert_eq!(probe::load(side + WORDS[2]), None);
             }
             bar.set_decoding(true);
             for side in [old, new] {
@@ -223,7 +223,7 @@ fn a_mapping_is_split_inside_of_a_gib_entry() {
         // In one entry at a page, in another at a multiple of 2 MiB.
         for part in [GIB / 2 + PAGE, GIB + GIB / 2] {
             raw::munmap(at + part, PAGE);
-            assert_eq!(reach::load(at + part), None);
+            assert_eq!(probe::load(at + part), None);
             assert_marks(at);
         }
         // Where only the mapping is split, and no page table has to be touched.

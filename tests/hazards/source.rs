@@ -2,8 +2,8 @@
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
+use crate::probe;
 use crate::raw::{self, MAP_SHARED, MREMAP_DONTUNMAP, MREMAP_MAYMOVE, PAGE};
-use crate::reach;
 
 /// The ring of a packet socket: mapped at once, and never by a fault.
 fn packet_ring() -> (OwnedFd, usize) {
@@ -37,11 +37,11 @@ fn packet_ring() -> (OwnedFd, usize) {
 #[test]
 fn accepted_source_is_dead() {
     let (_socket, old) = packet_ring();
-    assert!(reach::load(old).is_some());
+    assert!(probe::load(old).is_some());
     // SAFETY: the mapping is ours.
     let new = unsafe { raw::mremap(old, PAGE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, 0) };
     println!("mremap(MAYMOVE|DONTUNMAP) of a packet ring: {new:x?}");
-    let (source, moved) = (reach::load(old), reach::load(new.unwrap()));
+    let (source, moved) = (probe::load(old), probe::load(new.unwrap()));
     println!("the source answers {source:x?} (None: it faults), the new side {moved:x?}");
     assert!(moved.is_some());
     assert_eq!(source, None, "this kernel fills the source again");

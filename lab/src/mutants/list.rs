@@ -11,7 +11,7 @@ pub static MUTANTS: &[Mutant] = &[
         file: "src/device/register.rs",
         before: "assert!(index < count,",
         after: "assert!(index < usize::MAX,",
-        killer: Host("--test guards -- registers_past_the_last_are_not_reached"),
+        killer: Host("--test host -- guards::registers_past_the_last_are_not_reached"),
     },
     Mutant {
         name: "buffer-part-bound",
@@ -20,7 +20,7 @@ pub static MUTANTS: &[Mutant] = &[
         let size = self.size;",
         after: "    fn check(&self, offset: usize, len: usize) {
         let size = self.whole.memory.size;",
-        killer: Host("--test dma -- a_part_of_a_buffer_reaches_no_other"),
+        killer: Host("--test host -- dma::a_part_of_a_buffer_reaches_no_other"),
     },
     // Memory.
     Mutant {
@@ -28,14 +28,14 @@ pub static MUTANTS: &[Mutant] = &[
         file: "src/device/dma_buffer.rs",
         before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
         after: "SealFlag::F_SEAL_GROW",
-        killer: Host("--test guards -- memory_for_dma_keeps_its_size"),
+        killer: Host("--test host -- guards::memory_for_dma_keeps_its_size"),
     },
     Mutant {
         name: "emulated-memory-seal-shrink",
         file: "src/emulated/memory.rs",
         before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
         after: "SealFlag::F_SEAL_GROW",
-        killer: Host("--test emulated -- the_file_of_a_models_memory_keeps_its_size"),
+        killer: Host("--test host -- emulated::the_file_of_a_models_memory_keeps_its_size"),
     },
     Mutant {
         name: "window-not-for-children",
@@ -93,7 +93,7 @@ pub static MUTANTS: &[Mutant] = &[
         if self.generation != fork::generation() {",
         after: "    fn drop(&mut self) {
         if false {",
-        killer: Host("--test guards -- a_child_takes_nothing_back_from_a_device"),
+        killer: Host("--test host -- guards::a_child_takes_nothing_back_from_a_device"),
     },
     Mutant {
         name: "child-drops-vectors",
@@ -104,7 +104,7 @@ pub static MUTANTS: &[Mutant] = &[
         after: "impl Drop for Vectors {
     fn drop(&mut self) {
         if false {",
-        killer: Host("--test guards -- a_child_takes_nothing_back_from_a_device"),
+        killer: Host("--test host -- guards::a_child_takes_nothing_back_from_a_device"),
     },
     Mutant {
         name: "child-drops-events",
@@ -115,7 +115,7 @@ pub static MUTANTS: &[Mutant] = &[
         after: "impl Drop for Events {
     fn drop(&mut self) {
         if false {",
-        killer: Host("--test guards -- a_child_takes_nothing_back_from_a_device"),
+        killer: Host("--test host -- guards::a_child_takes_nothing_back_from_a_device"),
     },
     Mutant {
         name: "child-drops-low-power",
@@ -124,7 +124,7 @@ pub static MUTANTS: &[Mutant] = &[
         if self.generation != fork::generation() {",
         after: "    fn drop(&mut self) {
         if false {",
-        killer: Host("--test guards -- a_child_takes_nothing_back_from_a_device"),
+        killer: Host("--test host -- guards::a_child_takes_nothing_back_from_a_device"),
     },
     Mutant {
         name: "child-drops-vfio",
@@ -158,7 +158,7 @@ pub static MUTANTS: &[Mutant] = &[
         after: "impl Drop for VfioUser {
     fn drop(&mut self) {
         if false {",
-        killer: Host("--test children -- a_child_leaves_the_connection_to_a_server"),
+        killer: Host("--test host -- children::a_child_leaves_the_connection_to_a_server"),
     },
     Mutant {
         name: "child-drops-emulated",
@@ -166,7 +166,7 @@ pub static MUTANTS: &[Mutant] = &[
         before: "if self.generation != fork::generation() {
             // A child of fork(2) has not the thread.",
         after: "if false {",
-        killer: Host("--test children -- a_child_leaves_an_emulated_device"),
+        killer: Host("--test host -- children::a_child_leaves_an_emulated_device"),
     },
     Mutant {
         name: "child-drops-server",
@@ -177,7 +177,7 @@ pub static MUTANTS: &[Mutant] = &[
         after: "impl Drop for Server {
     fn drop(&mut self) {
         if false {",
-        killer: Host("--test children -- a_child_leaves_the_socket_of_a_server"),
+        killer: Host("--test host -- children::a_child_leaves_the_socket_of_a_server"),
     },
     // What is taken back.
     Mutant {

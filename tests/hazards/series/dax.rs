@@ -5,8 +5,8 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use crate::probe;
 use crate::raw::{self, GIB, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE, peek, poke};
-use crate::reach;
 
 const ND: &str = "/sys/bus/nd";
 
@@ -120,7 +120,7 @@ fn gib_entries_of_memory_go_where_they_cannot_be() {
             raw::cover_with_memory(old, dax.size);
             for word in dax.words() {
                 assert_eq!(peek(old + word), 0, "the old address reaches the memory");
-                assert_eq!(reach::load(new + word), None, "{shift:#x}: {word:#x}");
+                assert_eq!(probe::load(new + word), None, "{shift:#x}: {word:#x}");
             }
             // Where it can be, the memory still has what was written.
             let again = raw::reserve(dax.size, GIB);

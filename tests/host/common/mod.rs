@@ -1,0 +1,8 @@
+//! What tests in guests use, too: all of it.
+
+pub mod contention;
+#[cfg(all(feature = "emulated", feature = "vm-memory"))]
+pub mod guest_memory;
+#[cfg(feature = "emulated")]
+pub mod leftovers;
+pub mod probe;

@@ -1,0 +1,96 @@
+//! Guest memory mapped for DMA as a whole, as `vm-memory` has it.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::fstat;
+use vfio_remap::emulated::{Edu, Emulated};
+use vfio_remap::space::Access;
+use vfio_remap::{Device, ErrorKind};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::common::guest_memory;
+use crate::support::scripted::Scripted;
+
+#[test]
+fn a_device_reaches_all_of_a_guests_memory_or_none_of_it() {
+    let edu = Emulated::new(Edu::new()).unwrap();
+    guest_memory::is_reached_whole_or_not_at_all(Device::new(Arc::new(edu)));
+}
+
+#[test]
+fn a_region_brings_its_file_along_where_its_pages_are_the_files() {
+    let transport = Arc::new(Scripted::default());
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let file = Arc::new(File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap()));
+    file.set_len(0x4000).unwrap();
+    let inode = fstat(file.as_fd()).unwrap().st_ino;
+    let region = |flags, at| {
+        let file = FileOffset::from_arc(file.clone(), 0x1000);
+        let mapping = MmapRegion::<()>::build(Some(file), 0x2000, 3, flags).unwrap();
+        GuestRegionMmap::new(mapping, GuestAddress(at)).unwrap()
+    };
+    let memory = GuestMemoryMmap::from_regions(vec![
+        GuestRegionMmap::from_range(GuestAddress(0), 0x1000, None).unwrap(),
+        region(libc::MAP_SHARED, 0x10_0000),
+        region(libc::MAP_PRIVATE, 0x20_0000),
+    ])
+    .unwrap();
+    let mapping = space.map_guest(&memory, Access::ReadWrite).unwrap();
+    assert_eq!(transport.files(), [None, Some((inode, 0x1000)), None]);
+    drop(mapping);
+    assert_eq!(transport.mapped(), []);
+
+    let memory = Arc::new(memory);
+    // SAFETY: vm-memory's own regions are mapped while they live, and nothing here reads or writes them; the
+    // private region's file is not written to, and the transport does nothing with it.
+    let mapping = unsafe { space.map_guest_backend(memory.clone(), Access::ReadOnly) }.unwrap();
+    assert_eq!(transport.mapped(), [(0, 0x1000), (0x10_0000, 0x2000), (0x20_0000, 0x2000)]);
+    assert_eq!(Arc::strong_count(&memory), 4, "each region holds the memory");
+    drop(mapping);
+    assert_eq!((transport.mapped(), Arc::strong_count(&memory)), (vec![], 1));
+}
+
+#[test]
+fn a_region_that_owns_nothing_is_only_mapped_for_who_vouches_for_it() {
+    let transport = Arc::new(Scripted::default());
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let owner = MmapRegion::<()>::new(0x1000).unwrap();
+    // SAFETY: the range is the owner's, and stays mapped to the end of the test.
+    let region = unsafe { MmapRegion::<()>::build_raw(owner.as_ptr(), 0x1000, 3, owner.flags()) };
+    let memory = GuestMemoryMmap::from_regions(vec![
+        GuestRegionMmap::from_range(GuestAddress(0), 0x1000, None).unwrap(),
+        GuestRegionMmap::new(region.unwrap(), GuestAddress(0x10_0000)).unwrap(),
+    ])
+    .unwrap();
+    let error = space.map_guest(&memory, Access::ReadWrite).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(error.object().contains("0x100000"), "{error}");
+    assert!(error.advice().contains("map_guest_backend"), "{error}");
+    assert_eq!((transport.mapped(), space.mappings()), (vec![], 0));
+
+    // SAFETY: the owner lives longer than the mapping, and nothing here reads or writes the memory.
+    let mapping = unsafe { space.map_guest_backend(Arc::new(memory), Access::ReadWrite) }.unwrap();
+    assert_eq!(transport.mapped(), [(0, 0x1000), (0x10_0000, 0x1000)]);
+    drop((mapping, owner));
+}
+
+#[test]
+fn regions_that_the_iommu_does_not_map_leave_nothing_mapped() {
+    let transport = Arc::new(Scripted::default());
+    let space = Device::new(transport.clone()).dma().unwrap();
+    for (ranges, kind) in [
+        ([(0, 0x1000), (0xfee0_0000, 0x1000)], ErrorKind::OutOfRange),
+        ([(0, 0x1000), (0x2000, 0x800)], ErrorKind::Unaligned),
+    ] {
+        let ranges = ranges.map(|(start, size)| (GuestAddress(start), size));
+        let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
+        let error = space.map_guest(&memory, Access::ReadWrite).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(!error.advice().is_empty(), "{error}");
+        assert_eq!((transport.mapped(), space.mappings()), (vec![], 0));
+    }
+}

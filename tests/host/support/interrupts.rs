@@ -1,0 +1,103 @@
+//! A device of interrupts alone, which the test fires, and which may misuse the eventfds that it is given.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::write;
+use vfio_remap::Result;
+use vfio_remap::transport::{DeviceInfo, IrqInfo, RegionInfo, Transport};
+
+/// The most that an eventfd counts.
+pub const FULL: u64 = u64::MAX - 1;
+
+#[derive(Debug, Default)]
+pub struct Interrupts {
+    noresize: bool,
+    /// Index, vector and eventfd.
+    connected: Mutex<Vec<(u32, u32, OwnedFd)>>,
+    /// What it fills each eventfd with as it spoils it, if it does.
+    spoils: Option<u64>,
+    /// Those it has spoiled.
+    spoiled: Mutex<Vec<OwnedFd>>,
+}
+
+impl Interrupts {
+    /// Spoils each eventfd once, when it is given it first.
+    pub fn spoiled(counter: u64) -> Self {
+        Self { spoils: Some(counter), ..Self::default() }
+    }
+
+    /// Whether vectors are added by connecting all of them again.
+    pub fn with_noresize(self, noresize: bool) -> Self {
+        Self { noresize, ..self }
+    }
+
+    pub fn fire(&self, index: u32, vector: u32) {
+        let connected = self.connected.lock().unwrap();
+        let found = connected.iter().find(|(i, v, _)| (*i, *v) == (index, vector));
+        write(&found.expect("it is connected").2, &1u64.to_ne_bytes()).unwrap();
+    }
+}
+
+impl Transport for Interrupts {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo::new("interrupts", 0)
+    }
+
+    fn region(&self, _: u32) -> Result<RegionInfo> {
+        Ok(RegionInfo::trapped(4))
+    }
+
+    fn read_at(&self, _: u32, _: u64, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn write_at(&self, _: u32, _: u64, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn irq(&self, _: u32) -> Result<IrqInfo> {
+        let mut info = IrqInfo::eventfds(8);
+        info.noresize = self.noresize;
+        Ok(info)
+    }
+
+    fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+        let mut connected = self.connected.lock().unwrap();
+        if fds.is_empty() {
+            connected.retain(|(old, ..)| *old != index);
+        }
+        for (vector, fd) in (start..).zip(fds) {
+            connected.retain(|(i, v, _)| (*i, *v) != (index, vector));
+            let Some(fd) = fd else { continue };
+            let fd = fd.try_clone_to_owned().unwrap();
+            let mut spoiled = self.spoiled.lock().unwrap();
+            if let Some(counter) = self.spoils
+                && !spoiled.iter().any(|old| same(old, &fd))
+            {
+                spoil(&fd, counter);
+                spoiled.push(fd.try_clone().unwrap());
+            }
+            connected.push((index, vector, fd));
+        }
+        Ok(())
+    }
+}
+
+/// What any holder of an eventfd can do to it: make it blocking, and fill it.
+pub fn spoil(eventfd: impl AsFd, counter: u64) {
+    fcntl(&eventfd, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    if counter > 0 {
+        write(&eventfd, &counter.to_ne_bytes()).unwrap();
+    }
+}
+
+/// Whether two descriptors are the same eventfd: its number is shown with the descriptor.
+fn same(one: &OwnedFd, other: &OwnedFd) -> bool {
+    let id = |fd: &OwnedFd| {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+        info.unwrap().lines().find(|line| line.starts_with("eventfd-id")).map(str::to_owned)
+    };
+    id(one) == id(other)
+}

@@ -1,0 +1,16 @@
+//! What several modules of tests use.
+
+pub mod alone;
+#[cfg(feature = "emulated")]
+pub mod edu;
+#[cfg(feature = "emulated")]
+pub mod hostile_server;
+#[cfg(feature = "emulated")]
+pub mod interrupts;
+pub mod scripted;
+#[cfg(feature = "emulated")]
+pub mod server;
+#[cfg(feature = "emulated")]
+pub mod shared;
+#[cfg(feature = "emulated")]
+pub mod watch;
