@@ -2,14 +2,15 @@
 //! the page tables, it takes out under locks that `mremap` and `munmap` do not hold.
 
 use std::cell::Cell;
+use std::fmt::{self, Display, Formatter};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::device::Bar;
-use crate::raw::{self, GIB, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE};
 use crate::probe::Loader;
+use crate::raw::{self, GIB, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE};
 use crate::{child, klog};
 
 /// A word in each GiB of the BAR.
@@ -26,12 +27,17 @@ pub struct Length {
 }
 
 /// What came of a race.
-#[derive(Debug)]
-#[allow(dead_code)]
 pub struct Tally {
     rounds: u32,
     revocations: u32,
     time: Duration,
+}
+
+impl Display for Tally {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { rounds, revocations, time } = self;
+        write!(f, "{rounds} rounds against {revocations} revocations in {time:?}")
+    }
 }
 
 /// What revokes while something else is done to the mapping.
@@ -195,5 +201,5 @@ fn move_against_revocation_oops() {
 #[ignore = "a child of the test above: it may not survive"]
 fn moves_until_the_kernel_dies() {
     let length = Length { time: Duration::from_secs(120), rounds: 1 };
-    println!("{:?}", moves(&length));
+    println!("{}", moves(&length));
 }

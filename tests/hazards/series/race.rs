@@ -8,18 +8,18 @@ use crate::race::{self, Length};
 #[test]
 fn moves_against_revocation() {
     let length = Length { time: Duration::from_secs(15), rounds: 1_000 };
-    println!("{:?}", race::moves(&length));
+    println!("{}", race::moves(&length));
 }
 
 #[test]
 fn splits_against_revocation() {
     let length = Length { time: Duration::from_secs(5), rounds: 100 };
-    println!("{:?}", race::splits(&length));
+    println!("{}", race::splits(&length));
 }
 
 #[test]
 #[ignore = "takes a minute: cargo lab soak, or cargo lab test --kernel patched -- --ignored a_minute"]
 fn moves_against_revocation_for_a_minute() {
     let length = Length { time: Duration::from_secs(60), rounds: 20_000 };
-    println!("{:?}", race::moves(&length));
+    println!("{}", race::moves(&length));
 }
