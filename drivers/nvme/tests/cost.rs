@@ -1,6 +1,8 @@
 //! What a read costs the NVMe driver: instructions from submission to completion, counted by callgrind
 //! on a model that is polled by hand, so that neither the model's work nor polling in vain counts.
 //!
+//! A program of its own: it needs an optimised build, and its allocator counts.
+//!
 //! `cargo test --release -p vfio-remap-nvme --test cost -- --ignored --nocapture`
 
 use std::process::Command;

@@ -1,17 +1,15 @@
 //! How the driver reaches the controller's registers.
 
-#[path = "support/liar.rs"]
-mod liar;
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use liar::{Liar, Lie, TRUTH};
 use vfio_remap::emulated::Emulated;
 use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionFile, RegionInfo, Transport};
 use vfio_remap::{Device, Result};
 use vfio_remap_nvme::{Controller, Settings};
+
+use crate::scripted::{HONEST, Script, ScriptedController};
 
 /// A device, and how often registers were read and written by calls of its transport.
 #[derive(Debug)]
@@ -62,9 +60,11 @@ impl Transport for Counting {
 }
 
 /// Calls for registers, from opening to closing.
-fn calls(lie: Lie) -> usize {
+fn calls(script: Script) -> usize {
     let calls = Arc::new(AtomicUsize::new(0));
-    let model = Emulated::new(Liar::new(&Arc::new(Mutex::new(lie)), &Arc::default())).unwrap();
+    let model =
+        Emulated::new(ScriptedController::new(&Arc::new(Mutex::new(script)), &Arc::default()))
+            .unwrap();
     let device = Device::new(Arc::new(Counting(model, calls.clone())));
     let controller = Controller::new(device, Settings::DEFAULT).unwrap();
     assert_eq!(controller.version().unwrap(), "1.4");
@@ -77,6 +77,6 @@ fn calls(lie: Lie) -> usize {
 
 #[test]
 fn mapped_registers_are_reached_without_calls() {
-    assert_eq!(calls(Lie { mapped: true, ..TRUTH }), 0);
-    assert!(calls(TRUTH) > 20, "trapped ones are reached by calls");
+    assert_eq!(calls(Script { mapped: true, ..HONEST }), 0);
+    assert!(calls(HONEST) > 20, "trapped ones are reached by calls");
 }

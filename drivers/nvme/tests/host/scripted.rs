@@ -13,7 +13,7 @@ pub const BAR: u64 = 0x2000;
 
 /// What it says.
 #[derive(Clone, Copy)]
-pub struct Lie {
+pub struct Script {
     /// Whether its registers are mapped, as those of hardware are, rather than trapped.
     pub mapped: bool,
     /// Class, subclass and programming interface.
@@ -56,7 +56,7 @@ pub struct Lie {
 }
 
 /// 64 entries, 20 seconds to become ready, the NVM command set, pages of 4 KiB; four queues.
-pub const TRUTH: Lie = Lie {
+pub const HONEST: Script = Script {
     mapped: false,
     class: 0x01_0802,
     capabilities: 63 | 1 << 16 | 40 << 24 | 1 << 37,
@@ -81,8 +81,8 @@ pub const TRUTH: Lie = Lie {
     event: None,
 };
 
-pub struct Liar {
-    lie: Arc<Mutex<Lie>>,
+pub struct ScriptedController {
+    script: Arc<Mutex<Script>>,
     config: PciConfig,
     registers: [u32; 16],
     /// How many reads are to answer all ones; and when it was disabled.
@@ -99,11 +99,11 @@ pub struct Liar {
     logs: Arc<Mutex<Vec<u8>>>,
 }
 
-impl Liar {
-    pub fn new(lie: &Arc<Mutex<Lie>>, logs: &Arc<Mutex<Vec<u8>>>) -> Self {
-        let class = lie.lock().unwrap().class;
+impl ScriptedController {
+    pub fn new(script: &Arc<Mutex<Script>>, logs: &Arc<Mutex<Vec<u8>>>) -> Self {
+        let class = script.lock().unwrap().class;
         Self {
-            lie: lie.clone(),
+            script: script.clone(),
             config: PciConfig::new(256, 0x1b36, 0x10, class, (class >> 16) as u8).bar64(0, BAR),
             registers: [0; 16],
             blind: 0,
@@ -117,8 +117,8 @@ impl Liar {
         }
     }
 
-    fn lie(&self) -> Lie {
-        *self.lie.lock().unwrap()
+    fn script(&self) -> Script {
+        *self.script.lock().unwrap()
     }
 
     fn base(&self, register: usize) -> u64 {
@@ -131,17 +131,17 @@ impl Liar {
 
     /// CSTS.
     fn status(&mut self) -> u32 {
-        let lie = self.lie();
+        let script = self.script();
         self.asked += 1;
-        let ready = if self.is_enabled() { self.is_ready() } else { lie.stays_ready };
+        let ready = if self.is_enabled() { self.is_ready() } else { script.stays_ready };
         // A shutdown is over at once.
         let shut_down = if self.registers[5] >> 14 & 3 != 0 { 2 << 2 } else { 0 };
-        u32::from(ready) | u32::from(lie.fatal) << 1 | shut_down
+        u32::from(ready) | u32::from(script.fatal) << 1 | shut_down
     }
 
     fn is_ready(&self) -> bool {
-        let lie = self.lie();
-        lie.becomes_ready && self.asked > lie.slowness
+        let script = self.script();
+        script.becomes_ready && self.asked > script.slowness
     }
 
     /// A register was written.
@@ -151,9 +151,9 @@ impl Liar {
         *register = value;
         if was_enabled != self.is_enabled() {
             self.asked = 0;
-            self.lie.lock().unwrap().cut_short |= was_enabled && !was_ready;
+            self.script.lock().unwrap().cut_short |= was_enabled && !was_ready;
             if was_enabled {
-                (self.blind, self.disabled) = (self.lie().blind, Some(Instant::now()));
+                (self.blind, self.disabled) = (self.script().blind, Some(Instant::now()));
             }
         }
         if !self.is_enabled() {
@@ -179,7 +179,7 @@ impl Liar {
 
     fn complete(&mut self, bus: &Bus, id: u32, result: u32, status: u32) -> Result<()> {
         let at = self.base(12) + 16 * u64::from(self.tail);
-        let id = (id + u32::from(self.lie().id)) & 0xffff;
+        let id = (id + u32::from(self.script().id)) & 0xffff;
         bus.dma_write(at, [result, 0, self.head].map(u32::to_le_bytes).as_flattened())?;
         bus.dma_write(at + 12, &(id | self.phase << 16 | status << 17).to_le_bytes())?;
         self.tail += 1;
@@ -190,37 +190,39 @@ impl Liar {
     }
 
     fn answer(&mut self, bus: &Bus, words: [u32; 16]) -> Result<()> {
-        let lie = self.lie();
+        let script = self.script();
         let (opcode, id) = (words[0] as u8, words[0] >> 16);
-        if lie.silent == Some(opcode) {
+        if script.silent == Some(opcode) {
             return Ok(());
         }
-        if let Some((_, status)) = lie.refused.filter(|(cns, _)| (6, *cns) == (opcode, words[10])) {
+        if let Some((_, status)) =
+            script.refused.filter(|(cns, _)| (6, *cns) == (opcode, words[10]))
+        {
             return self.complete(bus, id, 0, status);
         }
         let mut data = vec![0; 4096];
         let mut result = 0;
         match (opcode, words[10] & 0xff) {
-            (0x06, 0x00) if lie.there.contains(&words[1]) => {
+            (0x06, 0x00) if script.there.contains(&words[1]) => {
                 data[..8].copy_from_slice(&1000u64.to_le_bytes());
                 data[128 + 2] = 9;
-                (lie.namespace)(&mut data);
+                (script.namespace)(&mut data);
             }
             (0x06, 0x01) => {
                 data[512..514].copy_from_slice(&[0x66, 0x44]);
                 data[516] = 1;
-                (lie.controller)(&mut data);
+                (script.controller)(&mut data);
             }
             (0x06, 0x02) => {
-                let ids = lie.there.iter().filter(|id| **id > words[1]);
+                let ids = script.there.iter().filter(|id| **id > words[1]);
                 for (at, id) in ids.take(1024).enumerate() {
                     data[4 * at..][..4].copy_from_slice(&id.to_le_bytes());
                 }
-                (lie.list)(&mut data);
+                (script.list)(&mut data);
             }
             (0x06, _) => {}
             (0x02, page) => self.logs.lock().unwrap().push(page as u8),
-            (0x09, 0x07) => result = lie.queues,
+            (0x09, 0x07) => result = script.queues,
             (0x0c, _) => {
                 self.waiting.push(id);
                 return Ok(());
@@ -234,11 +236,11 @@ impl Liar {
     }
 }
 
-impl Model for Liar {
+impl Model for ScriptedController {
     fn shape(&self) -> Shape {
-        let mut shape = Shape::pci("liar", 256);
+        let mut shape = Shape::pci("scripted", 256);
         shape.regions[0] = RegionInfo::mappable(BAR);
-        let start = if self.lie().mapped { 0 } else { 0x1000 };
+        let start = if self.script().mapped { 0 } else { 0x1000 };
         shape.regions[0].areas = Some(vec![start..BAR]);
         shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(0);
         shape
@@ -249,19 +251,19 @@ impl Model for Liar {
             self.config.read(offset, data);
             return Ok(());
         }
-        let mut lie = self.lie.lock().unwrap();
-        lie.disturbed |= self.disabled.is_some_and(|at| at.elapsed() < lie.deaf);
-        drop(lie);
+        let mut script = self.script.lock().unwrap();
+        script.disturbed |= self.disabled.is_some_and(|at| at.elapsed() < script.deaf);
+        drop(script);
         if self.blind > 0 {
             self.blind -= 1;
             data.fill(0xff);
             return Ok(());
         }
         let value = match offset {
-            0x00 => self.lie().capabilities as u32,
-            0x04 => (self.lie().capabilities >> 32) as u32,
-            0x08 => self.lie().version,
-            0x68 => self.lie().ready_timeouts,
+            0x00 => self.script().capabilities as u32,
+            0x04 => (self.script().capabilities >> 32) as u32,
+            0x08 => self.script().version,
+            0x68 => self.script().ready_timeouts,
             0x1c => self.status(),
             _ => self.registers.get(offset as usize / 4).copied().unwrap_or(0),
         };
@@ -285,8 +287,8 @@ impl Model for Liar {
     fn reset(&mut self, bus: &Bus) {
         self.registers = [0; 16];
         self.config.reset();
-        if self.lie().mapped {
-            let Lie { capabilities, version, .. } = self.lie();
+        if self.script().mapped {
+            let Script { capabilities, version, .. } = self.script();
             let memory = bus.memory(0).unwrap();
             memory.write(0, &[0; 64]).unwrap();
             memory.write(0, &capabilities.to_le_bytes()).unwrap();
@@ -295,11 +297,11 @@ impl Model for Liar {
     }
 
     fn poll(&mut self, bus: &Bus) -> Activity {
-        if self.lie().mapped {
+        if self.script().mapped {
             self.watch(bus).unwrap();
         }
         if !self.is_enabled() {
-            return if self.lie().mapped { Activity::Watching } else { Activity::Asleep };
+            return if self.script().mapped { Activity::Watching } else { Activity::Asleep };
         }
         let mut step = || -> Result<()> {
             while bus.memory(0).unwrap().register::<u32>(0x1000)?.read() != self.head {
@@ -311,7 +313,7 @@ impl Model for Liar {
             }
             // One that is told while no request waits is told later.
             if let Some(id) = self.waiting.pop() {
-                let event = self.lie.lock().unwrap().event.take();
+                let event = self.script.lock().unwrap().event.take();
                 match event {
                     Some(event) => self.complete(bus, id, event, 0)?,
                     None => self.waiting.push(id),

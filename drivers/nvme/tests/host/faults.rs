@@ -4,15 +4,13 @@
 //! Each seed is a run of its own, on a controller that fails at commands which the seed gives:
 //! `VFIO_REMAP_TEST_FAULT_SEEDS=17` repeats the run of seed 17, `0..500` are more of them.
 
-#[path = "support/fault_worker.rs"]
-mod fault_worker;
-
 use std::collections::HashMap;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use fault_worker::{Outcome, Run};
 use vfio_remap::emulated::Fault;
+
+use crate::fault_worker::{Outcome, Run};
 
 /// Seeds, each with so many faults: a thousand in all.
 const SEEDS: std::ops::Range<u64> = 0..20;

@@ -1,17 +1,15 @@
 //! The driver, given controllers that make no sense.
 
-#[path = "support/liar.rs"]
-mod liar;
-
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use liar::{Liar, Lie, TRUTH};
 use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind, Result};
 use vfio_remap_nvme::{Controller, Done, Refused, Settings, Status};
+
+use crate::scripted::{HONEST, Script, ScriptedController};
 
 /// Patient: what must succeed has time to, on whatever machine.
 const SETTINGS: Settings = Settings {
@@ -31,19 +29,23 @@ const NO_ANSWER: Settings =
 const NO_ADMIN: Settings = Settings { admin_timeout: Duration::from_millis(500), ..SETTINGS };
 
 /// For what does not become ready, or does not cease to be: CAP.TO, with half a second.
-const IMPATIENT: u64 = TRUTH.capabilities & !(0xff << 24) | 1 << 24;
+const IMPATIENT: u64 = HONEST.capabilities & !(0xff << 24) | 1 << 24;
 
-/// A controller that lies, and what can be changed and seen from outside.
+/// A scripted controller, and what can be changed and seen from outside.
 struct Subject {
     device: Emulated,
-    lie: Arc<Mutex<Lie>>,
+    script: Arc<Mutex<Script>>,
     logs: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Subject {
-    fn new(lie: Lie) -> Self {
-        let (lie, logs) = (Arc::new(Mutex::new(lie)), Arc::default());
-        Self { device: Emulated::new(Liar::new(&lie, &logs)).unwrap(), lie, logs }
+    fn new(script: Script) -> Self {
+        let (script, logs) = (Arc::new(Mutex::new(script)), Arc::default());
+        Self {
+            device: Emulated::new(ScriptedController::new(&script, &logs)).unwrap(),
+            script,
+            logs,
+        }
     }
 
     fn open(&self) -> Result<Arc<Controller>> {
@@ -54,8 +56,8 @@ impl Subject {
         Controller::new(Device::new(Arc::new(self.device.clone())), settings)
     }
 
-    fn say(&self, lie: Lie) {
-        *self.lie.lock().unwrap() = lie;
+    fn say(&self, script: Script) {
+        *self.script.lock().unwrap() = script;
     }
 
     /// Disabled, and without leave to start accesses.
@@ -75,48 +77,52 @@ fn error<T>(result: Result<T>, kind: ErrorKind, words: &str) {
 
 #[test]
 fn what_is_no_controller_or_makes_no_sense_is_named_and_left_quiet_for_the_next() {
-    let with = |change: fn(&mut Lie)| {
-        let mut lie = TRUTH;
-        change(&mut lie);
-        lie
+    let with = |change: fn(&mut Script)| {
+        let mut script = HONEST;
+        change(&mut script);
+        script
     };
-    let cases: [(Lie, ErrorKind, &str); 15] = [
-        (with(|lie| lie.capabilities = u64::MAX), ErrorKind::Gone, "read all ones"),
+    let cases: [(Script, ErrorKind, &str); 15] = [
+        (with(|script| script.capabilities = u64::MAX), ErrorKind::Gone, "read all ones"),
         // Other command sets than NVM, and none at all.
-        (with(|lie| lie.capabilities += 1 << 37), ErrorKind::Unsupported, "CAP.CSS"),
-        (with(|lie| lie.capabilities += 0x7f << 37), ErrorKind::Unsupported, "CAP.CSS"),
-        (with(|lie| lie.capabilities |= 9 << 48), ErrorKind::Unsupported, "CAP.MPSMIN"),
-        (with(|lie| lie.capabilities &= !0xffff), ErrorKind::Malformed, "CAP.MQES"),
+        (with(|script| script.capabilities += 1 << 37), ErrorKind::Unsupported, "CAP.CSS"),
+        (with(|script| script.capabilities += 0x7f << 37), ErrorKind::Unsupported, "CAP.CSS"),
+        (with(|script| script.capabilities |= 9 << 48), ErrorKind::Unsupported, "CAP.MPSMIN"),
+        (with(|script| script.capabilities &= !0xffff), ErrorKind::Malformed, "CAP.MQES"),
         // The admin queue's, and those of the first queue for I/O.
-        (with(|lie| lie.capabilities |= 15 << 32), ErrorKind::Malformed, "CAP.DSTRD"),
-        (with(|lie| lie.capabilities |= 9 << 32), ErrorKind::Malformed, "CAP.DSTRD"),
+        (with(|script| script.capabilities |= 15 << 32), ErrorKind::Malformed, "CAP.DSTRD"),
+        (with(|script| script.capabilities |= 9 << 32), ErrorKind::Malformed, "CAP.DSTRD"),
         (
-            with(|lie| (lie.becomes_ready, lie.capabilities) = (false, IMPATIENT)),
+            with(|script| (script.becomes_ready, script.capabilities) = (false, IMPATIENT)),
             ErrorKind::Os,
             "did not become ready within the 0.5",
         ),
         (
-            with(|lie| (lie.stays_ready, lie.capabilities) = (true, IMPATIENT)),
+            with(|script| (script.stays_ready, script.capabilities) = (true, IMPATIENT)),
             ErrorKind::Os,
             "did not cease being ready",
         ),
-        (with(|lie| lie.fatal = true), ErrorKind::Os, "CSTS.CFS"),
-        (with(|lie| lie.controller = |data| data[512] = 0x77), ErrorKind::Malformed, "2^7"),
-        (with(|lie| lie.controller = |data| data[513] = 0x33), ErrorKind::Malformed, "completion"),
-        (with(|lie| lie.queues = u32::MAX), ErrorKind::Malformed, "not counts of queues"),
-        (with(|lie| lie.silent = Some(0x06)), ErrorKind::Os, "no answer in 0.5 seconds"),
-        (with(|lie| lie.id = 1), ErrorKind::Os, "answered with nonsense"),
+        (with(|script| script.fatal = true), ErrorKind::Os, "CSTS.CFS"),
+        (with(|script| script.controller = |data| data[512] = 0x77), ErrorKind::Malformed, "2^7"),
+        (
+            with(|script| script.controller = |data| data[513] = 0x33),
+            ErrorKind::Malformed,
+            "completion",
+        ),
+        (with(|script| script.queues = u32::MAX), ErrorKind::Malformed, "not counts of queues"),
+        (with(|script| script.silent = Some(0x06)), ErrorKind::Os, "no answer in 0.5 seconds"),
+        (with(|script| script.id = 1), ErrorKind::Os, "answered with nonsense"),
     ];
-    for (lie, kind, words) in cases {
-        let subject = Subject::new(lie);
-        let settings = if lie.silent.is_some() { NO_ADMIN } else { SETTINGS };
+    for (script, kind, words) in cases {
+        let subject = Subject::new(script);
+        let settings = if script.silent.is_some() { NO_ADMIN } else { SETTINGS };
         error(subject.open_with(settings), kind, words);
         assert!(subject.is_quiet(), "{words}");
-        subject.say(TRUTH);
+        subject.say(HONEST);
         subject.open().unwrap().close().unwrap();
         assert!(subject.is_quiet(), "{words}");
     }
-    let subject = Subject::new(with(|lie| lie.class = 0x02_0000));
+    let subject = Subject::new(with(|script| script.class = 0x02_0000));
     error(subject.open(), ErrorKind::Unsupported, "not an NVMe controller: its class is 0x020000");
     assert!(subject.is_quiet());
     let edu = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
@@ -125,7 +131,7 @@ fn what_is_no_controller_or_makes_no_sense_is_named_and_left_quiet_for_the_next(
 
 #[test]
 fn a_namespace_that_makes_no_sense_is_refused_and_the_controller_goes_on() {
-    let subject = Subject::new(TRUTH);
+    let subject = Subject::new(HONEST);
     let controller = subject.open().unwrap();
     type Change = fn(&mut [u8]);
     let cases: [(Change, ErrorKind, &str); 10] = [
@@ -141,10 +147,10 @@ fn a_namespace_that_makes_no_sense_is_refused_and_the_controller_goes_on() {
         (|data| data[29] = 1, ErrorKind::Unsupported, "protect it"),
     ];
     for (namespace, kind, words) in cases {
-        subject.say(Lie { namespace, ..TRUTH });
+        subject.say(Script { namespace, ..HONEST });
         error(controller.namespace(1), kind, words);
     }
-    subject.say(TRUTH);
+    subject.say(HONEST);
     assert_eq!(controller.namespace(1).unwrap().block_size(), 512);
     error(controller.namespace(0), ErrorKind::NotFound, "there are [1]");
     error(controller.namespace(u32::MAX), ErrorKind::NotFound, "there are [1]");
@@ -153,7 +159,7 @@ fn a_namespace_that_makes_no_sense_is_refused_and_the_controller_goes_on() {
 
 #[test]
 fn a_command_that_is_never_answered_ends_in_time_and_brings_its_buffer_back() {
-    let subject = Subject::new(TRUTH);
+    let subject = Subject::new(HONEST);
     let controller = subject.open_with(NO_ANSWER).unwrap();
     let namespace = controller.namespace(1).unwrap();
     let mut queue = controller.queue().unwrap();
@@ -174,13 +180,13 @@ fn a_command_that_is_never_answered_ends_in_time_and_brings_its_buffer_back() {
 
 #[test]
 fn a_buffer_stays_where_the_controller_may_still_reach_it() {
-    let subject = Subject::new(Lie { capabilities: IMPATIENT, ..TRUTH });
+    let subject = Subject::new(Script { capabilities: IMPATIENT, ..HONEST });
     let controller = subject.open_with(NO_ANSWER).unwrap();
     let namespace = controller.namespace(1).unwrap();
     let mut queue = controller.queue().unwrap();
     queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 5).unwrap();
     // It cannot be disabled any more, by whatever reset.
-    subject.say(Lie { stays_ready: true, ..TRUTH });
+    subject.say(Script { stays_ready: true, ..HONEST });
     let Done { status, buffer, .. } = queue.wait().unwrap();
     assert_eq!((status, buffer.is_none()), (Status::ABORTED_BY_HOST, true));
     assert!(queue.wait().is_none());
@@ -192,7 +198,7 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
     error(controller.namespace(1), ErrorKind::Os, "did not cease being ready");
     error(controller.reset(), ErrorKind::Os, "did not cease being ready");
     // It comes to its senses, and so does the queue.
-    subject.say(TRUTH);
+    subject.say(HONEST);
     controller.reset().unwrap();
     queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 7).unwrap();
     assert_eq!(queue.outstanding(), 1);
@@ -205,7 +211,7 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
 fn memory_of_a_queue_that_could_not_be_deleted_is_kept_until_a_reset_is_quiet() {
     // Deletion of its submission queue is never answered, or creation of a completion queue.
     for silent in [0x00, 0x05] {
-        let subject = Subject::new(Lie { capabilities: IMPATIENT, ..TRUTH });
+        let subject = Subject::new(Script { capabilities: IMPATIENT, ..HONEST });
         let controller = subject.open_with(NO_ADMIN).unwrap();
         let namespace = controller.namespace(1).unwrap();
         let mut queue = controller.queue().unwrap();
@@ -213,7 +219,7 @@ fn memory_of_a_queue_that_could_not_be_deleted_is_kept_until_a_reset_is_quiet() 
         let iova = buffer.iova();
         queue.read(&namespace, 0, buffer, 5).unwrap();
         queue.ring();
-        let doomed = Lie { silent: Some(silent), stays_ready: true, ..TRUTH };
+        let doomed = Script { silent: Some(silent), stays_ready: true, ..HONEST };
         if silent == 0x05 {
             subject.say(doomed);
             error(controller.queue().map(drop), ErrorKind::Os, "no answer");
@@ -224,7 +230,7 @@ fn memory_of_a_queue_that_could_not_be_deleted_is_kept_until_a_reset_is_quiet() 
         let reused = || buffers().iter().any(|buffer| buffer.iova() == iova);
         assert!(!reused(), "the controller may still write there");
         error(controller.queue().map(drop), ErrorKind::Os, "did not cease being ready");
-        subject.say(TRUTH);
+        subject.say(HONEST);
         controller.reset().unwrap();
         assert!(reused(), "nothing is lost for good");
         drop([controller.queue().unwrap(), controller.queue().unwrap()]);
@@ -234,11 +240,11 @@ fn memory_of_a_queue_that_could_not_be_deleted_is_kept_until_a_reset_is_quiet() 
 
 #[test]
 fn a_controller_with_the_smallest_queues_and_a_long_shutdown_is_taken_at_its_word() {
-    let mut lie = TRUTH;
+    let mut script = HONEST;
     // CAP.MQES: two entries, which limits no admin queue. RTD3E: the most there is.
-    lie.capabilities = lie.capabilities & !0xffff | 1;
-    lie.controller = |data| data[88..92].fill(0xff);
-    let subject = Subject::new(lie);
+    script.capabilities = script.capabilities & !0xffff | 1;
+    script.controller = |data| data[88..92].fill(0xff);
+    let subject = Subject::new(script);
     let controller = subject.open().unwrap();
     assert_eq!(controller.identity().shutdown_time, Duration::from_micros(u32::MAX.into()));
     let mut sizes = [0; 4];
@@ -250,22 +256,22 @@ fn a_controller_with_the_smallest_queues_and_a_long_shutdown_is_taken_at_its_wor
 
 #[test]
 fn a_controller_that_is_still_becoming_ready_is_not_cut_short() {
-    let subject = Subject::new(Lie { slowness: 5, ..TRUTH });
+    let subject = Subject::new(Script { slowness: 5, ..HONEST });
     // Whoever had it before has just enabled it.
     subject.device.write_at(0, 0x14, &1u32.to_le_bytes()).unwrap();
     subject.open().unwrap().close().unwrap();
-    assert!(!subject.lie.lock().unwrap().cut_short);
+    assert!(!subject.script.lock().unwrap().cut_short);
     assert!(subject.is_quiet());
 }
 
 #[test]
 fn events_are_told_once_and_asked_for_again() {
-    let subject = Subject::new(TRUTH);
+    let subject = Subject::new(HONEST);
     let controller = subject.open().unwrap();
     assert_eq!(controller.events().unwrap(), []);
     for _ in 0..10 {
         // Its temperature; log page 2.
-        subject.say(Lie { event: Some(0x02_0101), ..TRUTH });
+        subject.say(Script { event: Some(0x02_0101), ..HONEST });
         let start = Instant::now();
         let events = loop {
             let events = controller.events().unwrap();
@@ -286,8 +292,8 @@ fn events_are_told_once_and_asked_for_again() {
 }
 
 /// Opens, and finds namespace 1.
-fn usable(lie: Lie) -> Subject {
-    let subject = Subject::new(lie);
+fn usable(script: Script) -> Subject {
+    let subject = Subject::new(script);
     let controller = subject.open().unwrap();
     assert_eq!(controller.namespaces().unwrap(), [1]);
     assert_eq!(controller.namespace(1).unwrap().blocks, 1000);
@@ -297,26 +303,26 @@ fn usable(lie: Lie) -> Subject {
 
 #[test]
 fn no_command_sets_means_the_nvm_command_set() {
-    usable(Lie { capabilities: TRUTH.capabilities & !(0xff << 37), ..TRUTH });
+    usable(Script { capabilities: HONEST.capabilities & !(0xff << 37), ..HONEST });
 }
 
 #[test]
 fn pages_of_64_kib_and_no_ready_time_are_usable() {
-    let subject = Subject::new(Lie { capabilities: TRUTH.capabilities | 4 << 48, ..TRUTH });
+    let subject = Subject::new(Script { capabilities: HONEST.capabilities | 4 << 48, ..HONEST });
     let controller = subject.open().unwrap();
     let mut configuration = [0; 4];
     subject.device.read_at(0, 0x14, &mut configuration).unwrap();
     assert_eq!(u32::from_le_bytes(configuration) >> 7 & 0xf, 4, "CC.MPS");
     controller.close().unwrap();
-    usable(Lie { capabilities: TRUTH.capabilities & !(0xff << 24), ..TRUTH });
+    usable(Script { capabilities: HONEST.capabilities & !(0xff << 24), ..HONEST });
 }
 
 #[test]
 fn a_transfer_has_at_most_65536_blocks() {
     // MDTS: 2^15 pages of 128 KiB.
-    let mut lie = Lie { capabilities: TRUTH.capabilities | 5 << 48, ..TRUTH };
-    lie.controller = |data| data[77] = 15;
-    let controller = Subject::new(lie).open().unwrap();
+    let mut script = Script { capabilities: HONEST.capabilities | 5 << 48, ..HONEST };
+    script.controller = |data| data[77] = 15;
+    let controller = Subject::new(script).open().unwrap();
     assert_eq!(controller.identity().max_transfer, 65536 * 512);
     controller.close().unwrap();
 }
@@ -324,23 +330,23 @@ fn a_transfer_has_at_most_65536_blocks() {
 #[test]
 fn without_a_list_namespaces_are_tried_one_by_one() {
     const THERE: &[u32] = &[1, 3];
-    let truth = Lie { there: THERE, controller: |data| data[516] = 4, ..TRUTH };
-    let cases: [(&str, Lie); 9] = [
-        ("VS 1.0", Lie { version: 0x0001_0000, list: |data| data.fill(0x55), ..truth }),
-        ("no VS", Lie { version: 0, list: |data| data.fill(0x55), ..truth }),
-        ("invalid field", Lie { refused: Some((2, 0x02)), ..truth }),
-        ("invalid opcode", Lie { refused: Some((2, 0x01)), ..truth }),
-        ("invalid namespace", Lie { refused: Some((2, 0x0b)), ..truth }),
-        ("empty", Lie { list: |data| data.fill(0), ..truth }),
+    let honest = Script { there: THERE, controller: |data| data[516] = 4, ..HONEST };
+    let cases: [(&str, Script); 9] = [
+        ("VS 1.0", Script { version: 0x0001_0000, list: |data| data.fill(0x55), ..honest }),
+        ("no VS", Script { version: 0, list: |data| data.fill(0x55), ..honest }),
+        ("invalid field", Script { refused: Some((2, 0x02)), ..honest }),
+        ("invalid opcode", Script { refused: Some((2, 0x01)), ..honest }),
+        ("invalid namespace", Script { refused: Some((2, 0x0b)), ..honest }),
+        ("empty", Script { list: |data| data.fill(0), ..honest }),
         (
             "not in order",
-            Lie { list: |data| data[..8].copy_from_slice(&[3, 0, 0, 0, 1, 0, 0, 0]), ..truth },
+            Script { list: |data| data[..8].copy_from_slice(&[3, 0, 0, 0, 1, 0, 0, 0]), ..honest },
         ),
-        ("too high", Lie { list: |data| data[4] = 5, ..truth }),
-        ("not only a list", Lie { list: |data| data[128] = 9, ..truth }),
+        ("too high", Script { list: |data| data[4] = 5, ..honest }),
+        ("not only a list", Script { list: |data| data[128] = 9, ..honest }),
     ];
-    for (what, lie) in cases {
-        let controller = Subject::new(lie).open().unwrap();
+    for (what, script) in cases {
+        let controller = Subject::new(script).open().unwrap();
         assert_eq!(controller.namespaces().unwrap(), THERE, "{what}");
         assert_eq!(controller.namespace(3).unwrap().blocks, 1000, "{what}");
         error(controller.namespace(2), ErrorKind::NotFound, "there are [1, 3]");
@@ -349,17 +355,17 @@ fn without_a_list_namespaces_are_tried_one_by_one() {
     }
     // As many as there may be, of which one is there; and none.
     let most = |data: &mut [u8]| data[516..520].copy_from_slice(&[0xfe, 0xff, 0xff, 0xff]);
-    let lie = Lie { version: 0, there: &[1, 0xffff_fffe], controller: most, ..TRUTH };
-    let controller = Subject::new(lie).open().unwrap();
+    let script = Script { version: 0, there: &[1, 0xffff_fffe], controller: most, ..HONEST };
+    let controller = Subject::new(script).open().unwrap();
     assert_eq!(controller.namespaces().unwrap(), [1], "of those up to 1024");
     assert_eq!(controller.namespace(0xffff_fffe).unwrap().blocks, 1000);
     controller.close().unwrap();
-    let controller = Subject::new(Lie { there: &[], ..TRUTH }).open().unwrap();
+    let controller = Subject::new(Script { there: &[], ..HONEST }).open().unwrap();
     assert!(controller.namespaces().unwrap().is_empty());
     error(controller.namespace(1), ErrorKind::NotFound, "there are []");
     controller.close().unwrap();
     // Another refusal is an error.
-    let controller = Subject::new(Lie { refused: Some((2, 0x06)), ..TRUTH }).open().unwrap();
+    let controller = Subject::new(Script { refused: Some((2, 0x06)), ..HONEST }).open().unwrap();
     error(controller.namespaces(), ErrorKind::Os, "internal error");
     controller.close().unwrap();
 }
@@ -372,15 +378,15 @@ fn a_list_of_namespaces_without_end_is_refused() {
             word.copy_from_slice(&NEXT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
         }
     }
-    let lie = Lie { list: endless, controller: |data| data[516..520].fill(0xff), ..TRUTH };
-    let controller = Subject::new(lie).open().unwrap();
+    let script = Script { list: endless, controller: |data| data[516..520].fill(0xff), ..HONEST };
+    let controller = Subject::new(script).open().unwrap();
     error(controller.namespaces(), ErrorKind::Unsupported, "more than 65536 namespaces");
     controller.close().unwrap();
 }
 
 #[test]
 fn unreadable_registers_after_a_disable_are_waited_for() {
-    let subject = Subject::new(Lie { blind: 50, ..TRUTH });
+    let subject = Subject::new(Script { blind: 50, ..HONEST });
     // Whoever had it before leaves it enabled.
     subject.device.write_at(0, 0x14, &1u32.to_le_bytes()).unwrap();
     for _ in 0..3 {
@@ -394,9 +400,9 @@ fn unreadable_registers_after_a_disable_are_waited_for() {
 
 #[test]
 fn registers_unreadable_for_longer_than_cap_to_have_gone() {
-    let subject = Subject::new(Lie { capabilities: IMPATIENT, ..TRUTH });
+    let subject = Subject::new(Script { capabilities: IMPATIENT, ..HONEST });
     let controller = subject.open().unwrap();
-    subject.say(Lie { blind: u32::MAX, ..TRUTH });
+    subject.say(Script { blind: u32::MAX, ..HONEST });
     let start = Instant::now();
     error(controller.reset(), ErrorKind::Gone, "read all ones");
     assert!(start.elapsed() >= Duration::from_millis(500));
@@ -405,18 +411,18 @@ fn registers_unreadable_for_longer_than_cap_to_have_gone() {
 #[test]
 fn registers_are_left_alone_for_the_time_in_settings() {
     let delay = Duration::from_millis(150);
-    let subject = Subject::new(Lie { deaf: delay, ..TRUTH });
+    let subject = Subject::new(Script { deaf: delay, ..HONEST });
     // Whoever had it before leaves it enabled.
     subject.device.write_at(0, 0x14, &1u32.to_le_bytes()).unwrap();
     let controller = subject.open_with(Settings { disable_delay: delay, ..SETTINGS }).unwrap();
     controller.reset().unwrap();
     controller.close().unwrap();
-    assert!(!subject.lie.lock().unwrap().disturbed);
+    assert!(!subject.script.lock().unwrap().disturbed);
 }
 
 #[test]
 fn an_open_just_after_a_disable_waits_for_registers() {
-    let subject = Subject::new(Lie { blind: 2, ..TRUTH });
+    let subject = Subject::new(Script { blind: 2, ..HONEST });
     // Somebody else has just disabled it.
     for value in [1u32, 0] {
         subject.device.write_at(0, 0x14, &value.to_le_bytes()).unwrap();
@@ -429,15 +435,15 @@ fn an_open_just_after_a_disable_waits_for_registers() {
 fn a_ready_time_longer_than_cap_to_says_is_waited_for() {
     // CAP.CRMS, and CRTO.CRWMT in half seconds.
     let capabilities = IMPATIENT | 1 << 59;
-    let lie = Lie { capabilities, ready_timeouts: 80, slowness: 300, ..TRUTH };
+    let script = Script { capabilities, ready_timeouts: 80, slowness: 300, ..HONEST };
     let start = Instant::now();
-    usable(lie);
+    usable(script);
     assert!(start.elapsed() > Duration::from_millis(500), "it took longer than CAP.TO");
 }
 
 #[test]
 fn interrupts_without_vectors_are_refused() {
-    let subject = Subject::new(TRUTH);
+    let subject = Subject::new(HONEST);
     let settings = Settings { interrupts: true, ..SETTINGS };
     error(subject.open_with(settings), ErrorKind::Unsupported, "no MSI-X vectors");
     assert!(subject.is_quiet());
@@ -447,6 +453,6 @@ fn interrupts_without_vectors_are_refused() {
 #[test]
 fn a_device_whose_configuration_space_reads_all_ones_has_gone() {
     // But for its identifiers, which Linux VFIO keeps.
-    let subject = Subject::new(Lie { class: 0xff_ffff, ..TRUTH });
+    let subject = Subject::new(Script { class: 0xff_ffff, ..HONEST });
     error(subject.open(), ErrorKind::Gone, "all ones");
 }

@@ -1,0 +1,8 @@
+//! The driver on models in this process.
+
+mod bad_input;
+mod commands;
+mod fault_worker;
+mod faults;
+mod registers;
+mod scripted;
