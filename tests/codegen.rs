@@ -1,6 +1,6 @@
 //! What the compiler makes of a register access: one access to the device, no branch, no call.
 //!
-//! Read from the code of this very program, so it needs an optimised build:
+//! Read from the code of this very program, which needs an optimised build, and so is one of its own:
 //! `cargo test --release --test codegen`.
 
 #![cfg(target_arch = "x86_64")]
@@ -185,7 +185,7 @@ fn device_accesses(name: &str, address: usize) -> (Vec<(OpAccess, usize)>, usize
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "needs an optimised build: --release")]
-fn a_register_access_is_one_access_to_the_device_with_no_branch_and_no_call() {
+fn a_register_access_is_one_access_with_no_branch_and_no_call() {
     for (name, address, bytes, writes) in accessors() {
         let expected = if writes { OpAccess::Write } else { OpAccess::Read };
         let (device, instructions) = device_accesses(&name, address);

@@ -16,7 +16,7 @@ use crate::support::alone::alone;
 use crate::support::scripted::Scripted;
 
 #[test]
-fn what_is_unmapped_short_stays_the_devices_memory_and_addresses() {
+fn memory_that_is_unmapped_short_stays_the_devices() {
     let transport = Arc::new(Scripted::default());
     let space = Device::new(transport.clone()).dma().unwrap();
     let here = IovaPlacement::At(Iova(0x10_0000));
@@ -37,7 +37,7 @@ fn what_is_unmapped_short_stays_the_devices_memory_and_addresses() {
 }
 
 #[test]
-fn what_is_not_where_it_was_wanted_and_cannot_be_unmapped_keeps_its_addresses() {
+fn memory_elsewhere_that_stays_mapped_keeps_its_addresses() {
     let mut limits = Scripted::default().dma_limits().unwrap();
     limits.translated = false;
     let transport = Arc::new(Scripted::with_limits(limits));
@@ -139,7 +139,7 @@ fn what_is_mapped_elsewhere_keeps_to_limit_and_alignment() {
 }
 
 #[test]
-fn memory_where_nothing_translates_is_where_it_may_be_or_refused() {
+fn untranslated_memory_is_where_it_may_be_or_refused() {
     let mut limits = Scripted::default().dma_limits().unwrap();
     limits.translated = false;
     let at = |physical, alignment, limit| {
@@ -240,7 +240,7 @@ fn buffers_are_aligned_to_the_pages_of_the_iommu() {
 const DESCRIPTORS: u64 = 64;
 
 #[test]
-fn buffers_keep_no_descriptors_that_their_transport_does_not_want() {
+fn buffers_keep_no_descriptors_that_no_transport_wants() {
     alone(|| {
         setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
         let mut limits = Scripted::default().dma_limits().unwrap();
@@ -297,7 +297,7 @@ fn pages_of_no_power_of_two_are_a_transports_mistake() {
 }
 
 #[test]
-fn placements_that_make_no_sense_are_refused_with_a_remedy_before_the_transport_is_asked() {
+fn placements_that_make_no_sense_do_not_reach_the_transport() {
     let transport = Arc::new(Scripted::default());
     let space = Device::new(transport.clone()).dma().unwrap();
     let page = space.buffer(4096).unwrap();

@@ -78,7 +78,7 @@ fn bus_mastering_must_be_on_for_transfers() {
 }
 
 #[test]
-fn decoding_and_bus_mastering_are_off_after_a_reset_and_mappings_stay() {
+fn a_reset_ends_decoding_and_bus_mastering_but_no_mapping() {
     let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
     let space = device.dma().unwrap();
     let buffer = space.buffer(4096).unwrap();
@@ -127,7 +127,7 @@ fn a_device_that_tells_of_no_events_says_so_and_what_to_do() {
 }
 
 #[test]
-fn what_a_transport_cannot_unmask_by_an_eventfd_it_leaves_to_be_unmasked_by_a_call() {
+fn without_resample_eventfds_vectors_are_unmasked_by_calls() {
     let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
     let mut vectors = device.vectors(Interrupt::Intx, 1).unwrap();
     let error = vectors.enable_resample().unwrap_err();

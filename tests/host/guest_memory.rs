@@ -55,7 +55,7 @@ fn a_region_brings_its_file_along_where_its_pages_are_the_files() {
 }
 
 #[test]
-fn a_region_that_owns_nothing_is_only_mapped_for_who_vouches_for_it() {
+fn a_region_that_owns_nothing_is_mapped_by_unsafe_alone() {
     let transport = Arc::new(Scripted::default());
     let space = Device::new(transport.clone()).dma().unwrap();
     let owner = MmapRegion::<()>::new(0x1000).unwrap();

@@ -93,7 +93,7 @@ fn what_makes_no_sense_is_refused_with_a_reason_and_advice() {
 }
 
 #[test]
-fn reservations_that_make_no_sense_are_refused_with_a_reason_and_advice() {
+fn reservations_that_make_no_sense_say_why_and_what_to_do() {
     use ErrorKind::{OutOfRange, Unaligned};
     for size in [0, usize::MAX, 1 << 62] {
         advises(Reservation::new(size), OutOfRange);

@@ -376,7 +376,7 @@ fn a_client_disconnects_its_own_vectors_only() {
 
 /// The client answers each question for its memory well in time, a few bytes at a time, and for ever.
 #[test]
-fn a_client_that_gives_memory_slowly_does_not_hold_up_the_device() {
+fn a_client_that_gives_memory_slowly_does_not_stop_a_device() {
     in_time(|| {
         let device = Emulated::new(Edu::new()).unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();

@@ -59,7 +59,7 @@ fn ring() -> Option<Window> {
 }
 
 #[test]
-fn a_move_that_the_kernel_really_refuses_costs_neither_window_nor_reservation() {
+fn a_refused_move_costs_neither_window_nor_reservation() {
     alone(|| {
         let Some(mut window) = ring() else {
             println!("no io_uring here");

@@ -19,7 +19,7 @@ fn window() -> Window {
 
 /// One after the other: both lay siege to the same addresses.
 #[test]
-fn relocating_ten_thousand_times_never_leaves_a_hole_and_munmap_then_mmap_does() {
+fn relocating_never_leaves_a_hole_and_munmap_then_mmap_does() {
     alone(|| {
         contention::relocating_never_leaves_a_hole(window(), WORD);
         contention::munmap_then_mmap_leaves_a_hole(window(), WORD);

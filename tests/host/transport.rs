@@ -75,7 +75,7 @@ fn errors_have_the_kind_and_the_errno_that_they_were_given() {
 }
 
 #[test]
-fn an_address_that_is_taken_by_the_word_of_the_transport_is_mapped_around() {
+fn an_address_that_the_transport_says_is_taken_is_left_out() {
     let transport = Arc::new(Ours::default());
     transport.0.lock().unwrap().extend([0, 0x1000]);
     let space = Device::new(transport.clone()).dma().unwrap();

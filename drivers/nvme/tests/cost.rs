@@ -157,7 +157,7 @@ fn cost(batches: u64) -> (u64, u64) {
 
 #[test]
 #[ignore = "needs an optimised build, and valgrind"]
-fn a_read_takes_at_most_208_instructions_and_no_system_call_at_a_depth_of_32() {
+fn a_read_takes_at_most_208_instructions_and_no_system_call() {
     let ((once, _), (twice, calls)) = (cost(200), cost(400));
     let reads = 200 * DEPTH as u64;
     let each = (twice - once) as f64 / reads as f64;

@@ -75,7 +75,7 @@ fn a_nic_s_rings_hold_the_window_by_one_name() {
 }
 
 #[test]
-fn a_virtio_device_is_found_by_its_capabilities_and_fills_buffers() {
+fn a_virtio_device_is_found_by_capabilities_and_fills_buffers() {
     let device = device(virtio_model::Entropy::default());
     let mut entropy = virtio::Entropy::new(&device, LONG).unwrap();
     for round in 0..3 * virtio::SIZE {

@@ -213,7 +213,7 @@ fn blocks_of_a_file_are_there_for_the_next_controller() {
 }
 
 #[test]
-fn queues_that_cannot_be_reached_are_a_fatal_status_until_the_controller_is_reset() {
+fn unreachable_queues_are_a_fatal_status_until_a_reset() {
     let mut driver = Driver::new(Arc::new(nvme().0));
     driver.device.dma_unmap(IOVA, SIZE as u64).unwrap();
     driver.submit(0, 0x06, 0, [0; 2], [1, 0, 0]);

@@ -50,7 +50,7 @@ fn a_lost_completion_is_of_a_command_that_was_carried_out() {
 }
 
 #[test]
-fn a_late_completion_comes_after_a_later_one_or_when_nothing_else_is_to_do() {
+fn a_late_completion_comes_after_a_later_one_or_when_idle() {
     let (mut driver, faults) = faulty(Fault::LateCompletion);
     struck(&mut driver, &faults);
     driver.complete(1).unwrap();
@@ -74,7 +74,7 @@ fn a_late_completion_comes_after_a_later_one_or_when_nothing_else_is_to_do() {
 }
 
 #[test]
-fn a_reset_by_somebody_else_keeps_what_was_written_and_a_loss_of_power_does_not() {
+fn a_reset_keeps_written_blocks_and_a_loss_of_power_does_not() {
     for (fault, kept) in [(Fault::Reset, 1), (Fault::PowerLoss, 0)] {
         let (mut driver, faults) = faulty(fault);
         struck(&mut driver, &faults);
@@ -86,7 +86,7 @@ fn a_reset_by_somebody_else_keeps_what_was_written_and_a_loss_of_power_does_not(
 }
 
 #[test]
-fn a_controller_that_is_pulled_reads_all_ones_until_it_is_plugged_in() {
+fn a_pulled_controller_reads_all_ones_until_it_is_plugged_in() {
     let (mut driver, faults) = faulty(Fault::Removal);
     struck(&mut driver, &faults);
     let device = driver.device.clone();

@@ -102,7 +102,7 @@ fn many_threads_share_a_client() {
 
 /// The model's own thread asks for memory while the client is idle, in an exchange, or sends ahead.
 #[test]
-fn memory_that_is_not_shared_is_reached_whatever_the_client_does_meanwhile() {
+fn unshared_memory_is_reached_whatever_the_client_does() {
     server::with_edu(|client| {
         client.write_at(7, 4, &6u16.to_le_bytes()).unwrap();
         let memory = shared::memory(0x1000, false);

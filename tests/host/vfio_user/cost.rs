@@ -23,7 +23,7 @@ fn each(mut round: impl FnMut()) -> f64 {
 
 #[test]
 #[ignore = "a measurement: needs an optimised build and a machine that does nothing else"]
-fn a_trapped_access_costs_at_most_a_fifth_more_than_a_bare_round_trip() {
+fn a_trapped_access_costs_at_most_a_fifth_over_a_round_trip() {
     let (mut ours, mut theirs) = UnixStream::pair().unwrap();
     let echo = std::thread::spawn(move || {
         let mut request = [0; REQUEST];

@@ -147,7 +147,7 @@ fn with_areas(reply: &mut Reply, areas: &[(u64, u64)]) {
 }
 
 #[test]
-fn areas_that_overlap_or_leave_their_region_or_their_file_are_named() {
+fn areas_that_overlap_or_leave_region_or_file_are_named() {
     malformed("overlap", REGION, |reply| with_areas(reply, &[(0, 0x2000), (0x1000, 0x2000)]));
     malformed("0x3000..0x5000", REGION, |reply| with_areas(reply, &[(0x3000, 0x2000)]));
     malformed("wraps", REGION, |reply| with_areas(reply, &[(u64::MAX, 2)]));
@@ -302,7 +302,7 @@ fn a_server_that_dies_anywhere_is_an_error() {
 }
 
 #[test]
-fn memory_that_was_not_mapped_is_not_given_and_the_connection_stays() {
+fn unmapped_memory_is_not_given_and_the_connection_stays() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let ask = |stream: &mut UnixStream, command: u16, address: u64, count: u64, data: &[u8]| {
         let mut bytes = Vec::new();
@@ -360,7 +360,7 @@ fn memory_that_was_not_mapped_is_not_given_and_the_connection_stays() {
 
 /// It has left the socket with the reply, so that nobody would find it there.
 #[test]
-fn a_command_that_comes_with_a_reply_is_served_before_the_client_is_idle() {
+fn a_command_that_comes_with_a_reply_is_served_at_once() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = std::thread::spawn(move || {
         serve(theirs, READ, |reply| {

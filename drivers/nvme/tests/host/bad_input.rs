@@ -76,7 +76,7 @@ fn error<T>(result: Result<T>, kind: ErrorKind, words: &str) {
 }
 
 #[test]
-fn what_is_no_controller_or_makes_no_sense_is_named_and_left_quiet_for_the_next() {
+fn a_controller_that_is_refused_is_named_and_left_quiet() {
     let with = |change: fn(&mut Script)| {
         let mut script = HONEST;
         change(&mut script);
@@ -130,7 +130,7 @@ fn what_is_no_controller_or_makes_no_sense_is_named_and_left_quiet_for_the_next(
 }
 
 #[test]
-fn a_namespace_that_makes_no_sense_is_refused_and_the_controller_goes_on() {
+fn a_namespace_that_makes_no_sense_is_refused_alone() {
     let subject = Subject::new(HONEST);
     let controller = subject.open().unwrap();
     type Change = fn(&mut [u8]);
@@ -158,7 +158,7 @@ fn a_namespace_that_makes_no_sense_is_refused_and_the_controller_goes_on() {
 }
 
 #[test]
-fn a_command_that_is_never_answered_ends_in_time_and_brings_its_buffer_back() {
+fn a_command_without_answer_ends_in_time_with_its_buffer() {
     let subject = Subject::new(HONEST);
     let controller = subject.open_with(NO_ANSWER).unwrap();
     let namespace = controller.namespace(1).unwrap();
@@ -208,7 +208,7 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
 }
 
 #[test]
-fn memory_of_a_queue_that_could_not_be_deleted_is_kept_until_a_reset_is_quiet() {
+fn memory_of_a_queue_not_deleted_is_kept_until_a_reset() {
     // Deletion of its submission queue is never answered, or creation of a completion queue.
     for silent in [0x00, 0x05] {
         let subject = Subject::new(Script { capabilities: IMPATIENT, ..HONEST });
@@ -239,7 +239,7 @@ fn memory_of_a_queue_that_could_not_be_deleted_is_kept_until_a_reset_is_quiet() 
 }
 
 #[test]
-fn a_controller_with_the_smallest_queues_and_a_long_shutdown_is_taken_at_its_word() {
+fn smallest_queues_and_longest_shutdown_are_taken_at_their_word() {
     let mut script = HONEST;
     // CAP.MQES: two entries, which limits no admin queue. RTD3E: the most there is.
     script.capabilities = script.capabilities & !0xffff | 1;

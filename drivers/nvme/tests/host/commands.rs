@@ -149,7 +149,7 @@ fn four_threads_fill_their_queues_by_polling_and_by_interrupts() {
 }
 
 #[test]
-fn a_loss_of_power_ends_what_is_outstanding_and_keeps_what_was_flushed() {
+fn a_loss_of_power_ends_commands_and_keeps_what_was_flushed() {
     let (model, power) = model();
     let controller = controller(&model, SETTINGS);
     let namespace = controller.namespace(1).unwrap();
@@ -195,7 +195,7 @@ fn a_loss_of_power_ends_what_is_outstanding_and_keeps_what_was_flushed() {
 }
 
 #[test]
-fn a_completion_of_no_command_resets_the_controller_though_nothing_is_outstanding() {
+fn a_completion_of_no_command_resets_an_idle_controller() {
     for flush in [false, true] {
         // The first command after the ten that bring controller and queue up.
         let faults = Faults::new([(10, Fault::SpuriousCompletion)]);
@@ -363,7 +363,7 @@ fn a_device_that_was_closed_is_quiet_and_usable_by_the_next() {
 }
 
 #[test]
-fn requests_that_make_no_sense_are_refused_and_the_buffer_comes_back() {
+fn requests_that_make_no_sense_give_the_buffer_back() {
     let (model, _) = model();
     let controller = controller(&model, Settings { entries: 4, ..SETTINGS });
     let namespace = controller.namespace(1).unwrap();
@@ -410,7 +410,7 @@ fn requests_that_make_no_sense_are_refused_and_the_buffer_comes_back() {
 }
 
 #[test]
-fn zeroes_and_deallocated_blocks_read_zeros_and_their_neighbours_stay() {
+fn blocks_zeroed_or_deallocated_read_zeros_and_others_stay() {
     let (model, _) = model();
     let controller = controller(&model, SETTINGS);
     let namespace = controller.namespace(1).unwrap();
@@ -437,7 +437,7 @@ fn zeroes_and_deallocated_blocks_read_zeros_and_their_neighbours_stay() {
 }
 
 #[test]
-fn a_reset_forgets_neither_the_write_cache_setting_nor_the_queues() {
+fn a_reset_keeps_the_write_cache_setting_and_the_queues() {
     let (model, power) = model();
     let controller = controller(&model, SETTINGS);
     let namespace = controller.namespace(1).unwrap();
