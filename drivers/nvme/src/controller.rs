@@ -214,7 +214,7 @@ impl Controller {
     /// The version of the specification that it follows, as in "1.4".
     pub fn version(&self) -> Result<String> {
         let version = self.hardware.registers.version()?;
-        let (major, minor, rest) = (version >> 16, version >> 8 & 0xff, version & 0xff);
+        let (major, minor, rest) = (version.major(), version.minor(), version.tertiary());
         Ok(match rest {
             0 => format!("{major}.{minor}"),
             _ => format!("{major}.{minor}.{rest}"),

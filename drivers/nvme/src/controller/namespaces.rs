@@ -4,13 +4,14 @@ use vfio_remap::{Error, ErrorKind, Result};
 
 use super::super::admin::PAGE;
 use super::super::identify::{self, Namespace};
-use super::super::registers::VERSION_1_1;
 use super::super::status::Status;
 use super::{ALL, Controller};
 
 /// Data structures of Identify (NVMe Base 1.4, figure 244).
 const NAMESPACE: u32 = 0x00;
 const LIST: u32 = 0x02;
+/// The version of NVMe Base that has lists of namespaces, major and minor number.
+const HAS_LISTS: (u16, u8) = (1, 1);
 /// Most namespaces that a list may have.
 const MOST: usize = 1 << 16;
 /// Where there is no list, namespaces up to this number are tried.
@@ -67,7 +68,8 @@ impl Controller {
 
     /// The namespaces that the controller lists; `None` where it has no list that makes sense.
     fn listed(&self) -> Result<Option<Vec<u32>>> {
-        if self.hardware.registers.version()? < VERSION_1_1 {
+        let version = self.hardware.registers.version()?;
+        if (version.major(), version.minor()) < HAS_LISTS {
             return Ok(None);
         }
         let mut ids = Vec::new();

@@ -94,13 +94,13 @@ fn a_controller_that_is_refused_is_named_and_left_quiet() {
         (with(|script| script.capabilities |= 9 << 32), ErrorKind::Malformed, "CAP.DSTRD"),
         (
             with(|script| (script.becomes_ready, script.capabilities) = (false, IMPATIENT)),
-            ErrorKind::Os,
+            ErrorKind::TimedOut,
             "did not become ready within the 0.5",
         ),
         (
             with(|script| (script.stays_ready, script.capabilities) = (true, IMPATIENT)),
-            ErrorKind::Os,
-            "did not cease being ready",
+            ErrorKind::TimedOut,
+            "did not cease to be ready",
         ),
         (with(|script| script.fatal = true), ErrorKind::Os, "CSTS.CFS"),
         (with(|script| script.controller = |data| data[512] = 0x77), ErrorKind::Malformed, "2^7"),
@@ -194,9 +194,9 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
         queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 6).unwrap_err();
     assert!(buffer.is_some());
     drop(buffer);
-    error(Err::<(), _>(reason), ErrorKind::Os, "did not cease being ready");
-    error(controller.namespace(1), ErrorKind::Os, "did not cease being ready");
-    error(controller.reset(), ErrorKind::Os, "did not cease being ready");
+    error(Err::<(), _>(reason), ErrorKind::TimedOut, "did not cease to be ready");
+    error(controller.namespace(1), ErrorKind::TimedOut, "did not cease to be ready");
+    error(controller.reset(), ErrorKind::TimedOut, "did not cease to be ready");
     // It comes to its senses, and so does the queue.
     subject.say(HONEST);
     controller.reset().unwrap();
@@ -229,7 +229,7 @@ fn memory_of_a_queue_not_deleted_is_kept_until_a_reset() {
         let buffers = || (0..64).map(|_| controller.buffer(4096).unwrap()).collect::<Vec<_>>();
         let reused = || buffers().iter().any(|buffer| buffer.iova() == iova);
         assert!(!reused(), "the controller may still write there");
-        error(controller.queue().map(drop), ErrorKind::Os, "did not cease being ready");
+        error(controller.queue().map(drop), ErrorKind::TimedOut, "did not cease to be ready");
         subject.say(HONEST);
         controller.reset().unwrap();
         assert!(reused(), "nothing is lost for good");
