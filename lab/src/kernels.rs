@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -143,6 +144,22 @@ pub fn by_name(name: &str) -> Result<&'static Kernel, String> {
 /// Those that tests run on, and the one that they do not.
 pub fn all() -> impl Iterator<Item = &'static Kernel> {
     KERNELS.iter().chain([&FIRST_PATCH])
+}
+
+/// Begins to build those of these kernels that are not there yet, in a thread that nobody waits for:
+/// [`Kernel::image`] waits for what is being built. If a build fails, `image` tries again and says why.
+pub fn build_ahead(store: &Store, kernels: &[&'static Kernel]) -> Result<()> {
+    for &kernel in kernels {
+        if kernel.is_to_be_built(store)? {
+            let store = Store { directory: store.directory.clone(), mirror: store.mirror.clone() };
+            thread::spawn(move || {
+                if let Err(error) = kernel.image(&store) {
+                    ui::warning(&format!("{error:#}"));
+                }
+            });
+        }
+    }
+    Ok(())
 }
 
 impl Kernel {

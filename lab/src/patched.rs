@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -23,6 +24,9 @@ const METAPACKAGE: &str = "linux-source";
 
 /// Lines of a failed build that are shown.
 const TAIL: usize = 30;
+
+/// Held while a kernel is looked for and built.
+static BUILDING: Mutex<()> = Mutex::new(());
 
 /// Where the kernel's selftests of VFIO are, in its source.
 const SELFTESTS: &str = "tools/testing/selftests/vfio";
@@ -97,6 +101,8 @@ pub fn is_built(recipe: &Recipe, directory: &Path) -> Result<bool> {
 /// where what is there is made of something else, or of an older source.
 /// `false` if the mirror has no source and no kernel was built before.
 pub fn ensure(recipe: &Recipe, store: &Store, directory: &Path) -> Result<bool> {
+    // A second caller waits for the build of the first, and finds the kernel there.
+    let _one_at_a_time = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     let series = Series::read(recipe)?;
     let current = series.is_built(directory);
     if current && !kernels::is_old(directory) {
