@@ -2,7 +2,7 @@
 //! crate's tests, examples and benchmarks there.
 //!
 //! From the top: [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
-//! [`matrix`], [`mutants`], [`targets`], [`performance`] and this file are the commands,
+//! [`matrix`], [`mutants`], [`targets`], [`release`], [`performance`] and this file are the commands,
 //! [`boot`] is one boot of one kernel, with its [`heartbeat`], and [`side_by_side`]
 //! several; [`kernels`], [`patched`], [`busybox`], [`payload`], [`compiler`] and [`guest`]
 //! make what is booted, [`machine`] and [`root`] what it is booted on;
@@ -37,6 +37,7 @@ mod patched;
 mod payload;
 mod performance;
 mod qemu;
+mod release;
 mod report;
 mod root;
 mod side_by_side;
@@ -145,6 +146,13 @@ enum Task {
     Targets {
         #[command(flatten)]
         mirror: Mirror,
+    },
+    /// Check that the packages can be published: each is packed and built from that, and built with
+    /// the oldest dependencies that its manifest allows.
+    Release {
+        /// Report, too, how the API differs from that of this commit. Needs cargo-semver-checks.
+        #[arg(long, value_name = "COMMIT")]
+        baseline: Option<String>,
     },
     /// Run an example in a guest; its exit status becomes the lab's.
     Run {
@@ -257,6 +265,8 @@ fn perform(task: Task) -> Result<ExitCode> {
             let store = Store::open(common.mirror.url.clone())?;
             estimate::tell(&store, &guests, kernels.is_empty())?;
             if kernels.is_empty() {
+                // The longest job begins first.
+                kernels::build_ahead(&store, &guests)?;
                 host::test()?;
                 fuzz::briefly()?;
             }
@@ -294,6 +304,10 @@ fn perform(task: Task) -> Result<ExitCode> {
             };
             let killed = mutants::run(&chosen, guests.as_ref())?;
             Ok(if killed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Release { baseline } => {
+            let passed = release::run(baseline.as_deref())?;
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Targets { mirror } => {
             let passed = targets::run(&Store::open(mirror.url)?)?;

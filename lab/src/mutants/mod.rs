@@ -267,7 +267,7 @@ fn judge_outcome(outcome: &Outcome) -> Option<Verdict> {
 
 /// Makes `to` what the tracked files of the repository at `from` are now. A file that is the
 /// same already stays as it is, with its time, by which cargo knows what to build.
-fn copy_tracked(from: &Path, to: &Path) -> Result<()> {
+pub fn copy_tracked(from: &Path, to: &Path) -> Result<()> {
     let listed =
         command::output(Command::new("git").current_dir(from).args(["ls-files", "-z", "--cached"]))
             .context("the copy is made of what git tracks")?;
