@@ -23,7 +23,7 @@ use super::register_access::Width;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory, out_of_memory};
 use crate::sys;
-use crate::sys::turn::Turn;
+use crate::sys::mmap_lock::MmapLock;
 use crate::transport::DmaLimits;
 
 const HUGE_PAGE: usize = 2 << 20;
@@ -129,10 +129,10 @@ impl Memory {
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        let turn = Turn::take();
+        let lock = MmapLock::take();
         // SAFETY: the kernel chooses a range that nobody uses.
         let at = unsafe { mmap(None, room, protection, MapFlags::MAP_SHARED, fd.as_fd(), 0) };
-        drop(turn);
+        drop(lock);
         let no_room = |errno| {
             if huge { failed(errno) } else { out_of_memory(errno, "allocate", object(), size) }
         };

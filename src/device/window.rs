@@ -257,7 +257,7 @@ impl Window {
             }
         };
         inner.mapping.vacate().map_err(|error| {
-            let gone = inner.mapping.has_gone();
+            let gone = inner.mapping.is_unmapped();
             StillMapped { error, window: (!gone).then(|| Window { inner: Arc::new(inner) }) }
         })
     }

@@ -1,5 +1,5 @@
-//! What a mapping maps, and what is known of it: which calls the kernel has accepted, and whether it
-//! can be trusted to fill again what `MREMAP_DONTUNMAP` has emptied.
+//! The file behind a mapping, and what is known about it: which calls the kernel has accepted, and whether
+//! faults fill the page tables again after `MREMAP_DONTUNMAP`.
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
@@ -13,10 +13,10 @@ use nix::errno::Errno;
 use super::{Hazard, KernelVersion};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mm::{self, Access};
-use crate::sys::turn::Turn;
+use crate::sys::mmap_lock::MmapLock;
 use crate::sys::{self, file};
 
-/// What stands behind a file descriptor, as far as remapping is concerned.
+/// What kind of file is mapped, as far as remapping is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BackingKind {
@@ -24,37 +24,37 @@ pub enum BackingKind {
     VfioPci,
     /// A file on tmpfs, such as a memfd.
     SharedMemory,
-    /// Anything else. Never trusted to fill a mapping again.
+    /// Any other file. The crate does not rely on faults to fill its mappings again.
     Other,
 }
 
-/// A range of a file that mappings are made of: all of a region.
+/// The range of a file that is a region. Mappings map parts of it.
 pub(crate) struct Backing {
     name: String,
     fd: Arc<OwnedFd>,
     start: u64,
     kind: BackingKind,
     kernel: KernelVersion,
-    /// Device and inode number of the file, if it is the only one to have them.
+    /// Device and inode number of the file, if no other file has the same.
     pub(super) identity: Option<(u64, u64)>,
-    /// Bits of [`Access`]es with which an un-FIXED `mmap` has been accepted.
+    /// A bit for each [`Access`] with which an `mmap` without `MAP_FIXED` has succeeded.
     accepted: AtomicU8,
-    /// What the probe of `DONTUNMAP` was answered: [`UNKNOWN`], [`ACCEPTED`] or [`REFUSED`].
+    /// The result of the probe of `DONTUNMAP`: [`UNKNOWN`], [`ACCEPTED`] or [`REFUSED`].
     dont_unmap: AtomicU8,
-    /// Held while the kernel is asked, so that two verbs at once do not both ask.
-    asking: Mutex<()>,
+    /// Held during a probe, so that concurrent verbs probe once.
+    probing: Mutex<()>,
 }
 
 const UNKNOWN: u8 = 0;
 const ACCEPTED: u8 = 1;
-/// With EINVAL.
+/// The probe failed with EINVAL.
 const REFUSED: u8 = 2;
 
 impl Backing {
-    /// `size` bytes of `fd` from `start` on, named `name` in errors.
+    /// `size` bytes of `fd` from `start` on. Errors call them `name`.
     ///
     /// # Errors
-    /// `Malformed` where the file is shorter than that.
+    /// `Malformed` if the file is shorter than that.
     pub(crate) fn new(
         name: impl Into<String>,
         fd: Arc<OwnedFd>,
@@ -70,14 +70,13 @@ impl Backing {
                 .because(format!("its file has no {size:#x} bytes at offset {start:#x}")));
         }
         if file::is_hugetlb(&*fd) {
-            return Err(Error::new(ErrorKind::Unsupported, "map", name).because(
-                "its file is of huge pages (hugetlbfs), which are mapped by other rules",
-            ));
+            return Err(Error::new(ErrorKind::Unsupported, "map", name)
+                .because("its file is on hugetlbfs, which is not supported"));
         }
         let file_size = file::regular_size(&*fd).map_err(|errno| Error::os(errno, "map", &name))?;
-        if let Some(has) = file_size.filter(|len| end > Some(*len)) {
+        if let Some(has) = file_size.filter(|has| end > Some(*has)) {
             return Err(Error::new(ErrorKind::Malformed, "map", name).because(format!(
-                "it is said to be {size:#x} bytes from offset {start:#x}, and its file has {has:#x}"
+                "it claims {size:#x} bytes from offset {start:#x}, but its file has {has:#x} bytes"
             )));
         }
         let identity = file::own_identity(&*fd).map_err(|errno| Error::os(errno, "map", &name))?;
@@ -90,7 +89,7 @@ impl Backing {
             kernel: KernelVersion::running(),
             accepted: AtomicU8::new(0),
             dont_unmap: AtomicU8::new(UNKNOWN),
-            asking: Mutex::new(()),
+            probing: Mutex::new(()),
         })
     }
 
@@ -117,67 +116,68 @@ impl Backing {
         self.start + offset
     }
 
-    /// `mmap` where the kernel likes; an acceptance is remembered.
+    /// `mmap` at an address that the kernel chooses. Success is remembered.
     pub(super) fn map(
         &self,
-        turn: &Turn,
+        lock: &MmapLock,
         offset: u64,
-        len: usize,
+        size: usize,
         access: Access,
     ) -> std::result::Result<usize, Errno> {
-        let address = mm::map(turn, self.fd(), self.file_offset(offset), len, access)?;
+        let address = mm::map(lock, self.fd(), self.file_offset(offset), size, access)?;
         self.accepted.fetch_or(bit(access), Ordering::Relaxed);
         Ok(address)
     }
 
-    /// Makes sure that a `MAP_FIXED` mapping will be accepted, since a refusal would cost its
-    /// destination: the same is mapped where the kernel likes, and unmapped.
+    /// Makes sure that the kernel will accept a `MAP_FIXED` mapping, because a failing one unmaps its
+    /// destination: makes the same mapping at an address that the kernel chooses, and unmaps it.
     ///
-    /// Known backings are asked once, and with one page, since a limit may allow no more; of others nobody
-    /// knows what a second range would be answered.
-    pub(super) fn vet(
+    /// For a known backing this happens once for each access, with one page, since a limit may allow no
+    /// more. Another backing may accept one range and refuse the next, so it happens each time with the
+    /// whole range.
+    pub(super) fn ensure_accepted(
         &self,
         offset: u64,
-        len: usize,
+        size: usize,
         access: Access,
     ) -> std::result::Result<(), Errno> {
         let accepted = self.accepted.load(Ordering::Relaxed) & bit(access) != 0;
         if accepted && self.kind != BackingKind::Other {
             return Ok(());
         }
-        let len = if self.kind == BackingKind::Other { len } else { sys::page_size() };
-        let address = self.map(&Turn::take(), offset, len, access)?;
-        // SAFETY: the mapping was made on the line above, and nobody knows of it.
-        unsafe { mm::munmap(address, len) }
+        let size = if self.kind == BackingKind::Other { size } else { sys::page_size() };
+        let address = self.map(&MmapLock::take(), offset, size, access)?;
+        // SAFETY: the mapping was made on the line above, and nothing else has its address.
+        unsafe { mm::munmap(address, size) }
     }
 
-    /// Whether the kernel accepts `DONTUNMAP` here, and whether that was remembered.
+    /// Whether the kernel accepts `DONTUNMAP` for this file, and whether that result was remembered.
     ///
-    /// Asked on a throwaway, untouched mapping of one page, without `MREMAP_FIXED`: harmless on
-    /// every kernel. Only acceptance and EINVAL are remembered; other errors pass.
+    /// The probe uses an untouched mapping of one page, made for it, without `MREMAP_FIXED`, and is
+    /// harmless on every kernel. Only success and EINVAL are remembered; other errors are temporary.
     pub(super) fn probe(
         &self,
         offset: u64,
-        ask_again: bool,
+        probe_again: bool,
     ) -> (std::result::Result<(), Errno>, bool) {
-        if let (Some(answer), false) = (self.known(), ask_again) {
-            return (answer, true);
+        if let (Some(result), false) = (self.remembered(), probe_again) {
+            return (result, true);
         }
-        let _one = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(answer), false) = (self.known(), ask_again) {
-            return (answer, true);
+        let _one = self.probing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(result), false) = (self.remembered(), probe_again) {
+            return (result, true);
         }
-        let answer = self.ask(offset);
-        match answer {
+        let result = self.try_dont_unmap(offset);
+        match result {
             Ok(()) => self.dont_unmap.store(ACCEPTED, Ordering::Relaxed),
             Err(Errno::EINVAL) => self.dont_unmap.store(REFUSED, Ordering::Relaxed),
             Err(_) => {}
         }
-        (answer, false)
+        (result, false)
     }
 
-    /// What an earlier probe was answered.
-    fn known(&self) -> Option<std::result::Result<(), Errno>> {
+    /// The remembered result of an earlier probe.
+    fn remembered(&self) -> Option<std::result::Result<(), Errno>> {
         match self.dont_unmap.load(Ordering::Relaxed) {
             ACCEPTED => Some(Ok(())),
             REFUSED => Some(Err(Errno::EINVAL)),
@@ -185,46 +185,51 @@ impl Backing {
         }
     }
 
-    fn ask(&self, offset: u64) -> std::result::Result<(), Errno> {
-        let len = sys::page_size();
-        let turn = Turn::take();
-        let old = mm::map(&turn, self.fd(), self.file_offset(offset), len, Access::ReadOnly)?;
-        // SAFETY: the page was mapped on the line above, and nobody knows of it; whether the old side
-        // is filled again does not matter, since nobody will touch it.
-        let new = unsafe { mm::dont_unmap(&turn, old, len) };
+    fn try_dont_unmap(&self, offset: u64) -> std::result::Result<(), Errno> {
+        let size = sys::page_size();
+        let lock = MmapLock::take();
+        let old = mm::map(&lock, self.fd(), self.file_offset(offset), size, Access::ReadOnly)?;
+        // SAFETY: the page was mapped on the line above, and nothing else has its address. Whether faults
+        // fill the old side again does not matter, since nothing accesses it.
+        let new = unsafe { mm::dont_unmap(&lock, old, size) };
         for page in [Ok(old), new].into_iter().flatten() {
-            // SAFETY: both pages are ours.
-            if let Err(errno) = unsafe { mm::munmap(page, len) } {
+            // SAFETY: both pages were mapped above, and nothing else has their addresses.
+            if let Err(errno) = unsafe { mm::munmap(page, size) } {
                 log::error!("leaked a page at {page:#x}: {errno}");
             }
         }
         new.map(drop)
     }
 
-    /// Why an accepted `DONTUNMAP` of `[address, address + len)` must not be believed.
-    pub(super) fn distrust_dont_unmap(
+    /// The hazard that forbids `DONTUNMAP` of `[address, address + size)` although the kernel accepts it.
+    pub(super) fn hazard_of_dont_unmap(
         &self,
         address: usize,
         offset: u64,
-        len: usize,
+        size: usize,
     ) -> Option<Hazard> {
         match self.kind {
             BackingKind::SharedMemory => None,
             BackingKind::VfioPci => Hazard::source_may_spin(self.kernel)
-                .or_else(|| Hazard::one_gib_entry(address, self.file_offset(offset), len)),
+                .or_else(|| Hazard::one_gib_entry(address, self.file_offset(offset), size)),
             BackingKind::Other => Some(Hazard::UnknownBacking),
         }
     }
 
-    /// Why a plain move of `[address, address + len)` must not be made.
-    pub(super) fn distrust_move(&self, address: usize, offset: u64, len: usize) -> Option<Hazard> {
+    /// The hazard that forbids moving `[address, address + size)`.
+    pub(super) fn hazard_of_move(
+        &self,
+        address: usize,
+        offset: u64,
+        size: usize,
+    ) -> Option<Hazard> {
         match self.kind {
             BackingKind::SharedMemory => None,
             BackingKind::VfioPci => Hazard::move_escapes_revocation(self.kernel)
-                .or_else(|| Hazard::one_gib_entry(address, self.file_offset(offset), len)),
-            // Nobody knows to what its offsets are congruent.
+                .or_else(|| Hazard::one_gib_entry(address, self.file_offset(offset), size)),
+            // Its offsets in physical memory are not known.
             BackingKind::Other => Hazard::move_escapes_revocation(self.kernel)
-                .or_else(|| (len >= 1 << 30).then_some(Hazard::OneGibEntry)),
+                .or_else(|| (size >= 1 << 30).then_some(Hazard::OneGibEntry)),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Tests: what a failed call leaves in a range is unmapped only where it is known to be ours.
+//! Tests: after a failed call, a range is unmapped only if what is mapped there is known to be ours.
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
@@ -12,17 +12,17 @@ use nix::sys::resource::{Resource, setrlimit};
 use super::fixture::{PAGE, backing, secluded, state, unmap_and_let_in};
 use super::{Access, Backing, BackingKind, Mapping, Placement, Reservation, Strategy};
 use crate::error::ErrorKind;
+use crate::sys::mmap_lock::MmapLock;
 use crate::sys::spy::{self, Call};
-use crate::sys::turn::Turn;
 use crate::sys::{fork, mm};
 
-/// What is done with a mapping whose addresses cannot be covered.
+/// The verbs that cover the addresses of a mapping.
 const VERBS: [fn(Mapping); 3] = [
     drop,
     |mut mapping| {
         let lost = mapping.vacate().unwrap_err();
         assert_eq!(lost.kind(), ErrorKind::ReservationLost, "{lost}");
-        assert!(mapping.has_gone());
+        assert!(mapping.is_unmapped());
     },
     |mut mapping| {
         let relocation = mapping.relocate(Placement::Anywhere.into()).unwrap();
@@ -30,7 +30,8 @@ const VERBS: [fn(Mapping); 3] = [
     },
 ];
 
-/// One page of `backing`, in a piece of a reservation; and the other piece, that outlives it.
+/// One page of `backing`, placed in a piece of a reservation, and the other piece, which keeps the
+/// reservation alive.
 fn placed(backing: Backing) -> (Mapping, Reservation) {
     let (home, rest) = secluded(2 * PAGE).split_at(PAGE).unwrap();
     let placement = Placement::In(home);
@@ -38,8 +39,8 @@ fn placed(backing: Backing) -> (Mapping, Reservation) {
     (mapping, rest)
 }
 
-/// Runs `verb` while calls that cover fail, after the kernel unmapped the range and other code mapped
-/// `file` there, once.
+/// Runs `verb` while every call that covers fails. Before the first one fails, the kernel unmaps the
+/// range and other code maps `file` there.
 fn while_others_get_in(mapping: Mapping, file: Option<OwnedFd>, verb: fn(Mapping)) -> Range<usize> {
     let range = mapping.range();
     let mut first = true;
@@ -66,7 +67,7 @@ fn another_mapping_of_the_same_bytes_is_left_alone() {
         let range = while_others_get_in(mapping, same.then_some(file), verb);
         assert_eq!(state(&range), (PAGE, 0));
         drop(rest);
-        assert_eq!(state(&range), (PAGE, 0), "nor is it unmapped with the reservation");
+        assert_eq!(state(&range), (PAGE, 0), "dropping the reservation does not unmap it either");
     }
 }
 
@@ -94,20 +95,20 @@ fn what_cannot_be_undone_is_left_alone() {
     let failed = spy::script(refuse, || mapping.relocate(Placement::In(place).into()).unwrap_err());
     assert_eq!(failed.kind(), ErrorKind::ReservationLost, "{failed}");
     assert!(failed.into_reservation().is_none());
-    assert_eq!((mapping.range(), state(&at)), (at.clone(), (PAGE, 0)), "the window stands");
+    assert_eq!((mapping.range(), state(&at)), (at.clone(), (PAGE, 0)), "the window is unchanged");
     drop((mapping, rest, other_rest));
     assert_eq!((state(&at), state(&range)), ((0, 0), (PAGE, 0)));
 }
 
-/// While a thread has the turn, no other thread gets a mapping into a hole.
+/// While a thread holds the lock, no other thread of this crate maps something into a hole.
 #[test]
-fn calls_that_give_addresses_out_take_the_turn() {
+fn calls_that_create_mappings_take_the_lock() {
     let calls = [Strategy::DontUnmap, Strategy::MapAgain, Strategy::Move].map(|strategy| {
         let backing = Arc::new(backing(2 * PAGE, BackingKind::SharedMemory));
         let watch = |call| {
-            let gives_out =
+            let creates =
                 !matches!(call, Call::Unmap | Call::Protect | Call::Unlock | Call::Advise);
-            assert!(!gives_out || Turn::is_taken(), "{call:?}");
+            assert!(!creates || MmapLock::is_taken(), "{call:?}");
             None
         };
         let verbs = || {
@@ -139,19 +140,19 @@ fn calls_that_give_addresses_out_take_the_turn() {
 }
 
 #[test]
-fn the_turn_is_kept_from_a_failing_call_to_the_plug() {
+fn the_lock_is_held_from_a_failing_call_until_the_range_is_reserved_again() {
     for verb in [drop, |mut mapping: Mapping| drop(mapping.vacate().unwrap())] {
         let (mapping, rest) = placed(backing(PAGE, BackingKind::SharedMemory));
-        let mut turns = Vec::new();
+        let mut counts = Vec::new();
         let refuse = move |call| match call {
             Call::Cover { address, len } => {
-                turns.push(Turn::count());
+                counts.push(MmapLock::count());
                 // SAFETY: the mapping is the caller's to replace.
                 unsafe { mm::munmap(address, len) }.unwrap();
                 Some(Errno::ENOMEM)
             }
             Call::ReserveAt { .. } => {
-                assert_eq!(turns, [Turn::count()]);
+                assert_eq!(counts, [MmapLock::count()]);
                 None
             }
             _ => None,
@@ -162,7 +163,7 @@ fn the_turn_is_kept_from_a_failing_call_to_the_plug() {
     }
 }
 
-/// The ring of a perf event. `None` where the kernel forbids perf events.
+/// The ring of a perf event. `None` if the kernel forbids perf events.
 fn perf_event() -> Option<OwnedFd> {
     // `struct perf_event_attr` (linux/perf_event.h) of 64 bytes: PERF_TYPE_SOFTWARE,
     // PERF_COUNT_SW_CPU_CLOCK, of user space only (bits 5 and 6 of the flags at byte 40).
@@ -176,13 +177,13 @@ fn perf_event() -> Option<OwnedFd> {
         let (pid, cpu, group, flags) = here;
         libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), pid, cpu, group, flags)
     };
-    // SAFETY: a new descriptor, ours.
+    // SAFETY: the call returned a new descriptor, which is ours.
     (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// VFIO's device files before Linux 6.10, perf events, KVM's vCPUs: one inode for all.
+/// VFIO's device files before Linux 6.10, perf events and KVM's vCPUs share one inode.
 #[test]
-fn files_of_the_one_anonymous_inode_are_not_told_apart() {
+fn files_that_share_the_anonymous_inode_are_left_alone() {
     for verb in VERBS {
         let (Some(ours), Some(other)) = (perf_event(), perf_event()) else {
             println!("no perf events here");
@@ -198,9 +199,9 @@ fn files_of_the_one_anonymous_inode_are_not_told_apart() {
     }
 }
 
-/// As where the limit on mappings is reached.
+/// As if the limit on mappings were reached.
 #[test]
-fn without_room_files_that_look_alike_stay_where_they_are() {
+fn without_room_a_file_with_the_anonymous_inode_stays_mapped() {
     let Some(event) = perf_event() else {
         println!("no perf events here");
         return;
@@ -212,7 +213,7 @@ fn without_room_files_that_look_alike_stay_where_they_are() {
     let no_room = |call| matches!(call, Call::Reserve | Call::Cover { .. });
     let failed = spy::refuse(Errno::ENOMEM, no_room, || mapping.vacate().unwrap_err());
     assert_eq!(failed.errno(), Some(libc::ENOMEM), "{failed}");
-    assert!(!mapping.has_gone());
+    assert!(!mapping.is_unmapped());
     assert_eq!((mapping.range(), state(&range)), (range.clone(), (PAGE, 0)));
     spy::refuse(Errno::ENOMEM, no_room, || drop(mapping));
     assert_eq!(state(&range), (0, PAGE));
@@ -222,13 +223,13 @@ fn without_room_files_that_look_alike_stay_where_they_are() {
 
 #[test]
 fn without_proc_nothing_is_unmapped_after_a_failed_call() {
-    // What is found out once is found out while files can be opened.
+    // Initializes what is initialized once, while files can be opened.
     drop(placed(backing(PAGE, BackingKind::SharedMemory)));
     for verb in VERBS {
         let (mapping, rest) = placed(backing(PAGE, BackingKind::SharedMemory));
         drop(mapping);
         drop(rest);
-        // SAFETY: nothing that the child comes by is locked.
+        // SAFETY: the child takes no lock that another thread holds: only this test uses what it touches.
         let left_alone = unsafe {
             fork::holds_in_child(|| {
                 let (mapping, rest) = placed(backing(PAGE, BackingKind::SharedMemory));
@@ -236,7 +237,7 @@ fn without_proc_nothing_is_unmapped_after_a_failed_call() {
                 assert!(std::fs::File::open("/proc/self/maps").is_err());
                 let range = while_others_get_in(mapping, None, verb);
                 drop(rest);
-                // ENOMEM where nothing is mapped (`man 2 msync`).
+                // ENOMEM if nothing is mapped (`man 2 msync`).
                 libc::msync(range.start as *mut _, PAGE, libc::MS_ASYNC) == 0
             })
         };

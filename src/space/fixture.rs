@@ -1,4 +1,4 @@
-//! What the tests of this module share.
+//! Helpers for the tests of `space`.
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
@@ -36,7 +36,7 @@ pub(super) fn write(mapping: &Mapping, offset: usize, value: u32) {
     unsafe { ((mapping.range().start + offset) as *mut u32).write_volatile(value) }
 }
 
-/// How many bytes of the range are accessible, and how many reserved.
+/// How many bytes of the range are mapped accessibly, and how many are reserved.
 pub(super) fn state(range: &Range<usize>) -> (usize, usize) {
     let (mut accessible, mut reserved) = (0, 0);
     for mapped in maps::overlapping(range) {
@@ -50,16 +50,16 @@ pub(super) fn state(range: &Range<usize>) -> (usize, usize) {
     (accessible, reserved)
 }
 
-/// A reservation far below where the kernel puts mappings of its own choice: a hole that a test makes
-/// there is not taken by the tests beside it.
+/// A reservation far below the addresses that the kernel chooses: concurrent tests do not get the hole
+/// that a test makes there.
 pub(super) fn secluded(len: usize) -> Reservation {
     static NEXT: AtomicUsize = AtomicUsize::new(0x10_0000_0000);
     let step = len.next_multiple_of(2 * MIB);
     Reservation::at(NEXT.fetch_add(step, Ordering::Relaxed), len).unwrap()
 }
 
-/// What a kernel and other code of the process do: the destination of a failing call is unmapped, and the
-/// other code maps `len` bytes of `file`, or of anonymous memory, in the hole.
+/// Unmaps the range, as a failing FIXED call does, and then maps `file` or anonymous memory there, as other
+/// code of the process may do.
 ///
 /// # Safety
 /// The range is the caller's to replace.
@@ -70,7 +70,7 @@ pub(super) unsafe fn unmap_and_let_in(range: Range<usize>, file: Option<Borrowed
         None => (fixed | libc::MAP_ANONYMOUS, -1),
     };
     let prot = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: the caller's own contract.
+    // SAFETY: by the contract the caller may replace the range.
     let at = unsafe {
         assert_eq!(libc::munmap(range.start as *mut _, range.len()), 0);
         libc::mmap64(range.start as *mut _, range.len(), prot, flags, fd, 0)

@@ -1,13 +1,13 @@
-//! What kernels do to address spaces when they should not: each hazard by name.
+//! Known faults of kernels in remapping, each with a name.
 //!
-//! Versions are those of the unmodified kernels on which a hazard was seen or read. Distributions
-//! backport, so a version is taken as proof of safety only where the range says so.
+//! Versions are those of the unmodified kernels on which a hazard was observed, or found in the source.
+//! Distributions backport changes, so each hazard says from which version on the crate trusts the kernel.
 
 use std::fmt;
 
 use super::kernel::KernelVersion;
 
-/// A known fault of a kernel that makes a strategy unfit although the kernel would accept it.
+/// A known fault of a kernel that makes a strategy unsafe although the kernel accepts the call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Hazard {
@@ -17,8 +17,8 @@ pub enum Hazard {
     SourceMaySpin,
     /// See [`Hazard::move_escapes_revocation`].
     MoveEscapesRevocation,
-    /// Nothing says that this backing fills the source again when it is touched. An `AF_PACKET`
-    /// ring, for one, is moved readily, and then the old side raises SIGBUS.
+    /// It is not known whether faults fill the source again for this backing. An `AF_PACKET` ring, for
+    /// example, can be moved, but then an access to the old side raises SIGBUS.
     UnknownBacking,
 }
 
@@ -27,17 +27,17 @@ const GIB: u64 = 1 << 30;
 impl Hazard {
     /// Moving page tables that hold a 1 GiB (PUD) entry of a device mapping corrupts them.
     ///
-    /// The kernel's `move_page_tables` does not know such entries in a `VM_PFNMAP` mapping: it logs
-    /// `bad pud`, clears the entry without flushing the TLB, and the old address goes on reaching the
-    /// device, even after other memory is mapped there. Seen on 6.12 to 7.3, the first kernels where
-    /// vfio-pci inserts such entries. Every kernel is taken to have it, since the insertion may be
-    /// backported and no fix is released.
+    /// The kernel's `move_page_tables` does not handle such entries in a `VM_PFNMAP` mapping. It logs
+    /// `bad pud` and clears the entry without flushing the TLB. The old address then still reaches the
+    /// device, even after other memory is mapped there. Observed on 6.12 to 7.3; 6.12 is the first kernel
+    /// on which vfio-pci was seen to insert such entries. The crate assumes the fault on every kernel,
+    /// because the insertion may be backported and no fix is released.
     ///
-    /// An entry can exist only where address and offset are congruent modulo 1 GiB and the range
+    /// An entry can exist only if address and offset are congruent modulo 1 GiB and the range
     /// holds a whole aligned GiB.
-    pub fn one_gib_entry(address: usize, offset: u64, len: usize) -> Option<Self> {
+    pub fn one_gib_entry(address: usize, offset: u64, size: usize) -> Option<Self> {
         let start = address as u64;
-        let end = start.saturating_add(len as u64);
+        let end = start.saturating_add(size as u64);
         let congruent = start % GIB == offset % GIB;
         let first = start.checked_next_multiple_of(GIB)?;
         (congruent && first.checked_add(GIB)? <= end).then_some(Self::OneGibEntry)
@@ -45,20 +45,20 @@ impl Hazard {
 
     /// After `MREMAP_DONTUNMAP` of a touched BAR the source spins in the page-fault handler.
     ///
-    /// Up to 6.9 vfio-pci keeps a list of its mappings (`vma_list`) and maps a whole one on its first
-    /// fault; a fault in a mapping that is on the list already inserts nothing and is retried for
-    /// ever (seen on 5.10 and 6.1 with the refusal of `DONTUNMAP` patched away). 6.10 rewrote the
-    /// handler; 6.12 is the oldest kernel on which the source was seen to fill again.
+    /// Up to 6.9 vfio-pci keeps a list of its mappings (`vma_list`) and maps all of a mapping on its
+    /// first fault. A fault in a mapping that is already on the list inserts nothing and is retried
+    /// forever (observed on 5.10 and 6.1, with a patch that lets `DONTUNMAP` through). 6.10 rewrote the
+    /// handler; 6.12 is the oldest kernel on which faults were seen to fill the source again.
     pub fn source_may_spin(kernel: KernelVersion) -> Option<Self> {
         (kernel < KernelVersion::new(6, 12)).then_some(Self::SourceMaySpin)
     }
 
-    /// Moving a touched BAR takes it out of the driver's sight.
+    /// The driver does not revoke a touched BAR after it was moved.
     ///
-    /// In the `vma_list` days (up to 6.9, see [`Hazard::source_may_spin`]) the moved mapping is not
-    /// on the list: when memory decoding is switched off, or the device is reset, it is not zapped
-    /// and still reaches the bus. On 5.10 and 6.1 the move also raises a WARNING in `untrack_pfn`,
-    /// which kills a machine that runs with `panic_on_warn`.
+    /// Up to 6.9 (see [`Hazard::source_may_spin`]) the moved mapping is not on vfio-pci's `vma_list`.
+    /// When memory decoding is switched off, or the device is reset, the driver does not zap it, and it
+    /// still reaches the bus. On 5.10 and 6.1 the move also raises a WARNING in `untrack_pfn`, which
+    /// stops a machine that runs with `panic_on_warn`.
     pub fn move_escapes_revocation(kernel: KernelVersion) -> Option<Self> {
         (kernel < KernelVersion::new(6, 10)).then_some(Self::MoveEscapesRevocation)
     }
@@ -71,12 +71,14 @@ impl fmt::Display for Hazard {
                 "moving a 1 GiB page-table entry of a device corrupts page tables on every released kernel"
             }
             Self::SourceMaySpin => {
-                "before Linux 6.12 the source of a touched BAR may spin in the fault handler"
+                "before Linux 6.12 an access to the old side of a touched BAR may loop in the fault handler"
             }
             Self::MoveEscapesRevocation => {
-                "before Linux 6.10 a moved BAR is not revoked with its device, and the move may warn"
+                "before Linux 6.10 a moved BAR is not revoked when its device is reset, and the move may log a warning"
             }
-            Self::UnknownBacking => "nothing says that this backing fills the source again",
+            Self::UnknownBacking => {
+                "it is not known whether faults fill the old side again for this kind of file"
+            }
         })
     }
 }
@@ -99,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn versions_bound_the_vma_list_hazards() {
+    fn versions_limit_the_vma_list_hazards() {
         for (major, minor, spins, escapes) in [
             (5, 10, true, true),
             (6, 1, true, true),

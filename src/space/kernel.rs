@@ -1,9 +1,9 @@
-//! Which kernel this is.
+//! The version of the running kernel.
 
 use std::fmt;
 use std::sync::OnceLock;
 
-/// A kernel's major and minor version, as `uname -r` begins with.
+/// A kernel's major and minor version, the beginning of `uname -r`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KernelVersion {
     /// The 6 of 6.12.
@@ -20,8 +20,8 @@ impl KernelVersion {
 
     /// The version of the kernel that this process runs on.
     ///
-    /// A release string that does not begin with two numbers counts as 0.0: older than everything,
-    /// so that nothing is trusted.
+    /// A release string that does not begin with two numbers counts as 0.0, older than every kernel, so
+    /// that every version-dependent hazard applies.
     pub fn running() -> Self {
         static RUNNING: OnceLock<KernelVersion> = OnceLock::new();
         *RUNNING.get_or_init(|| {
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn releases_of_distributions_are_understood_and_nonsense_is_old() {
+    fn releases_of_distributions_are_parsed_and_malformed_ones_are_not() {
         assert_eq!(KernelVersion::parse("5.10.0-33-amd64"), Some(KernelVersion::new(5, 10)));
         assert_eq!(KernelVersion::parse("7.3.4+deb14-amd64"), Some(KernelVersion::new(7, 3)));
         assert_eq!(KernelVersion::parse("6.1-rc3"), Some(KernelVersion::new(6, 1)));

@@ -1,4 +1,5 @@
-//! The limits that a call that maps may meet, each named with its number, what is in use, and what raises it.
+//! The resource limits that a mapping call may reach: an error names the limit, what is in use, and how
+//! to raise it.
 
 #![cfg_attr(test, expect(unsafe_code, reason = "addresses are owned by convention"))]
 
@@ -10,7 +11,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use crate::error::{Error, ErrorKind};
 use crate::sys::maps;
 
-/// The error of a call that maps, for which `size` bytes were not to be had.
+/// The error of a mapping call that failed to get `size` bytes.
 pub(crate) fn out_of_memory(
     errno: Errno,
     operation: &'static str,
@@ -21,7 +22,7 @@ pub(crate) fn out_of_memory(
     match errno {
         Errno::EAGAIN => out_of_locked_memory(error, size as u64),
         Errno::ENOMEM => match maps::count_and_limit() {
-            Some((count, limit)) if is_met(count, limit) => error
+            Some((count, limit)) if is_reached(count, limit) => error
                 .into_kind(ErrorKind::TooManyMappings)
                 .because(format!(
                     "the process has {count} mappings, and may have {limit} (vm.max_map_count)"
@@ -36,12 +37,12 @@ pub(crate) fn out_of_memory(
     }
 }
 
-/// A call may need two more mappings than there are: the one it makes and one that it splits.
-fn is_met(mappings: usize, limit: usize) -> bool {
-    mappings + 2 >= limit
+/// A call may need two more mappings: the one it makes, and one that it splits.
+fn is_reached(count: usize, limit: usize) -> bool {
+    count + 2 >= limit
 }
 
-/// `do_mmap` answers EAGAIN (Linux 5.10 to 7.3) where a mapping would be locked and is too large.
+/// `do_mmap` returns EAGAIN (Linux 5.10 to 7.3) if the mapping would be locked and exceeds the limit.
 fn out_of_locked_memory(error: Error, size: u64) -> Error {
     let (Some(limit), Some(used)) = (limit(Resource::RLIMIT_MEMLOCK), maps::locked()) else {
         return error;
@@ -80,7 +81,7 @@ fn out_of_address_space(error: Error, size: u64) -> Error {
         ))
 }
 
-/// The soft limit in bytes; `None` where there is none.
+/// The soft limit in bytes; `None` if it is unlimited.
 fn limit(resource: Resource) -> Option<u64> {
     getrlimit(resource).ok().map(|(limit, _)| limit).filter(|limit| *limit != RLIM_INFINITY)
 }
@@ -98,11 +99,11 @@ mod tests {
 
     #[test]
     fn two_mappings_less_than_the_limit_are_too_many() {
-        assert!(is_met(65528, 65530) && is_met(65532, 65530));
-        assert!(!is_met(65527, 65530) && !is_met(40000, 65530));
+        assert!(is_reached(65528, 65530) && is_reached(65532, 65530));
+        assert!(!is_reached(65527, 65530) && !is_reached(40000, 65530));
     }
 
-    /// Duplicates a window of 1 MiB until that fails.
+    /// Duplicates a mapping of 1 MiB until that fails.
     fn duplicate_until_refused() -> Failed {
         let window = map(MIB, BackingKind::Other).unwrap();
         let mut all = Vec::with_capacity(256);
@@ -119,21 +120,21 @@ mod tests {
         Mapping::new(backing, 0, size, Access::ReadWrite, Placement::Anywhere)
     }
 
-    /// Runs `f` in a child that has no capabilities, locks what it maps, and may lock `limit` bytes.
+    /// Runs `f` in a child without capabilities that locks its mappings and may lock `limit` bytes.
     fn with_locked_memory(limit: usize, f: impl FnOnce() -> bool) -> bool {
-        // What is found out once is found out before the child.
+        // Initializes what is initialized once, before the fork.
         drop(map(2 * MIB, BackingKind::SharedMemory).unwrap());
         let in_child = || {
             setrlimit(Resource::RLIMIT_MEMLOCK, limit as u64, limit as u64).unwrap();
-            // By the system call itself: the C library's function is for processes of many threads.
-            // SAFETY: changes who the child is, and how it maps.
+            // The raw system call: the C library's function synchronizes with other threads.
+            // SAFETY: the calls change the user and the locking mode of the child, and no memory.
             unsafe {
                 libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534);
                 assert_eq!(libc::mlockall(libc::MCL_FUTURE), 0);
             }
             f()
         };
-        // SAFETY: nothing else that the child comes by is locked.
+        // SAFETY: the child takes no lock that another thread holds: only this test uses what it touches.
         unsafe { fork::holds_in_child(in_child) }
     }
 
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_window_needs_no_room_besides_its_own() {
+    fn a_large_window_needs_no_more_than_its_own_size() {
         assert!(with_locked_memory(5 * MIB, || map(4 * MIB, BackingKind::SharedMemory).is_ok()));
     }
 
@@ -201,7 +202,7 @@ mod tests {
             setrlimit(Resource::RLIMIT_AS, limit, limit).unwrap();
             f()
         };
-        // SAFETY: nothing else that the child comes by is locked.
+        // SAFETY: the child takes no lock that another thread holds: only this test uses what it touches.
         unsafe { fork::holds_in_child(in_child) }
     }
 
@@ -243,14 +244,14 @@ mod tests {
                 }
             };
             let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
-            // Room for what the error is made of.
+            // Makes room for the memory of the error.
             all.truncate(all.len() - 8);
             let words = failed.to_string();
             println!("{words}");
             failed.kind() == ErrorKind::TooManyMappings
                 && words.contains(&format!("may have {} (vm.max_map_count)", limit.trim()))
         };
-        // SAFETY: nothing that the child comes by is locked.
+        // SAFETY: the child takes no lock that another thread holds: only this test uses what it touches.
         assert!(unsafe { fork::holds_in_child(named) });
     }
 }

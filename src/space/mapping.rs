@@ -1,4 +1,4 @@
-//! One mapping of a backing: made, placed, undone.
+//! One mapping of a backing: how it is made, placed and unmapped.
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
@@ -9,78 +9,80 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::limits::out_of_memory;
-use super::reservation::Uncovered;
+use super::reservation::CoverFailed;
 use super::{Backing, BackingKind, Failed, Placement, Reservation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mm::{self, Access};
-use crate::sys::turn::Turn;
+use crate::sys::mmap_lock::MmapLock;
 use crate::sys::{fork, maps};
 
 const HUGE: usize = 2 << 20;
 const GIB: usize = 1 << 30;
 
-/// `len` bytes of a backing from `offset` on, mapped at `address`: one VMA, owned.
+/// `size` bytes of a backing from `offset` on, mapped at `address`. It owns this range, which is one VMA.
 ///
-/// Dropping it leaves nothing mapped; where it was placed in a reservation, the range is reserved
-/// again.
+/// Dropping it unmaps the range. If it was placed in a reservation, the range is reserved again.
 pub(crate) struct Mapping {
     pub(super) backing: Arc<Backing>,
     pub(super) offset: u64,
     pub(super) address: usize,
-    pub(super) len: usize,
+    pub(super) size: usize,
     pub(super) access: Access,
-    /// The reservation at whose start the mapping lies.
+    /// The reservation in which the mapping lies, at its start.
     pub(super) home: Option<Reservation>,
     /// The process that made it: see [`fork::generation`].
     pub(super) generation: u32,
 }
 
-/// A place for a mapping, found or about to be found.
+/// The place for a new mapping.
 pub(super) enum Destination {
     /// The kernel chooses.
     Chosen,
-    /// The start of a reservation that we made, or that the caller gave (`true`).
+    /// The start of a reservation, and whether the caller gave it (else the crate made it).
     Reserved(Reservation, bool),
 }
 
-/// A mapping that was not made, and what that has cost.
-pub(super) struct Refusal {
+/// Why a mapping was not made, and whether the destination was lost.
+pub(super) struct FailedCall {
     pub errno: Errno,
-    /// The destination was unmapped by the failing call, and somebody else has taken it.
+    /// The failing call unmapped the destination, and it could not be reserved again.
     pub lost: bool,
 }
 
-impl From<Errno> for Refusal {
+impl From<Errno> for FailedCall {
     fn from(errno: Errno) -> Self {
         Self { errno, lost: false }
     }
 }
 
 impl Destination {
-    /// Reserves what a placement needs, and checks what it brings.
+    /// Makes the reservation that a placement needs, or checks the one that it has.
     #[inline(always)]
     pub(super) fn prepare(
         placement: Placement,
         operation: &'static str,
         object: &dyn fmt::Display,
         file_offset: u64,
-        len: usize,
+        size: usize,
     ) -> std::result::Result<Self, Failed> {
         let (reservation, given) = match placement {
-            Placement::Anywhere if len < HUGE => return Ok(Self::Chosen),
+            Placement::Anywhere if size < HUGE => return Ok(Self::Chosen),
             Placement::Anywhere => {
-                let modulus = if len < GIB { HUGE } else { GIB };
-                (Reservation::congruent(len, modulus, file_offset)?, false)
+                let modulus = if size < GIB { HUGE } else { GIB };
+                (Reservation::congruent(size, modulus, file_offset)?, false)
             }
-            Placement::At(address) => (Reservation::at(address, len)?, false),
+            Placement::At(address) => (Reservation::at(address, size)?, false),
             Placement::In(reservation) => (reservation, true),
         };
-        let unsuitable = if reservation.size() < len {
+        let unsuitable = if reservation.size() < size {
             Some((
-                format!("{reservation:?} has {:#x} bytes of {len:#x}", reservation.size()),
+                format!(
+                    "{reservation:?} has {:#x} bytes, and {size:#x} are needed",
+                    reservation.size()
+                ),
                 "make a larger reservation".to_owned(),
             ))
-        } else if len >= HUGE
+        } else if size >= HUGE
             && (reservation.address() as u64 ^ file_offset) & (HUGE as u64 - 1) != 0
         {
             Some((
@@ -90,7 +92,7 @@ impl Destination {
                     reservation.address()
                 ),
                 format!(
-                    "use Placement::Anywhere or Reservation::congruent({len:#x}, {HUGE:#x}, {:#x})",
+                    "use Placement::Anywhere or Reservation::congruent({size:#x}, {HUGE:#x}, {:#x})",
                     file_offset % HUGE as u64
                 ),
             ))
@@ -108,58 +110,63 @@ impl Destination {
         }
     }
 
-    /// Runs a FIXED call over the reservation's start; a refusal leaves it as it was, or tells.
+    /// Runs a FIXED call over the start of the reservation. If the call fails, the range is reserved as
+    /// before, or the error says that it was lost.
     pub(super) fn fixed(
         reservation: &Reservation,
-        len: usize,
-        call: impl Fn(&Turn, usize) -> std::result::Result<(), Errno>,
-    ) -> std::result::Result<usize, Refusal> {
+        size: usize,
+        call: impl Fn(&MmapLock, usize) -> std::result::Result<(), Errno>,
+    ) -> std::result::Result<usize, FailedCall> {
         let address = reservation.address();
-        let turn = Turn::take();
-        let mut made = call(&turn, address);
-        if made == Err(Errno::EAGAIN) && reservation.unlock(len) {
-            made = call(&turn, address);
+        let lock = MmapLock::take();
+        let mut made = call(&lock, address);
+        if made == Err(Errno::EAGAIN) && reservation.unlock(size) {
+            made = call(&lock, address);
         }
         match made {
             Ok(()) => Ok(address),
-            // SAFETY: the call has mapped nothing.
-            Err(errno) => Err(Refusal { errno, lost: !unsafe { reservation.plug(&turn, len) } }),
+            Err(errno) => {
+                // SAFETY: the failed call has mapped nothing, so nothing of ours but the marker is in the
+                // range.
+                let restored = unsafe { reservation.restore(&lock, size) };
+                Err(FailedCall { errno, lost: !restored })
+            }
         }
     }
 
-    /// Takes away again what was mapped at `address`, of `backing` from `offset` on. False where that has
-    /// cost the reservation.
+    /// Unmaps what was just mapped at `address`, of `backing` from `offset` on. Returns false if the
+    /// reservation was lost.
     ///
     /// # Safety
-    /// `[address, address + len)` is ours, and nothing reads or writes through it.
+    /// `[address, address + size)` is ours, and nothing reads or writes through it.
     pub(super) unsafe fn undo(
         &self,
         backing: &Backing,
         offset: u64,
         address: usize,
-        len: usize,
+        size: usize,
     ) -> bool {
         match self {
             Self::Reserved(reservation, _) => {
-                let turn = Turn::take();
-                // SAFETY: the caller's own contract.
+                let lock = MmapLock::take();
+                // SAFETY: by the contract the range is ours, and nothing uses it.
                 unsafe {
-                    let cover = || reservation.cover(&turn, len);
-                    let covered = try_cover(&turn, backing, offset, address..address + len, cover);
-                    reservation.clear(&turn, len, covered)
+                    let cover = || reservation.cover(&lock, size);
+                    let covered = try_cover(&lock, backing, offset, address..address + size, cover);
+                    reservation.clear(&lock, size, covered)
                 }
             }
             Self::Chosen => {
-                // SAFETY: the caller's own contract.
-                if let Err(errno) = unsafe { mm::munmap(address, len) } {
-                    log::error!("leaked the mapping at {address:#x}, {len:#x} bytes: {errno}");
+                // SAFETY: by the contract the range is ours, and nothing uses it.
+                if let Err(errno) = unsafe { mm::munmap(address, size) } {
+                    log::error!("leaked the mapping at {address:#x}, {size:#x} bytes: {errno}");
                 }
                 true
             }
         }
     }
 
-    /// The reservation to give back to the caller with an error.
+    /// The reservation that goes back to the caller with an error.
     pub(super) fn given_back(self, lost: bool) -> Option<Reservation> {
         match self {
             Self::Reserved(reservation, true) if !lost => Some(reservation),
@@ -176,25 +183,25 @@ impl Destination {
 }
 
 impl Mapping {
-    /// Maps `len` bytes of `backing` from `offset` on, both multiples of the page size.
+    /// Maps `size` bytes of `backing` from `offset` on, both multiples of the page size.
     pub(crate) fn new(
         backing: Arc<Backing>,
         offset: u64,
-        len: usize,
+        size: usize,
         access: Access,
         placement: Placement,
     ) -> std::result::Result<Self, Failed> {
-        let object = Object { backing: &backing, offset, len };
+        let object = Object { backing: &backing, offset, size };
         let destination =
-            Destination::prepare(placement, "map", &object, backing.file_offset(offset), len)?;
-        match map_again(&backing, offset, len, access, &destination) {
+            Destination::prepare(placement, "map", &object, backing.file_offset(offset), size)?;
+        match map_again(&backing, offset, size, access, &destination) {
             Ok(address) => {
                 let home = destination.into_home();
                 let generation = fork::generation();
-                Ok(Self { backing, offset, address, len, access, home, generation })
+                Ok(Self { backing, offset, address, size, access, home, generation })
             }
-            Err(Refusal { errno, lost }) => {
-                let error = out_of_memory(errno, "map", object, len);
+            Err(FailedCall { errno, lost }) => {
+                let error = out_of_memory(errno, "map", object, size);
                 let error = if lost { error.into_kind(ErrorKind::ReservationLost) } else { error };
                 Err(Failed::new(error, destination.given_back(lost)))
             }
@@ -202,136 +209,139 @@ impl Mapping {
     }
 
     pub(crate) fn range(&self) -> Range<usize> {
-        self.address..self.address + self.len
+        self.address..self.address + self.size
     }
 
     pub(crate) fn access(&self) -> Access {
         self.access
     }
 
-    /// How errors name it.
+    /// Its name in errors.
     pub(super) fn object(&self) -> Object<'_> {
-        Object { backing: &self.backing, offset: self.offset, len: self.len }
+        Object { backing: &self.backing, offset: self.offset, size: self.size }
     }
 
     pub(crate) fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Whether its pages are the kernel's, of a file on tmpfs, and not a device's.
+    /// Whether its pages are memory of a file on tmpfs, and not of a device.
     pub(crate) fn is_shared_memory(&self) -> bool {
         self.backing.kind() == BackingKind::SharedMemory
     }
 
-    /// Unmaps it and gives its addresses back, reserved.
+    /// Unmaps it and returns its addresses as a reservation.
     ///
     /// # Errors
-    /// `Os` where the kernel could not: the mapping is then as it was. `ReservationLost` where a failing
-    /// call may have unmapped it, and what lies at its addresses is not known to be ours: the mapping has
-    /// [gone](Self::has_gone).
+    /// `Os` if the kernel refused: the mapping has not changed. `ReservationLost` if a failing call may
+    /// have unmapped it, and what is mapped at its addresses now is not known to be ours: the mapping
+    /// then [owns nothing](Self::is_unmapped).
     pub(crate) fn vacate(&mut self) -> Result<Reservation> {
         self.check_process("unmap")?;
-        // SAFETY: `&mut self` says that nobody uses the mapping; afterwards it owns nothing.
+        // SAFETY: `&mut self` proves that nothing uses the mapping. It owns nothing afterwards, since its
+        // length is set to 0 below.
         let result = unsafe { self.release() };
         let released =
-            result.map_err(|errno| out_of_memory(errno, "unmap", self.object(), self.len))?;
+            result.map_err(|errno| out_of_memory(errno, "unmap", self.object(), self.size))?;
         let error = Error::new(ErrorKind::ReservationLost, "unmap", self.object());
-        self.len = 0;
+        self.size = 0;
         match released {
             Released::Whole(reservation) | Released::WithGap(reservation) => Ok(reservation),
             Released::Lost => Err(error.because(
-                "a failing call may have unmapped it, and what is mapped there now is another's, or cannot \
-                 be told from another's",
+                "a failing call may have unmapped it, and what is mapped there now may belong to other code",
             )),
         }
     }
 
-    /// Whether there is nothing left of it.
-    pub(crate) fn has_gone(&self) -> bool {
-        self.len == 0
+    /// Whether it owns nothing any more.
+    pub(crate) fn is_unmapped(&self) -> bool {
+        self.size == 0
     }
 
-    /// Covers the mapping and hands its addresses out; on failure nothing has changed. The mapping
-    /// owns nothing afterwards: its address or length is to be set anew.
+    /// Covers the mapping and returns its addresses as a reservation. On failure nothing has changed. On
+    /// success the mapping owns nothing: the caller sets its address or its length.
     ///
     /// # Safety
     /// Nothing reads or writes through the mapping any more.
     #[inline(always)]
     pub(super) unsafe fn release(&mut self) -> std::result::Result<Released, Errno> {
-        let turn = Turn::take();
+        let lock = MmapLock::take();
         let home = self.home.take();
-        // SAFETY: the mapping owns its range; the caller vouches for its users.
+        // SAFETY: the mapping owns its range, and by the contract nothing uses it.
         let cover = || unsafe {
             match &home {
-                Some(home) => home.cover(&turn, self.len).map(|()| None),
-                None => Reservation::over(&turn, self.address, self.len).map(Some),
+                Some(home) => home.cover(&lock, self.size).map(|()| None),
+                None => Reservation::over(&lock, self.address, self.size).map(Some),
             }
         };
-        let covered = try_cover(&turn, &self.backing, self.offset, self.range(), cover);
+        let covered = try_cover(&lock, &self.backing, self.offset, self.range(), cover);
         match (covered, home) {
             (Ok(made), home) => Ok(made.or(home).map_or(Released::Lost, Released::Whole)),
-            (Err(Uncovered { errno, intact: true }), home) => {
+            (Err(CoverFailed { errno, intact: true }), home) => {
                 self.home = home;
                 Err(errno)
             }
-            // The failing call has unmapped the range, or nobody can tell.
+            // The failing call has unmapped the range, or that cannot be determined.
             (Err(_), home) => {
-                let plugged = match home {
-                    // SAFETY: nothing that is known to be ours is mapped there.
-                    Some(home) => unsafe { home.plug(&turn, self.len) }.then_some(home),
-                    None => Reservation::over_gap(&turn, self.address, self.len),
+                let reserved = match home {
+                    // SAFETY: nothing that is known to be ours is mapped there. A mapping that cannot be
+                    // identified is given up.
+                    Some(home) => unsafe { home.restore(&lock, self.size) }.then_some(home),
+                    None => Reservation::reserve_gap(&lock, self.address, self.size),
                 };
-                Ok(plugged.map_or(Released::Lost, Released::WithGap))
+                Ok(reserved.map_or(Released::Lost, Released::WithGap))
             }
         }
     }
 
-    /// Whether this is a child of the process that made it: the mapping is not there.
+    /// Whether this process is a child of the one that made it. The mapping does not exist here.
     pub(crate) fn is_inherited(&self) -> bool {
         self.generation != fork::generation()
     }
 
-    /// An error in a child of `fork(2)`.
+    /// Fails in a child of `fork(2)`.
     pub(super) fn check_process(&self, operation: &'static str) -> Result<()> {
         if !self.is_inherited() {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Gone, operation, self.object())
-            .because("windows are not inherited by children of fork"))
+            .because("children of fork do not inherit windows"))
     }
 }
 
-/// Covers a mapping of `backing`, from `offset` of the region on.
+/// Covers the mapping of `backing` in `range`, which begins at `offset` of the region.
 ///
-/// The kernel checks the limits on mappings, address space and locked memory before it touches the range
-/// (`do_mmap`, `mmap_region`; Linux 5.10 to 7.3). If it runs out of memory later, it has unmapped the range,
-/// and anybody may have mapped something there since.
+/// The kernel checks the limits on mappings, address space and locked memory before it changes the range
+/// (`do_mmap`, `mmap_region`; Linux 5.10 to 7.3). If it runs out of memory later, it has already unmapped
+/// the range, and other code may have mapped something there since.
 fn try_cover<T>(
-    turn: &Turn,
+    lock: &MmapLock,
     backing: &Backing,
     offset: u64,
     range: Range<usize>,
     cover: impl Fn() -> std::result::Result<T, Errno>,
-) -> std::result::Result<T, Uncovered> {
+) -> std::result::Result<T, CoverFailed> {
     let Some(file) = backing.identity else {
-        // Nobody could tell afterwards. So the limits are tried where nothing is mapped.
-        Reservation::try_room(turn, range.len())
-            .map_err(|errno| Uncovered { errno, intact: true })?;
-        return cover().map_err(|errno| Uncovered { errno, intact: false });
+        // After a failed call, this mapping could not be told from others. So the limits are checked
+        // first, by a reservation elsewhere.
+        Reservation::ensure_room(lock, range.len())
+            .map_err(|errno| CoverFailed { errno, intact: true })?;
+        return cover().map_err(|errno| CoverFailed { errno, intact: false });
     };
-    // What shows the same bytes of the same file and is kept from children is a window of this crate; no
-    // other one came there, since `turn` was taken before the call.
+    // A mapping of the same bytes of the same file that children do not inherit is a window of this
+    // crate. It is this one, since the lock was taken before the call.
     let is_intact = || {
         let shown = maps::is_kept_from_children(&range, file, backing.file_offset(offset));
         shown.unwrap_or(false)
     };
-    let refused = |errno| Uncovered { errno, intact: is_intact() };
+    let refused = |errno| CoverFailed { errno, intact: is_intact() };
     let locked = match cover().map_err(refused) {
         Err(uncovered) if uncovered.errno == Errno::EAGAIN && uncovered.intact => uncovered,
         other => return other,
     };
-    // After mlockall(MCL_FUTURE) the mapping counts, and so would what covers it: neither has to.
-    // SAFETY: the mapping is there still, and it is ours; so is what covers it.
+    // After mlockall(MCL_FUTURE) both the mapping and its cover would count as locked memory. Neither
+    // needs to.
+    // SAFETY: the range is ours; what is mapped there is the mapping, or what covers it.
     let unlock = || unsafe { mm::munlock(range.start, range.len()) };
     unlock().map_err(|_| locked)?;
     let covered = cover().map_err(refused)?;
@@ -339,73 +349,75 @@ fn try_cover<T>(
     Ok(covered)
 }
 
-/// What became of the addresses of a mapping that was covered.
+/// What happened to the addresses of a mapping that was covered.
 pub(super) enum Released {
-    /// They are reserved, and were no hole for an instant.
+    /// They are reserved, and were never a hole.
     Whole(Reservation),
     /// They are reserved, and were a hole for an instant.
     WithGap(Reservation),
-    /// They were a hole, and somebody else took them.
+    /// They may have been a hole, and what is mapped there now may belong to other code.
     Lost,
 }
 
-/// Maps `len` bytes of the backing at the destination; the new side is cold, and ready for use.
+/// Maps `size` bytes of the backing at the destination. The new side is ready for use; its page tables are
+/// empty.
 #[inline(always)]
 pub(super) fn map_again(
     backing: &Backing,
     offset: u64,
-    len: usize,
+    size: usize,
     access: Access,
     destination: &Destination,
-) -> std::result::Result<usize, Refusal> {
+) -> std::result::Result<usize, FailedCall> {
     let address = match destination {
-        Destination::Chosen => backing.map(&Turn::take(), offset, len, access)?,
+        Destination::Chosen => backing.map(&MmapLock::take(), offset, size, access)?,
         Destination::Reserved(reservation, _) => {
-            backing.vet(offset, len, access)?;
+            backing.ensure_accepted(offset, size, access)?;
             let file_offset = backing.file_offset(offset);
-            Destination::fixed(reservation, len, |turn, address| {
+            Destination::fixed(reservation, size, |lock, address| {
                 // SAFETY: the reservation owns the range, and nothing uses it.
-                unsafe { mm::map_fixed(turn, address, backing.fd(), file_offset, len, access) }
+                unsafe { mm::map_fixed(lock, address, backing.fd(), file_offset, size, access) }
             })?
         }
     };
-    // SAFETY: the mapping was made above.
-    if let Err(errno) = unsafe { mm::keep_from_children(address, len) } {
-        // SAFETY: as above; nobody knows of it yet.
-        let lost = !unsafe { destination.undo(backing, offset, address, len) };
-        return Err(Refusal { errno, lost });
+    // SAFETY: the mapping was made above, so the range is ours.
+    if let Err(errno) = unsafe { mm::keep_from_children(address, size) } {
+        // SAFETY: as above, and nothing else has its address yet.
+        let lost = !unsafe { destination.undo(backing, offset, address, size) };
+        return Err(FailedCall { errno, lost });
     }
-    if len >= HUGE && backing.kind() == BackingKind::VfioPci {
-        // A kernel without transparent huge pages answers EINVAL, and maps by 4 KiB.
-        // SAFETY: as above.
-        let _ = unsafe { mm::prefer_huge_pages(address, len) };
+    if size >= HUGE && backing.kind() == BackingKind::VfioPci {
+        // A kernel without transparent huge pages returns EINVAL, and uses 4 KiB entries.
+        // SAFETY: the mapping was made above, so the range is ours.
+        let _ = unsafe { mm::prefer_huge_pages(address, size) };
     }
     Ok(address)
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if self.len == 0 || self.is_inherited() {
+        if self.size == 0 || self.is_inherited() {
             return;
         }
-        // SAFETY: the mapping's last holder is going, and with it every user of the range.
+        // SAFETY: the mapping owns its range. It is being dropped, so nothing uses the range any more:
+        // windows and registers hold it by an `Arc`.
         unsafe {
             match &mut self.home {
                 None => {
-                    if let Err(errno) = mm::munmap(self.address, self.len) {
+                    if let Err(errno) = mm::munmap(self.address, self.size) {
                         log::error!("leaked the mapping of {}: {errno}", self.object());
                     }
                 }
                 Some(home) => {
-                    // A reservation that nobody else has goes with it, in one munmap of its own; but not
-                    // one that this process has inherited.
+                    // A reservation that has no other holder is dropped next, and unmaps the range in one
+                    // munmap. A reservation that this process inherited does not.
                     if !home.is_whole_area() {
                         let (backing, offset) = (&self.backing, self.offset);
-                        let range = self.address..self.address + self.len;
-                        let turn = Turn::take();
-                        let cover = || home.cover(&turn, self.len);
-                        let covered = try_cover(&turn, backing, offset, range, cover);
-                        home.clear(&turn, self.len, covered);
+                        let range = self.address..self.address + self.size;
+                        let lock = MmapLock::take();
+                        let cover = || home.cover(&lock, self.size);
+                        let covered = try_cover(&lock, backing, offset, range, cover);
+                        home.clear(&lock, self.size, covered);
                     }
                 }
             }
@@ -423,12 +435,12 @@ impl fmt::Debug for Mapping {
 pub(super) struct Object<'a> {
     backing: &'a Backing,
     offset: u64,
-    len: usize,
+    size: usize,
 }
 
 impl fmt::Display for Object<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let end = self.offset + self.len as u64;
+        let end = self.offset + self.size as u64;
         write!(f, "{}, {:#x}..{end:#x}", self.backing.name(), self.offset)
     }
 }
@@ -441,7 +453,7 @@ mod tests {
     use crate::sys::file;
     use crate::sys::spy::{self, Call};
 
-    /// The calls that map `len` bytes where there is room.
+    /// The calls that map `len` bytes at an address that the kernel chooses.
     fn calls(kind: BackingKind, len: usize) -> Vec<Call> {
         let backing = Arc::new(backing(len, kind));
         let map = || Mapping::new(backing, 0, len, Access::ReadWrite, Placement::Anywhere);
@@ -465,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_that_has_a_reservation_to_itself_goes_with_it_in_one_call() {
+    fn a_mapping_that_fills_its_reservation_is_unmapped_with_it_in_one_call() {
         let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
         let place = Placement::In(secluded(PAGE));
         let made = Mapping::new(backing, 0, PAGE, Access::ReadWrite, place).unwrap();
@@ -475,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_has_a_hole_where_a_mapping_was() {
+    fn a_child_has_a_hole_in_place_of_a_mapping() {
         let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
         for strategy in [Strategy::DontUnmap, Strategy::MapAgain, Strategy::Move] {
             let place = Placement::In(secluded(PAGE));
@@ -501,7 +513,7 @@ mod tests {
         }
     }
 
-    /// Where the hole is, anything may come to lie.
+    /// Other code may map anything into the hole.
     #[test]
     fn a_child_leaves_alone_what_it_did_not_map() {
         for placed in [false, true] {
@@ -511,7 +523,8 @@ mod tests {
             let mapping = Mapping::new(backing, 0, PAGE, Access::ReadWrite, place).unwrap();
             let range = mapping.range();
             let mut mapping = Some(mapping);
-            // SAFETY: nothing that the child comes by is locked; it has a hole in the range.
+            // SAFETY: the child takes no lock that another thread holds: only this test uses what it
+            // touches. In the child the range is a hole.
             let left_alone = unsafe {
                 fork::holds_in_child(|| {
                     unmap_and_let_in(range.clone(), None);
@@ -527,19 +540,19 @@ mod tests {
     }
 
     #[test]
-    fn a_child_leaves_nothing_mapped_in_a_reservation_that_it_has_inherited() {
+    fn a_child_leaves_nothing_mapped_in_an_inherited_reservation() {
         const LEN: usize = 4 * 4096;
         let fd = file::memory_file("vfio-remap-test", LEN as u64).unwrap();
         let backing =
             Backing::new("bar 0 of test", Arc::new(fd), 0, LEN as u64, BackingKind::SharedMemory);
         let backing = Arc::new(backing.unwrap());
         let map = |place| Mapping::new(backing.clone(), 0, LEN, Access::ReadWrite, place);
-        // What is found out once is found out before the child.
+        // Initializes what is initialized once, before the fork.
         drop(map(Placement::In(Reservation::new(LEN).unwrap())).unwrap());
         let reservation = Reservation::new(LEN).unwrap();
         let range = reservation.range();
         let inaccessible = || maps::overlapping(&range).iter().map(|m| m.inaccessible).collect();
-        // SAFETY: the backing is this test's, and nothing else that the child comes by is locked.
+        // SAFETY: the child takes no lock that another thread holds: only this test uses what it touches.
         let tidy = unsafe {
             fork::holds_in_child(|| {
                 let mapping = map(Placement::In(reservation)).unwrap();

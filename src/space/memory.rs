@@ -1,4 +1,4 @@
-//! Memory that a device may be let into.
+//! Memory that can be mapped for DMA.
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
@@ -9,25 +9,25 @@ use std::sync::Arc;
 
 use crate::sys::mm::Shareable;
 
-/// Memory that a device may read and write at any time: mapped in this process, and known not to be
-/// what Rust takes for its own.
+/// Memory that a device may read and write at any time. It is mapped in this process, and no Rust reference
+/// points into it.
 ///
 /// Clones are the same memory, and keep it mapped.
 #[derive(Clone)]
 pub struct DmaMemory {
-    /// One count for all of it: memory is cloned for every mapping.
+    /// One `Arc` for all of it, because memory is cloned for every mapping.
     range: Arc<Range>,
     pages: Pages,
 }
 
-/// What becomes of the pages of memory when its owner goes, and what a kernel does that maps them.
+/// What happens to the pages when the owner is dropped, and when the kernel maps them for DMA.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pages {
-    /// Whatever the owner likes: they may be reused, so it is kept as long as a device reaches them.
+    /// The owner may reuse them, so the memory must be kept while a device reaches them.
     OfOwner,
-    /// They are unmapped and given back to the kernel, which keeps those that it has pinned.
+    /// They are unmapped and returned to the kernel, which keeps the pages that it has pinned.
     Own,
-    /// They are a device's. An IOMMU is told of them without locking or keeping anything.
+    /// They are a device's. The kernel maps them for DMA without locking or keeping them.
     OfDevice,
 }
 
@@ -39,13 +39,12 @@ struct Range {
 }
 
 impl DmaMemory {
-    /// `size` bytes at `address`, which `owner` keeps mapped; where they are the pages of a file, that
-    /// file and the offset in it, so that a device model in another process can map them, too.
+    /// `size` bytes at `address`, which `owner` keeps mapped. If they are pages of a file, `file` is that
+    /// file and the offset in it, so that a device model in another process can map them too.
     ///
     /// # Safety
-    /// The range is mapped as long as `owner` lives. Nothing ever makes a reference to its contents,
-    /// and what reads or writes it does so by atomic or volatile accesses: a device changes it at any
-    /// time.
+    /// The range is mapped as long as `owner` lives. No reference to its contents ever exists, and every
+    /// access to it is atomic or volatile, because a device may change it at any time.
     pub unsafe fn new(
         address: usize,
         size: usize,
@@ -56,34 +55,34 @@ impl DmaMemory {
         Self { range, pages: Pages::OfOwner }
     }
 
-    /// The same, where the pages are a device's.
+    /// The same memory, whose pages are a device's.
     pub(crate) fn of_device(self) -> Self {
         Self { pages: Pages::OfDevice, ..self }
     }
 
-    /// The same, where the owner unmaps the pages when it goes, and nobody gets them from it.
+    /// The same memory, whose owner unmaps the pages when it is dropped, and gives them to no one else.
     pub(crate) fn own(self) -> Self {
         Self { pages: Pages::Own, ..self }
     }
 
-    /// Whether a kernel that has mapped it keeps its pages, whatever becomes of its owner.
+    /// Whether the kernel keeps the pages that it has mapped for DMA after the owner is dropped.
     #[inline]
     pub(crate) fn is_kept_by_kernel(&self) -> bool {
         self.pages == Pages::Own
     }
 
-    /// How many bytes a kernel locks that maps it.
+    /// How many bytes count as locked when the kernel maps it for DMA.
     #[inline]
     pub(crate) fn lockable(&self) -> u64 {
         if self.pages == Pages::OfDevice { 0 } else { self.size() as u64 }
     }
 
-    /// What a kernel is told that maps it for DMA. Whoever tells it keeps this memory until it is unmapped,
-    /// unless it [is kept by the kernel](Self::is_kept_by_kernel).
+    /// The range to map for DMA. The caller keeps this memory until it is unmapped from DMA, unless the
+    /// [kernel keeps it](Self::is_kept_by_kernel).
     #[inline]
     pub(crate) fn shareable(&self) -> Shareable {
-        // SAFETY: by the contract of `new` nothing makes a reference to the contents as long as the owner
-        // lives, and afterwards nobody has pages that the kernel keeps.
+        // SAFETY: by the contract of `new` no reference to the contents exists while the owner lives, and
+        // the caller keeps the owner. Otherwise the kernel keeps the pages and gives them to no one else.
         unsafe { Shareable::new(self.address(), self.size()) }
     }
 
@@ -97,7 +96,7 @@ impl DmaMemory {
         self.range.size
     }
 
-    /// The file whose pages it is, and the offset of its first byte there, in bytes.
+    /// The file that it maps, and the offset of its first byte in the file, in bytes.
     pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
         self.range.file.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
     }
@@ -115,10 +114,10 @@ mod tests {
     use crate::sys::file;
 
     #[test]
-    fn whose_the_pages_are_says_what_is_locked_and_kept() {
+    fn the_owner_of_the_pages_decides_what_is_locked_and_kept() {
         let file = Arc::new(file::memory_file("vfio-remap-test", 0x3000).unwrap());
         let part = Some((file, 0x1000));
-        // SAFETY: nobody maps or reaches it.
+        // SAFETY: the memory is never mapped or accessed.
         let memory = unsafe { DmaMemory::new(0x10_0000, 0x2000, part, Arc::new(())) };
         assert_eq!((memory.address(), memory.size()), (0x10_0000, 0x2000));
         assert_eq!(memory.file().map(|(_, offset)| offset), Some(0x1000));

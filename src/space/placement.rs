@@ -1,4 +1,4 @@
-//! Where a mapping is to go, by which strategies, and what comes back when that fails.
+//! Where a mapping goes, by which strategies, and what a failure returns.
 
 use std::fmt;
 use std::ops::Deref;
@@ -6,30 +6,31 @@ use std::ops::Deref;
 use super::Reservation;
 use crate::error::{Error, gives_back};
 
-/// A way to make a second window, or to make one elsewhere.
+/// A way to duplicate or relocate a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Strategy {
-    /// `mremap(MREMAP_MAYMOVE|MREMAP_DONTUNMAP)`: the page tables go to the new side, the old side is
-    /// filled again when it is touched. Linux 5.13 and newer accept it for shared memory; for a BAR
-    /// no released kernel does.
+    /// `mremap(MREMAP_MAYMOVE|MREMAP_DONTUNMAP)`: the page tables move to the new side. The old side stays
+    /// mapped, and faults fill its page tables again. Linux 5.13 and newer accept it for shared memory; no
+    /// released kernel accepts it for a BAR.
     ///
-    /// If the old side is locked (`mlock`, `mlockall`), the kernel counts both sides as locked memory, and
-    /// one of them until the process ends: `dontunmap_complete` clears `VM_LOCKED` and leaves the count (seen
-    /// on Linux 6.18; 7.3 reads the same). Where RLIMIT_MEMLOCK is short, ask for [`MapAgain`](Self::MapAgain).
+    /// If the old side is locked (`mlock`, `mlockall`), the kernel counts both sides as locked memory,
+    /// and one of them until the process ends: `dontunmap_complete` clears `VM_LOCKED` but does not lower
+    /// the count (observed on Linux 6.18; 7.3 has the same code). If RLIMIT_MEMLOCK is low, request
+    /// [`MapAgain`](Self::MapAgain).
     DontUnmap,
-    /// `mmap` of the same file and offset once more: works on every kernel.
+    /// A second `mmap` of the same file and offset. Works on every kernel.
     MapAgain,
-    /// `mremap(MREMAP_MAYMOVE|MREMAP_FIXED)`: only moves, and leaves a hole at the old side for an
-    /// instant that another `mmap` may take. Never taken unless it is asked for.
+    /// `mremap(MREMAP_MAYMOVE|MREMAP_FIXED)`: relocates only, and leaves a hole at the old addresses for an
+    /// instant, which another `mmap` may take. Used only on request.
     Move,
 }
 
-const LADDER: [Strategy; 2] = [Strategy::DontUnmap, Strategy::MapAgain];
+const DEFAULT_ORDER: [Strategy; 2] = [Strategy::DontUnmap, Strategy::MapAgain];
 
 impl Strategy {
-    /// What is tried, in this order, when nothing else is asked for.
-    pub const LADDER: &'static [Strategy] = &LADDER;
+    /// The strategies that are tried, in this order, unless others are requested.
+    pub const DEFAULT_ORDER: &'static [Strategy] = &DEFAULT_ORDER;
 }
 
 impl fmt::Display for Strategy {
@@ -41,26 +42,27 @@ impl fmt::Display for Strategy {
 /// Where a mapping goes.
 #[derive(Debug)]
 pub enum Placement {
-    /// Where there is room. From 2 MiB on, at an address congruent to the offset in the region modulo
-    /// 2 MiB (from 1 GiB on, modulo 1 GiB), so that Linux 6.12 and newer use huge page-table entries.
+    /// At an address that the kernel chooses. From a size of 2 MiB on, the address is congruent to the
+    /// offset in the region modulo 2 MiB (from 1 GiB on, modulo 1 GiB), so that Linux 6.12 and newer use
+    /// huge page-table entries.
     Anywhere,
-    /// At this address, if nothing is mapped there (`MAP_FIXED_NOREPLACE`); from 2 MiB on congruent as
-    /// for [`In`](Self::In).
+    /// At this address, if nothing is mapped there (`MAP_FIXED_NOREPLACE`). From 2 MiB on, the address
+    /// must be congruent as for [`In`](Self::In).
     At(usize),
-    /// At the start of a reservation, which must be as large as the mapping, and from 2 MiB on
-    /// congruent to the offset in the region modulo 2 MiB. A failure gives it back
-    /// ([`Failed::into_reservation`]).
+    /// At the start of a reservation, which must be at least as large as the mapping. From 2 MiB on, its
+    /// address must be congruent to the offset in the region modulo 2 MiB. A failure gives the
+    /// reservation back ([`Failed::into_reservation`]).
     In(Reservation),
 }
 
 impl Placement {
-    /// This placement, by one strategy only. Asks the kernel again even where it is known to refuse.
+    /// This placement, by one strategy only. It is tried again even if the kernel is known to refuse it.
     #[must_use]
     pub fn only(self, strategy: Strategy) -> Request {
         Request { placement: self, strategies: [Some(strategy), None, None], pinned: true }
     }
 
-    /// This placement, by these strategies in this order; the first of each counts.
+    /// This placement, by these strategies in this order. Repetitions are ignored.
     #[must_use]
     pub fn by(self, strategies: &[Strategy]) -> Request {
         let mut order = [None; 3];
@@ -76,8 +78,8 @@ impl Placement {
     }
 }
 
-/// A placement and the strategies that may lead there; a [`Placement`] alone stands for
-/// [`Strategy::LADDER`].
+/// A placement and the strategies to try. A [`Placement`] alone converts into a request with
+/// [`Strategy::DEFAULT_ORDER`].
 #[derive(Debug)]
 pub struct Request {
     pub(crate) placement: Placement,
@@ -87,14 +89,14 @@ pub struct Request {
 
 impl From<Placement> for Request {
     fn from(placement: Placement) -> Self {
-        let [first, second] = LADDER;
+        let [first, second] = DEFAULT_ORDER;
         Self { placement, strategies: [Some(first), Some(second), None], pinned: false }
     }
 }
 
-/// An error of a verb that takes a [`Placement`], with the reservation that it was given.
+/// The error of a verb that takes a [`Placement`], with the reservation that the verb was given.
 ///
-/// Converts into its [`Error`] with `?`; the reservation is then dropped.
+/// `?` converts it into its [`Error`] and drops the reservation.
 pub struct Failed {
     error: Error,
     reservation: Option<Reservation>,
@@ -110,12 +112,12 @@ impl Failed {
         &self.error
     }
 
-    /// The error, and the reservation as of [`into_reservation`](Self::into_reservation).
+    /// The error, and what [`into_reservation`](Self::into_reservation) returns.
     pub fn into_parts(self) -> (Error, Option<Reservation>) {
         (self.error, self.reservation)
     }
 
-    /// The reservation of [`Placement::In`]; `None` where there was none, or where it was lost
+    /// The reservation of [`Placement::In`]. `None` if there was none, or if it was lost
     /// ([`ErrorKind::ReservationLost`](crate::ErrorKind::ReservationLost)).
     pub fn into_reservation(self) -> Option<Reservation> {
         self.reservation

@@ -1,4 +1,4 @@
-//! What a verb did, which way it took, and why not another.
+//! The report of a verb: which strategy was used, and why the ones before it were not.
 
 use std::fmt;
 use std::ops::{Deref, Range};
@@ -9,17 +9,17 @@ use nix::errno::Errno;
 use super::{Hazard, Strategy};
 use crate::error::describe;
 
-/// What was asked of a window.
+/// What was done with a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Verb {
     /// A second window over the same bytes.
     Duplicate,
-    /// The same window elsewhere.
+    /// The same window at another address.
     Relocate,
 }
 
-/// Why a strategy was not taken.
+/// Why a strategy was not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Outcome {
@@ -27,22 +27,22 @@ pub enum Outcome {
     Refused {
         /// The error number of `mmap` or `mremap`.
         errno: i32,
-        /// Not asked this time: an earlier probe of the same backing was answered so.
+        /// Whether an earlier probe of the same backing gave this error, and the call was not made again.
         remembered: bool,
     },
-    /// The kernel would accept, and cannot be trusted with it.
+    /// The kernel would accept the call, but a hazard makes it unsafe.
     Hazard(Hazard),
-    /// A duplicate cannot be made this way.
+    /// The strategy can only relocate, not duplicate.
     OnlyMoves,
 }
 
-/// A strategy that was tried, or known, before the one that worked.
+/// A strategy before the one that worked, and why it was not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Attempt {
     /// The strategy.
     pub strategy: Strategy,
-    /// Why it was not taken.
+    /// Why it was not used.
     pub outcome: Outcome,
 }
 
@@ -54,20 +54,20 @@ impl fmt::Display for Attempt {
                 let when = if *remembered { " (remembered)" } else { "" };
                 write!(f, "{strategy} was refused with {}{when}", describe(Errno::from_raw(*errno)))
             }
-            Outcome::Hazard(hazard) => write!(f, "{strategy} was not taken: {hazard}"),
+            Outcome::Hazard(hazard) => write!(f, "{strategy} was not used: {hazard}"),
             Outcome::OnlyMoves => write!(f, "{strategy} cannot duplicate"),
         }
     }
 }
 
-/// The strategies before the one that worked, in the order in which they were considered: a slice.
+/// The strategies before the one that worked, in order: a slice.
 ///
-/// Kept in place and not on the heap: on stock kernels every verb on a BAR has one to report.
+/// Stored in place and not on the heap, because on stock kernels every verb on a BAR reports one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attempts(ArrayVec<Attempt, 3>);
 
 impl Attempts {
-    /// Adds one; each strategy is considered once, so there is room.
+    /// Adds one. There is room, because each strategy is tried once.
     pub(super) fn push(&mut self, attempt: Attempt) {
         self.0.push(attempt);
     }
@@ -81,30 +81,30 @@ impl Deref for Attempts {
     }
 }
 
-/// What became of the side that a verb started from.
+/// What happened to the addresses that a verb started from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Source {
-    /// Live, with its page tables as they were.
+    /// Still mapped, with its page tables unchanged.
     Warm,
-    /// Live; its next accesses fault once more.
+    /// Still mapped; the next access to each page faults again.
     Cold,
-    /// Reserved memory that reaches nothing, without having been a hole for an instant.
+    /// Reserved, and reaches nothing. It was never a hole.
     Released,
-    /// Reserved memory that reaches nothing; for an instant it was a hole (`gap`).
+    /// Reserved, and reaches nothing. It was a hole for an instant (`gap`).
     ReleasedWithGap,
-    /// It was a hole for an instant (`gap`), and somebody took it; or nobody can tell whether it was, and
-    /// what is mapped there is left alone.
+    /// No longer ours: it was, or may have been, a hole for an instant (`gap`), and what is mapped there
+    /// now may belong to other code. The crate does not touch it.
     Lost,
 }
 
-/// Which way a verb took and why: its `Display` is a sentence.
+/// Which strategy a verb used, and why. Its `Display` is a sentence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
-    /// What was asked.
+    /// What was done.
     pub verb: Verb,
-    /// The strategy that did it.
+    /// The strategy that was used.
     pub strategy: Strategy,
     /// The strategies before it.
     pub attempts: Attempts,
@@ -112,7 +112,7 @@ pub struct Report {
     pub from: Range<usize>,
     /// The addresses of the window that it made.
     pub to: Range<usize>,
-    /// What became of the addresses `from`.
+    /// What happened to the addresses `from`.
     pub source: Source,
 }
 
@@ -128,15 +128,14 @@ impl fmt::Display for Report {
             write!(f, "; {attempt}")?;
         }
         f.write_str(match self.source {
-            Source::Warm => "; the source is live and warm",
-            Source::Cold => "; the source is live but cold: it faults in again when touched",
+            Source::Warm => "; the source is still mapped",
+            Source::Cold => "; the source is still mapped, and its next accesses fault again",
             Source::Released => "; the old range is reserved and reaches nothing",
             Source::ReleasedWithGap => {
                 "; the old range is reserved and reaches nothing, but was a hole for an instant (gap)"
             }
             Source::Lost => {
-                "; the old range was lost: after a failed call, what is mapped there is another's, or cannot \
-                 be told from another's"
+                "; the old range was lost: after a failed call, what is mapped there may belong to other code"
             }
         })
     }
@@ -162,12 +161,12 @@ mod tests {
         assert_eq!(
             report.to_string(),
             "duplicated 0x1000..0x3000 to 0x8000 by MapAgain; DontUnmap was refused with EINVAL \
-             (Invalid argument) (remembered); the source is live and warm"
+             (Invalid argument) (remembered); the source is still mapped"
         );
     }
 
     #[test]
-    fn what_became_of_the_source_ends_the_sentence() {
+    fn the_sentence_ends_with_what_happened_to_the_source() {
         let attempt = |outcome| Attempt { strategy: Strategy::Move, outcome };
         let attempts = [
             attempt(Outcome::OnlyMoves),
@@ -175,11 +174,11 @@ mod tests {
             attempt(Outcome::Refused { errno: Errno::EIO as i32, remembered: false }),
         ];
         for (source, end) in [
-            (Source::Warm, "; the source is live and warm"),
-            (Source::Cold, "; the source is live but cold: it faults in again when touched"),
+            (Source::Warm, "; the source is still mapped"),
+            (Source::Cold, "; the source is still mapped, and its next accesses fault again"),
             (Source::Released, "; the old range is reserved and reaches nothing"),
             (Source::ReleasedWithGap, "was a hole for an instant (gap)"),
-            (Source::Lost, "cannot be told from another's"),
+            (Source::Lost, "may belong to other code"),
         ] {
             let report = Report {
                 verb: Verb::Relocate,
@@ -191,8 +190,8 @@ mod tests {
             };
             let sentence = report.to_string();
             let start = "relocated 0x1000..0x3000 to 0x8000 by MapAgain; Move cannot duplicate; Move was \
-                         not taken: nothing says that this backing fills the source again; Move was \
-                         refused with EIO (I/O error); ";
+                         not used: it is not known whether faults fill the old side again for this \
+                         kind of file; Move was refused with EIO (I/O error); ";
             assert!(sentence.starts_with(start) && sentence.ends_with(end), "{sentence}");
         }
     }

@@ -1,4 +1,4 @@
-//! Address space that is set aside, and that nothing else in the process can be mapped into.
+//! Reserved address space: nothing else in the process can be mapped into it.
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
@@ -13,30 +13,29 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use super::Failed;
 use super::limits::out_of_memory;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::turn::Turn;
+use crate::sys::mmap_lock::MmapLock;
 use crate::sys::{self, fork, maps, mm};
 
-/// A range of addresses that belongs to its holder: reserved (`PROT_NONE`), reaching nothing, and
-/// in nobody else's way.
+/// A range of addresses that belongs to its holder. It is reserved (`PROT_NONE`) and reaches nothing.
 ///
-/// Windows are placed in reservations by [`Placement::In`](super::Placement::In). Pieces of a split
-/// reservation may be dropped in any order: the addresses go back to the process when the last piece,
-/// and the last window placed in one, has gone; until then a dropped piece stays reserved, so that
-/// the whole never gets a hole.
+/// [`Placement::In`](super::Placement::In) places a window in a reservation. Pieces of a split
+/// reservation may be dropped in any order. The addresses are unmapped when the last piece, and the last
+/// window placed in one, is dropped. Until then a dropped piece stays reserved, so that the whole never
+/// has a hole.
 pub struct Reservation {
     area: Arc<Area>,
     start: usize,
     size: usize,
 }
 
-/// What was reserved in one go.
+/// A range that was reserved by one call.
 struct Area {
     range: Range<usize>,
-    /// What to add (wrapping) to an address for its offset in the placeholder file.
+    /// An address plus this (wrapping) is its offset in the marker file.
     bias: u64,
     /// The process that reserved it: see [`fork::generation`].
     generation: u32,
-    /// Ranges that somebody else may have taken while a failing system call had them unmapped.
+    /// Ranges that other code may have taken after a failing system call unmapped them.
     lost: Mutex<Vec<Range<usize>>>,
 }
 
@@ -53,7 +52,7 @@ impl Area {
 }
 
 impl Area {
-    /// Gives up a range for good.
+    /// Gives up a range: it is never unmapped.
     fn lose(&self, range: Range<usize>) {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner).push(range);
     }
@@ -70,8 +69,8 @@ impl Drop for Area {
         let end = self.range.end;
         for hole in lost.iter().cloned().chain([end..end]) {
             if start < hole.start {
-                // SAFETY: the area's last holder has gone, and with it every user of the range; what
-                // others took is left out.
+                // SAFETY: the area is ours and its last holder is dropped, so nothing uses the range. Lost
+                // ranges are left out.
                 unsafe { unmap_or_leak(&(start..hole.start)) };
             }
             start = start.max(hole.end);
@@ -80,19 +79,20 @@ impl Drop for Area {
 }
 
 /// A mapping that could not be covered.
-pub(super) struct Uncovered {
+pub(super) struct CoverFailed {
     pub errno: Errno,
-    /// Whether it is known to be there still.
+    /// Whether it is known to be still mapped.
     pub intact: bool,
 }
 
-/// The file that reservations map, inaccessibly, each from offset 0 on.
+/// The file that reservations map inaccessibly, each from offset 0 on.
 ///
-/// Reservations could be anonymous memory; the file makes them known. After a failing FIXED call, which up
-/// to Linux 6.16 has unmapped the destination and on later ones mostly has not, `/proc/self/maps` tells
-/// whether it is there still: other code does not have the file, and no reservation is made within the
-/// [`Turn`] of the call. The file's name also tells people who read that list whose the ranges are.
-fn placeholder() -> Result<&'static OwnedFd> {
+/// The file distinguishes reservations from other mappings; anonymous memory would not. A failing FIXED
+/// call unmaps the destination up to Linux 6.16, and mostly does not on later kernels. `/proc/self/maps`
+/// then shows whether the reservation is still there: other code does not have the file, and no other
+/// reservation is made while the [`MmapLock`] is held. The name of the file also explains the ranges to
+/// people who read that list.
+fn marker() -> Result<&'static OwnedFd> {
     static FILE: OnceLock<OwnedFd> = OnceLock::new();
     if let Some(file) = FILE.get() {
         return Ok(file);
@@ -102,14 +102,14 @@ fn placeholder() -> Result<&'static OwnedFd> {
     Ok(FILE.get_or_init(|| file))
 }
 
-/// More than any address space has, and little enough that no sum of two overflows.
+/// Larger than any address space, and small enough that the sum of two does not overflow.
 const MAX_SIZE: usize = 1 << 52;
 
 fn show(range: &Range<usize>) -> String {
     format!("addresses {:#x}..{:#x}", range.start, range.end)
 }
 
-/// `size` rounded up to whole pages; an error where it is zero or too large.
+/// Rounds `size` up to whole pages. Fails if it is zero or too large.
 fn pages(size: usize) -> Result<usize> {
     if size == 0 {
         return Err(Error::new(ErrorKind::OutOfRange, "reserve", "0 bytes")
@@ -122,16 +122,16 @@ fn pages(size: usize) -> Result<usize> {
 
 fn no_such_space(size: usize) -> Error {
     Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
-        .because("there is no such address space")
-        .remedy("reserve less, or map parts as windows of their own")
+        .because("the address space is smaller than that")
+        .remedy("reserve less, or map parts as separate windows")
 }
 
 impl Reservation {
-    /// Reserves `size` bytes, rounded up to whole pages, where there is room.
+    /// Reserves `size` bytes, rounded up to whole pages, at an address that the kernel chooses.
     ///
     /// # Errors
-    /// `OutOfRange` for zero, and for more than an address space holds; `TooManyMappings`, `AddressSpace`
-    /// and `LockedMemory` where a limit of the process is met; `Os` with ENOMEM.
+    /// `OutOfRange` if `size` is zero or larger than an address space; `TooManyMappings`, `AddressSpace`
+    /// or `LockedMemory` if a limit of the process is reached; `Os` with ENOMEM.
     pub fn new(size: usize) -> Result<Self> {
         Self::congruent(size, sys::page_size(), 0)
     }
@@ -139,17 +139,17 @@ impl Reservation {
     /// Reserves `size` bytes at a multiple of `alignment`, a power of two of at least a page.
     ///
     /// # Errors
-    /// As [`new`](Self::new); `Unaligned` where `alignment` is not such a number.
+    /// As [`new`](Self::new); `Unaligned` if `alignment` is not such a power of two.
     pub fn aligned(size: usize, alignment: usize) -> Result<Self> {
         Self::congruent(size, alignment, 0)
     }
 
-    /// Reserves `size` bytes at an address that is `offset` modulo `modulus`: with a modulus of 2 MiB
-    /// or 1 GiB and the offset of a window in its region, the window placed there is mapped by huge
-    /// page-table entries (Linux 6.12 and newer).
+    /// Reserves `size` bytes at an address that is congruent to `offset` modulo `modulus`. With a modulus
+    /// of 2 MiB or 1 GiB and the offset of a window in its region, the kernel maps a window placed there
+    /// by huge page-table entries (Linux 6.12 and newer).
     ///
     /// # Errors
-    /// As [`aligned`](Self::aligned); `Unaligned` where `offset` is not a multiple of the page size.
+    /// As [`aligned`](Self::aligned); `Unaligned` if `offset` is not a multiple of the page size.
     pub fn congruent(size: usize, modulus: usize, offset: u64) -> Result<Self> {
         let page = sys::page_size();
         let size = pages(size)?;
@@ -166,15 +166,15 @@ impl Reservation {
         }
         let room = size.checked_add(modulus - page).filter(|room| *room <= MAX_SIZE);
         let room = room.ok_or_else(|| no_such_space(size))?;
-        let file = placeholder()?.as_fd();
-        let turn = Turn::take();
+        let file = marker()?.as_fd();
+        let lock = MmapLock::take();
         let failed = |errno| out_of_memory(errno, "reserve", format!("{size:#x} bytes"), size);
-        let at = match mm::reserve(&turn, file, 0, room) {
+        let at = match mm::reserve(&lock, file, 0, room) {
             Ok(at) => at,
             Err(errno) if room == size => return Err(failed(errno)),
-            // A limit may allow the size alone.
+            // The size without room to align may still be below a limit.
             Err(errno) => {
-                let start = search(&turn, file, size, modulus, want).map_err(|_| failed(errno))?;
+                let start = search(&lock, file, size, modulus, want).map_err(|_| failed(errno))?;
                 return Ok(Self::of(Area::new(start, size, 0)));
             }
         };
@@ -182,7 +182,7 @@ impl Reservation {
         let end = at + room;
         for surplus in [at..start, start + size..end] {
             if !surplus.is_empty() {
-                // SAFETY: the range was reserved above, and nobody knows of it.
+                // SAFETY: the range was reserved above, and nothing else has its address.
                 unsafe { unmap_or_leak(&surplus) };
             }
         }
@@ -193,8 +193,9 @@ impl Reservation {
     /// (`MAP_FIXED_NOREPLACE`, Linux 4.17).
     ///
     /// # Errors
-    /// `AddressTaken`, naming what is there, or that the main thread's stack may grow into it; `Unaligned` where `address` is not a multiple of the
-    /// page size; `OutOfRange` where the range wraps around or is empty.
+    /// `AddressTaken` if something is mapped there, which the error names, or if the main thread's stack
+    /// may grow into the range; `Unaligned` if `address` is not a multiple of the page size; `OutOfRange`
+    /// if the range wraps around or is empty.
     pub fn at(address: usize, size: usize) -> Result<Self> {
         let size = pages(size)?;
         let object = format!("{size:#x} bytes at {address:#x}");
@@ -213,8 +214,8 @@ impl Reservation {
                 .because("the stack of the main thread may grow into it")
                 .remedy("choose another address, or Placement::Anywhere"));
         }
-        let file = placeholder()?;
-        let reserved = mm::reserve_at(&Turn::take(), address, file.as_fd(), 0, size);
+        let file = marker()?;
+        let reserved = mm::reserve_at(&MmapLock::take(), address, file.as_fd(), 0, size);
         match reserved {
             Ok(()) => Ok(Self::of(Area::new(address, size, 0))),
             Err(Errno::EEXIST) => {
@@ -228,7 +229,7 @@ impl Reservation {
                         "{} is mapped at {:#x}..{:#x}",
                         taken.name, taken.range.start, taken.range.end
                     )),
-                    None => error.because("something is mapped there"),
+                    None => error.because("another mapping is there"),
                 }
                 .remedy("choose another address, or Placement::Anywhere"))
             }
@@ -251,11 +252,11 @@ impl Reservation {
         self.start..self.start + self.size
     }
 
-    /// Splits it in two, the first of `size` bytes.
+    /// Splits it into two pieces. The first has `size` bytes.
     ///
     /// # Errors
-    /// `Unaligned` where `size` is not a multiple of the page size, `OutOfRange` where a piece would
-    /// be empty; the failure gives the reservation back.
+    /// `Unaligned` if `size` is not a multiple of the page size, `OutOfRange` if a piece would
+    /// be empty. The failure gives the reservation back.
     pub fn split_at(self, size: usize) -> std::result::Result<(Self, Self), Failed> {
         let object = show(&self.range());
         let kind = if !size.is_multiple_of(sys::page_size()) {
@@ -268,15 +269,15 @@ impl Reservation {
             return Ok((Self { area, start, size }, second));
         };
         let error = Error::new(kind, "split", object)
-            .because(format!("not at {size:#x} bytes"))
-            .remedy(format!("split at a multiple of {:#x}, within it", sys::page_size()));
+            .because(format!("it cannot be split at {size:#x} bytes"))
+            .remedy(format!("split at a multiple of {:#x} inside it", sys::page_size()));
         Err(Failed::new(error, Some(self)))
     }
 
-    /// Joins two pieces of one reservation again, this one ending where `next` begins.
+    /// Joins two pieces of one reservation. `next` must begin at the end of this one.
     ///
     /// # Errors
-    /// Both pieces, where they are not neighbours or stem from different reservations.
+    /// Returns both pieces if they are not adjacent, or are pieces of different reservations.
     pub fn join(self, next: Self) -> std::result::Result<Self, (Self, Self)> {
         if Arc::ptr_eq(&self.area, &next.area) && self.start + self.size == next.start {
             Ok(Self { area: self.area, start: self.start, size: self.size + next.size })
@@ -290,8 +291,8 @@ impl Reservation {
         Self { area: Arc::new(area), start, size: end - start }
     }
 
-    /// Whether the addresses go back to the process with this piece: no other piece of the same area, and
-    /// no window placed in one, exists, and it was this process that reserved them.
+    /// Whether dropping this piece unmaps the addresses: no other piece of the same area exists, no
+    /// window is placed in one, and this process reserved the area.
     pub(super) fn is_whole_area(&mut self) -> bool {
         Arc::get_mut(&mut self.area).is_some_and(|area| {
             area.generation == fork::generation()
@@ -299,97 +300,100 @@ impl Reservation {
         })
     }
 
-    /// Makes the first `size` bytes inaccessible in one step, whatever is mapped there.
+    /// Makes the first `size` bytes inaccessible in one call, whatever is mapped there.
     ///
     /// # Safety
     /// Nothing reads or writes through the range any more.
-    pub(super) unsafe fn cover(&self, turn: &Turn, size: usize) -> std::result::Result<(), Errno> {
+    pub(super) unsafe fn cover(
+        &self,
+        lock: &MmapLock,
+        size: usize,
+    ) -> std::result::Result<(), Errno> {
         debug_assert!(size <= self.size);
-        let file = placeholder().map_err(|_| Errno::EMFILE)?;
-        // SAFETY: the reservation owns the range; the caller vouches for its users.
-        unsafe { mm::cover(turn, self.start, file.as_fd(), self.area.offset_of(self.start), size) }
+        let file = marker().map_err(|_| Errno::EMFILE)?;
+        // SAFETY: the reservation owns the range, and by the contract nothing uses it.
+        unsafe { mm::cover(lock, self.start, file.as_fd(), self.area.offset_of(self.start), size) }
     }
 
-    /// Whether there is room for `size` bytes more.
-    pub(super) fn try_room(turn: &Turn, size: usize) -> std::result::Result<(), Errno> {
-        let file = placeholder().map_err(|_| Errno::EMFILE)?;
-        let at = mm::reserve(turn, file.as_fd(), 0, size)?;
-        // SAFETY: the range was reserved on the line above, and nobody knows of it.
+    /// Fails if the limits do not allow `size` more bytes.
+    pub(super) fn ensure_room(lock: &MmapLock, size: usize) -> std::result::Result<(), Errno> {
+        let file = marker().map_err(|_| Errno::EMFILE)?;
+        let at = mm::reserve(lock, file.as_fd(), 0, size)?;
+        // SAFETY: the range was reserved on the line above, and nothing else has its address.
         unsafe { mm::munmap(at, size) }
     }
 
-    /// Turns a mapping that the caller owns into a reservation, in one step.
+    /// Turns a mapping that the caller owns into a reservation, in one call.
     ///
     /// # Safety
     /// `[start, start + size)` is ours, and nothing reads or writes through it any more.
     pub(super) unsafe fn over(
-        turn: &Turn,
+        lock: &MmapLock,
         start: usize,
         size: usize,
     ) -> std::result::Result<Self, Errno> {
-        let file = placeholder().map_err(|_| Errno::EMFILE)?;
-        // SAFETY: the caller's own contract.
-        unsafe { mm::cover(turn, start, file.as_fd(), 0, size) }?;
+        let file = marker().map_err(|_| Errno::EMFILE)?;
+        // SAFETY: by the contract the range is ours, and nothing uses it.
+        unsafe { mm::cover(lock, start, file.as_fd(), 0, size) }?;
         Ok(Self::of(Area::new(start, size, 0)))
     }
 
-    /// Reserves again what a move has left as a hole; `None` where somebody was quicker.
-    pub(super) fn over_gap(turn: &Turn, start: usize, size: usize) -> Option<Self> {
-        mm::reserve_at(turn, start, placeholder().ok()?.as_fd(), 0, size).ok()?;
+    /// Reserves a range that a move or a failed call left as a hole. `None` if something is mapped there.
+    pub(super) fn reserve_gap(lock: &MmapLock, start: usize, size: usize) -> Option<Self> {
+        mm::reserve_at(lock, start, marker().ok()?.as_fd(), 0, size).ok()?;
         Some(Self::of(Area::new(start, size, 0)))
     }
 
-    /// After a call within this turn that has failed over the first `size` bytes: plugs the hole, if there
-    /// is one. False where something is mapped that is not known to be ours: the range is then left alone
-    /// for good.
+    /// Reserves the first `size` bytes again, if needed, after a call over them failed. `lock` was taken
+    /// before that call. Returns false if something is mapped there that is not known to be ours: the
+    /// range is then given up.
     ///
     /// # Safety
-    /// Nothing of ours is mapped in the range but, perhaps, the placeholder itself.
-    pub(super) unsafe fn plug(&self, turn: &Turn, size: usize) -> bool {
+    /// Nothing of ours is mapped in the range, except perhaps the marker file.
+    pub(super) unsafe fn restore(&self, lock: &MmapLock, size: usize) -> bool {
         let range = self.start..self.start + size;
-        // SAFETY: the caller's own contract.
-        self.holds_placeholder(&range) || unsafe { self.fill(turn, size) }
+        // SAFETY: if the marker file is not there, nothing of ours is, by the contract.
+        self.is_marker(&range) || unsafe { self.reserve_again(lock, size) }
     }
 
-    /// Reserves the first `size` bytes again, which are a hole. False as for [`plug`](Self::plug).
+    /// Reserves the first `size` bytes again, which are a hole. Returns false as
+    /// [`restore`](Self::restore) does.
     ///
     /// # Safety
     /// Nothing of ours is mapped in the range.
-    pub(super) unsafe fn fill(&self, turn: &Turn, size: usize) -> bool {
+    pub(super) unsafe fn reserve_again(&self, lock: &MmapLock, size: usize) -> bool {
         let range = self.start..self.start + size;
-        let filled = placeholder().is_ok_and(|file| {
+        let reserved = marker().is_ok_and(|file| {
             let offset = self.area.offset_of(self.start);
-            mm::reserve_at(turn, self.start, file.as_fd(), offset, size).is_ok()
+            mm::reserve_at(lock, self.start, file.as_fd(), offset, size).is_ok()
         });
-        if !filled {
+        if !reserved {
             self.area.lose(range.clone());
             log::error!(
-                "gave up {}: after a failed call or a move, what is mapped there is another's, or cannot \
-                 be told from another's",
+                "gave up {}: after a failed call or a move, what is mapped there may belong to other code",
                 show(&range)
             );
         }
-        filled
+        reserved
     }
 
-    /// After the first `size` bytes were to be covered, and that may have failed: makes them the
-    /// placeholder again by whatever it takes. Where there is no room for the mapping that covers another,
-    /// that is by unmapping the other first. False where that left a mapping behind, or let somebody else
-    /// in: the range is then no longer ours.
+    /// Completes a cover of the first `size` bytes that may have failed. If the mapping there is intact,
+    /// this unmaps it and reserves the range again. Returns false if the mapping could not be unmapped,
+    /// or if other code may have taken the range: the range is then no longer ours.
     ///
     /// # Safety
     /// Nothing reads or writes through the range any more.
     pub(super) unsafe fn clear(
         &self,
-        turn: &Turn,
+        lock: &MmapLock,
         size: usize,
-        covered: std::result::Result<(), Uncovered>,
+        covered: std::result::Result<(), CoverFailed>,
     ) -> bool {
         match covered {
             Ok(()) => return true,
-            Err(Uncovered { intact: false, .. }) => {}
-            Err(Uncovered { intact: true, .. }) => {
-                // SAFETY: the mapping is ours and there still; the caller vouches for its users.
+            Err(CoverFailed { intact: false, .. }) => {}
+            Err(CoverFailed { intact: true, .. }) => {
+                // SAFETY: the mapping is still there and ours, and by the contract nothing uses it.
                 if let Err(errno) = unsafe { mm::munmap(self.start, size) } {
                     let range = self.start..self.start + size;
                     self.area.lose(range.clone());
@@ -398,46 +402,47 @@ impl Reservation {
                 }
             }
         }
-        // SAFETY: nothing that is known to be ours is mapped there.
-        unsafe { self.plug(turn, size) }
+        // SAFETY: nothing that is known to be ours is mapped there. A mapping that cannot be identified is
+        // given up.
+        unsafe { self.restore(lock, size) }
     }
 
-    /// Takes the first `size` bytes, if they are the placeholder still, off the count of locked memory:
-    /// after `mlockall(MCL_FUTURE)` the kernel counts a reservation, and what is about to replace it.
+    /// Unlocks the first `size` bytes if they still map the marker file. After `mlockall(MCL_FUTURE)` the
+    /// kernel counts both a reservation and the mapping that replaces it as locked memory.
     pub(super) fn unlock(&self, size: usize) -> bool {
         let range = self.start..self.start + size;
-        // SAFETY: the reservation owns what is mapped there.
-        self.holds_placeholder(&range) && unsafe { mm::munlock(self.start, size) }.is_ok()
+        // SAFETY: the marker file is mapped there, and the reservation owns it.
+        self.is_marker(&range) && unsafe { mm::munlock(self.start, size) }.is_ok()
     }
 
-    /// Whether all of `range` is our placeholder still.
-    fn holds_placeholder(&self, range: &Range<usize>) -> bool {
-        let identity = placeholder().ok().and_then(|file| sys::file::identity(file).ok());
+    /// Whether all of `range` still maps the marker file.
+    fn is_marker(&self, range: &Range<usize>) -> bool {
+        let identity = marker().ok().and_then(|file| sys::file::identity(file).ok());
         let offset = self.area.offset_of(range.start);
         identity.is_some_and(|identity| maps::is_reserved(range, identity, offset))
     }
 }
 
-/// Reserves `size` bytes at an address that is `want` modulo `modulus`, and never more than that: at the
-/// first such addresses below the one that the kernel chooses, which goes downwards.
+/// Reserves exactly `size` bytes at an address that is `want` modulo `modulus`. It tries such addresses
+/// downwards from the one that the kernel chooses, since the kernel allocates downwards too.
 fn search(
-    turn: &Turn,
+    lock: &MmapLock,
     file: BorrowedFd<'_>,
     size: usize,
     modulus: usize,
     want: usize,
 ) -> std::result::Result<usize, Errno> {
-    const TRIES: usize = 64;
-    let at = mm::reserve(turn, file, 0, size)?;
+    const ATTEMPTS: usize = 64;
+    let at = mm::reserve(lock, file, 0, size)?;
     let below = at.wrapping_sub(want) & (modulus - 1);
     if below == 0 {
         return Ok(at);
     }
-    // SAFETY: the range was reserved above, and nobody knows of it.
+    // SAFETY: the range was reserved above, and nothing else has its address.
     unsafe { unmap_or_leak(&(at..at + size)) };
-    for step in 0..TRIES {
+    for step in 0..ATTEMPTS {
         let Some(start) = at.checked_sub(below + step * modulus) else { break };
-        match mm::reserve_at(turn, start, file, 0, size) {
+        match mm::reserve_at(lock, start, file, 0, size) {
             Ok(()) => return Ok(start),
             Err(Errno::EEXIST) => {}
             Err(errno) => return Err(errno),
@@ -449,16 +454,16 @@ fn search(
 /// # Safety
 /// As [`mm::munmap`].
 unsafe fn unmap_or_leak(range: &Range<usize>) {
-    // SAFETY: the caller's own contract.
+    // SAFETY: the contract is that of `munmap`.
     if let Err(errno) = unsafe { mm::munmap(range.start, range.len()) } {
         log::error!("leaked {}: {errno}", show(range));
     }
 }
 
-/// Whether the stack of the main thread, which is mapped as it is used, may come to lie in `range`: the
-/// kernel keeps it from growing into a mapping, but only where it has to be grown at all.
+/// Whether the stack of the main thread may grow into `range`. The kernel maps the stack as it is used;
+/// if a mapping blocks its growth, the process gets SIGSEGV.
 fn stack_may_grow_into(range: &Range<usize>) -> bool {
-    /// One past the stack's highest byte, which stays as it is.
+    /// The end of the stack, which does not change.
     static END: OnceLock<Option<usize>> = OnceLock::new();
     let find = || {
         let all = maps::overlapping(&(0..usize::MAX));
@@ -471,8 +476,8 @@ fn stack_may_grow_into(range: &Range<usize>) -> bool {
     range.start < end && floor < range.end
 }
 
-/// The lowest address that a stack that ends at `end` may come to, with the gap that the kernel keeps below
-/// it; `None` without a limit.
+/// The lowest address that a stack ending at `end` may reach, including the gap that the kernel keeps
+/// below it. `None` without a limit.
 fn stack_floor(end: usize, limit: u64) -> Option<usize> {
     const GAP: usize = 1 << 20;
     const LEAST: u64 = 8 << 20;
@@ -482,7 +487,7 @@ fn stack_floor(end: usize, limit: u64) -> Option<usize> {
     end.checked_sub(usize::try_from(limit.max(LEAST)).ok()?)?.checked_sub(GAP)
 }
 
-/// Where the mapping ends that is the next below the one that ends at `end`.
+/// The end of the mapping below the one that ends at `end`.
 fn end_below(mappings: &[maps::Mapped], end: usize) -> usize {
     let index = mappings.iter().position(|mapped| mapped.range.end == end).unwrap_or(0);
     mappings[..index].last().map_or(0, |below| below.range.end)

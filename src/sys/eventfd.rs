@@ -1,8 +1,8 @@
-//! Eventfds that are shared with somebody who is not trusted.
+//! Eventfds that are shared with an untrusted peer.
 //!
-//! An eventfd's status flags belong to the open file, which everybody who was sent the descriptor
-//! shares: a peer can clear `O_NONBLOCK` at any time, and fill the counter (`man 2 eventfd`). So no
-//! call here depends on that flag, and none waits.
+//! An eventfd's status flags belong to the open file description, which every holder of the descriptor
+//! shares. A peer can clear `O_NONBLOCK` and fill the counter at any time (`man 2 eventfd`). So no call
+//! here depends on that flag, and none waits.
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
@@ -17,22 +17,21 @@ use super::{file, fork};
 
 /// `eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)`.
 pub(crate) fn new() -> Result<OwnedFd, Errno> {
-    // Non-blocking for the program's own reads: nothing here relies on it.
+    // Non-blocking for the program's own reads; nothing here relies on it.
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map(OwnedFd::from)
 }
 
-/// `preadv2(eventfd, 8 bytes, offset -1, RWF_NOWAIT)`: the counter, which is zero from then on; 0 where
-/// it was zero.
+/// `preadv2(eventfd, 8 bytes, offset -1, RWF_NOWAIT)`: returns the counter and sets it to zero.
 ///
-/// Unlike `read(2)`, it cannot wait, whatever the status flags are. An eventfd takes `RWF_NOWAIT` from
-/// Linux 5.8 on, and no other offset than -1, the current one.
+/// Unlike `read(2)`, it cannot wait, whatever the status flags are. An eventfd accepts `RWF_NOWAIT` since
+/// Linux 5.8, and no offset but -1, the current one.
 pub(crate) fn take(eventfd: impl AsFd) -> Result<u64, Errno> {
     let mut counter = [0; 8];
     let part = [IoSliceMut::new(&mut counter)];
-    // The system call, since C libraries differ in whether they have preadv2. Its two halves of the
-    // offset are joined so that the lower one counts where a long has 64 bits.
-    // SAFETY: the one part is a buffer of ours, which lives until the call returns; IoSliceMut has the
-    // layout of iovec.
+    // The raw system call, because not every C library has preadv2. It takes the offset as two longs; if a
+    // long has 64 bits, the lower one is the whole offset.
+    // SAFETY: the kernel writes to one buffer, which is ours and lives until the call returns; IoSliceMut
+    // has the layout of iovec.
     let done = unsafe {
         libc::syscall(
             libc::SYS_preadv2,
@@ -51,16 +50,16 @@ pub(crate) fn take(eventfd: impl AsFd) -> Result<u64, Errno> {
     }
 }
 
-/// Adds one to the counter, without waiting: a full one stays full.
+/// Adds one to the counter, without waiting: a full counter stays full.
 ///
-/// `write(2)` waits while the counter is full, and `RWF_NOWAIT` is not for writing an eventfd
-/// (EOPNOTSUPP). What a kernel does to signal an eventfd of its own does not wait, and a completed
-/// asynchronous request is signalled so (`IOCB_FLAG_RESFD`, `man 2 io_submit`). Here that is a read of
-/// no bytes, which the kernel completes before the call returns.
+/// `write(2)` waits while the counter is full, and an eventfd does not support `RWF_NOWAIT` for writes
+/// (EOPNOTSUPP). The kernel itself signals an eventfd without waiting, for example when an asynchronous
+/// request completes (`IOCB_FLAG_RESFD`, `man 2 io_submit`). So this function submits a read of zero bytes,
+/// which the kernel completes before the call returns.
 ///
 /// # Errors
-/// ENOSYS where the kernel has no `CONFIG_AIO`; what a seccomp filter answers; EAGAIN past
-/// `fs.aio-max-nr`; EINVAL where the descriptor is no eventfd, or this process is a child of the one
+/// ENOSYS if the kernel has no `CONFIG_AIO`; the errno of a seccomp filter; EAGAIN past
+/// `fs.aio-max-nr`; EINVAL if the descriptor is not an eventfd, or if this process is a child of the one
 /// that signalled first.
 pub(crate) fn signal(eventfd: impl AsFd) -> Result<(), Errno> {
     static QUEUE: OnceLock<Result<Queue, Errno>> = OnceLock::new();
@@ -68,13 +67,13 @@ pub(crate) fn signal(eventfd: impl AsFd) -> Result<(), Errno> {
     queue.signal(eventfd.as_fd())
 }
 
-/// An AIO context of this process (`io_setup(2)`), for as long as the process lives: to destroy one
-/// takes milliseconds.
+/// An AIO context of this process (`io_setup(2)`). It lives as long as the process: destroying one takes
+/// milliseconds.
 struct Queue {
     context: libc::c_ulong,
-    /// What is read: an empty file.
+    /// The empty file that requests read.
     file: OwnedFd,
-    /// A child of `fork(2)` has not the context.
+    /// The process that owns the context: a child of `fork(2)` does not inherit it.
     generation: u32,
 }
 
@@ -106,7 +105,7 @@ struct Completion {
 }
 
 impl Queue {
-    /// How many requests may have completed before somebody looks; the kernel makes it more.
+    /// How many completions the ring holds at least; the kernel rounds it up.
     const REQUESTS: libc::c_uint = 64;
     const ATTEMPTS: u32 = 16;
     const IOCB_CMD_PREAD: u16 = 0;
@@ -134,15 +133,16 @@ impl Queue {
         };
         let mut requests = [&raw mut request];
         let mut submit = || {
-            // SAFETY: one request of ours, into which the kernel writes its key (`aio_key`), and which it has
-            // copied when the call returns. It reads no bytes to nowhere.
+            // SAFETY: the array has one pointer, to a request of ours. The kernel writes `key` into it and
+            // has copied the rest when the call returns. The request reads zero bytes, so its buffer is
+            // never used.
             let done = unsafe {
                 libc::syscall(libc::SYS_io_submit, self.context, 1, requests.as_mut_ptr())
             };
             Errno::result(done).map(drop)
         };
-        // Completions stay in the kernel's ring until there is no room for more. Other threads may take
-        // the room that this one makes.
+        // Completions stay in the kernel's ring until it is full (EAGAIN). Other threads may fill the room
+        // that this one makes.
         for _ in 0..Self::ATTEMPTS {
             match submit() {
                 Err(Errno::EAGAIN) => self.clear()?,
@@ -152,11 +152,11 @@ impl Queue {
         submit()
     }
 
-    /// Takes completions out of the ring, which nobody looks at.
+    /// Discards completions from the ring.
     fn clear(&self) -> Result<(), Errno> {
         let mut completions = [Completion::default(); Self::REQUESTS as usize];
         let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the kernel writes no more completions than there is room for, and reads the time.
+        // SAFETY: the kernel writes at most as many completions as the buffer holds, and reads the time.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_io_getevents,
@@ -178,7 +178,7 @@ mod tests {
 
     use super::*;
 
-    /// An eventfd as a peer may leave it: blocking, and with this in its counter.
+    /// An eventfd as a peer may leave it: blocking, with its counter at `counter`.
     fn hostile(counter: u64) -> OwnedFd {
         let eventfd = new().unwrap();
         fcntl(&eventfd, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_is_told_that_it_cannot_signal() {
+    fn signalling_fails_in_a_child() {
         let eventfd = hostile(0);
         signal(&eventfd).unwrap();
         // SAFETY: the child makes a system call at most.

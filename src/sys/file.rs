@@ -19,8 +19,8 @@ pub(crate) fn memory_file(name: &str, size: u64) -> Result<OwnedFd, Errno> {
     Ok(file.into())
 }
 
-/// `fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, len)`: the bytes read zero, and whole blocks of the file
-/// system are given back. EOPNOTSUPP where the file system has no holes to punch.
+/// `fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, len)`: the bytes read as zero, and whole blocks are
+/// freed. EOPNOTSUPP if the file system does not support holes.
 #[cfg(feature = "emulated")]
 pub(crate) fn punch_hole(fd: impl AsFd, offset: u64, len: u64) -> Result<(), Errno> {
     use nix::fcntl::{FallocateFlags, fallocate};
@@ -30,18 +30,18 @@ pub(crate) fn punch_hole(fd: impl AsFd, offset: u64, len: u64) -> Result<(), Err
     fallocate(fd, mode, offset.map_err(|_| Errno::EINVAL)?, len.map_err(|_| Errno::EINVAL)?)
 }
 
-/// Whether the file's pages are a tmpfs's own (a memfd, a file in `/dev/shm`): a regular file, and
-/// tmpfs by `fstatfs(2)`, which would say so of every device in `/dev`, too.
+/// Whether the file is shared memory (a memfd, a file in `/dev/shm`): a regular file on tmpfs. `fstatfs(2)`
+/// alone is not enough, since it reports tmpfs for every device in `/dev` too.
 ///
-/// Only such files, and hugetlbfs's, have seals (`man 2 F_GET_SEALS`). They are asked for first: the
-/// answer does not depend on a file system that may be in a process that does not answer (FUSE).
+/// Only files on tmpfs and hugetlbfs have seals (`man 2 F_GET_SEALS`). Seals are queried first, because
+/// that query does not reach a file system whose process may not respond (FUSE).
 pub(crate) fn is_tmpfs(fd: impl AsFd) -> bool {
     fcntl(&fd, FcntlArg::F_GET_SEALS).is_ok()
         && matches!(regular_size(&fd), Ok(Some(_)))
         && file_system(&fd) == Some(TMPFS_MAGIC)
 }
 
-/// Whether the file's pages are huge ones (hugetlbfs), so that lengths are rounded as nowhere else.
+/// Whether the file is on hugetlbfs: the kernel rounds lengths of its mappings to huge pages.
 pub(crate) fn is_hugetlb(fd: impl AsFd) -> bool {
     file_system(&fd) == Some(HUGETLBFS_MAGIC)
 }
@@ -57,14 +57,14 @@ pub(crate) fn regular_size(fd: impl AsFd) -> Result<Option<u64>, Errno> {
     Ok(regular.then(|| u64::try_from(stat.st_size).unwrap_or(0)))
 }
 
-/// Device and inode number: which file this is, as `/proc/self/maps` shows it.
+/// Device and inode number, which identify the file in `/proc/self/maps`.
 pub(crate) fn identity(fd: impl AsFd) -> Result<(u64, u64), Errno> {
     let FileStat { st_dev, st_ino, .. } = fstat(fd)?;
     Ok((st_dev, st_ino))
 }
 
-/// The same, of a file that has an inode of its own; `None` for one that shares the anonymous inode with
-/// all of its kind: eventfds, perf events, KVM's vCPUs, and before Linux 6.10 VFIO's devices.
+/// As [`identity`], or `None` if the file uses the kernel's shared anonymous inode, as eventfds, perf
+/// events, KVM's vCPUs and, before Linux 6.10, VFIO devices do.
 pub(crate) fn own_identity(fd: impl AsFd) -> Result<Option<(u64, u64)>, Errno> {
     let file = identity(fd)?;
     let anonymous = identity(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?)?;
@@ -83,9 +83,9 @@ mod tests {
     }
 
     #[test]
-    fn a_device_in_a_tmpfs_is_no_shared_memory() {
+    fn a_device_on_tmpfs_is_not_shared_memory() {
         assert!(is_tmpfs(memory_file("test", 1).unwrap()));
-        assert!(!is_tmpfs(File::open("/dev/zero").unwrap()), "devtmpfs says tmpfs, too");
+        assert!(!is_tmpfs(File::open("/dev/zero").unwrap()), "devtmpfs reports tmpfs too");
         assert!(!is_tmpfs(File::open("/proc/self/maps").unwrap()));
         assert_eq!(regular_size(memory_file("test", 7).unwrap()), Ok(Some(7)));
         assert_eq!(regular_size(File::open("/dev/zero").unwrap()), Ok(None));

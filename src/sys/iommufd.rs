@@ -1,8 +1,8 @@
-//! The ioctls of `/dev/iommu` (`linux/iommufd.h`, Linux 6.2) and those by which a device's own file is
-//! bound to it (`linux/vfio.h`, Linux 6.6).
+//! The ioctls of `/dev/iommu` (`linux/iommufd.h`, Linux 6.2), and those that bind a device's own file to it
+//! (`linux/vfio.h`, Linux 6.6).
 //!
-//! The structures are written here, since `vfio-bindings` has none of iommufd's: each begins with its
-//! own size, and the kernel takes shorter and longer ones.
+//! The structures are defined here because `vfio-bindings` has none of iommufd's. Each begins with its own
+//! size; the kernel accepts shorter and longer ones.
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
@@ -100,8 +100,8 @@ mod raw {
     );
 }
 
-/// `VFIO_DEVICE_BIND_IOMMUFD`, with the token of an SR-IOV function where one is given (Linux 6.17;
-/// EINVAL before).
+/// `VFIO_DEVICE_BIND_IOMMUFD`, optionally with the VF token of an SR-IOV function (Linux 6.17; EINVAL
+/// before).
 pub(crate) fn bind(
     device: BorrowedFd<'_>,
     iommufd: BorrowedFd<'_>,
@@ -118,9 +118,9 @@ pub(crate) fn bind(
     unsafe { raw::bind(device.as_raw_fd(), &mut bind) }.map(drop)
 }
 
-/// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`: from now on the device's addresses are those of `ioas`.
+/// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`: the device now uses the address space `ioas`.
 pub(crate) fn attach(device: BorrowedFd<'_>, ioas: u32) -> Result<()> {
-    // The structure has grown since Linux 6.6, whose kernel takes this much of it.
+    // Later kernels extended the structure; this is its size in Linux 6.6.
     let mut attach = vfio_device_attach_iommufd_pt {
         argsz: (offset_of!(vfio_device_attach_iommufd_pt, pt_id) + size_of::<u32>()) as u32,
         pt_id: ioas,
@@ -130,7 +130,7 @@ pub(crate) fn attach(device: BorrowedFd<'_>, ioas: u32) -> Result<()> {
     unsafe { raw::attach(device.as_raw_fd(), &mut attach) }.map(drop)
 }
 
-/// `IOMMU_IOAS_ALLOC`: a new I/O address space, by its number.
+/// `IOMMU_IOAS_ALLOC`: allocates an I/O address space and returns its ID.
 pub(crate) fn ioas_alloc(iommufd: BorrowedFd<'_>) -> Result<u32> {
     let mut alloc = IoasAlloc { size: size_of::<IoasAlloc>() as u32, ..IoasAlloc::default() };
     // SAFETY: the structure is as long as its size says.
@@ -138,8 +138,8 @@ pub(crate) fn ioas_alloc(iommufd: BorrowedFd<'_>) -> Result<u32> {
     Ok(alloc.id)
 }
 
-/// `IOMMU_IOAS_IOVA_RANGES`: what can be mapped, and to which alignment. It narrows as devices are
-/// attached.
+/// `IOMMU_IOAS_IOVA_RANGES`: the IOVA ranges that can be mapped, and the alignment. Each attached device
+/// may narrow the ranges.
 pub(crate) fn iova_ranges(
     iommufd: BorrowedFd<'_>,
     ioas: u32,
@@ -194,7 +194,7 @@ pub(crate) fn map(
     unsafe { raw::ioas_map(iommufd.as_raw_fd(), &mut map) }.map(drop)
 }
 
-/// `IOMMU_IOAS_UNMAP`: how many bytes were unmapped.
+/// `IOMMU_IOAS_UNMAP`: returns how many bytes were unmapped.
 pub(crate) fn unmap(iommufd: BorrowedFd<'_>, ioas: u32, iova: u64, size: u64) -> Result<u64> {
     let mut unmap = IoasUnmap { size: size_of::<IoasUnmap>() as u32, id: ioas, iova, length: size };
     // SAFETY: the structure is as long as its size says.
@@ -202,8 +202,8 @@ pub(crate) fn unmap(iommufd: BorrowedFd<'_>, ioas: u32, iova: u64, size: u64) ->
     Ok(unmap.length)
 }
 
-/// `IOMMU_IOAS_NOIOMMU_GET_PA` (Linux 7.3): the physical address of what is mapped at `iova`, and how
-/// many bytes from there on, up to `size`, are contiguous.
+/// `IOMMU_IOAS_NOIOMMU_GET_PA` (Linux 7.3): the physical address of the memory mapped at `iova`, and how
+/// many bytes from there, up to `size`, are contiguous.
 pub(crate) fn physical_address(
     iommufd: BorrowedFd<'_>,
     ioas: u32,

@@ -1,4 +1,4 @@
-//! `/proc/self/maps`: what is mapped where in this process.
+//! `/proc/self/maps`: the mappings of this process.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -34,20 +34,20 @@ impl Mapped {
         })
     }
 
-    /// Whether it maps this file, and would map it from `offset` on at address `start`.
+    /// Whether it maps this file, at such an offset that `start` corresponds to `offset` of the file.
     fn shows(&self, (device, inode): (u64, u64), offset: u64, start: usize) -> bool {
         let expected = offset.wrapping_add(self.range.start as u64).wrapping_sub(start as u64);
         (self.device, self.inode, self.offset) == (device, inode, expected)
     }
 }
 
-/// The lines of a file, of which names of mapped files are parts: those are any bytes.
+/// The lines of a file. Names of mapped files in them may be any bytes, not only UTF-8.
 fn lines(file: impl io::Read) -> impl Iterator<Item = String> {
     let lines = BufReader::new(file).split(b'\n').map_while(Result::ok);
     lines.map(|line| String::from_utf8_lossy(&line).into_owned())
 }
 
-/// The mappings that overlap `range`, by address. Empty where `/proc` is not mounted.
+/// The mappings that overlap `range`, in order of address. Empty if `/proc` is not mounted.
 pub(crate) fn overlapping(range: &Range<usize>) -> Vec<Mapped> {
     let Ok(file) = File::open("/proc/self/maps") else { return Vec::new() };
     lines(file)
@@ -57,29 +57,29 @@ pub(crate) fn overlapping(range: &Range<usize>) -> Vec<Mapped> {
         .collect()
 }
 
-/// Whether all of `range` maps the file with this device and inode number, from `offset` on, without any
-/// rights. False where `/proc` is not mounted.
+/// Whether all of `range` maps the file with this device and inode number, from `offset` on, inaccessibly
+/// (`PROT_NONE`). False if `/proc` is not mounted.
 pub(crate) fn is_reserved(range: &Range<usize>, file: (u64, u64), offset: u64) -> bool {
-    are(range, &overlapping(range), |mapped| {
+    all_match(range, &overlapping(range), |mapped| {
         mapped.inaccessible && mapped.shows(file, offset, range.start)
     })
 }
 
-/// Whether all of `range` maps the file with this device and inode number, from `offset` on, accessible,
-/// and kept from children (`MADV_DONTFORK`). False if that cannot be queried: `/proc` is not mounted, or the
-/// kernel was built without `CONFIG_PROC_PAGE_MONITOR`.
+/// Whether all of `range` maps the file with this device and inode number, from `offset` on, accessibly,
+/// and children do not inherit it (`MADV_DONTFORK`). False or an error if that cannot be queried: `/proc`
+/// is not mounted, or the kernel was built without `CONFIG_PROC_PAGE_MONITOR`.
 pub(crate) fn is_kept_from_children(
     range: &Range<usize>,
     file: (u64, u64),
     offset: u64,
 ) -> io::Result<bool> {
     let with_flags = kept_from_children(lines(File::open("/proc/self/smaps")?), range);
-    Ok(are(range, &with_flags, |mapped| {
+    Ok(all_match(range, &with_flags, |mapped| {
         !mapped.inaccessible && mapped.shows(file, offset, range.start)
     }))
 }
 
-/// Of the lines of `/proc/self/smaps`: the mappings that overlap `range` and have the flag `dc`.
+/// From the lines of `/proc/self/smaps`, the mappings that overlap `range` and have the flag `dc`.
 fn kept_from_children(lines: impl Iterator<Item = String>, range: &Range<usize>) -> Vec<Mapped> {
     let mut found = Vec::new();
     let mut current = None;
@@ -98,11 +98,11 @@ fn kept_from_children(lines: impl Iterator<Item = String>, range: &Range<usize>)
     found
 }
 
-/// Whether `mappings` leave no hole in `range`, and are all as they should be.
-fn are(range: &Range<usize>, mappings: &[Mapped], right: impl Fn(&Mapped) -> bool) -> bool {
+/// Whether `mappings` cover `range` without a hole, and `matches` accepts each of them.
+fn all_match(range: &Range<usize>, mappings: &[Mapped], matches: impl Fn(&Mapped) -> bool) -> bool {
     let mut reached = range.start;
     for mapped in mappings {
-        if mapped.range.start > reached || !right(mapped) {
+        if mapped.range.start > reached || !matches(mapped) {
             return false;
         }
         reached = mapped.range.end;
@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_of_files_and_of_anonymous_memory_are_understood() {
+    fn lines_of_files_and_of_anonymous_memory_are_parsed() {
         let line = "7f12a0000000-7f12a0021000 ---s 00010000 00:01 1029  /memfd:x (deleted)";
         let mapped = Mapped::parse(line).unwrap();
         assert_eq!(mapped.range, 0x7f12_a000_0000..0x7f12_a002_1000);
@@ -148,7 +148,7 @@ mod tests {
         assert_eq!((mapped.device, mapped.inode), (1, 1029));
         assert_eq!(mapped.name, "/memfd:x (deleted)");
         assert_eq!(Mapped::parse("1000-2000 rw-p 00000000 00:00 0").unwrap().name, "");
-        assert_eq!(Mapped::parse("nonsense"), None);
+        assert_eq!(Mapped::parse("malformed"), None);
     }
 
     #[test]
@@ -173,27 +173,27 @@ mod tests {
     }
 
     #[test]
-    fn a_range_is_as_it_should_be_only_without_holes() {
+    fn a_range_matches_only_without_holes() {
         let mapping = |start, end| {
             Mapped::parse(&format!("{start:x}-{end:x} ---s {:08x} 00:01 7", start - 0x1000))
                 .unwrap()
         };
-        let are = |range: Range<usize>, mappings: &[Mapped]| {
-            are(&range, mappings, |mapped| {
+        let all_match = |range: Range<usize>, mappings: &[Mapped]| {
+            all_match(&range, mappings, |mapped| {
                 mapped.shows((1, 7), range.start as u64 - 0x1000, range.start)
             })
         };
         let both = [mapping(0x1000, 0x2000), mapping(0x2000, 0x4000)];
-        assert!(are(0x1000..0x4000, &both) && are(0x1800..0x3000, &both));
-        assert!(!are(0x1000..0x5000, &both), "the end");
-        assert!(!are(0x0800..0x4000, &both), "the start");
+        assert!(all_match(0x1000..0x4000, &both) && all_match(0x1800..0x3000, &both));
+        assert!(!all_match(0x1000..0x5000, &both), "the end");
+        assert!(!all_match(0x0800..0x4000, &both), "the start");
         let torn = [mapping(0x1000, 0x2000), mapping(0x3000, 0x4000)];
-        assert!(!are(0x1000..0x4000, &torn), "the middle");
-        assert!(!are(0x1000..0x2000, &[]), "all of it");
+        assert!(!all_match(0x1000..0x4000, &torn), "the middle");
+        assert!(!all_match(0x1000..0x2000, &[]), "all of it");
         let strange = Mapped { offset: 0x9000, ..mapping(0x2000, 0x4000) };
-        assert!(!are(0x1000..0x4000, &[mapping(0x1000, 0x2000), strange]), "another offset");
+        assert!(!all_match(0x1000..0x4000, &[mapping(0x1000, 0x2000), strange]), "another offset");
         let strange = Mapped { inode: 8, ..mapping(0x2000, 0x4000) };
-        assert!(!are(0x1000..0x4000, &[mapping(0x1000, 0x2000), strange]), "another file");
+        assert!(!all_match(0x1000..0x4000, &[mapping(0x1000, 0x2000), strange]), "another file");
     }
 
     #[test]

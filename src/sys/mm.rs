@@ -1,10 +1,10 @@
-//! `mmap(2)` and its relatives, each use of it under a name of its own.
+//! `mmap(2)`, `mremap(2)` and related calls, with one function for each use.
 //!
-//! Addresses are `usize`: these functions rearrange address space and never look at what is in it.
-//! Lengths and addresses are multiples of the page size. A range is *ours* when nobody but the caller
-//! uses or replaces it: a reservation, or a mapping whose last user is the caller.
+//! Addresses are `usize`: these functions change mappings and never access memory. Lengths and addresses
+//! are multiples of the page size. A range is *ours* if only the caller uses or replaces it: it is a
+//! reservation, or a mapping whose last user is the caller.
 //!
-//! Calls that give addresses out, or replace what is mapped, take the [`Turn`].
+//! Calls that create or replace mappings take the [`MmapLock`].
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
@@ -14,8 +14,8 @@ use std::ptr;
 use libc::{MAP_FIXED, MAP_SHARED, PROT_NONE};
 use nix::errno::Errno;
 
+use super::mmap_lock::MmapLock;
 use super::spy::{self, Call};
-use super::turn::Turn;
 
 type Result<T> = std::result::Result<T, Errno>;
 
@@ -37,7 +37,7 @@ impl Access {
     }
 }
 
-/// A range of addresses that a kernel may let devices reach.
+/// A range of addresses that may be mapped for DMA.
 #[derive(Clone, Copy)]
 pub(crate) struct Shareable {
     pub(super) address: usize,
@@ -48,10 +48,10 @@ impl Shareable {
     /// `size` bytes at `address`.
     ///
     /// # Safety
-    /// Nothing makes a reference to what lies there as long as a device may reach it: from the call that
-    /// maps it for DMA until the one that unmaps it, or the end of the device's file. That holds of memory
-    /// that is kept as long, and of pages that are given back to the kernel before, which keeps them
-    /// pinned and gives them to nobody.
+    /// No reference to the memory exists while a device may reach it: from the call that maps it for DMA
+    /// until the call that unmaps it, or until the device's file is closed. For that time the caller keeps
+    /// the memory. Or it unmaps the pages earlier and gives them to no one else: the kernel keeps them
+    /// pinned and does not reuse them.
     #[inline]
     pub(crate) const unsafe fn new(address: usize, size: usize) -> Self {
         Self { address, size }
@@ -71,65 +71,66 @@ unsafe fn mmap(
     offset: u64,
 ) -> Result<usize> {
     let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
-    // SAFETY: without MAP_FIXED the kernel chooses a range that nobody uses; with it the caller vouches.
+    // SAFETY: without MAP_FIXED the kernel chooses an unused range; with it the range is the caller's, by
+    // the contract above.
     let at = unsafe { libc::mmap64(address as *mut _, len, prot, flags, fd, offset) };
     if at == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(at as usize) }
 }
 
-/// `mmap(NULL, len, PROT_NONE, MAP_SHARED, placeholder, offset)`: reserves address space.
+/// `mmap(NULL, len, PROT_NONE, MAP_SHARED, marker, offset)`: reserves address space.
 pub(crate) fn reserve(
-    _: &Turn,
-    placeholder: BorrowedFd<'_>,
+    _: &MmapLock,
+    marker: BorrowedFd<'_>,
     offset: u64,
     len: usize,
 ) -> Result<usize> {
     spy::call(Call::Reserve)?;
     // SAFETY: no MAP_FIXED.
-    unsafe { mmap(0, len, PROT_NONE, MAP_SHARED, placeholder.as_raw_fd(), offset) }
+    unsafe { mmap(0, len, PROT_NONE, MAP_SHARED, marker.as_raw_fd(), offset) }
 }
 
-/// The same at `address`, by `MAP_FIXED_NOREPLACE` (Linux 4.17): EEXIST where something is there.
+/// As [`reserve`], at `address` (`MAP_FIXED_NOREPLACE`, Linux 4.17): EEXIST if something is mapped there.
 pub(crate) fn reserve_at(
-    _: &Turn,
+    _: &MmapLock,
     address: usize,
-    placeholder: BorrowedFd<'_>,
+    marker: BorrowedFd<'_>,
     offset: u64,
     len: usize,
 ) -> Result<()> {
     spy::call(Call::ReserveAt { address })?;
     let flags = MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
-    // SAFETY: NOREPLACE never touches what is there.
-    let at = unsafe { mmap(address, len, PROT_NONE, flags, placeholder.as_raw_fd(), offset)? };
+    // SAFETY: NOREPLACE never replaces a mapping.
+    let at = unsafe { mmap(address, len, PROT_NONE, flags, marker.as_raw_fd(), offset)? };
     if at == address {
         return Ok(());
     }
     // A kernel before 4.17 takes the address as a hint.
-    // SAFETY: the range was made on the line above, and nobody knows of it.
+    // SAFETY: the mapping was made above, and nothing else has its address.
     let _ = unsafe { munmap(at, len) };
     Err(Errno::EEXIST)
 }
 
-/// Makes `[address, address + len)` inaccessible in one step, whatever is mapped there: at no
-/// instant is it a hole that another `mmap` could take.
+/// Makes `[address, address + len)` inaccessible in one call, whatever is mapped there. It is never a hole
+/// that another `mmap` could take.
 ///
 /// # Safety
 /// The range is ours, and nothing reads or writes through it any more.
 pub(crate) unsafe fn cover(
-    _: &Turn,
+    _: &MmapLock,
     address: usize,
-    placeholder: BorrowedFd<'_>,
+    marker: BorrowedFd<'_>,
     offset: u64,
     len: usize,
 ) -> Result<()> {
     spy::call(Call::Cover { address, len })?;
     let flags = MAP_SHARED | MAP_FIXED;
     // SAFETY: the caller owns the range.
-    unsafe { mmap(address, len, PROT_NONE, flags, placeholder.as_raw_fd(), offset) }.map(drop)
+    unsafe { mmap(address, len, PROT_NONE, flags, marker.as_raw_fd(), offset) }.map(drop)
 }
 
 /// `mmap(NULL, len, prot, MAP_SHARED, fd, offset)`
 pub(crate) fn map(
-    _: &Turn,
+    _: &MmapLock,
     fd: BorrowedFd<'_>,
     offset: u64,
     len: usize,
@@ -142,13 +143,13 @@ pub(crate) fn map(
 
 /// `mmap(address, len, prot, MAP_SHARED|MAP_FIXED, fd, offset)`
 ///
-/// When the driver behind `fd` refuses, the kernel has unmapped the range already: the caller plugs
-/// the hole.
+/// If the driver behind `fd` refuses, the kernel may already have unmapped the range. The caller then
+/// reserves it again.
 ///
 /// # Safety
 /// The range is ours, and nothing reads or writes through it.
 pub(crate) unsafe fn map_fixed(
-    _: &Turn,
+    _: &MmapLock,
     address: usize,
     fd: BorrowedFd<'_>,
     offset: u64,
@@ -181,40 +182,40 @@ pub(crate) unsafe fn protect_read_only(address: usize, len: usize) -> Result<()>
     Errno::result(unsafe { libc::mprotect(address as *mut _, len, libc::PROT_READ) }).map(drop)
 }
 
-/// `munlock(address, len)`: takes the range off the count of locked memory. `mlockall(MCL_FUTURE)` puts on it
-/// what is mapped.
+/// `munlock(address, len)`: the range no longer counts as locked memory. After `mlockall(MCL_FUTURE)`
+/// each new mapping does.
 ///
 /// # Safety
 /// The range is ours.
 pub(crate) unsafe fn munlock(address: usize, len: usize) -> Result<()> {
     spy::call(Call::Unlock)?;
-    // SAFETY: the caller owns the range; what is there stays there.
+    // SAFETY: the caller owns the range; the mapping does not change.
     Errno::result(unsafe { libc::munlock(address as *const _, len) }).map(drop)
 }
 
-/// `madvise(address, len, MADV_DONTFORK)`: a child gets a hole instead of the device.
+/// `madvise(address, len, MADV_DONTFORK)`: children do not inherit the mapping.
 ///
 /// # Safety
 /// The range is ours.
 pub(crate) unsafe fn keep_from_children(address: usize, len: usize) -> Result<()> {
     spy::call(Call::Advise)?;
-    // SAFETY: the caller owns the range; this process's view of it does not change.
+    // SAFETY: the caller owns the range; in this process the mapping does not change.
     Errno::result(unsafe { libc::madvise(address as *mut _, len, libc::MADV_DONTFORK) }).map(drop)
 }
 
-/// `madvise(address, len, MADV_HUGEPAGE)`: where transparent huge pages are set to `madvise`, Linux
-/// 6.12 and newer map a BAR by 2 MiB and 1 GiB entries only where this was said.
+/// `madvise(address, len, MADV_HUGEPAGE)`: if transparent huge pages are set to `madvise`, Linux 6.12 and
+/// newer map a BAR by 2 MiB and 1 GiB entries only after this call.
 ///
 /// # Safety
 /// The range is ours.
 pub(crate) unsafe fn prefer_huge_pages(address: usize, len: usize) -> Result<()> {
     spy::call(Call::Advise)?;
-    // SAFETY: the caller owns the range; the advice changes how faults are served, not what is there.
+    // SAFETY: the caller owns the range; the advice changes how faults are handled, not what is mapped.
     Errno::result(unsafe { libc::madvise(address as *mut _, len, libc::MADV_HUGEPAGE) }).map(drop)
 }
 
-/// `mremap(2)` with all five arguments, as the kernel takes them: the C wrapper is variadic, and a
-/// fifth argument that was not passed is garbage that the kernel may reject.
+/// `mremap(2)` with all five arguments. The C wrapper is variadic: if the fifth argument is not passed, the
+/// kernel gets an arbitrary value, which it may reject.
 ///
 /// # Safety
 /// The old range is ours; with `MREMAP_FIXED` so is the new one.
@@ -232,34 +233,40 @@ unsafe fn mremap(old: usize, len: usize, flags: libc::c_int, new: usize) -> Resu
     if at == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(at as usize) }
 }
 
-/// `mremap(old, len, len, MREMAP_MAYMOVE|MREMAP_DONTUNMAP, NULL)` (Linux 5.7): the page tables go to a
-/// range that the kernel chooses, and the old mapping stays, empty, to be filled again by faults.
+/// `mremap(old, len, len, MREMAP_MAYMOVE|MREMAP_DONTUNMAP, NULL)` (Linux 5.7): moves the page tables to a
+/// range that the kernel chooses. The old mapping stays, with empty page tables, and faults fill them
+/// again.
 ///
 /// # Safety
-/// The old range is one mapping of ours, of a backing that fills it again.
-pub(crate) unsafe fn dont_unmap(_: &Turn, old: usize, len: usize) -> Result<usize> {
+/// The old range is one mapping of ours, and its backing serves faults in it again.
+pub(crate) unsafe fn dont_unmap(_: &MmapLock, old: usize, len: usize) -> Result<usize> {
     spy::call(Call::DontUnmap)?;
     // SAFETY: the caller owns the old range; no MREMAP_FIXED.
     unsafe { mremap(old, len, libc::MREMAP_DONTUNMAP, 0) }
 }
 
-/// The same to `new`, by `MREMAP_FIXED`. Up to Linux 6.16 a refusal comes after the destination was
-/// unmapped: the caller plugs the hole.
+/// As [`dont_unmap`], to `new` (`MREMAP_FIXED`). Up to Linux 6.16 a failing call has already unmapped the
+/// destination. The caller then reserves it again.
 ///
 /// # Safety
 /// As [`dont_unmap`], and the new range is ours and unused.
-pub(crate) unsafe fn dont_unmap_fixed(_: &Turn, old: usize, len: usize, new: usize) -> Result<()> {
+pub(crate) unsafe fn dont_unmap_fixed(
+    _: &MmapLock,
+    old: usize,
+    len: usize,
+    new: usize,
+) -> Result<()> {
     spy::call(Call::DontUnmapFixed { address: new, len })?;
     // SAFETY: the caller owns both ranges.
     unsafe { mremap(old, len, libc::MREMAP_DONTUNMAP | libc::MREMAP_FIXED, new) }.map(drop)
 }
 
-/// `mremap(old, len, len, MREMAP_MAYMOVE|MREMAP_FIXED, new)`: the mapping goes to `new` and leaves a
-/// hole. A refusal may come after the destination was unmapped.
+/// `mremap(old, len, len, MREMAP_MAYMOVE|MREMAP_FIXED, new)`: moves the mapping to `new` and leaves a
+/// hole. A failing call may already have unmapped the destination.
 ///
 /// # Safety
 /// Both ranges are ours; nothing reads or writes through either.
-pub(crate) unsafe fn move_fixed(_: &Turn, old: usize, len: usize, new: usize) -> Result<()> {
+pub(crate) unsafe fn move_fixed(_: &MmapLock, old: usize, len: usize, new: usize) -> Result<()> {
     spy::call(Call::MoveFixed { address: new, len })?;
     // SAFETY: the caller owns both ranges.
     unsafe { mremap(old, len, libc::MREMAP_FIXED, new) }.map(drop)

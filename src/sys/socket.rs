@@ -12,22 +12,22 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 /// The most descriptors that one `sendmsg(2)` can carry (`SCM_MAX_FD`).
 pub(crate) const MAX_FDS: usize = 253;
 
-/// What one `recvmsg(2)` has brought.
+/// The result of one `recvmsg(2)`.
 #[derive(Debug)]
 pub(crate) struct Received {
-    /// How many bytes; 0 where the peer has closed its side.
+    /// How many bytes were received; 0 if the peer has closed its side.
     pub(crate) bytes: usize,
     /// The descriptors that came with them, close-on-exec.
     pub(crate) fds: Vec<OwnedFd>,
-    /// Whether the kernel dropped descriptors: this process may not have as many.
+    /// Whether the kernel dropped descriptors, because this process may not open as many.
     pub(crate) truncated: bool,
 }
 
-/// Up to this many bytes it is cheaper to bring the parts together here than to have the kernel do it.
+/// Up to this many bytes, one `send(2)` of a copy is cheaper than a `sendmsg(2)` of the parts.
 const SHORT: usize = 128;
 
-/// `sendmsg(socket, parts, SCM_RIGHTS fds, MSG_NOSIGNAL | MSG_DONTWAIT)`: how many bytes were taken; EAGAIN
-/// where there is no room. By `send(2)` where that says the same.
+/// `sendmsg(socket, parts, SCM_RIGHTS fds, MSG_NOSIGNAL | MSG_DONTWAIT)`: returns how many bytes were sent;
+/// EAGAIN if the socket's buffer is full. Short messages without descriptors go by `send(2)`.
 pub(crate) fn send(
     socket: impl AsFd,
     parts: &[IoSlice<'_>],
@@ -49,18 +49,18 @@ pub(crate) fn send(
     sendmsg::<()>(socket, parts, &[ControlMessage::ScmRights(&fds)], flags, None)
 }
 
-/// `recvmsg(socket, buffer, MSG_CMSG_CLOEXEC | flags)`. EAGAIN after the socket's receive timeout, or at once
-/// with `MSG_DONTWAIT`.
+/// `recvmsg(socket, buffer, MSG_CMSG_CLOEXEC | flags)`. EAGAIN after the socket's receive timeout, or at
+/// once with `MSG_DONTWAIT`.
 ///
-/// By `libc`, because nix loses the descriptors of a truncated control message: they stay open.
+/// Uses `libc`, because nix loses the descriptors of a truncated control message: they stay open.
 pub(crate) fn receive(
     socket: impl AsFd,
     buffer: &mut [u8],
     flags: MsgFlags,
 ) -> Result<Received, Errno> {
-    // SAFETY: CMSG_SPACE computes.
+    // SAFETY: CMSG_SPACE only computes a size.
     const ROOM: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
-    // Words give the alignment of `cmsghdr`.
+    // An array of words has the alignment of `cmsghdr`.
     let mut control = [MaybeUninit::<usize>::uninit(); ROOM.div_ceil(size_of::<usize>())];
     let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     // SAFETY: all zero is a msghdr without buffers.
@@ -78,25 +78,25 @@ pub(crate) fn receive(
     // SAFETY: the kernel has filled the control buffer as the header now says.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&header) };
     while !next.is_null() {
-        // SAFETY: FIRSTHDR and NXTHDR answer null, or a header within the buffer. It is copied out, since
-        // what is reached from a reference to it ends with the header, and the data follow that.
+        // SAFETY: FIRSTHDR and NXTHDR return null or a header within the buffer. The header is copied: a
+        // pointer derived from a reference to it could not reach the data behind it.
         let message = unsafe { next.read() };
         if (message.cmsg_level, message.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            // SAFETY: CMSG_LEN computes.
+            // SAFETY: CMSG_LEN only computes a size.
             let empty = unsafe { libc::CMSG_LEN(0) } as usize;
-            // It has 32 bits in musl's headers, and a word in glibc's.
+            // `cmsg_len` has 32 bits in musl and 64 in glibc.
             #[allow(clippy::unnecessary_cast)]
             let len = message.cmsg_len as usize;
             let count = (len - empty) / size_of::<RawFd>();
-            // SAFETY: the message is one of the buffer, and `next` reaches all of that.
+            // SAFETY: the message lies in the buffer, and `next` may reach all of the buffer.
             let data = unsafe { libc::CMSG_DATA(next) }.cast::<RawFd>();
             fds.extend((0..count).map(|index| {
-                // SAFETY: `count` descriptors lie in the message's data, perhaps unaligned; each is new
-                // and ours.
+                // SAFETY: the message's data holds `count` descriptors, perhaps unaligned. Each is new, and
+                // ours alone.
                 unsafe { OwnedFd::from_raw_fd(data.add(index).read_unaligned()) }
             }));
         }
-        // SAFETY: as above.
+        // SAFETY: as for CMSG_FIRSTHDR.
         next = unsafe { libc::CMSG_NXTHDR(&header, next) };
     }
     Ok(Received { bytes, fds, truncated: header.msg_flags & libc::MSG_CTRUNC != 0 })
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_many_descriptors_as_fit_arrive_each_where_it_was() {
+    fn as_many_descriptors_as_fit_arrive_in_order() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let files: Vec<_> = (0..MAX_FDS)
             .map(|index| crate::sys::file::memory_file("vfio-remap-test", index as u64).unwrap())

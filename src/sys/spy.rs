@@ -1,22 +1,22 @@
-//! Tests watch the calls that change the address space, and make chosen ones fail.
+//! Lets tests record the calls that change the address space, and make chosen ones fail.
 //!
-//! Outside tests, [`call`] is nothing.
+//! Outside tests, [`call`] does nothing.
 
 #![cfg_attr(test, expect(unsafe_code, reason = "the kernel's contracts are unsafe"))]
 
 use nix::errno::Errno;
 
-/// A call that changes the address space, with what tests ask about.
+/// A call that changes the address space, with the arguments that tests check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(test), allow(dead_code))]
 pub(crate) enum Call {
-    /// `mmap` of the inaccessible placeholder where the kernel likes.
+    /// `mmap` of the marker file, inaccessible, at an address that the kernel chooses.
     Reserve,
-    /// The same at an address, only if nothing is there (`MAP_FIXED_NOREPLACE`).
+    /// The same at a given address, if nothing is mapped there (`MAP_FIXED_NOREPLACE`).
     ReserveAt { address: usize },
     /// The same over a range of ours (`MAP_FIXED`).
     Cover { address: usize, len: usize },
-    /// `mmap` of a file where the kernel likes.
+    /// `mmap` of a file at an address that the kernel chooses.
     Map { len: usize },
     /// `mmap` of a file over a range of ours (`MAP_FIXED`).
     MapFixed { address: usize, len: usize },
@@ -36,7 +36,7 @@ pub(crate) enum Call {
     MoveFixed { address: usize, len: usize },
 }
 
-/// Announces a call about to be made; an error is to be returned in its place.
+/// Announces a call. If this returns an error, the caller returns it instead of making the call.
 #[cfg(not(test))]
 #[inline(always)]
 pub(crate) fn call(_: Call) -> Result<(), Errno> {
@@ -65,7 +65,7 @@ mod in_tests {
                 calls.push(call);
             }
         });
-        // A script may itself make calls, which it is not asked about.
+        // A script may make calls itself; those are not passed to it.
         let mut script = SCRIPT.take();
         let answer = script.as_mut().and_then(|refuse| refuse(call));
         SCRIPT.set(script);
@@ -76,21 +76,21 @@ mod in_tests {
             | Call::MoveFixed { address, len }
             | Call::Cover { address, len } = call
         {
-            // SAFETY: the test has asked for what kernels do: the destination of the caller's FIXED
-            // call, which is the caller's to replace, is unmapped before the refusal.
+            // SAFETY: the caller of the FIXED call may replace the destination. The test asked for what
+            // kernels do: unmap the destination before the call fails.
             unsafe { libc::munmap(address as *mut _, len) };
         }
         Err(errno)
     }
 
-    /// Runs `f` and gives the calls that this thread made meanwhile.
+    /// Runs `f` and returns the calls that this thread made meanwhile.
     pub(crate) fn record<T>(f: impl FnOnce() -> T) -> (T, Vec<Call>) {
         RECORD.set(Some(Vec::new()));
         let result = f();
         (result, RECORD.take().unwrap_or_default())
     }
 
-    /// Runs `f` while calls for which `refuse` gives an errno fail with it.
+    /// Runs `f`. Calls for which `refuse` returns an errno fail with it.
     pub(crate) fn script<T>(
         mut refuse: impl FnMut(Call) -> Option<Errno> + 'static,
         f: impl FnOnce() -> T,
@@ -98,12 +98,12 @@ mod in_tests {
         run(move |call| refuse(call).map(|errno| (errno, false)), f)
     }
 
-    /// Runs `f` while calls that match fail with `errno`.
+    /// Runs `f`. Calls that match fail with `errno`.
     pub(crate) fn refuse<T>(errno: Errno, matches: fn(Call) -> bool, f: impl FnOnce() -> T) -> T {
         run(move |call| matches(call).then_some((errno, false)), f)
     }
 
-    /// As [`refuse`], and as kernels do it: what was at the destination is gone.
+    /// As [`refuse`], but a failing call first unmaps its destination, as kernels do.
     pub(crate) fn refuse_destructively<T>(
         errno: Errno,
         matches: fn(Call) -> bool,

@@ -1,8 +1,8 @@
-//! The VFIO ioctls, by the structures of `linux/vfio.h` (`vfio-bindings`).
+//! The VFIO ioctls, with the structures of `linux/vfio.h` (`vfio-bindings`).
 //!
-//! `vfio-ioctls` opens the container; from the group on the calls are made here, because that crate
-//! attaches groups only within a device object of its own, whose errors and `Drop` lose errnos and
-//! may panic when a device is unplugged.
+//! `vfio-ioctls` opens the container. The calls on groups and devices are made here: that crate attaches a
+//! group only inside a device object of its own, whose errors lose errnos and whose `Drop` may panic when a
+//! device is unplugged.
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
@@ -20,8 +20,8 @@ use vfio_ioctls::VfioContainer;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// The longest answer that is believed: some 65,000 sparse areas of a region.
-const MAX_ANSWER: usize = 1 << 20;
+/// The longest info reply that is accepted, in bytes: room for some 65,000 sparse areas of a region.
+const MAX_REPLY: usize = 1 << 20;
 
 mod raw {
     use super::*;
@@ -59,20 +59,20 @@ fn argsz<T>() -> u32 {
     size_of::<T>() as u32
 }
 
-/// `VFIO_SET_IOMMU(VFIO_TYPE1v2_IOMMU)`: the container gets its address space.
+/// `VFIO_SET_IOMMU(VFIO_TYPE1v2_IOMMU)`: gives the container its address space.
 pub(crate) fn set_iommu_type1v2(container: &VfioContainer) -> Result<()> {
     // SAFETY: the ioctl takes a number.
     unsafe { raw::set_iommu(container.as_raw_fd(), VFIO_TYPE1v2_IOMMU as libc::c_int) }.map(drop)
 }
 
-/// `VFIO_GET_API_VERSION`: whether a container speaks the one that there has been since Linux 3.6.
+/// `VFIO_GET_API_VERSION`: whether the version is the only one so far (since Linux 3.6).
 pub(crate) fn is_known_version(container: BorrowedFd<'_>) -> Result<bool> {
     // SAFETY: the ioctl takes no argument.
     let version = unsafe { raw::get_api_version(container.as_raw_fd()) }?;
     Ok(version.cast_unsigned() == VFIO_API_VERSION)
 }
 
-/// `VFIO_SET_IOMMU(VFIO_NOIOMMU_IOMMU)`: the container translates nothing (Linux 4.5).
+/// `VFIO_SET_IOMMU(VFIO_NOIOMMU_IOMMU)` (Linux 4.5): the container translates no addresses.
 pub(crate) fn set_no_iommu(container: BorrowedFd<'_>) -> Result<()> {
     // SAFETY: the ioctl takes a number.
     unsafe { raw::set_iommu(container.as_raw_fd(), VFIO_NOIOMMU_IOMMU as libc::c_int) }.map(drop)
@@ -96,7 +96,7 @@ pub(crate) fn set_container(group: BorrowedFd<'_>, container: &impl AsRawFd) -> 
 pub(crate) fn device_fd(group: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd> {
     // SAFETY: the kernel reads a C string.
     let fd = unsafe { raw::group_get_device_fd(group.as_raw_fd(), name.as_ptr()) }?;
-    // SAFETY: a successful call answers a new descriptor, which is ours.
+    // SAFETY: a successful call returns a new descriptor, which is ours.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -109,20 +109,20 @@ pub(crate) fn device_info(device: BorrowedFd<'_>) -> Result<vfio_device_info> {
     Ok(info)
 }
 
-/// `VFIO_DEVICE_GET_REGION_INFO`: the answer's bytes, a `vfio_region_info` and its capabilities.
+/// `VFIO_DEVICE_GET_REGION_INFO`: the reply's bytes, a `vfio_region_info` and its capabilities.
 ///
-/// EOVERFLOW where the kernel claims more than [`MAX_ANSWER`] bytes.
+/// EOVERFLOW if the kernel claims more than [`MAX_REPLY`] bytes.
 pub(crate) fn region_info(device: BorrowedFd<'_>, index: u32) -> Result<Vec<u8>> {
-    answer(size_of::<vfio_region_info>(), |words| {
+    info_reply(size_of::<vfio_region_info>(), |words| {
         words[offset_of!(vfio_region_info, index) / 4] = index;
         // SAFETY: the buffer is as long as its argsz says.
         unsafe { raw::device_get_region_info(device.as_raw_fd(), words.as_mut_ptr().cast()) }
     })
 }
 
-/// Runs an ioctl whose structure begins with the size of what is passed, and in which the kernel
-/// writes the size of what it would answer, until there is room for all of it.
-pub(super) fn answer(
+/// Runs an info ioctl until the buffer holds the whole reply. The structure begins with `argsz`: the caller
+/// sets it to the size of the buffer, and the kernel to the size of the whole reply.
+pub(super) fn info_reply(
     header: usize,
     mut ioctl: impl FnMut(&mut [u32]) -> Result<libc::c_int>,
 ) -> Result<Vec<u8>> {
@@ -133,13 +133,13 @@ pub(super) fn answer(
         words[0] = room as u32;
         ioctl(&mut words)?;
         let wanted = words[0] as usize;
-        if wanted > MAX_ANSWER {
+        if wanted > MAX_REPLY {
             return Err(Errno::EOVERFLOW);
         }
         if wanted <= room {
             return Ok(words.into_iter().flat_map(u32::to_ne_bytes).collect());
         }
-        // At most a few rounds, since what is wanted grows to a bound.
+        // The loop ends: `len` grows each time, and `MAX_REPLY` limits it.
         len = wanted;
     }
 }

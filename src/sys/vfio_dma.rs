@@ -1,4 +1,4 @@
-//! The ioctls of a type 1 container: which memory its devices reach, and where.
+//! The ioctls of a type 1 container: which memory its devices reach, and at which addresses.
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
@@ -36,9 +36,9 @@ mod raw {
     );
 }
 
-/// `VFIO_IOMMU_GET_INFO`: the answer's bytes, a `vfio_iommu_type1_info` and its capabilities.
+/// `VFIO_IOMMU_GET_INFO`: the reply's bytes, a `vfio_iommu_type1_info` and its capabilities.
 pub(crate) fn info(container: &VfioContainer) -> Result<Vec<u8>> {
-    super::vfio::answer(size_of::<vfio_iommu_type1_info>(), |words| {
+    super::vfio::info_reply(size_of::<vfio_iommu_type1_info>(), |words| {
         // SAFETY: the buffer is as long as its argsz says.
         unsafe { raw::get_info(container.as_raw_fd(), words.as_mut_ptr().cast()) }
     })
@@ -67,7 +67,7 @@ pub(crate) fn map(
     unsafe { raw::map(container.as_raw_fd(), &map) }.map(drop)
 }
 
-/// `VFIO_IOMMU_UNMAP_DMA`: how many bytes were unmapped, which may be fewer than `size`.
+/// `VFIO_IOMMU_UNMAP_DMA`: returns how many bytes were unmapped, which may be fewer than `size`.
 pub(crate) fn unmap(container: &VfioContainer, iova: u64, size: u64) -> Result<u64> {
     let mut unmap = vfio_iommu_type1_dma_unmap {
         argsz: size_of::<vfio_iommu_type1_dma_unmap>() as u32,

@@ -1,4 +1,4 @@
-//! `VFIO_DEVICE_FEATURE` (`linux/vfio.h`, Linux 5.7): what a device can do besides.
+//! `VFIO_DEVICE_FEATURE` (`linux/vfio.h`, Linux 5.7): optional features of a device.
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
@@ -24,14 +24,14 @@ mod raw {
     );
 }
 
-/// `VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY` (Linux 6.1). ENOTTY where the kernel does not know it, EINVAL
-/// where the device is there already.
+/// `VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY` (Linux 6.1). ENOTTY if the kernel does not know it, EINVAL if the
+/// device is already in low power.
 pub(crate) fn enter_low_power(device: BorrowedFd<'_>) -> Result<()> {
     set(device, VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, &[])
 }
 
-/// `VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP` (Linux 6.1): the eventfd is signalled when
-/// something wakes the device, which leaves low power by that.
+/// `VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP` (Linux 6.1): when something wakes the device, it
+/// leaves low power and the kernel signals the eventfd.
 pub(crate) fn enter_low_power_until_woken(
     device: BorrowedFd<'_>,
     eventfd: BorrowedFd<'_>,
@@ -41,13 +41,13 @@ pub(crate) fn enter_low_power_until_woken(
     set(device, VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, &entry)
 }
 
-/// `VFIO_DEVICE_FEATURE_LOW_POWER_EXIT` (Linux 6.1). Does nothing where the device is awake.
+/// `VFIO_DEVICE_FEATURE_LOW_POWER_EXIT` (Linux 6.1). Does nothing if the device is not in low power.
 pub(crate) fn exit_low_power(device: BorrowedFd<'_>) -> Result<()> {
     set(device, VFIO_DEVICE_FEATURE_LOW_POWER_EXIT, &[])
 }
 
-/// `VFIO_DEVICE_FEATURE_PCI_VF_TOKEN` (Linux 5.7): the UUID that opens the virtual functions. ENOTTY
-/// where the device is no physical function.
+/// `VFIO_DEVICE_FEATURE_PCI_VF_TOKEN` (Linux 5.7): sets the UUID that opening a virtual function requires.
+/// ENOTTY if the device is not a physical function.
 pub(crate) fn set_vf_token(device: BorrowedFd<'_>, uuid: [u8; 16]) -> Result<()> {
     let mut words = [0; 4];
     for (word, bytes) in words.iter_mut().zip(uuid.chunks_exact(4)) {
@@ -60,7 +60,7 @@ fn set(device: BorrowedFd<'_>, feature: u32, data: &[u32]) -> Result<()> {
     let size = (size_of::<vfio_device_feature>() + size_of_val(data)) as u32;
     let mut words = vec![size, VFIO_DEVICE_FEATURE_SET | feature];
     words.extend_from_slice(data);
-    // SAFETY: a vfio_device_feature of two words, and the data behind it, as long as its argsz says;
-    // to set a feature the kernel reads them.
+    // SAFETY: the buffer holds a vfio_device_feature of two words and the data behind it, and is as long as
+    // its argsz says. When a feature is set, the kernel only reads it.
     unsafe { raw::feature(device.as_raw_fd(), words.as_ptr().cast()) }.map(drop)
 }

@@ -25,7 +25,7 @@ mod raw {
     nix::ioctl_write_ptr_bad!(set, request_code_none!(VFIO_TYPE, VFIO_BASE + 10), vfio_irq_set);
 }
 
-/// What is done to vectors.
+/// What `VFIO_DEVICE_SET_IRQS` does to vectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     /// `VFIO_IRQ_SET_ACTION_MASK`
@@ -58,11 +58,11 @@ pub(crate) fn info(device: BorrowedFd<'_>, index: u32) -> Result<vfio_irq_info> 
     Ok(info)
 }
 
-/// `VFIO_DEVICE_SET_IRQS` with eventfds, −1 for none: what signals a vector (`Trigger`), or is
-/// signalled to mask or unmask it.
+/// `VFIO_DEVICE_SET_IRQS` with eventfds (−1 for `None`). With `Trigger`, a vector that fires signals its
+/// eventfd. With `Mask` or `Unmask`, a write to the eventfd masks or unmasks the vector.
 ///
-/// 0 where that is done. Any other answer is how many vectors of the index the machine has to give: fewer
-/// than were asked for, and none is connected (vfio-pci, for MSI and MSI-X).
+/// Returns 0 on success. Any other number is how many vectors the machine has available, fewer than were
+/// requested; none is then connected (vfio-pci, for MSI and MSI-X).
 pub(crate) fn set_eventfds(
     device: BorrowedFd<'_>,
     index: u32,
@@ -75,8 +75,8 @@ pub(crate) fn set_eventfds(
     set(device, index, start, fds.len() as u32, VFIO_IRQ_SET_DATA_EVENTFD | action.flag(), &fds)
 }
 
-/// `VFIO_DEVICE_SET_IRQS` without data: does it to these vectors now. `Trigger` on an empty range takes
-/// the whole index out of use.
+/// `VFIO_DEVICE_SET_IRQS` without data: does `action` to these vectors now. `Trigger` on an empty range
+/// disables the whole index.
 pub(crate) fn set_now(
     device: BorrowedFd<'_>,
     index: u32,
@@ -98,7 +98,8 @@ fn set(
     let size = (size_of::<vfio_irq_set>() + size_of_val(data)) as u32;
     let mut words = vec![size, flags, index, start, count];
     words.extend_from_slice(data);
-    // SAFETY: a vfio_irq_set of five words, and the data behind it, as long as its argsz says.
-    let answer = unsafe { raw::set(device.as_raw_fd(), words.as_ptr().cast()) }?;
-    Ok(answer.cast_unsigned())
+    // SAFETY: the buffer holds a vfio_irq_set of five words and the data behind it, and is as long as its
+    // argsz says.
+    let available = unsafe { raw::set(device.as_raw_fd(), words.as_ptr().cast()) }?;
+    Ok(available.cast_unsigned())
 }

@@ -1,4 +1,4 @@
-//! The ioctls that reset a device, or the bus or slot that it sits on.
+//! The ioctls that reset a device, its bus or its slot.
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
@@ -13,7 +13,7 @@ use vfio_bindings::bindings::vfio::{
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// More functions than a bus has: 256, and below a bridge more buses.
+/// More functions than a reset can affect: a bus has 256, and a bridge may have more buses below it.
 const MAX_DEVICES: usize = 1 << 16;
 
 mod raw {
@@ -38,10 +38,10 @@ pub(crate) fn reset(device: BorrowedFd<'_>) -> Result<()> {
     unsafe { raw::reset(device.as_raw_fd()) }.map(drop)
 }
 
-/// `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`: the answer's bytes, a `vfio_pci_hot_reset_info` and its
-/// devices. ENODEV where neither the bus nor the slot can be reset.
+/// `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`: the reply's bytes, a `vfio_pci_hot_reset_info` and its
+/// devices. ENODEV if neither the bus nor the slot can be reset.
 ///
-/// EOVERFLOW where the kernel claims more than [`MAX_DEVICES`].
+/// EOVERFLOW if the kernel claims more than [`MAX_DEVICES`].
 pub(crate) fn hot_reset_info(device: BorrowedFd<'_>) -> Result<Vec<u8>> {
     const HEADER: usize = size_of::<vfio_pci_hot_reset_info>();
     let mut room = 16;
@@ -54,7 +54,7 @@ pub(crate) fn hot_reset_info(device: BorrowedFd<'_>) -> Result<Vec<u8>> {
         let count = words[offset_of!(vfio_pci_hot_reset_info, count) / 4] as usize;
         match done {
             Ok(_) => return Ok(words.into_iter().flat_map(u32::to_ne_bytes).collect()),
-            // It says how many there are, which devices that come meanwhile may outdate.
+            // The kernel returns the count. More devices may appear before the next call.
             Err(Errno::ENOSPC) if room < count && count <= MAX_DEVICES => room = count,
             Err(Errno::ENOSPC) => return Err(Errno::EOVERFLOW),
             Err(errno) => return Err(errno),
@@ -62,13 +62,14 @@ pub(crate) fn hot_reset_info(device: BorrowedFd<'_>) -> Result<Vec<u8>> {
     }
 }
 
-/// `VFIO_DEVICE_PCI_HOT_RESET`: the groups that own all affected devices; none for a device that was
-/// opened by a file of its own (Linux 6.6), whose iommufd has to own them.
+/// `VFIO_DEVICE_PCI_HOT_RESET`, with the groups of all affected devices. For a device that was opened by
+/// its own file (Linux 6.6) there are no groups: its iommufd must own all affected devices.
 pub(crate) fn hot_reset(device: BorrowedFd<'_>, groups: &[BorrowedFd<'_>]) -> Result<()> {
     let size = size_of::<vfio_pci_hot_reset>() + size_of_val(groups);
     let mut words = vec![size as u32, 0, groups.len() as u32];
     words.extend(groups.iter().map(|group| group.as_raw_fd().cast_unsigned()));
-    // SAFETY: a vfio_pci_hot_reset of three words, and as many descriptors as it counts.
+    // SAFETY: the buffer holds a vfio_pci_hot_reset of three words, and as many descriptors as its count
+    // says.
     unsafe { raw::hot_reset(device.as_raw_fd(), words.as_ptr().cast()) }.map(drop)
 }
 
@@ -76,7 +77,7 @@ pub(crate) fn hot_reset(device: BorrowedFd<'_>, groups: &[BorrowedFd<'_>]) -> Re
 mod tests {
     use super::*;
 
-    /// What is passed are words: the structures hold nothing larger.
+    /// The buffers above are arrays of 32-bit words: no structure has a larger alignment.
     #[test]
     fn the_structures_are_words() {
         assert_eq!(size_of::<vfio_pci_hot_reset_info>(), 12);

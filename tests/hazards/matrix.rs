@@ -78,7 +78,7 @@ fn row(
     let (mut ladder, mut again) = (Vec::new(), Vec::new());
     let runs = if window().size() > LARGE { LARGE_RUNS } else { RUNS };
     for _ in 0..runs {
-        ladder.push(verb(window(), Strategy::LADDER));
+        ladder.push(verb(window(), Strategy::DEFAULT_ORDER));
         again.push(verb(window(), &[Strategy::MapAgain]));
     }
     let medians = |of: fn(&Run) -> Duration| {

@@ -42,15 +42,15 @@ pub static MUTANTS: &[Mutant] = &[
         file: "src/sys/mm.rs",
         before: "libc::MADV_DONTFORK)",
         after: "libc::MADV_NORMAL)",
-        killer: Host("--lib -- space::mapping::tests::a_child_has_a_hole_where_a_mapping_was"),
+        killer: Host("--lib -- space::mapping::tests::a_child_has_a_hole_in_place_of_a_mapping"),
     },
     Mutant {
-        name: "other-vetted-once",
+        name: "other-checked-once",
         file: "src/space/backing.rs",
         before: "if accepted && self.kind != BackingKind::Other {",
         after: "if accepted {",
         killer: Host(
-            "--lib -- space::ladder::tests::\
+            "--lib -- space::strategies::tests::\
              each_fixed_mapping_of_an_unknown_backing_is_tried_elsewhere_first",
         ),
     },
@@ -58,8 +58,8 @@ pub static MUTANTS: &[Mutant] = &[
     Mutant {
         name: "child-drops-mapping",
         file: "src/space/mapping.rs",
-        before: "if self.len == 0 || self.is_inherited() {",
-        after: "if self.len == 0 {",
+        before: "if self.size == 0 || self.is_inherited() {",
+        after: "if self.size == 0 {",
         killer: Host("--lib -- space::mapping::tests::a_child_leaves_alone_what_it_did_not_map"),
     },
     Mutant {
@@ -83,7 +83,7 @@ pub static MUTANTS: &[Mutant] = &[
         after: "",
         killer: Host(
             "--lib -- space::mapping::tests::\
-             a_child_leaves_nothing_mapped_in_a_reservation_that_it_has_inherited",
+             a_child_leaves_nothing_mapped_in_an_inherited_reservation",
         ),
     },
     Mutant {

@@ -42,13 +42,13 @@ fn without_room_to_align_the_size_alone_is_enough() {
         assert_eq!(reservation.address() % modulus, 0x5000);
         assert_eq!((reservation.size(), mapped(&reservation.range())), (4 * MIB, 4 * MIB));
         let tries = calls.iter().filter(|call| matches!(call, Call::ReserveAt { .. })).count();
-        // Or none, where the kernel's choice is congruent by chance.
+        // None if the kernel's choice happens to be congruent.
         assert!(tries == 0 || tries > taken, "{calls:?}");
     }
 }
 
 #[test]
-fn an_aligned_address_is_not_searched_for_ever() {
+fn the_search_for_an_aligned_address_ends() {
     let mut reserves = 0;
     let script = move |call| match call {
         Call::Reserve => {
@@ -73,7 +73,7 @@ fn an_aligned_address_is_not_searched_for_ever() {
 }
 
 #[test]
-fn nonsense_is_refused() {
+fn invalid_arguments_are_refused() {
     let kind = |result: Result<Reservation>| result.unwrap_err().kind();
     assert_eq!(kind(Reservation::new(0)), ErrorKind::OutOfRange);
     assert_eq!(kind(Reservation::new(usize::MAX)), ErrorKind::OutOfRange);
@@ -99,7 +99,7 @@ fn a_taken_address_is_named_with_what_is_there() {
 }
 
 #[test]
-fn pieces_split_join_and_leave_no_hole_until_the_last_has_gone() {
+fn dropped_pieces_stay_reserved_until_the_last_is_dropped() {
     let whole = secluded(MIB);
     let range = whole.range();
     let (a, rest) = whole.split_at(MIB / 4).unwrap();
@@ -109,7 +109,7 @@ fn pieces_split_join_and_leave_no_hole_until_the_last_has_gone() {
     drop(a);
     assert_eq!(mapped(&range), MIB, "dropped pieces stay reserved");
     drop(c);
-    assert_eq!(mapped(&range), 0, "until the last has gone");
+    assert_eq!(mapped(&range), 0, "the last one unmaps all of them");
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn a_bad_split_gives_the_reservation_back() {
 fn a_child_keeps_the_reservations_of_its_parent() {
     let mut reservation = Some(secluded(MIB));
     let range = reservation.as_ref().unwrap().range();
-    // SAFETY: nothing that the child comes by is locked.
+    // SAFETY: the child takes no lock that another thread holds: only this test uses what it touches.
     let kept = unsafe {
         fork::holds_in_child(|| {
             drop(reservation.take());
@@ -151,23 +151,23 @@ fn a_child_keeps_the_reservations_of_its_parent() {
 }
 
 #[test]
-fn what_others_took_is_never_unmapped() {
+fn what_other_code_took_is_never_unmapped() {
     let whole = secluded(MIB);
     let range = whole.range();
     let (_, second) = whole.split_at(MIB / 2).unwrap();
-    // SAFETY: the reservation is ours; this is the hole that a failing FIXED call leaves.
+    // SAFETY: the reservation is ours. This makes the hole that a failing FIXED call leaves.
     unsafe { mm::munmap(second.address(), second.size()) }.unwrap();
     let other = Reservation::at(second.address() + 4096, 4096).unwrap();
     // SAFETY: nothing of ours is there.
-    assert!(!unsafe { second.plug(&Turn::take(), second.size()) });
+    assert!(!unsafe { second.restore(&MmapLock::take(), second.size()) });
     let ((), calls) = spy::record(|| drop(second));
-    assert_eq!(calls, [Call::Unmap], "what lies before it");
-    assert_eq!(mapped(&range), 4096, "only what the other holds");
+    assert_eq!(calls, [Call::Unmap], "of the part before the lost range");
+    assert_eq!(mapped(&range), 4096, "only the other reservation");
     drop(other);
 }
 
 #[test]
-fn the_room_that_the_stack_grows_into_is_taken() {
+fn addresses_that_the_stack_may_grow_into_are_refused() {
     let all = maps::overlapping(&(0..usize::MAX));
     let stack = all.iter().find(|mapped| mapped.name == "[stack]").unwrap();
     let address = stack.range.start - 2 * MIB;
@@ -176,9 +176,9 @@ fn the_room_that_the_stack_grows_into_is_taken() {
     assert!(error.to_string().contains("stack"), "{error}");
 }
 
-/// As often as a guest may choose addresses that are taken.
+/// A guest may choose addresses that are taken any number of times.
 #[test]
-fn refused_placements_use_nothing_up() {
+fn refused_placements_leak_nothing() {
     let file = sys::file::memory_file("vfio-remap-test", HALF as u64).unwrap();
     let kind = BackingKind::SharedMemory;
     let backing = Backing::new("bar 0 of test", Arc::new(file), 0, HALF as u64, kind).unwrap();
@@ -192,18 +192,18 @@ fn refused_placements_use_nothing_up() {
 }
 
 #[test]
-fn dropped_reservations_use_nothing_up() {
+fn dropped_reservations_leak_nothing() {
     for _ in 0..200_000 {
         drop(Reservation::new(HALF).unwrap());
     }
 }
 
 #[test]
-fn a_kept_destination_is_known_by_its_file() {
+fn an_intact_destination_is_recognized_by_its_file() {
     let reservation = Reservation::new(MIB).unwrap();
     let (kept, calls) = spy::record(|| {
-        // SAFETY: the placeholder is there.
-        unsafe { reservation.plug(&Turn::take(), MIB) }
+        // SAFETY: only the marker file is mapped there.
+        unsafe { reservation.restore(&MmapLock::take(), MIB) }
     });
     assert!(kept && calls.is_empty());
 }
@@ -220,44 +220,44 @@ fn a_reservation_without_alignment_is_one_call() {
 }
 
 #[test]
-fn what_was_reserved_to_align_in_is_given_back() {
+fn the_surplus_of_an_aligned_reservation_is_unmapped() {
     let (made, calls) = spy::record(|| Reservation::congruent(MIB, 1 << 34, 0x5000));
     assert_eq!(made.unwrap().address() % (1 << 34), 0x5000);
     assert_eq!(calls, [Call::Reserve, Call::Unmap, Call::Unmap], "before and after it");
 }
 
 #[test]
-fn anonymous_memory_that_is_in_the_way_is_named_so() {
+fn the_error_says_if_anonymous_memory_is_in_the_way() {
     let place = secluded(MIB);
     let range = place.range();
     drop(place);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
     let (at, prot) = (range.start as *mut libc::c_void, libc::PROT_READ);
-    // SAFETY: NOREPLACE never touches what is there.
+    // SAFETY: NOREPLACE never replaces a mapping.
     assert_eq!(unsafe { libc::mmap(at, MIB, prot, flags, -1, 0) }, at);
     let error = Reservation::at(range.start, MIB).unwrap_err();
     let words = format!("anonymous memory is mapped at {:#x}..{:#x}", range.start, range.end);
     assert!(error.to_string().contains(&words), "{error}");
-    // SAFETY: mapped above, and nobody knows of it.
+    // SAFETY: the range was mapped above, and nothing else has its address.
     unsafe { mm::munmap(range.start, MIB) }.unwrap();
 }
 
 #[test]
-fn a_gap_is_reserved_again_unless_somebody_is_there() {
+fn a_gap_is_reserved_again_unless_something_is_mapped_there() {
     let place = secluded(MIB);
     let range = place.range();
     drop(place);
-    let over_gap = || Reservation::over_gap(&Turn::take(), range.start, MIB);
-    let again = over_gap().unwrap();
+    let reserve = || Reservation::reserve_gap(&MmapLock::take(), range.start, MIB);
+    let again = reserve().unwrap();
     assert_eq!((again.range(), mapped(&range)), (range.clone(), MIB));
-    assert!(over_gap().is_none());
+    assert!(reserve().is_none());
 }
 
 #[test]
-fn only_a_placeholder_is_unlocked() {
+fn only_a_reservation_is_unlocked() {
     let (reservation, rest) = secluded(2 * MIB).split_at(MIB).unwrap();
     assert!(reservation.unlock(MIB));
-    // SAFETY: the reservation is ours; this is the hole that a failing FIXED call leaves.
+    // SAFETY: the reservation is ours. This makes the hole that a failing FIXED call leaves.
     unsafe { mm::munmap(reservation.start + MIB / 2, MIB / 2) }.unwrap();
     let (unlocked, calls) = spy::record(|| reservation.unlock(MIB));
     assert!(!unlocked && calls.is_empty(), "{calls:?}");

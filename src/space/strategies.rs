@@ -1,4 +1,4 @@
-//! Duplicate and relocate: the ladder of strategies.
+//! Duplicate and relocate: tries the strategies in order until one works.
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
@@ -7,14 +7,14 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::limits::out_of_memory;
-use super::mapping::{Destination, Refusal, Released, map_again};
+use super::mapping::{Destination, FailedCall, Released, map_again};
 use super::{
     Attempt, Attempts, Failed, Mapping, Outcome, Report, Request, Reservation, Source, Strategy,
     Verb,
 };
 use crate::error::{Error, ErrorKind};
 use crate::sys::mm::{self, Access};
-use crate::sys::turn::Turn;
+use crate::sys::mmap_lock::MmapLock;
 
 /// A new side, made by `strategy`.
 struct Made {
@@ -23,14 +23,14 @@ struct Made {
     destination: Destination,
 }
 
-/// What a relocation leaves besides the window itself.
+/// The result of a relocation.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Relocation {
-    /// The addresses that the window has left, reserved: they reach nothing. `None` only where the
-    /// report's source is [`Source::Lost`].
+    /// The old addresses of the window. They are reserved and reach nothing. `None` only if the report's
+    /// source is [`Source::Lost`].
     pub old: Option<Reservation>,
-    /// Which way it took and why.
+    /// Which strategy was used, and why.
     pub report: Report,
 }
 
@@ -50,7 +50,7 @@ impl Mapping {
             strategy,
             attempts,
             from: self.range(),
-            to: address..address + self.len,
+            to: address..address + self.size,
             source: match strategy {
                 Strategy::DontUnmap => Source::Cold,
                 Strategy::MapAgain | Strategy::Move => Source::Warm,
@@ -61,7 +61,7 @@ impl Mapping {
             backing: Arc::clone(&self.backing),
             offset: self.offset,
             address,
-            len: self.len,
+            size: self.size,
             access,
             home: destination.into_home(),
             generation: self.generation,
@@ -69,7 +69,7 @@ impl Mapping {
         Ok((duplicate, report))
     }
 
-    /// Takes the mapping elsewhere; its old addresses stay reserved.
+    /// Moves the mapping to other addresses; the old ones stay reserved.
     #[inline(always)]
     pub(crate) fn relocate(&mut self, request: Request) -> Result<Relocation, Failed> {
         let mut attempts = Attempts::default();
@@ -77,20 +77,21 @@ impl Mapping {
             self.make(Verb::Relocate, self.access, request, &mut attempts)?;
         let from = self.range();
         let (old, source) = match strategy {
-            Strategy::Move => self.reserve_gap(),
-            // SAFETY: `&mut self` says that nobody uses the mapping meanwhile.
+            Strategy::Move => self.reserve_old(),
+            // SAFETY: `&mut self` proves that nothing uses the mapping meanwhile.
             Strategy::DontUnmap | Strategy::MapAgain => match unsafe { self.release() } {
                 Ok(Released::Whole(old)) => (Some(old), Source::Released),
                 Ok(Released::WithGap(old)) => (Some(old), Source::ReleasedWithGap),
                 Ok(Released::Lost) => (None, Source::Lost),
                 Err(errno) => {
-                    // SAFETY: the new side was made above, and nobody knows of it yet.
-                    let lost =
-                        !unsafe { destination.undo(&self.backing, self.offset, address, self.len) };
-                    let error = out_of_memory(errno, "relocate", self.object(), self.len);
+                    // SAFETY: the new side was made above, and nothing else has its address yet.
+                    let lost = !unsafe {
+                        destination.undo(&self.backing, self.offset, address, self.size)
+                    };
+                    let error = out_of_memory(errno, "relocate", self.object(), self.size);
                     let error = if lost {
                         error.into_kind(ErrorKind::ReservationLost).because(
-                            "the old range could not be covered, and the new not be reserved again",
+                            "the old range could not be covered, and the new range could not be reserved again",
                         )
                     } else if error.kind() == ErrorKind::Os {
                         error.because("the old range could not be covered; nothing has changed")
@@ -109,10 +110,10 @@ impl Mapping {
         Ok(Relocation { old, report })
     }
 
-    /// Climbs down the ladder until a strategy makes a new side.
+    /// Tries the strategies in order until one makes a new side.
     ///
-    /// Inlined, as are the steps of a verb in `mapping`: moving their large results about was a fifth of
-    /// a verb's instructions.
+    /// Inlined, as are the steps in `mapping`: copying their large results took a fifth of a verb's
+    /// instructions.
     #[inline(always)]
     fn make(
         &self,
@@ -129,22 +130,22 @@ impl Mapping {
         self.check_process(operation)?;
         let file_offset = self.backing.file_offset(self.offset);
         let mut destination =
-            Destination::prepare(placement, operation, &self.object(), file_offset, self.len)?;
+            Destination::prepare(placement, operation, &self.object(), file_offset, self.size)?;
         for strategy in strategies.into_iter().flatten() {
             let made = match strategy {
                 Strategy::DontUnmap => self.by_dont_unmap(access, &destination, pinned),
                 Strategy::MapAgain => {
-                    map_again(&self.backing, self.offset, self.len, access, &destination)
-                        .map_err(Rejection::from)
+                    map_again(&self.backing, self.offset, self.size, access, &destination)
+                        .map_err(FailedAttempt::from)
                 }
                 Strategy::Move => self.by_move(verb, &mut destination),
             };
-            let rejection = match made {
+            let failed = match made {
                 Ok(address) => return Ok(Made { address, strategy, destination }),
-                Err(rejection) => rejection,
+                Err(failed) => failed,
             };
-            attempts.push(Attempt { strategy, outcome: rejection.outcome });
-            if rejection.lost {
+            attempts.push(Attempt { strategy, outcome: failed.outcome });
+            if failed.lost {
                 let error = self.refused(operation, attempts).into_kind(ErrorKind::ReservationLost);
                 return Err(Failed::new(error, destination.given_back(true)));
             }
@@ -157,81 +158,83 @@ impl Mapping {
         &self,
         access: Access,
         destination: &Destination,
-        ask_again: bool,
-    ) -> Result<usize, Rejection> {
-        let (answer, remembered) = self.backing.probe(self.offset, ask_again);
-        if let Err(errno) = answer {
+        probe_again: bool,
+    ) -> Result<usize, FailedAttempt> {
+        let (probed, remembered) = self.backing.probe(self.offset, probe_again);
+        if let Err(errno) = probed {
             let outcome = Outcome::Refused { errno: errno as i32, remembered };
-            return Err(Rejection { outcome, lost: false });
+            return Err(FailedAttempt { outcome, lost: false });
         }
-        let (address, len) = (self.address, self.len);
-        if let Some(hazard) = self.backing.distrust_dont_unmap(address, self.offset, len) {
-            return Err(Rejection { outcome: Outcome::Hazard(hazard), lost: false });
+        let (address, size) = (self.address, self.size);
+        if let Some(hazard) = self.backing.hazard_of_dont_unmap(address, self.offset, size) {
+            return Err(FailedAttempt { outcome: Outcome::Hazard(hazard), lost: false });
         }
         let new = match destination {
             Destination::Chosen => {
-                // SAFETY: the mapping owns its range, and its backing fills it again.
-                unsafe { mm::dont_unmap(&Turn::take(), address, len) }.map_err(Refusal::from)
+                // SAFETY: the mapping owns its range. Its backing serves faults in it again, since no
+                // hazard says otherwise.
+                unsafe { mm::dont_unmap(&MmapLock::take(), address, size) }
+                    .map_err(FailedCall::from)
             }
             Destination::Reserved(reservation, _) => {
                 // SAFETY: as above; the reservation owns the new range, and nothing uses it.
-                Destination::fixed(reservation, len, |turn, new| unsafe {
-                    mm::dont_unmap_fixed(turn, address, len, new)
+                Destination::fixed(reservation, size, |lock, new| unsafe {
+                    mm::dont_unmap_fixed(lock, address, size, new)
                 })
             }
         }?;
         if access == Access::ReadOnly && self.access == Access::ReadWrite {
-            // SAFETY: the new side was made above, and nobody knows of it yet.
-            if let Err(errno) = unsafe { mm::protect_read_only(new, len) } {
+            // SAFETY: the new side was made above, and nothing else has its address yet.
+            if let Err(errno) = unsafe { mm::protect_read_only(new, size) } {
                 // SAFETY: as above.
-                let lost = !unsafe { destination.undo(&self.backing, self.offset, new, len) };
-                return Err(Refusal { errno, lost }.into());
+                let lost = !unsafe { destination.undo(&self.backing, self.offset, new, size) };
+                return Err(FailedCall { errno, lost }.into());
             }
         }
         Ok(new)
     }
 
-    fn by_move(&self, verb: Verb, destination: &mut Destination) -> Result<usize, Rejection> {
+    fn by_move(&self, verb: Verb, destination: &mut Destination) -> Result<usize, FailedAttempt> {
         if verb == Verb::Duplicate {
-            return Err(Rejection { outcome: Outcome::OnlyMoves, lost: false });
+            return Err(FailedAttempt { outcome: Outcome::OnlyMoves, lost: false });
         }
-        let (address, len) = (self.address, self.len);
-        if let Some(hazard) = self.backing.distrust_move(address, self.offset, len) {
-            return Err(Rejection { outcome: Outcome::Hazard(hazard), lost: false });
+        let (address, size) = (self.address, self.size);
+        if let Some(hazard) = self.backing.hazard_of_move(address, self.offset, size) {
+            return Err(FailedAttempt { outcome: Outcome::Hazard(hazard), lost: false });
         }
-        // A mapping that keeps its size moves only where it is told to.
+        // `mremap` moves a mapping that keeps its size only with MREMAP_FIXED, so it needs a destination.
         let place = match std::mem::replace(destination, Destination::Chosen) {
             Destination::Reserved(reservation, given) => (reservation, given),
-            Destination::Chosen => match Reservation::new(len) {
+            Destination::Chosen => match Reservation::new(size) {
                 Ok(reservation) => (reservation, false),
                 Err(error) => {
                     let errno = error.errno().map_or(Errno::ENOMEM, Errno::from_raw);
-                    return Err(Refusal::from(errno).into());
+                    return Err(FailedCall::from(errno).into());
                 }
             },
         };
-        // SAFETY: the mapping owns its range and `relocate` holds it exclusively; the reservation
-        // owns the new range, and nothing uses it.
-        let moved = Destination::fixed(&place.0, len, |turn, new| unsafe {
-            mm::move_fixed(turn, address, len, new)
+        // SAFETY: the mapping owns its range, and `relocate` has `&mut` access to it, so nothing else
+        // uses it; the reservation owns the new range, and nothing uses that.
+        let moved = Destination::fixed(&place.0, size, |lock, new| unsafe {
+            mm::move_fixed(lock, address, size, new)
         });
         *destination = Destination::Reserved(place.0, place.1);
         Ok(moved?)
     }
 
-    /// Reserves the hole that a move has left.
-    fn reserve_gap(&mut self) -> (Option<Reservation>, Source) {
-        let turn = Turn::take();
+    /// Reserves the old range, which a move has left as a hole.
+    fn reserve_old(&mut self) -> (Option<Reservation>, Source) {
+        let lock = MmapLock::take();
         let old = match self.home.take() {
-            // SAFETY: the move has taken everything of ours out of the range.
-            Some(home) => unsafe { home.fill(&turn, self.len) }.then_some(home),
-            None => Reservation::over_gap(&turn, self.address, self.len),
+            // SAFETY: the move left nothing of ours mapped in the range.
+            Some(home) => unsafe { home.reserve_again(&lock, self.size) }.then_some(home),
+            None => Reservation::reserve_gap(&lock, self.address, self.size),
         };
         let source = if old.is_some() { Source::ReleasedWithGap } else { Source::Lost };
         (old, source)
     }
 
-    /// The error of a ladder of which no rung has held.
+    /// The error if no strategy worked.
     fn refused(&self, operation: &'static str, attempts: &[Attempt]) -> Error {
         let reason = attempts.iter().map(Attempt::to_string).collect::<Vec<_>>().join("; ");
         let errno = attempts.iter().rev().find_map(|attempt| match attempt.outcome {
@@ -240,7 +243,7 @@ impl Mapping {
         });
         let hazard = attempts.iter().any(|attempt| matches!(attempt.outcome, Outcome::Hazard(_)));
         let error = match errno {
-            Some(errno) => out_of_memory(errno, operation, self.object(), self.len),
+            Some(errno) => out_of_memory(errno, operation, self.object(), self.size),
             None => Error::new(ErrorKind::Refused, operation, self.object()),
         };
         let error = match error.kind() {
@@ -260,14 +263,14 @@ impl Mapping {
     }
 }
 
-/// Why a rung did not hold, and whether it has cost the destination.
-struct Rejection {
+/// Why a strategy did not work, and whether the destination was lost.
+struct FailedAttempt {
     outcome: Outcome,
     lost: bool,
 }
 
-impl From<Refusal> for Rejection {
-    fn from(Refusal { errno, lost }: Refusal) -> Self {
+impl From<FailedCall> for FailedAttempt {
+    fn from(FailedCall { errno, lost }: FailedCall) -> Self {
         Self { outcome: Outcome::Refused { errno: errno as i32, remembered: false }, lost }
     }
 }

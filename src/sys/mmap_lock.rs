@@ -1,9 +1,9 @@
-//! One call at a time gives addresses out: the lock of this crate over the address space.
+//! The crate's lock for calls that create or replace mappings.
 //!
-//! A failing `MAP_FIXED` call may have unmapped its destination, and the kernel gives the hole to the next
-//! `mmap` that fits. Whoever examines a failed call holds the turn from before the call on, so what lies
-//! in the range is what was there before, or belongs to somebody outside this crate. The kernel makes
-//! such calls one at a time, too (`mmap_lock`).
+//! A failing `MAP_FIXED` call may have unmapped its destination, and the kernel gives the hole to the
+//! next `mmap` that fits. Code that examines a failed call takes this lock before the call. So what it
+//! finds in the range was there before the call, or was mapped by code outside this crate. The kernel
+//! runs such calls one at a time too (`mmap_lock`).
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
@@ -12,14 +12,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::fork;
 
-/// The turn to give addresses out, or to replace what is mapped at addresses of one's own.
-pub(crate) struct Turn {
+/// Held while a call creates or replaces a mapping.
+pub(crate) struct MmapLock {
     _held: MutexGuard<'static, ()>,
 }
 
 struct Lock(UnsafeCell<Mutex<()>>);
 
-// SAFETY: shared as a `Mutex` is, except by `renew`, whose contract is that nobody else is there.
+// SAFETY: a `Mutex` is `Sync`. Only `renew` uses the cell otherwise, and by its contract no other thread
+// exists then.
 unsafe impl Sync for Lock {}
 
 static LOCK: Lock = Lock(UnsafeCell::new(Mutex::new(())));
@@ -30,39 +31,41 @@ thread_local! {
 }
 
 fn lock() -> &'static Mutex<()> {
-    // Has `renew` called in children from now on.
+    // Registers the handler that calls `renew` in children.
     fork::generation();
-    // SAFETY: `renew`, the only writer, runs before a child can have called this.
+    // SAFETY: `renew` is the only writer. It runs in a child before any other code of this crate, so no
+    // reference from this function is in use there.
     unsafe { &*LOCK.0.get() }
 }
 
-impl Turn {
-    /// Waits for the turn. A thread that has it already waits forever.
+impl MmapLock {
+    /// Waits for the lock. A thread that already holds it waits forever.
     pub(crate) fn take() -> Self {
         #[cfg(test)]
         TAKEN.set(TAKEN.get() + 1);
         Self { _held: lock().lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
-    /// How often this thread took the turn.
+    /// How often this thread has taken the lock.
     #[cfg(test)]
     pub(crate) fn count() -> usize {
         TAKEN.get()
     }
 
-    /// Whether some thread has the turn now.
+    /// Whether some thread holds the lock now.
     #[cfg(test)]
     pub(crate) fn is_taken() -> bool {
         lock().try_lock().is_err()
     }
 }
 
-/// Makes the lock a free one: the thread that held it may not exist in a child of `fork(2)`.
+/// Replaces the lock by a free one: in a child of `fork(2)` the thread that held it may not exist.
 ///
 /// # Safety
-/// This thread is the only one of the process, and does not hold the turn.
+/// This thread is the only one of the process, and does not hold the lock.
 pub(super) unsafe fn renew() {
-    // SAFETY: by the contract nobody uses the mutex. It owns nothing, so nothing is lost with the old value.
+    // SAFETY: by the contract nothing uses the mutex now. The old value owns nothing, so not dropping it
+    // leaks nothing.
     unsafe { LOCK.0.get().write(Mutex::new(())) };
 }
 
@@ -73,11 +76,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_child_has_the_turn_that_a_thread_held_at_fork() {
+    fn a_child_can_take_a_lock_that_another_thread_held_at_fork() {
         let (held, forked) = (Barrier::new(2), Barrier::new(2));
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let _turn = Turn::take();
+                let _lock = MmapLock::take();
                 held.wait();
                 forked.wait();
             });
@@ -85,7 +88,7 @@ mod tests {
             // SAFETY: the child takes this lock only.
             let free = unsafe {
                 fork::holds_in_child(|| {
-                    drop(Turn::take());
+                    drop(MmapLock::take());
                     true
                 })
             };

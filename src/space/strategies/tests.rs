@@ -69,7 +69,7 @@ fn dropping_a_mapping_in_a_piece_leaves_the_reservation_whole() {
     drop(mapping);
     assert_eq!(state(&range), (0, 3 * PAGE));
     drop((first, last));
-    assert_eq!(state(&range), (0, 0), "and the last holder takes all of it along");
+    assert_eq!(state(&range), (0, 0), "the last piece unmaps all of it");
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn pinning_asks_the_kernel_again_and_passing_errors_are_not_remembered() {
 #[test]
 fn no_fixed_call_comes_before_an_acceptance_without_fixed() {
     for kind in [BackingKind::SharedMemory, BackingKind::VfioPci, BackingKind::Other] {
-        for strategies in [Strategy::LADDER, &[Strategy::MapAgain], &[Strategy::Move]] {
+        for strategies in [Strategy::DEFAULT_ORDER, &[Strategy::MapAgain], &[Strategy::Move]] {
             let backing = Arc::new(backing(4 * MIB, kind));
             let ((), calls) = spy::record(|| {
                 let mut window = map(&backing, 4 * MIB);
@@ -156,7 +156,7 @@ fn a_refused_fixed_call_never_costs_the_caller_its_reservation() {
 }
 
 #[test]
-fn after_a_refusal_that_unmapped_the_destination_the_next_rung_takes_it() {
+fn after_a_refusal_that_unmapped_the_destination_the_next_strategy_uses_it() {
     let window = shared(2 * MIB);
     let place = secluded(2 * MIB);
     let range = place.range();
@@ -171,7 +171,7 @@ fn after_a_refusal_that_unmapped_the_destination_the_next_rung_takes_it() {
 }
 
 #[test]
-fn a_reservation_that_others_took_meanwhile_is_reported_lost_and_left_alone() {
+fn a_reservation_that_other_code_took_is_reported_lost_and_left_alone() {
     let mut window = shared(2 * MIB);
     let at = window.range();
     let place = secluded(2 * MIB);
@@ -189,7 +189,7 @@ fn a_reservation_that_others_took_meanwhile_is_reported_lost_and_left_alone() {
     );
     assert_eq!(failed.kind(), ErrorKind::ReservationLost);
     assert!(failed.into_reservation().is_none());
-    assert_eq!(state(&range), (2 * MIB, 0), "what the other holds stays");
+    assert_eq!(state(&range), (2 * MIB, 0), "the other mapping stays");
     assert_eq!((window.range(), read(&window, 0)), (at, 0));
 }
 
@@ -221,7 +221,7 @@ fn when_the_old_side_cannot_be_covered_nothing_has_changed() {
 }
 
 #[test]
-fn a_cover_that_fails_after_it_has_unmapped_is_made_good_and_reported_as_a_gap() {
+fn a_cover_that_fails_after_unmapping_is_repaired_and_reported_as_a_gap() {
     for placed in [false, true] {
         let backing = Arc::new(backing(2 * MIB, BackingKind::SharedMemory));
         let (home, rest) = secluded(4 * MIB).split_at(2 * MIB).unwrap();
@@ -241,7 +241,7 @@ fn a_cover_that_fails_after_it_has_unmapped_is_made_good_and_reported_as_a_gap()
                 let old = relocation.old.unwrap();
                 assert_eq!((old.range(), state(&from)), (from.clone(), (0, 2 * MIB)));
             }
-            // Among other tests the kernel may have given the hole to one of them.
+            // The kernel may have given the hole to a test that runs at the same time.
             Source::Lost => assert!(!placed && relocation.old.is_none()),
             other => panic!("{other:?}"),
         }
@@ -250,7 +250,7 @@ fn a_cover_that_fails_after_it_has_unmapped_is_made_good_and_reported_as_a_gap()
 }
 
 #[test]
-fn where_nothing_can_be_covered_what_was_made_is_unmapped_and_the_reservation_given_back() {
+fn if_nothing_can_be_covered_the_new_side_is_unmapped_and_the_reservation_given_back() {
     let mut window = shared(2 * MIB);
     write(&window, 0, 8);
     let at = window.range();
@@ -274,7 +274,7 @@ fn a_mapping_that_cannot_be_covered_when_it_is_dropped_is_unmapped() {
     let placement = Placement::In(home);
     let window = Mapping::new(backing, 0, PAGE, Access::ReadWrite, placement).unwrap();
     spy::refuse(Errno::ENOMEM, |call| matches!(call, Call::Cover { .. }), || drop(window));
-    assert_eq!(state(&range), (0, PAGE), "reserved, and no device");
+    assert_eq!(state(&range), (0, PAGE), "reserved, and not mapped to the file");
     drop(rest);
     assert_eq!(state(&range), (0, 0));
 }
@@ -323,7 +323,7 @@ fn a_read_only_duplicate_cannot_be_written_by_any_strategy() {
 }
 
 #[test]
-fn a_kernel_that_accepts_and_cannot_be_trusted_stays_on_map_again_by_the_hazards_name() {
+fn a_hazard_leads_to_map_again_although_the_kernel_accepts_dont_unmap() {
     let gib = 1 << 30;
     let cases = [
         (BackingKind::VfioPci, (6, 1), PAGE, Some(Hazard::SourceMaySpin)),
@@ -425,7 +425,7 @@ fn each_fixed_mapping_of_an_unknown_backing_is_tried_elsewhere_first() {
 }
 
 #[test]
-fn what_has_no_gib_entry_is_moved_where_it_is_asked_for() {
+fn a_mapping_without_gib_entries_is_moved_on_request() {
     for kind in [BackingKind::VfioPci, BackingKind::Other] {
         for len in [PAGE, 4 * MIB] {
             let mut window =
@@ -438,7 +438,7 @@ fn what_has_no_gib_entry_is_moved_where_it_is_asked_for() {
 }
 
 #[test]
-fn an_acceptance_is_remembered_as_a_refusal_is() {
+fn an_acceptance_is_remembered_too() {
     let window = shared(PAGE);
     let asked = [2, 1, 1].map(|_| {
         let anywhere = || window.duplicate(Access::ReadWrite, Placement::Anywhere.into());
@@ -450,14 +450,14 @@ fn an_acceptance_is_remembered_as_a_refusal_is() {
 }
 
 #[test]
-fn a_refusal_advises_map_again_where_it_was_not_allowed() {
+fn the_error_advises_map_again_if_it_was_not_allowed() {
     let window = map(&Arc::new(backing(PAGE, BackingKind::Other)), PAGE);
     let duplicate = |strategies: &[Strategy]| {
         let request = Placement::Anywhere.by(strategies);
         let any = |call| matches!(call, Call::Map { .. });
         spy::refuse(Errno::EIO, any, || window.duplicate(Access::ReadWrite, request).unwrap_err())
     };
-    let all = duplicate(Strategy::LADDER);
+    let all = duplicate(Strategy::DEFAULT_ORDER);
     assert_eq!((all.kind(), all.errno()), (ErrorKind::Refused, Some(libc::EIO)), "{all}");
     assert!(!all.advice().contains("MapAgain"), "{all}");
     let first = duplicate(&[Strategy::DontUnmap]);
@@ -465,7 +465,7 @@ fn a_refusal_advises_map_again_where_it_was_not_allowed() {
 }
 
 #[test]
-fn a_known_backing_is_tried_once_for_each_access() {
+fn a_known_backing_is_checked_once_for_each_access() {
     let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
     let kept = Mapping::new(backing.clone(), 0, PAGE, Access::ReadOnly, Placement::Anywhere);
     let tries = [Access::ReadOnly, Access::ReadWrite, Access::ReadWrite].map(|access| {
