@@ -55,6 +55,6 @@ fuzz_target!(init: start(seeds::of_server), |input: &[u8]| {
     let nvme = decode(input).next().is_some_and(|first| first.has(flag::CHOICE));
     let device = if nvme { &*NVME } else { &*EDU };
     let _ = Server::serve_stream(device, stream, TIME);
-    assert_eq!(device.dma_limits().expect("limits").mappings, Some(65535), "mappings are left");
+    assert_eq!(device.dma_limits().expect("limits").available_mappings, Some(65535), "mappings are left");
     device.reset().expect("a reset");
 });

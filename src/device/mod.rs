@@ -155,7 +155,7 @@ impl Device {
     pub fn new(transport: Arc<dyn Transport>) -> Self {
         let info = transport.info();
         // A region index is a u32 in VFIO, and a few in every device.
-        let count = info.regions.min(1024) as usize;
+        let count = info.region_count.min(1024) as usize;
         Self {
             inner: Arc::new(Inner {
                 regions: std::iter::repeat_with(OnceLock::new).take(count).collect(),

@@ -19,7 +19,7 @@ use super::user::User;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{self, fork};
-use crate::transport::refusal::refused;
+use crate::transport::dma_error::map_refused;
 use crate::transport::vfio_user::protocol::dma::Rights;
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
@@ -127,8 +127,8 @@ impl Core {
             name: format!("emulated:{}", shape.name),
             pci: shape.pci,
             resettable: true,
-            regions: shape.regions.len() as u32,
-            irqs: shape.irqs.len() as u32,
+            region_count: shape.regions.len() as u32,
+            irq_count: shape.irqs.len() as u32,
         };
         let memories = shape.regions.iter().enumerate().map(|(index, region)| {
             check_areas(region).then_some(()).ok_or_else(|| {
@@ -375,11 +375,11 @@ impl Transport for Emulated {
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
-        let mappings = Some(self.core.user.room());
+        let available_mappings = Some(self.core.user.room());
         let page_size = sys::page_size() as u64;
         let limits = DmaLimits::new(vec![0..=u64::MAX], page_size);
         // The model reaches memory of this process by its address.
-        Ok(DmaLimits { mappings, by_file: false, ..limits })
+        Ok(DmaLimits { available_mappings, by_file: false, ..limits })
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
@@ -391,7 +391,7 @@ impl Transport for Emulated {
         self.core
             .bus
             .map(&self.core.user, iova, size, Rights::from(access), target)
-            .map_err(|errno| refused(errno, object()))
+            .map_err(|errno| map_refused(errno, object()))
     }
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {

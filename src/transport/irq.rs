@@ -1,4 +1,4 @@
-//! Interrupts as a transport offers them.
+//! Interrupts of a device, as a transport describes them.
 
 /// The interrupt indexes of a PCI device (`linux/vfio.h`).
 pub mod irq_index {
@@ -10,29 +10,28 @@ pub mod irq_index {
     pub const MSIX: u32 = 2;
     /// Uncorrectable errors of the device.
     pub const ERR: u32 = 3;
-    /// The kernel wants the device back.
+    /// The kernel requests that the device be released.
     pub const REQ: u32 = 4;
 }
 
-/// An interrupt index: how many vectors it has, and what can be done with them
-/// (`VFIO_DEVICE_GET_IRQ_INFO`).
+/// An interrupt index: how many vectors it has, and what they support (`VFIO_DEVICE_GET_IRQ_INFO`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct IrqInfo {
-    /// How many vectors it has; 0 where the device has no such interrupt.
+    /// The number of vectors; 0 if the device has no such interrupt.
     pub count: u32,
     /// Whether vectors can signal an eventfd.
     pub eventfd: bool,
     /// Whether a vector can be masked and unmasked.
     pub maskable: bool,
-    /// Whether a vector is masked when it fires, and is to be unmasked after it was served.
+    /// Whether a vector is masked when it fires, and must be unmasked after it was handled.
     pub automasked: bool,
-    /// Whether vectors can be added only by setting up all of them again.
+    /// Whether adding vectors requires disabling all of them first.
     pub noresize: bool,
 }
 
 impl IrqInfo {
-    /// `count` vectors that signal eventfds, and no more.
+    /// `count` vectors that can signal eventfds and have no other feature.
     pub fn eventfds(count: u32) -> Self {
         Self { count, eventfd: true, ..Self::default() }
     }

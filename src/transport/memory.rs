@@ -1,4 +1,4 @@
-//! A device of one BAR that is plain memory: for trying things out on any machine.
+//! A device with one BAR that is plain memory, for experiments on any machine.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -9,10 +9,10 @@ use super::{DeviceInfo, RegionFile, RegionInfo, Transport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file;
 
-/// A device in this process whose one BAR is a memfd.
+/// A device in this process whose only BAR is a memfd.
 ///
-/// What is written to it reads back; windows over it are duplicated and relocated by
-/// `MREMAP_DONTUNMAP` on Linux 5.13 and newer.
+/// A read returns what was written. On Linux 5.13 and newer, windows over it are duplicated and relocated
+/// by `MREMAP_DONTUNMAP`.
 #[derive(Debug)]
 pub struct MemoryDevice {
     memory: File,
@@ -24,7 +24,7 @@ impl MemoryDevice {
     /// A device whose BAR 0 has `size` bytes, all zero.
     ///
     /// # Errors
-    /// `Os` where the kernel has no memory file to give.
+    /// `Os` if the kernel cannot create the memfd.
     pub fn new(size: u64) -> Result<Self> {
         let failed = |errno| Error::os(errno, "create", "a memory device");
         let memory = File::from(file::memory_file("vfio-remap-bar", size).map_err(failed)?);
@@ -47,7 +47,7 @@ impl MemoryDevice {
             return Ok(());
         }
         Err(Error::new(ErrorKind::NotFound, operation, format!("region {region} of memory"))
-            .because("it has region 0 only"))
+            .because("it has only region 0"))
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a transport says of a region, and how VFIO writes that down.
+//! The description of a region, and how VFIO encodes it.
 
 use std::ops::Range;
 
@@ -9,25 +9,24 @@ use vfio_bindings::bindings::vfio::{
     vfio_region_sparse_mmap_area,
 };
 
-use super::answer::Answer;
+use super::info_reply::InfoReply;
 use crate::error::Result;
 
-/// Size and abilities of a region.
+/// The size of a region, and what accesses it allows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RegionInfo {
-    /// In bytes; 0 where the region is vacant.
+    /// The size in bytes; 0 if the region is not implemented.
     pub size: u64,
     /// Whether it can be read.
     pub readable: bool,
     /// Whether it can be written.
     pub writable: bool,
-    /// Whether (parts of) it can be mapped.
+    /// Whether all or parts of it can be mapped.
     pub mappable: bool,
-    /// The only parts that can be mapped, where not all can: byte ranges of the region. `None` means
-    /// no restriction.
+    /// The byte ranges that can be mapped, if not all of the region can. `None` means no restriction.
     pub areas: Option<Vec<Range<u64>>>,
-    /// Whether pages that hold the MSI-X table may be mapped, too.
+    /// Whether pages that hold the MSI-X table may be mapped too.
     pub msix_mappable: bool,
 }
 
@@ -37,42 +36,42 @@ impl RegionInfo {
         Self { mappable: true, ..Self::trapped(size) }
     }
 
-    /// A region of `size` bytes that can be read and written, and not be mapped.
+    /// A region of `size` bytes that can be read and written, but not mapped.
     pub fn trapped(size: u64) -> Self {
         Self { size, readable: true, writable: true, ..Self::default() }
     }
 
-    /// Reads the answer to `VFIO_DEVICE_GET_REGION_INFO`, a `struct vfio_region_info` with its
-    /// capability chain (`linux/vfio.h`; vfio-user sends the same), and the region's offset in the
-    /// device's file.
+    /// Decodes the reply to `VFIO_DEVICE_GET_REGION_INFO`, a `struct vfio_region_info` with its
+    /// capability chain (`linux/vfio.h`; vfio-user sends the same). Returns the description, and the
+    /// offset of the region in the device's file.
     ///
-    /// Areas that are empty are left out; the rest is taken as it is and checked where it is used.
+    /// Empty areas are left out. Other values are not checked here, but when they are used.
     ///
     /// # Errors
-    /// `Malformed` where the answer is cut short, or its chain loops, points outside of it, or counts
-    /// more areas than it holds.
-    pub fn from_vfio(answer: &[u8]) -> Result<(Self, u64)> {
-        let answer = Answer::new(answer, "region information");
-        let flags = answer.u32(std::mem::offset_of!(vfio_region_info, flags))?;
-        let first = answer.u32(std::mem::offset_of!(vfio_region_info, cap_offset))?;
-        let offset = answer.u64(std::mem::offset_of!(vfio_region_info, offset))?;
+    /// `Malformed` if the reply is too short, or its capability chain loops, points outside the reply, or
+    /// claims more areas than the reply holds.
+    pub fn from_vfio(reply: &[u8]) -> Result<(Self, u64)> {
+        let reply = InfoReply::new(reply, "region information");
+        let flags = reply.u32(std::mem::offset_of!(vfio_region_info, flags))?;
+        let first = reply.u32(std::mem::offset_of!(vfio_region_info, cap_offset))?;
+        let offset = reply.u64(std::mem::offset_of!(vfio_region_info, offset))?;
         let mut info = Self {
-            size: answer.u64(std::mem::offset_of!(vfio_region_info, size))?,
+            size: reply.u64(std::mem::offset_of!(vfio_region_info, size))?,
             readable: flags & VFIO_REGION_INFO_FLAG_READ != 0,
             writable: flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
             mappable: flags & VFIO_REGION_INFO_FLAG_MMAP != 0,
             ..Self::default()
         };
         if flags & VFIO_REGION_INFO_FLAG_CAPS != 0 {
-            info.read_chain(&answer, first)?;
+            info.read_chain(&reply, first)?;
         }
         Ok((info, offset))
     }
 
-    fn read_chain(&mut self, answer: &Answer<'_>, first: u32) -> Result<()> {
-        for (id, at) in answer.capabilities(first, size_of::<vfio_region_info>())? {
+    fn read_chain(&mut self, reply: &InfoReply<'_>, first: u32) -> Result<()> {
+        for (id, at) in reply.capabilities(first, size_of::<vfio_region_info>())? {
             match id {
-                VFIO_REGION_INFO_CAP_SPARSE_MMAP => self.areas = Some(read_areas(answer, at)?),
+                VFIO_REGION_INFO_CAP_SPARSE_MMAP => self.areas = Some(read_areas(reply, at)?),
                 VFIO_REGION_INFO_CAP_MSIX_MAPPABLE => self.msix_mappable = true,
                 _ => {}
             }
@@ -81,18 +80,18 @@ impl RegionInfo {
     }
 }
 
-fn read_areas(answer: &Answer<'_>, at: usize) -> Result<Vec<Range<u64>>> {
+fn read_areas(reply: &InfoReply<'_>, at: usize) -> Result<Vec<Range<u64>>> {
     const HEADER: usize = size_of::<vfio_region_info_cap_sparse_mmap>();
     const AREA: usize = size_of::<vfio_region_sparse_mmap_area>();
     let count =
-        answer.u32(at + std::mem::offset_of!(vfio_region_info_cap_sparse_mmap, nr_areas))? as usize;
+        reply.u32(at + std::mem::offset_of!(vfio_region_info_cap_sparse_mmap, nr_areas))? as usize;
     let mut areas = Vec::new();
-    for (index, area) in answer.array(at + HEADER, AREA, count)?.enumerate() {
-        let start = answer.u64(area)?;
-        let size = answer.u64(area + 8)?;
+    for (index, area) in reply.array(at + HEADER, AREA, count)?.enumerate() {
+        let start = reply.u64(area)?;
+        let size = reply.u64(area + 8)?;
         let end = start
             .checked_add(size)
-            .ok_or_else(|| answer.malformed(format!("sparse area {index} wraps around")))?;
+            .ok_or_else(|| reply.malformed(format!("sparse area {index} wraps around")))?;
         if size != 0 {
             areas.push(start..end);
         }
@@ -104,8 +103,8 @@ fn read_areas(answer: &Answer<'_>, at: usize) -> Result<Vec<Range<u64>>> {
 mod tests {
     use super::*;
 
-    /// A `vfio_region_info` with these flags and the bytes of its capabilities behind it.
-    fn answer(flags: u32, cap_offset: u32, caps: &[u8]) -> Vec<u8> {
+    /// A `vfio_region_info` with these flags, followed by the bytes of its capabilities.
+    fn reply(flags: u32, cap_offset: u32, caps: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
         for word in [32 + caps.len() as u32, flags, 0, cap_offset] {
             bytes.extend(word.to_ne_bytes());
@@ -130,25 +129,25 @@ mod tests {
     fn flags_size_offset_and_both_capabilities_are_read() {
         let mut caps = cap(3, 40, &[]);
         caps.extend(cap(1, 0, &[3, 0, 0x1000, 0x2000, 0, 0x4000, 0x8000]));
-        let (info, offset) = RegionInfo::from_vfio(&answer(0xf, 32, &caps)).unwrap();
+        let (info, offset) = RegionInfo::from_vfio(&reply(0xf, 32, &caps)).unwrap();
         assert_eq!((info.size, offset), (0x10000, 7 << 40));
         assert!(info.readable && info.writable && info.mappable && info.msix_mappable);
         assert_eq!(info.areas, Some(vec![0..0x1000, 0x4000..0xc000]), "the empty area is left out");
-        let (info, _) = RegionInfo::from_vfio(&answer(0x3, 0, &[])).unwrap();
+        let (info, _) = RegionInfo::from_vfio(&reply(0x3, 0, &[])).unwrap();
         assert!(!info.mappable && info.areas.is_none() && !info.msix_mappable);
     }
 
     #[test]
-    fn chains_that_lie_are_refused() {
+    fn malformed_chains_are_refused() {
         let reason = |bytes: &[u8]| RegionInfo::from_vfio(bytes).unwrap_err().to_string();
-        assert!(reason(&answer(0xf, 32, &cap(3, 32, &[]))).contains("loops"));
-        assert!(reason(&answer(0xf, 8, &cap(3, 0, &[]))).contains("within the structure"));
-        assert!(reason(&answer(0xf, 4000, &cap(3, 0, &[]))).contains("end before"));
-        assert!(reason(&answer(0xf, u32::MAX, &[])).contains("end before"));
-        assert!(reason(&answer(0xf, 32, &cap(1, 0, &[2, 0, 0x1000]))).contains("would fit"));
-        assert!(reason(&answer(0xf, 32, &cap(1, 0, &[u64::MAX, 0, 1]))).contains("would fit"));
-        assert!(reason(&answer(0xf, 32, &cap(1, 0, &[1, u64::MAX, 2]))).contains("wraps"));
-        assert!(reason(&answer(0xf, 32, &[1, 0])).contains("end before"));
+        assert!(reason(&reply(0xf, 32, &cap(3, 32, &[]))).contains("loops"));
+        assert!(reason(&reply(0xf, 8, &cap(3, 0, &[]))).contains("within the structure"));
+        assert!(reason(&reply(0xf, 4000, &cap(3, 0, &[]))).contains("end before"));
+        assert!(reason(&reply(0xf, u32::MAX, &[])).contains("end before"));
+        assert!(reason(&reply(0xf, 32, &cap(1, 0, &[2, 0, 0x1000]))).contains("would fit"));
+        assert!(reason(&reply(0xf, 32, &cap(1, 0, &[u64::MAX, 0, 1]))).contains("would fit"));
+        assert!(reason(&reply(0xf, 32, &cap(1, 0, &[1, u64::MAX, 2]))).contains("wraps"));
+        assert!(reason(&reply(0xf, 32, &[1, 0])).contains("end before"));
         assert!(reason(&[]).contains("end before"));
     }
 }

@@ -1,4 +1,4 @@
-//! What a reset of more than one device concerns.
+//! The devices that a hot reset affects.
 
 use std::fmt;
 
@@ -8,16 +8,16 @@ use super::PciAddress;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AffectedDevice {
-    /// Where it sits.
+    /// Its PCI address.
     pub address: PciAddress,
-    /// The driver that holds it, if any. A hot reset wants a VFIO driver on each.
+    /// The driver that is bound to it, if any. A hot reset requires a VFIO driver on every affected device.
     pub driver: Option<String>,
-    /// Whether this process may reset it: it has opened the device, or another one of its IOMMU group.
+    /// Whether this process may reset it: it has opened the device, or another device of its IOMMU group.
     pub owned: bool,
 }
 
 impl AffectedDevice {
-    /// A device that no driver holds, and that this process may not reset: set what differs.
+    /// A device without a driver that this process may not reset. Set the fields that differ.
     pub fn new(address: PciAddress) -> Self {
         Self { address, driver: None, owned: false }
     }

@@ -183,7 +183,7 @@ fn without_iommu_a_kernel_without_the_mode_or_a_device_not_in_it_is_refused_with
     let refused =
         |kind, words: &[&str]| refused(kind, words, || noiommu_mode::open(Vfio::options()));
     if lab::kernel() != "patched" {
-        refused(ErrorKind::Unsupported, &["CONFIG_VFIO_NOIOMMU", "switch on the IOMMU"]);
+        refused(ErrorKind::Unsupported, &["CONFIG_VFIO_NOIOMMU", "enable the IOMMU"]);
         return;
     }
     refused(ErrorKind::NotBound, &["mode is off", "echo Y", noiommu_mode::SWITCH]);

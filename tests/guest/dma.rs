@@ -111,7 +111,7 @@ fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
         let _limit = lab::Setting::set(LIMIT, MOST);
         let device = Device::new(Arc::new(Vfio::open_by_group(lab::address("edu")).unwrap()));
         let space = device.dma().unwrap();
-        assert_eq!(space.limits().mappings, Some(MOST));
+        assert_eq!(space.limits().available_mappings, Some(MOST));
         let buffer = space.buffer(4096).unwrap();
         let map = || space.map(buffer.memory().clone(), IovaPlacement::default(), Access::ReadOnly);
         let mut mappings: Vec<_> = (1..MOST).map(|_| map().unwrap()).collect();

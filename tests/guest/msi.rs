@@ -21,7 +21,7 @@ fn fewer_vectors_are_an_error_that_counts_them_without_intremap() {
         for count in [offered, 2] {
             let error = device.vectors(Interrupt::Msi, count).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
-            let words = format!("the machine has 1 of these {count} vectors to give");
+            let words = format!("the machine has only 1 of these {count} vectors available");
             assert!(error.to_string().contains(&words), "{error}");
             assert!(error.advice().starts_with("ask for 1"), "{error}");
         }
@@ -33,7 +33,7 @@ fn fewer_vectors_are_an_error_that_counts_them_without_intremap() {
         fires(&vectors);
         let error = vectors.grow(4).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
-        assert!(error.to_string().contains("has 1 of these 4 vectors to give"), "{error}");
+        assert!(error.to_string().contains("has only 1 of these 4 vectors available"), "{error}");
         assert_eq!(vectors.count(), 1);
         // It was signalled, since what came meanwhile is lost; from then on it fires as before.
         assert_eq!(vectors.take(0).unwrap(), 1);

@@ -80,7 +80,7 @@ fn without_iommu_edu_works_by_its_group_with_interrupts_and_without_dma() {
             }
             let error = edu.dma().unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-            for words in ["no IOMMU translates", "switch on the IOMMU", "Linux 7.3"] {
+            for words in ["no IOMMU translates", "enable the IOMMU", "Linux 7.3"] {
                 assert!(error.to_string().contains(words), "{error}");
             }
             drop((vectors, window));

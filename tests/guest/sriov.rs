@@ -120,7 +120,7 @@ fn a_token_for_a_device_that_takes_none_is_refused_with_what_to_do() {
             let error = way.vf_token(TOKEN).open(edu).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::VfToken, "{error}");
             assert!(error.to_string().contains("takes no VF token"), "{error}");
-            assert!(error.to_string().contains("open it without one"), "{error}");
+            assert!(error.to_string().contains("open it without a token"), "{error}");
             let vfio = way.open(edu).unwrap();
             let error = vfio.set_vf_token(TOKEN).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");

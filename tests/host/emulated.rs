@@ -104,7 +104,7 @@ fn devices_over_one_model_share_its_io_addresses() {
 fn mappings_beyond_the_limit_are_too_many() {
     let edu = Emulated::new(Edu::new()).unwrap();
     let memory = shared::memory(0x1000, false);
-    let room = edu.dma_limits().unwrap().mappings.unwrap();
+    let room = edu.dma_limits().unwrap().available_mappings.unwrap();
     for page in 0..u64::from(room) {
         edu.dma_map(page << 12, &memory, Access::ReadWrite).unwrap();
     }

@@ -225,7 +225,7 @@ pub static MUTANTS: &[Mutant] = &[
         before: "device.set_override(value)?;",
         after: "let _ = value;",
         killer: Host(
-            "--lib -- transport::linux::binding::tests::what_cannot_be_bound_gets_back_what_it_had",
+            "--lib -- transport::linux::binding::tests::a_device_that_cannot_be_bound_keeps_its_driver",
         ),
     },
     Mutant {
@@ -241,8 +241,8 @@ pub static MUTANTS: &[Mutant] = &[
     Mutant {
         name: "linux-mapping-limit",
         file: "src/transport/linux/vfio.rs",
-        before: "if mapped >= self.most.load(Ordering::Relaxed) && self.dma_limits()?.mappings == Some(0) {",
-        after: "if false && mapped >= self.most.load(Ordering::Relaxed) {",
+        before: "if count >= self.max_mappings.load(Ordering::Relaxed)",
+        after: "if false && count >= self.max_mappings.load(Ordering::Relaxed)",
         killer: Guest {
             kernel: "6.12",
             test: "dma::the_limit_on_mappings_is_named_and_reached_again_after_an_unmap",
@@ -275,13 +275,13 @@ pub static MUTANTS: &[Mutant] = &[
         after: "    if true || available == 0 {\n",
         killer: Host(
             "--lib -- transport::linux::irq::tests::\
-             a_count_for_an_answer_is_an_error_that_names_it",
+             fewer_available_vectors_are_an_error_that_names_their_count",
         ),
     },
     Mutant {
         name: "linux-uncounted-unmap",
         file: "src/transport/linux/vfio.rs",
-        before: "        self.books.strike(kept.as_ref().map_or(size, DmaMemory::lockable));\n",
+        before: "        self.accounting.remove(kept.as_ref().map_or(size, DmaMemory::lockable));\n",
         after: "        let _ = kept;\n",
         killer: Guest {
             kernel: "6.12",
@@ -291,8 +291,8 @@ pub static MUTANTS: &[Mutant] = &[
     Mutant {
         name: "linux-group-shared",
         file: "src/transport/linux/group.rs",
-        before: "            if wanted && group.confinement() == confinement {",
-        after: "            if false && wanted && group.confinement() == confinement {",
+        before: "            if wanted && group.iommu_mode() == mode {",
+        after: "            if false && wanted && group.iommu_mode() == mode {",
         killer: Guest {
             kernel: "6.12",
             test: "binding::a_viable_group_opens_once_the_neighbour_is_bound",
@@ -300,7 +300,7 @@ pub static MUTANTS: &[Mutant] = &[
     },
     Mutant {
         name: "linux-memory-kept",
-        file: "src/transport/linux/books.rs",
+        file: "src/transport/linux/accounting.rs",
         before: "        let before = kept.insert(iova, memory.clone());\n        drop(kept);\n        drop(before);\n",
         after: "        drop(kept);\n",
         killer: Guest {

@@ -169,15 +169,15 @@ impl<'a> Session<'a> {
         let answer = DeviceInfo {
             argsz: DeviceInfo::SIZE as u32,
             flags: pci | reset,
-            regions: info.regions,
-            irqs: info.irqs,
+            regions: info.region_count,
+            irqs: info.irq_count,
         };
         Ok(answer.encode().to_vec().into())
     }
 
     fn region_info(&self, body: &[u8]) -> Answer {
         let (ask, _) = RegionInfo::decode(body).ok_or(Errno::EINVAL)?;
-        if (ask.argsz as usize) < RegionInfo::SIZE || ask.index >= self.device.info().regions {
+        if (ask.argsz as usize) < RegionInfo::SIZE || ask.index >= self.device.info().region_count {
             return Err(Errno::EINVAL);
         }
         // A vacant region is one of size 0.

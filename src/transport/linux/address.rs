@@ -1,14 +1,14 @@
-//! Where a PCI device sits.
+//! PCI addresses.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::error::{Error, ErrorKind};
 
-/// A PCI address as Linux writes it: `0000:00:03.0`, domain, bus, device and function.
+/// A PCI address in the notation of Linux, `0000:00:03.0`: domain, bus, device and function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PciAddress {
-    /// The domain, or segment. Above 0xffff on machines with Intel VMD.
+    /// The domain, also called segment. It is above 0xffff on machines with Intel VMD.
     pub domain: u32,
     /// The bus.
     pub bus: u8,
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_read_as_linux_and_lspci_write_them() {
+    fn the_notations_of_linux_and_lspci_are_parsed() {
         for (text, canonical) in [
             ("0000:00:03.0", "0000:00:03.0"),
             ("3a:1f.7", "0000:3a:1f.7"),

@@ -1,27 +1,27 @@
-//! Handing a device to vfio-pci, and giving it back.
+//! Binding a device to vfio-pci, and restoring its former driver.
 
 use std::fs;
 
 use super::PciDevice;
-use super::noiommu::unconfined;
+use super::noiommu::iommu_missing;
 use super::sysfs::write;
 use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::sys::fork;
 
 const VFIO_PCI: &str = "vfio-pci";
 
-/// A device bound to vfio-pci, and what was there before.
+/// A device bound to vfio-pci, and its former driver.
 ///
-/// Dropping it restores that: the driver that held the device, and its `driver_override`.
-/// [`keep`](Self::keep) leaves the device with vfio-pci. A child of `fork(2)` that drops it changes nothing.
+/// Dropping it restores the former driver and `driver_override`. [`keep`](Self::keep) leaves the device
+/// bound to vfio-pci. A child of `fork(2)` that drops it changes nothing.
 ///
-/// The kernel waits with that until every program has closed the device, this one included: in a
-/// structure that holds both, the [`Device`](crate::Device) comes first, so that it is dropped first.
+/// To restore the driver, the kernel waits until every program has closed the device, including this one. A
+/// structure that holds both must declare the [`Device`](crate::Device) first, so that it is dropped first.
 #[derive(Debug)]
 #[must_use = "dropping a binding restores the driver that was there before"]
 pub struct Binding {
     device: PciDevice,
-    /// What there is to restore; `None` once that is done, or where nothing was changed.
+    /// What to restore. `None` after that, or if nothing was changed.
     before: Option<Before>,
     /// The process that made it: see [`fork::generation`].
     generation: u32,
@@ -34,15 +34,15 @@ struct Before {
 }
 
 impl PciDevice {
-    /// Binds the device to vfio-pci, taking it from the driver that holds it. Needs root.
+    /// Binds the device to vfio-pci, after unbinding it from its driver. Requires root.
     ///
-    /// The device is known to vfio-pci by its `driver_override` (Linux 3.16), so that no other device
-    /// of its kind is taken.
+    /// This uses the device's `driver_override` (Linux 3.16), so that vfio-pci does not bind to other
+    /// devices of the same kind.
     ///
     /// # Errors
-    /// `NotFound` where vfio-pci is not loaded; `NoIommu` where no IOMMU confines the device, unless VFIO's
+    /// `NotFound` if vfio-pci is not loaded; `NoIommu` if no IOMMU confines the device, unless VFIO's
     /// no-IOMMU mode is on ([`Vfio::open_noiommu`](super::Vfio::open_noiommu)); `PermissionDenied`; and
-    /// whatever vfio-pci answered. The device is then as it was.
+    /// errors of vfio-pci. The former driver is then restored.
     pub fn bind_vfio_pci(&self) -> Result<Binding> {
         let binding =
             |before| Binding { device: self.clone(), before, generation: fork::generation() };
@@ -59,11 +59,11 @@ impl PciDevice {
         let driver_override = fs::read_to_string(self.path().join("driver_override"))
             .map_err(|error| Error::io(&error, "bind", self.address()))?;
         let binding = binding(Some(Before { driver, driver_override }));
-        // From here on, an error drops the binding, which restores what was there.
+        // From here on, an error drops the binding, which restores the former driver.
         self.set_override(VFIO_PCI)?;
-        self.leave_driver()?;
+        self.unbind()?;
         write(&vfio_pci.join("bind"), &self.address().to_string(), "bind").map_err(|error| {
-            if self.iommu_group().is_none() { unconfined("bind", self.address()) } else { error }
+            if self.iommu_group().is_none() { iommu_missing("bind", self.address()) } else { error }
         })?;
         Ok(binding)
     }
@@ -72,8 +72,8 @@ impl PciDevice {
         write(&self.path().join("driver_override"), driver, "bind")
     }
 
-    /// Takes the device from the driver that holds it. Waits while a program has it open.
-    fn leave_driver(&self) -> Result<()> {
+    /// Unbinds the device from its driver. Waits while a program has it open.
+    fn unbind(&self) -> Result<()> {
         match self.driver() {
             Some(_) => {
                 let unbind = self.path().join("driver/unbind");
@@ -90,17 +90,17 @@ impl Binding {
         &self.device
     }
 
-    /// Leaves the device with vfio-pci.
+    /// Leaves the device bound to vfio-pci.
     pub fn keep(mut self) {
         self.before = None;
     }
 
-    /// Restores the driver and `driver_override` that were there before.
+    /// Restores the former driver and `driver_override`.
     ///
-    /// Waits until every program has closed the device: the kernel does.
+    /// The kernel makes this wait until every program has closed the device.
     ///
     /// # Errors
-    /// The binding, to try again, and what sysfs answered.
+    /// The error of sysfs, with the binding, to try again.
     pub fn restore(mut self) -> std::result::Result<(), StillBound> {
         self.put_back().map_err(|error| StillBound { error, binding: self })
     }
@@ -108,14 +108,14 @@ impl Binding {
     fn put_back(&mut self) -> Result<()> {
         let Some(Before { driver, driver_override }) = &self.before else { return Ok(()) };
         let device = &self.device;
-        // sysfs shows no override as "(null)", and takes an empty line for it.
+        // Without an override, sysfs shows "(null)". Writing an empty line removes it.
         let value = match driver_override.trim() {
             "(null)" | "" => "\n",
             name => name,
         };
         device.set_override(value)?;
         if device.driver() != *driver {
-            device.leave_driver()?;
+            device.unbind()?;
             if let Some(driver) = driver {
                 let bind = device.sysfs().driver(driver).join("bind");
                 write(&bind, &device.address().to_string(), "bind")?;
@@ -132,14 +132,14 @@ impl Drop for Binding {
             return;
         }
         if let Err(error) = self.put_back() {
-            log::error!("{} keeps another driver than it had: {error}", self.device.address());
+            log::error!("{}: its former driver was not restored: {error}", self.device.address());
         }
     }
 }
 
-/// A device that has not got back what was there before, and why.
+/// The error of a device whose former driver could not be restored.
 ///
-/// Converts into its [`Error`] with `?`; the binding is then dropped, which tries once more.
+/// `?` converts it into its [`Error`] and drops the binding, which tries once more.
 #[derive(Debug)]
 pub struct StillBound {
     error: Error,
@@ -147,7 +147,7 @@ pub struct StillBound {
 }
 
 impl StillBound {
-    /// What sysfs answered.
+    /// The error of sysfs.
     pub fn error(&self) -> &Error {
         &self.error
     }
@@ -169,8 +169,8 @@ mod tests {
     use super::*;
     use crate::sys::fork;
 
-    /// A copy of what sysfs shows of one device that the driver `serial` holds. Files keep what is written
-    /// to them; nothing happens.
+    /// A copy of sysfs with one device, bound to the driver `serial`. Writes to its files have no other
+    /// effect.
     struct Tree(PathBuf);
 
     impl Tree {
@@ -195,8 +195,8 @@ mod tests {
             Sysfs::at(&self.0).device("0000:00:03.0".parse().unwrap()).unwrap()
         }
 
-        /// What was written to `driver_override` last, which is shorter than what was there before it by a
-        /// line at most.
+        /// The contents of `driver_override`. A shorter value overwrites only the beginning of a longer
+        /// one.
         fn overridden(&self) -> String {
             let path = self.0.join("bus/pci/devices/0000:00:03.0/driver_override");
             fs::read_to_string(path).unwrap()
@@ -219,7 +219,7 @@ mod tests {
             drop(binding.take());
             true
         };
-        // SAFETY: no other thread knows of this tree, and the child takes no lock.
+        // SAFETY: the child takes no lock that another thread holds: only this test uses the tree.
         assert!(unsafe { fork::holds_in_child(drops) });
         assert_eq!(tree.overridden(), "vfio-pci", "the child wrote to it");
         drop(binding);
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_bound_gets_back_what_it_had() {
+    fn a_device_that_cannot_be_bound_keeps_its_driver() {
         let tree = Tree::new("not-bound");
         fs::remove_file(tree.0.join("bus/pci/drivers/vfio-pci/bind")).unwrap();
         let error = tree.device().bind_vfio_pci().unwrap_err();

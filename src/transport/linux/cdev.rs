@@ -1,4 +1,4 @@
-//! A device by a file of its own, its addresses translated by iommufd (Linux 6.6).
+//! Opening a device by its own file, with iommufd for DMA (Linux 6.6).
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use super::group::in_the_way;
 use super::noiommu;
 use super::token::{self, VfToken};
-use super::{Confinement, PciDevice};
+use super::{IommuMode, PciDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::iommufd;
@@ -20,31 +20,31 @@ use crate::transport::AddressSpaceId;
 
 const IOMMU: &str = "/dev/iommu";
 
-/// An I/O address space, and the file that it lives in. Closing that takes all mappings away.
+/// An I/O address space and its iommufd. Closing the iommufd removes all mappings.
 pub(super) struct Ioas {
     file: OwnedFd,
     id: u32,
-    confinement: Confinement,
+    mode: IommuMode,
     address_space: AddressSpaceId,
 }
 
 impl Ioas {
-    fn new(confinement: Confinement) -> Result<Self> {
+    fn new(mode: IommuMode) -> Result<Self> {
         let file = open(Path::new(IOMMU))?;
         let id = iommufd::ioas_alloc(file.as_fd())
-            .map_err(|errno| Error::os(errno, "make an address space in", IOMMU))?;
+            .map_err(|errno| Error::os(errno, "allocate an address space in", IOMMU))?;
         let address_space = AddressSpaceId::unique();
-        Ok(Self { file: file.into(), id, confinement, address_space })
+        Ok(Self { file: file.into(), id, mode, address_space })
     }
 
     pub(super) fn address_space(&self) -> AddressSpaceId {
         self.address_space
     }
 
-    /// What confines its devices. Without an IOMMU it pins memory and knows where that is, and the
-    /// device's addresses are physical ones.
-    pub(super) fn confinement(&self) -> Confinement {
-        self.confinement
+    /// Whether an IOMMU confines its devices. Without one, iommufd pins memory and reports its physical
+    /// address, which the device uses.
+    pub(super) fn iommu_mode(&self) -> IommuMode {
+        self.mode
     }
 
     pub(super) fn ranges(&self) -> std::result::Result<(Vec<RangeInclusive<u64>>, u64), Errno> {
@@ -64,35 +64,35 @@ impl Ioas {
         iommufd::unmap(self.file.as_fd(), self.id, iova, size)
     }
 
-    /// Where what is mapped at `iova` is, and how much of it lies there in one piece.
+    /// The physical address of the memory mapped at `iova`, and how many bytes are contiguous from there.
     pub(super) fn physical(&self, iova: u64, size: u64) -> std::result::Result<(u64, u64), Errno> {
         iommufd::physical_address(self.file.as_fd(), self.id, iova, size)
     }
 }
 
-/// Whether a device can be opened so.
-pub(super) fn is_offered(device: &PciDevice, confinement: Confinement) -> bool {
-    device.own_file(confinement).is_some_and(|path| path.exists()) && Path::new(IOMMU).exists()
+/// Whether the device can be opened by its own file.
+pub(super) fn is_offered(device: &PciDevice, mode: IommuMode) -> bool {
+    device.own_file(mode).is_some_and(|path| path.exists()) && Path::new(IOMMU).exists()
 }
 
-/// Opens the device in an address space: that of `beside`, or of its group's devices that this process
-/// has open already, or one of its own.
+/// Opens the device in the address space `beside`. Without it, uses the address space of devices of its
+/// group that this process has open, or a new one.
 pub(super) fn open_device(
     device: &PciDevice,
-    confinement: Confinement,
+    mode: IommuMode,
     beside: Option<Arc<Ioas>>,
     token: Option<VfToken>,
 ) -> Result<(OwnedFd, Arc<Ioas>)> {
     static OPEN: Mutex<BTreeMap<u32, Weak<Ioas>>> = Mutex::new(BTreeMap::new());
-    let path = device.own_file(confinement).ok_or_else(|| not_made(device, confinement))?;
+    let path = device.own_file(mode).ok_or_else(|| not_made(device, mode))?;
     let file = open(&path)?;
     let mut spaces = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
     spaces.retain(|_, space| space.strong_count() > 0);
     // The kernel lets the devices of a group have one address space only.
-    let group = device.iommu_group().filter(|_| confinement == Confinement::Iommu);
+    let group = device.iommu_group().filter(|_| mode == IommuMode::Iommu);
     let ioas = match beside.or_else(|| spaces.get(&group?)?.upgrade()) {
         Some(ioas) => ioas,
-        None => Arc::new(Ioas::new(confinement)?),
+        None => Arc::new(Ioas::new(mode)?),
     };
     iommufd::bind(file.as_fd(), ioas.file.as_fd(), token.as_ref().map(|VfToken(uuid)| uuid))
         .map_err(|errno| {
@@ -106,16 +106,16 @@ pub(super) fn open_device(
     Ok((file.into(), ioas))
 }
 
-/// There is no file for this device.
-fn not_made(device: &PciDevice, confinement: Confinement) -> Error {
+/// The error if the kernel made no file for this device.
+fn not_made(device: &PciDevice, mode: IommuMode) -> Error {
     let error = Error::new(ErrorKind::Unsupported, "open", device.address());
-    match confinement {
-        Confinement::Iommu => error
+    match mode {
+        IommuMode::Iommu => error
             .because(
                 "the kernel has no files for single devices (CONFIG_VFIO_DEVICE_CDEV, Linux 6.6)",
             )
-            .remedy("open it by its group: Vfio::open_by_group, or Vfio::open, which finds a way"),
-        Confinement::None => error
+            .remedy("open it by its group: Vfio::open_by_group, or Vfio::open, which tries both"),
+        IommuMode::NoIommu => error
             .because(
                 "the kernel has no files for single devices without an IOMMU (CONFIG_VFIO_DEVICE_CDEV and \
                  CONFIG_VFIO_NOIOMMU, Linux 7.3)",
@@ -124,7 +124,7 @@ fn not_made(device: &PciDevice, confinement: Confinement) -> Error {
     }
 }
 
-/// EINVAL is also how a device answers that is bound already, and a kernel that knows no tokens here.
+/// EINVAL also means that the device is bound already, or that the kernel does not accept tokens here.
 fn token_refused(
     errno: Errno,
     device: &PciDevice,
@@ -175,11 +175,14 @@ fn refused(errno: Errno, device: &PciDevice, path: &Path) -> Error {
     match errno {
         Errno::EINVAL | Errno::EBUSY => error
             .into_kind(ErrorKind::InUse)
-            .because("a device can be opened only once, and it or another device of its group is open already")
+            .because(
+                "it, or another device of its group, is open already, and can be opened only once",
+            )
             .remedy(format!("find who has it open: fuser -v {}", path.display())),
-        Errno::EPERM => error
-            .because("the machine does not isolate interrupts")
-            .remedy("switch on interrupt remapping, or, trusting the device, set allow_unsafe_interrupts=1 of iommufd"),
+        Errno::EPERM => error.because("the machine does not isolate interrupts").remedy(
+            "enable interrupt remapping, or, if you trust the device, set iommufd's parameter \
+                 allow_unsafe_interrupts=1",
+        ),
         _ => error,
     }
 }

@@ -1,4 +1,4 @@
-//! DMA, through a type 1 container or iommufd.
+//! DMA through a type 1 container or iommufd.
 
 use std::mem::offset_of;
 use std::ops::RangeInclusive;
@@ -15,35 +15,35 @@ use vfio_ioctls::VfioContainer;
 use super::cdev::Ioas;
 use super::group::Group;
 use super::locked::{self, Counter};
-use super::{Confinement, noiommu};
+use super::{IommuMode, noiommu};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{self, vfio_dma};
-use crate::transport::answer::Answer;
-use crate::transport::refusal::refused;
+use crate::transport::dma_error::map_refused;
+use crate::transport::info_reply::InfoReply;
 use crate::transport::{AddressSpaceId, DmaLimits};
 
-/// What a device's addresses are translated by.
+/// The address space of a device for DMA.
 pub(super) enum AddressSpace {
-    /// The container of its group.
+    /// That of its group's container.
     Group(Arc<Group>),
     /// An address space of iommufd.
     Ioas(Arc<Ioas>),
-    /// That of whoever opened the device.
+    /// Not known: other code opened the device.
     Elsewhere,
 }
 
 impl AddressSpace {
-    /// What confines the device, where that is known.
-    pub(super) fn confinement(&self) -> Option<Confinement> {
+    /// Whether an IOMMU confines the device, if that is known.
+    pub(super) fn iommu_mode(&self) -> Option<IommuMode> {
         match self {
-            Self::Group(group) => Some(group.confinement()),
-            Self::Ioas(ioas) => Some(ioas.confinement()),
+            Self::Group(group) => Some(group.iommu_mode()),
+            Self::Ioas(ioas) => Some(ioas.iommu_mode()),
             Self::Elsewhere => None,
         }
     }
 
-    /// Which one it is; `None` where whoever opened it knows.
+    /// Its ID; `None` if other code opened the device.
     pub(super) fn id(&self) -> Option<AddressSpaceId> {
         match self {
             Self::Group(group) => Some(group.address_space()),
@@ -52,24 +52,24 @@ impl AddressSpace {
         }
     }
 
-    /// What the IOMMU maps.
+    /// What can be mapped.
     pub(super) fn limits(&self, name: &str) -> Result<DmaLimits> {
         let failed = |errno| Error::os(errno, "query the IOMMU of", name);
         match self {
             Self::Group(group) => {
                 let bytes = vfio_dma::info(container(group, name)?).map_err(failed)?;
-                read(&Answer::new(&bytes, "IOMMU information"))
+                read(&InfoReply::new(&bytes, "IOMMU information"))
             }
             Self::Ioas(ioas) => {
                 let (ranges, alignment) = ioas.ranges().map_err(failed)?;
                 let limits = by_address(ranges, alignment.max(sys::page_size() as u64));
-                Ok(DmaLimits { translated: ioas.confinement() == Confinement::Iommu, ..limits })
+                Ok(DmaLimits { translated: ioas.iommu_mode() == IommuMode::Iommu, ..limits })
             }
             Self::Elsewhere => Err(elsewhere(name)),
         }
     }
 
-    /// What counts against the limit on locked memory together with what it maps.
+    /// The counter of locked memory that its mappings are added to.
     pub(super) fn counter(&self) -> &'static Counter {
         match self {
             Self::Group(_) | Self::Elsewhere => &locked::CONTAINERS,
@@ -107,10 +107,10 @@ impl AddressSpace {
         whole(done, iova, size)
     }
 
-    /// The address by which the device reaches the `size` bytes that are mapped at `iova`.
+    /// The address that the device uses for the `size` bytes mapped at `iova`.
     pub(super) fn device_address(&self, iova: u64, size: u64) -> Result<u64> {
         let Self::Ioas(ioas) = self else { return Ok(iova) };
-        if ioas.confinement() == Confinement::Iommu {
+        if ioas.iommu_mode() == IommuMode::Iommu {
             return Ok(iova);
         }
         let object = || format!("{size:#x} bytes of memory");
@@ -122,30 +122,32 @@ impl AddressSpace {
         }
         Err(Error::new(ErrorKind::Unsupported, "map for DMA", object())
             .because(format!(
-                "no IOMMU makes them contiguous for the device, and only the first {contiguous:#x} are"
+                "no IOMMU makes them contiguous for the device, and only the first {contiguous:#x} bytes are \
+                 physically contiguous"
             ))
             .remedy(
-                "map each page by itself, or ask for huge pages: BufferRequest::huge_pages, \
+                "map each page separately, or use huge pages: BufferRequest::huge_pages, sysctl \
                  vm.nr_hugepages",
             ))
     }
 
     #[cold]
     fn refused(&self, errno: Errno, object: String) -> Error {
-        let error = refused(errno, object);
+        let error = map_refused(errno, object);
         match (errno, self) {
-            // Why is said where what is locked is counted.
+            // `Accounting` adds the reason.
             (Errno::ENOMEM, _) => error
                 .into_kind(ErrorKind::LockedMemory)
                 .remedy("raise it: ulimit -l, or LimitMEMLOCK= of the unit"),
             (Errno::ENOSPC, Self::Group(_)) => {
-                full(error).because("the container has no room for another mapping")
+                full(error).because("the container has reached its limit on mappings")
             }
             (Errno::EFAULT, Self::Ioas(_)) => error.because(
-                "a part of the memory is not there, or is a device's, which iommufd does not map by address",
+                "a part of the memory is not mapped, or is a device's, which iommufd does not map by \
+                 address",
             ).remedy("for peer-to-peer, open both devices by their groups: Vfio::open_by_group"),
             (Errno::EFAULT, _) => {
-                error.because("a part of the memory is not there, or cannot be pinned")
+                error.because("a part of the memory is not mapped, or cannot be pinned")
             }
             _ => error,
         }
@@ -156,8 +158,8 @@ pub(super) fn object(iova: u64, size: u64) -> String {
     format!("{size:#x} bytes at IOVA {iova:#x}")
 }
 
-/// An unmap is done when the kernel has unmapped all that was asked for, and not less: what it has left
-/// the device still reaches, and the next mapping there answers EEXIST.
+/// Checks that the kernel has unmapped all bytes. If it has not, the device still reaches the rest, and
+/// the next mapping there fails with EEXIST.
 #[inline]
 fn whole(done: std::result::Result<u64, Errno>, iova: u64, size: u64) -> Result<()> {
     if done == Ok(size) { Ok(()) } else { Err(not_whole(done, object(iova, size))) }
@@ -172,19 +174,19 @@ fn not_whole(done: std::result::Result<u64, Errno>, object: String) -> Error {
     }
 }
 
-/// There is no room for another mapping beside `mapped`.
-pub(super) fn too_many(mapped: usize, size: usize, iova: u64) -> Error {
+/// The error if the container has reached its limit with `count` mappings.
+pub(super) fn too_many(count: usize, size: usize, iova: u64) -> Error {
     full(Error::new(
         ErrorKind::TooManyMappings,
         "map for DMA",
         format!("{size:#x} bytes at IOVA {iova:#x}"),
     ))
-    .because(format!("the container has {mapped} mappings, and no room for another"))
+    .because(format!("the container has {count} mappings, which is its limit"))
 }
 
 fn full(error: Error) -> Error {
     error.remedy(
-        "unmap some; or, before it is opened, raise the limit: \
+        "unmap some; or raise the limit before the container is opened: \
          /sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
     )
 }
@@ -196,42 +198,42 @@ fn container<'g>(group: &'g Group, name: &str) -> Result<&'g VfioContainer> {
 #[cold]
 fn elsewhere(name: &str) -> Error {
     Error::new(ErrorKind::Unsupported, "do DMA with", name)
-        .because("its device file was opened elsewhere, where its address space is")
-        .remedy("map memory where the device was opened")
+        .because("other code opened its device file and has its address space")
+        .remedy("map memory in the program that opened the device")
 }
 
-/// The kernel finds memory by its address in this process.
+/// Limits for the kernel's interfaces, which take memory by its address in this process, not by file.
 fn by_address(ranges: Vec<RangeInclusive<u64>>, page_size: u64) -> DmaLimits {
     DmaLimits { by_file: false, ..DmaLimits::new(ranges, page_size) }
 }
 
-fn read(answer: &Answer<'_>) -> Result<DmaLimits> {
-    let flags = answer.u32(offset_of!(vfio_iommu_type1_info, flags))?;
-    let page_sizes = answer.u64(offset_of!(vfio_iommu_type1_info, iova_pgsizes))?;
+fn read(reply: &InfoReply<'_>) -> Result<DmaLimits> {
+    let flags = reply.u32(offset_of!(vfio_iommu_type1_info, flags))?;
+    let page_sizes = reply.u64(offset_of!(vfio_iommu_type1_info, iova_pgsizes))?;
     let page_size = match page_sizes.trailing_zeros() {
         shift @ 0..64 if flags & VFIO_IOMMU_INFO_PGSIZES != 0 => 1 << shift,
         _ => sys::page_size() as u64,
     };
-    // A kernel before 5.4 does not say which addresses can be mapped.
+    // A kernel before 5.4 does not report which IOVAs can be mapped.
     let mut limits = by_address(vec![0..=u64::MAX], page_size);
     if flags & VFIO_IOMMU_INFO_CAPS == 0 {
         return Ok(limits);
     }
-    let first = answer.u32(offset_of!(vfio_iommu_type1_info, cap_offset))?;
-    for (id, at) in answer.capabilities(first, size_of::<vfio_iommu_type1_info>())? {
+    let first = reply.u32(offset_of!(vfio_iommu_type1_info, cap_offset))?;
+    for (id, at) in reply.capabilities(first, size_of::<vfio_iommu_type1_info>())? {
         match id {
             VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE => {
                 const HEADER: usize = size_of::<vfio_iommu_type1_info_cap_iova_range>();
                 let count = offset_of!(vfio_iommu_type1_info_cap_iova_range, nr_iovas);
-                let count = answer.u32(at + count)? as usize;
-                limits.ranges = answer
+                let count = reply.u32(at + count)? as usize;
+                limits.ranges = reply
                     .array(at + HEADER, size_of::<vfio_iova_range>(), count)?
-                    .map(|range| Ok(answer.u64(range)?..=answer.u64(range + 8)?))
+                    .map(|range| Ok(reply.u64(range)?..=reply.u64(range + 8)?))
                     .collect::<Result<_>>()?;
             }
             VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL => {
                 let available = offset_of!(vfio_iommu_type1_info_dma_avail, avail);
-                limits.mappings = Some(answer.u32(at + available)?);
+                limits.available_mappings = Some(reply.u32(at + available)?);
             }
             _ => {}
         }
@@ -248,8 +250,8 @@ mod tests {
     }
 
     #[test]
-    fn ranges_page_size_and_what_is_left_are_read() {
-        // argsz, flags, page sizes, cap_offset, pad; then ranges at 24, mappings at 56.
+    fn ranges_page_size_and_available_mappings_are_read() {
+        // argsz, flags, page sizes, cap_offset, pad; then ranges at 24, available mappings at 56.
         let bytes = words(&[
             68,
             3,
@@ -269,9 +271,9 @@ mod tests {
             0,
             65535,
         ]);
-        let limits = read(&Answer::new(&bytes, "test")).unwrap();
+        let limits = read(&InfoReply::new(&bytes, "test")).unwrap();
         assert_eq!(limits.ranges, [0x1000..=0xffff]);
-        assert_eq!((limits.page_size, limits.mappings), (4096, Some(65535)));
+        assert_eq!((limits.page_size, limits.available_mappings), (4096, Some(65535)));
     }
 
     #[test]
@@ -287,9 +289,9 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_counts_more_ranges_than_it_holds_is_malformed() {
+    fn a_reply_that_claims_more_ranges_than_it_holds_is_malformed() {
         let bytes = words(&[40, 3, 0x1000, 0, 24, 0, 1, 0, u32::MAX, 0]);
-        let error = read(&Answer::new(&bytes, "test")).unwrap_err();
+        let error = read(&InfoReply::new(&bytes, "test")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Malformed);
     }
 }

@@ -1,4 +1,4 @@
-//! IOMMU groups and the container that gives them an address space.
+//! IOMMU groups, and the containers that give them an address space.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -15,7 +15,7 @@ use vfio_ioctls::{VfioContainer, VfioError};
 
 use super::noiommu;
 use super::token::{self, VfToken};
-use super::{Confinement, PciDevice};
+use super::{IommuMode, PciDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::vfio;
 use crate::transport::AddressSpaceId;
@@ -25,55 +25,58 @@ const CONTAINER: &str = "/dev/vfio/vfio";
 /// The groups that this process has open.
 static OPEN: Mutex<BTreeMap<u32, Weak<Group>>> = Mutex::new(BTreeMap::new());
 
-/// An open IOMMU group in a container, which is its address space for DMA.
+/// An open IOMMU group, in a container that provides its address space for DMA.
 pub(super) struct Group {
     fd: OwnedFd,
-    /// Closed after the group. Groups of one address space share it.
+    /// Closed after the group. Groups in one address space share it.
     container: Container,
     address_space: AddressSpaceId,
 }
 
 #[derive(Clone)]
 enum Container {
-    /// An IOMMU translates.
+    /// An IOMMU translates addresses.
     Type1(Arc<VfioContainer>),
-    /// There is none, and the container is a formality.
+    /// No IOMMU translates addresses. The kernel requires a container all the same.
     NoIommu(Arc<OwnedFd>),
 }
 
 impl Group {
-    /// The group of `device`, opened and attached: to the container of `beside`, or one of its own. A
-    /// group can be open once: all devices of it that this process opens share what is returned here.
+    /// Opens the group of `device` and attaches it to the container of `beside`, or to a new one. A group
+    /// can be open only once, so all its devices that this process opens share the returned value.
     pub(super) fn of(
         device: &PciDevice,
-        confinement: Confinement,
+        mode: IommuMode,
         beside: Option<&Self>,
     ) -> Result<Arc<Self>> {
         let address = device.address();
-        let id = device.iommu_group().ok_or_else(|| noiommu::unconfined("open", address))?;
+        let id = device.iommu_group().ok_or_else(|| noiommu::iommu_missing("open", address))?;
         let mut open = open_groups();
         let known = open.get(&id);
         if let Some(group) = known.and_then(Weak::upgrade) {
             let wanted = beside.is_none_or(|beside| beside.container.is(&group.container));
-            if wanted && group.confinement() == confinement {
+            if wanted && group.iommu_mode() == mode {
                 return Ok(group);
             }
             return Err(Error::new(ErrorKind::InUse, "open", address)
                 .because(format!(
-                    "its IOMMU group {id} is open here already, in an address space of its own"
+                    "its IOMMU group {id} is open in this process already, in an address space of its own"
                 ))
-                .remedy("close its devices first, or open it before, and the others beside it"));
+                .remedy(
+                    "close the group's devices first, or open this device first and the others \
+                     beside it",
+                ));
         }
-        // Another thread may be about to close it: it is no longer to be had, and not yet closed.
-        let mut patience = if known.is_some() { 100 } else { 0 };
+        // Another thread may be closing the group: its last `Arc` is dropped, but its file is still open.
+        let mut retries = if known.is_some() { 100 } else { 0 };
         let group = loop {
-            let made = match confinement {
-                Confinement::Iommu => Self::confined(device, id, beside),
-                Confinement::None => Self::unconfined(id, beside),
+            let made = match mode {
+                IommuMode::Iommu => Self::with_iommu(device, id, beside),
+                IommuMode::NoIommu => Self::without_iommu(id, beside),
             };
             match made {
-                Err(error) if error.kind() == ErrorKind::InUse && patience > 0 => {
-                    patience -= 1;
+                Err(error) if error.kind() == ErrorKind::InUse && retries > 0 => {
+                    retries -= 1;
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 other => break Arc::new(other?),
@@ -84,12 +87,12 @@ impl Group {
         Ok(group)
     }
 
-    /// The group of this number, if this process has it open.
+    /// The group with this number, if this process has it open.
     pub(super) fn open_here(id: u32) -> Option<Arc<Self>> {
         open_groups().get(&id)?.upgrade()
     }
 
-    fn confined(device: &PciDevice, id: u32, beside: Option<&Self>) -> Result<Self> {
+    fn with_iommu(device: &PciDevice, id: u32, beside: Option<&Self>) -> Result<Self> {
         let known = beside.and_then(|group| match &group.container {
             Container::Type1(container) => Some(container.clone()),
             Container::NoIommu(_) => None,
@@ -103,7 +106,7 @@ impl Group {
         let object = format!("IOMMU group {id}");
         vfio::set_container(fd.as_fd(), &*container)
             .map_err(|errno| set_container_error(errno, &object, known.is_some()))?;
-        // A container that has a group has its address space.
+        // A container that already has a group also has an address space.
         if known.is_none() {
             vfio::set_iommu_type1v2(&container).map_err(|errno| set_iommu_error(errno, &object))?;
         }
@@ -114,7 +117,7 @@ impl Group {
         })
     }
 
-    fn unconfined(id: u32, beside: Option<&Self>) -> Result<Self> {
+    fn without_iommu(id: u32, beside: Option<&Self>) -> Result<Self> {
         let known = beside.and_then(|group| match &group.container {
             Container::NoIommu(container) => Some(container.clone()),
             Container::Type1(_) => None,
@@ -138,7 +141,7 @@ impl Group {
         })
     }
 
-    /// The container that maps memory for DMA; `None` where no IOMMU does.
+    /// The container that maps memory for DMA; `None` without an IOMMU.
     pub(super) fn container(&self) -> Option<&VfioContainer> {
         match &self.container {
             Container::Type1(container) => Some(container),
@@ -146,20 +149,20 @@ impl Group {
         }
     }
 
-    /// That of its container.
+    /// The address space of its container.
     pub(super) fn address_space(&self) -> AddressSpaceId {
         self.address_space
     }
 
-    /// What confines its devices.
-    pub(super) fn confinement(&self) -> Confinement {
+    /// Whether an IOMMU confines its devices.
+    pub(super) fn iommu_mode(&self) -> IommuMode {
         match self.container {
-            Container::Type1(_) => Confinement::Iommu,
-            Container::NoIommu(_) => Confinement::None,
+            Container::Type1(_) => IommuMode::Iommu,
+            Container::NoIommu(_) => IommuMode::NoIommu,
         }
     }
 
-    /// The device's own file.
+    /// Opens the file of a device of the group.
     pub(super) fn device_fd(&self, device: &PciDevice, token: Option<VfToken>) -> Result<OwnedFd> {
         let address = device.address();
         let name = match token {
@@ -174,7 +177,7 @@ impl Group {
             }
             let error = Error::os(errno, "open", address);
             match errno {
-                Errno::ENODEV => error.because("it was unbound from its VFIO driver meanwhile"),
+                Errno::ENODEV => error.because("it is no longer bound to a VFIO driver"),
                 Errno::EINVAL => error.because("the driver rejected the open request"),
                 Errno::EPERM if self.container().is_none() => noiommu::not_capable(error),
                 _ => error,
@@ -203,12 +206,12 @@ fn open_groups() -> MutexGuard<'static, BTreeMap<u32, Weak<Group>>> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The address space of the group beside which another is opened, or one of its own.
+/// The address space of the group `beside`, or a new one.
 fn space_of(beside: Option<&Group>) -> AddressSpaceId {
     beside.map_or_else(AddressSpaceId::unique, Group::address_space)
 }
 
-/// A container for groups without an IOMMU. `vfio-ioctls` opens only those that type 1 drives.
+/// A container for groups without an IOMMU. `vfio-ioctls` opens only type 1 containers.
 fn open_container() -> Result<OwnedFd> {
     let opened = OpenOptions::new().read(true).write(true).open(CONTAINER);
     let fd = OwnedFd::from(opened.map_err(|error| container_io_error(&error))?);
@@ -228,11 +231,11 @@ fn open(path: &Path) -> Result<OwnedFd> {
                 noiommu::not_capable(error)
             }
             ErrorKind::PermissionDenied => error.remedy(format!(
-                "give it to your user: chown $USER {}, or by a udev rule for SUBSYSTEM==\"vfio\"",
+                "give it to your user: chown $USER {}, or a udev rule for SUBSYSTEM==\"vfio\"",
                 path.display()
             )),
             ErrorKind::InUse => error
-                .because("a group can be opened only once, and it is open already")
+                .because("the group is open already, and can be opened only once")
                 .remedy(format!("find who has it open: fuser -v {}", path.display())),
             _ => error,
         }
@@ -246,7 +249,7 @@ fn set_container_error(errno: Errno, object: &str, beside: bool) -> Error {
         Errno::EINVAL => error.because("the group has a container already"),
         _ if beside => error
             .because("it cannot share the other device's address space")
-            .remedy("open it with an address space of its own: Vfio::open_by_group"),
+            .remedy("open it in its own address space: Vfio::open_by_group"),
         _ => error,
     }
 }
@@ -259,7 +262,7 @@ fn check_viable(group: BorrowedFd<'_>, id: u32, device: &PciDevice) -> Result<()
     }
     let in_the_way = in_the_way(device);
     let in_the_way = match in_the_way.is_empty() {
-        true => "a device of it is held by a kernel driver".to_owned(),
+        true => "a kernel driver is bound to one of its devices".to_owned(),
         false => in_the_way.join(", "),
     };
     Err(Error::new(ErrorKind::GroupNotViable, "open", device.address())
@@ -267,7 +270,7 @@ fn check_viable(group: BorrowedFd<'_>, id: u32, device: &PciDevice) -> Result<()
         .remedy("bind those devices to vfio-pci, or unbind them"))
 }
 
-/// What keeps the device's group from being opened: "0000:00:1f.3 is bound to snd_hda_intel".
+/// The devices that prevent the device's group from being opened: "0000:00:1f.3 is bound to snd_hda_intel".
 pub(super) fn in_the_way(device: &PciDevice) -> Vec<String> {
     let members = device.group_members().unwrap_or_default();
     members
@@ -283,9 +286,10 @@ pub(super) fn in_the_way(device: &PciDevice) -> Vec<String> {
 fn set_iommu_error(errno: Errno, object: &str) -> Error {
     let error = Error::os(errno, "set up the IOMMU for", object);
     match errno {
-        Errno::EPERM => error
-            .because("the machine does not isolate interrupts")
-            .remedy("switch on interrupt remapping, or, trusting the device, set allow_unsafe_interrupts=1 of vfio_iommu_type1"),
+        Errno::EPERM => error.because("the machine does not isolate interrupts").remedy(
+            "enable interrupt remapping, or, if you trust the device, set vfio_iommu_type1's \
+                 parameter allow_unsafe_interrupts=1",
+        ),
         _ => error,
     }
 }
@@ -306,9 +310,8 @@ fn container_io_error(error: &io::Error) -> Error {
         ErrorKind::NotFound | ErrorKind::Gone => error
             .because("the kernel has no VFIO, or it is not loaded")
             .remedy("load it: modprobe vfio-pci"),
-        ErrorKind::PermissionDenied => {
-            error.remedy(format!("chmod 666 {CONTAINER}: by itself it gives nothing"))
-        }
+        ErrorKind::PermissionDenied => error
+            .remedy(format!("chmod 666 {CONTAINER}, which by itself gives access to no device")),
         _ => error,
     }
 }

@@ -1,4 +1,4 @@
-//! Hot reset: of a bus or slot, with every device on it (`linux/vfio.h`; by iommufd Linux 6.6).
+//! Hot reset: resets a bus or slot with every device on it (`linux/vfio.h`; with iommufd since Linux 6.6).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;
@@ -16,15 +16,15 @@ use super::{PciAddress, Sysfs};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::vfio_reset;
 use crate::transport::AffectedDevice;
-use crate::transport::answer::Answer;
+use crate::transport::info_reply::InfoReply;
 
-/// A device that this process has open, noted as long as this lives: whoever resets it with others means
-/// it.
+/// Registers a device as open in this process until this value is dropped. A hot reset must name such a
+/// device.
 #[derive(Debug)]
 pub(super) struct OpenHere(PciAddress);
 
 impl OpenHere {
-    pub(super) fn note(address: PciAddress) -> Self {
+    pub(super) fn register(address: PciAddress) -> Self {
         *open_here().entry(address).or_default() += 1;
         Self(address)
     }
@@ -55,15 +55,15 @@ pub(super) fn affected(device: BorrowedFd<'_>, name: &str) -> Result<Vec<Affecte
                 .because("neither its bus nor its slot can be reset: there is no bridge above it"),
             Errno::ENOTTY => error.because("its driver has no hot reset"),
             Errno::EPERM => error
-                .because("a device beside it is in no IOMMU group")
+                .because("another affected device is in no IOMMU group")
                 .remedy("bind all devices of its bus to vfio-pci"),
             _ => error,
         }
     })?;
     let sysfs = Sysfs::default();
-    // The kernel tells 16 bits of the domain. It is the same for all on a bus.
+    // The kernel reports 16 bits of the domain. All devices on a bus have the same domain.
     let domain = name.parse().ok().map(|address: PciAddress| address.domain);
-    read(&Answer::new(&bytes, "hot reset information"))?
+    read(&InfoReply::new(&bytes, "hot reset information"))?
         .into_iter()
         .map(|mut dependent| {
             let domain = domain.filter(|domain| domain & 0xffff == dependent.address.domain);
@@ -78,7 +78,7 @@ pub(super) fn affected(device: BorrowedFd<'_>, name: &str) -> Result<Vec<Affecte
         .collect()
 }
 
-/// Resets all that is affected, `name` and `others` among that.
+/// Resets all affected devices. The caller names those that it has open: `name` and `others`.
 pub(super) fn perform(
     device: BorrowedFd<'_>,
     name: &str,
@@ -86,14 +86,14 @@ pub(super) fn perform(
     by_group: bool,
 ) -> Result<()> {
     let affected = affected(device, name)?;
-    let meant: BTreeSet<&str> = others.iter().map(String::as_str).chain([name]).collect();
+    let named: BTreeSet<&str> = others.iter().map(String::as_str).chain([name]).collect();
     let in_the_way: Vec<_> =
-        affected.iter().filter_map(|affected| in_the_way(affected, &meant)).collect();
+        affected.iter().filter_map(|affected| in_the_way(affected, &named)).collect();
     if !in_the_way.is_empty() {
         return Err(Error::new(ErrorKind::NotOwned, "hot reset", name)
             .because(format!("it would reset other devices too: {}", in_the_way.join(", ")))
             .remedy(
-                "bind them to vfio-pci, open them the same way (by iommufd: beside this one), and \
+                "bind them to vfio-pci, open them the same way (with iommufd: beside this one), and \
                  name them",
             ));
     }
@@ -108,24 +108,26 @@ pub(super) fn perform(
             )),
             Errno::EBUSY | Errno::EAGAIN => error
                 .into_kind(ErrorKind::InUse)
-                .because("one of the devices was being accessed")
+                .because("one of the devices is being accessed")
                 .remedy("stop their drivers, and try again"),
             _ => error,
         }
     })
 }
 
-/// Why an affected device keeps the others from being reset.
-fn in_the_way(affected: &AffectedDevice, meant: &BTreeSet<&str>) -> Option<String> {
+/// Why an affected device prevents the reset, if it does.
+fn in_the_way(affected: &AffectedDevice, named: &BTreeSet<&str>) -> Option<String> {
     let address = affected.address;
     match &affected.driver {
         None => Some(format!("{address}, which has no driver")),
         Some(driver) if !driver.contains("vfio") => Some(format!("{address}, bound to {driver}")),
-        _ if !affected.owned => Some(format!("{address}, which this process has not opened so")),
+        _ if !affected.owned => {
+            Some(format!("{address}, which this process has not opened the same way"))
+        }
         _ if open_here().contains_key(&address)
-            && !meant.contains(address.to_string().as_str()) =>
+            && !named.contains(address.to_string().as_str()) =>
         {
-            Some(format!("{address}, which this process has open and did not name"))
+            Some(format!("{address}, which this process has open but did not name"))
         }
         _ => None,
     }
@@ -148,23 +150,23 @@ struct Dependent {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Owner {
-    /// Who has this IOMMU group open.
+    /// The holder of this IOMMU group.
     Group(u32),
-    /// Whether it is the iommufd of the device that was asked.
+    /// Whether it is the iommufd of the device that was queried.
     Iommufd(bool),
 }
 
-fn read(answer: &Answer<'_>) -> Result<Vec<Dependent>> {
-    let flags = answer.u32(offset_of!(vfio_pci_hot_reset_info, flags))?;
-    let count = answer.u32(offset_of!(vfio_pci_hot_reset_info, count))? as usize;
+fn read(reply: &InfoReply<'_>) -> Result<Vec<Dependent>> {
+    let flags = reply.u32(offset_of!(vfio_pci_hot_reset_info, flags))?;
+    let count = reply.u32(offset_of!(vfio_pci_hot_reset_info, count))? as usize;
     let first = offset_of!(vfio_pci_hot_reset_info, devices);
-    answer
+    reply
         .array(first, size_of::<vfio_pci_dependent_device>(), count)?
         .map(|at| {
-            let owner = answer.u32(at)?;
-            let segment = answer.u16(at + offset_of!(vfio_pci_dependent_device, segment))?;
-            // The bus, and above it the device and function: two bytes.
-            let place = answer.u16(at + offset_of!(vfio_pci_dependent_device, bus))?.to_ne_bytes();
+            let owner = reply.u32(at)?;
+            let segment = reply.u16(at + offset_of!(vfio_pci_dependent_device, segment))?;
+            // Two bytes: the bus, then the device and function.
+            let place = reply.u16(at + offset_of!(vfio_pci_dependent_device, bus))?.to_ne_bytes();
             let [bus, devfn] = place;
             let address =
                 PciAddress { domain: segment.into(), bus, device: devfn >> 3, function: devfn & 7 };
@@ -182,7 +184,7 @@ mod tests {
     use super::*;
 
     /// argsz, flags, count; then owner, segment, bus and devfn of each.
-    fn answer(flags: u32, count: u32, owners: [u32; 2]) -> Vec<u8> {
+    fn reply(flags: u32, count: u32, owners: [u32; 2]) -> Vec<u8> {
         let mut bytes: Vec<u8> =
             [28, flags, count].iter().flat_map(|word: &u32| word.to_ne_bytes()).collect();
         for (owner, devfn) in owners.into_iter().zip([0x08, 0x0b]) {
@@ -194,8 +196,8 @@ mod tests {
     }
 
     #[test]
-    fn affected_devices_are_read_with_who_owns_them() {
-        let read = |flags, owners| read(&Answer::new(&answer(flags, 2, owners), "test")).unwrap();
+    fn affected_devices_are_read_with_their_owners() {
+        let read = |flags, owners| read(&InfoReply::new(&reply(flags, 2, owners), "test")).unwrap();
         let by_group = read(0, [7, 12]);
         let addresses = by_group.iter().map(|device| device.address.to_string());
         assert_eq!(addresses.collect::<Vec<_>>(), ["0001:5e:01.0", "0001:5e:01.3"]);
@@ -206,27 +208,27 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_counts_more_devices_than_it_holds_is_malformed() {
-        let bytes = answer(0, u32::MAX, [7, 12]);
-        let error = read(&Answer::new(&bytes, "test")).unwrap_err();
+    fn a_reply_that_claims_more_devices_than_it_holds_is_malformed() {
+        let bytes = reply(0, u32::MAX, [7, 12]);
+        let error = read(&InfoReply::new(&bytes, "test")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Malformed);
     }
 
     #[test]
-    fn what_stands_in_the_way_is_named_with_its_reason() {
+    fn the_error_names_each_device_that_prevents_the_reset() {
         let device = |driver: Option<&str>, owned| AffectedDevice {
             address: "0000:5e:01.3".parse().unwrap(),
             driver: driver.map(str::to_owned),
             owned,
         };
-        let why = |affected: &AffectedDevice, meant: &[&str]| {
-            in_the_way(affected, &meant.iter().copied().collect()).unwrap_or_default()
+        let why = |affected: &AffectedDevice, named: &[&str]| {
+            in_the_way(affected, &named.iter().copied().collect()).unwrap_or_default()
         };
         assert!(why(&device(None, true), &[]).contains("0000:5e:01.3, which has no driver"));
         assert!(why(&device(Some("e1000e"), false), &[]).contains("bound to e1000e"));
         assert!(why(&device(Some("vfio-pci"), false), &[]).contains("not opened"));
         assert_eq!(why(&device(Some("vfio-pci"), true), &[]), "");
-        let open = OpenHere::note("0000:5e:01.3".parse().unwrap());
+        let open = OpenHere::register("0000:5e:01.3".parse().unwrap());
         assert!(why(&device(Some("vfio-pci"), true), &[]).contains("did not name"));
         assert_eq!(why(&device(Some("vfio-pci"), true), &["0000:5e:01.3"]), "");
         drop(open);

@@ -1,4 +1,4 @@
-//! Interrupts through VFIO.
+//! Interrupts of a VFIO device.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -24,13 +24,13 @@ fn object(index: u32, name: &str) -> String {
     }
 }
 
-/// What the index offers; EINVAL is how some kernels say that the device has none of it.
+/// The vectors of an index. Some kernels return EINVAL if the device has none.
 pub(super) fn info(device: BorrowedFd<'_>, index: u32, name: &str) -> Result<IrqInfo> {
     match vfio_irq::info(device, index) {
-        Ok(answer) => {
-            let flag = |bit| answer.flags & bit != 0;
+        Ok(reply) => {
+            let flag = |bit| reply.flags & bit != 0;
             Ok(IrqInfo {
-                count: answer.count,
+                count: reply.count,
                 eventfd: flag(VFIO_IRQ_INFO_EVENTFD),
                 maskable: flag(VFIO_IRQ_INFO_MASKABLE),
                 automasked: flag(VFIO_IRQ_INFO_AUTOMASKED),
@@ -56,20 +56,21 @@ pub(super) fn set(
         vfio_irq::set_eventfds(device, index, start, Action::Trigger, fds)
     };
     done.map_err(|errno| failed(errno, "connect", index, vectors.clone(), name))
-        .and_then(|available| given(available, index, vectors, name))
+        .and_then(|available| check_connected(available, index, vectors, name))
 }
 
-/// Whether all vectors are connected; `available` is what the kernel answers: 0, or how many there are.
-fn given(available: u32, index: u32, vectors: Range<u32>, name: &str) -> Result<()> {
+/// Checks that all vectors are connected. `available` is the result of the ioctl: 0, or how many vectors
+/// the machine has available.
+fn check_connected(available: u32, index: u32, vectors: Range<u32>, name: &str) -> Result<()> {
     if available == 0 {
         return Ok(());
     }
     let object = format!("vectors {}..{} of {}", vectors.start, vectors.end, object(index, name));
     Err(Error::new(ErrorKind::OutOfRange, "connect", object)
-        .because(format!("the machine has {available} of these {} vectors to give", vectors.end))
+        .because(format!("the machine has only {available} of these {} vectors available", vectors.end))
         .remedy(format!(
-            "ask for {available}; for more MSI than one, switch on interrupt remapping (intremap, in \
-             the firmware: VT-d or AMD-Vi)"
+            "ask for {available}; for more than one MSI vector, enable interrupt remapping (intremap, \
+             and VT-d or AMD-Vi in the firmware)"
         )))
 }
 
@@ -85,7 +86,7 @@ pub(super) fn act(
         Action::Unmask => "unmask",
         Action::Trigger => "trigger",
     };
-    // To the kernel no vectors at all mean that the index is to be taken out of use.
+    // The kernel takes an empty range as a request to disable the index.
     if vectors.is_empty() {
         return Ok(());
     }
@@ -93,7 +94,7 @@ pub(super) fn act(
         .map_err(|errno| failed(errno, operation, index, vectors, name))
 }
 
-/// Has a vector unmasked whenever `fd` is written.
+/// Unmasks a vector whenever `fd` is written.
 pub(super) fn unmask_by(
     device: BorrowedFd<'_>,
     index: u32,
@@ -103,7 +104,7 @@ pub(super) fn unmask_by(
 ) -> Result<()> {
     let done = vfio_irq::set_eventfds(device, index, vector, Action::Unmask, &[fd]);
     done.map(drop).map_err(|errno| {
-        failed(errno, "unmask by an eventfd", index, vector..vector.saturating_add(1), name)
+        failed(errno, "use an eventfd to unmask", index, vector..vector.saturating_add(1), name)
     })
 }
 
@@ -118,12 +119,12 @@ fn failed(
     let error = Error::os(errno, operation, object);
     match errno {
         Errno::EINVAL => error.because(
-            "the device has no such vectors, another kind of interrupt is in use, or they cannot be \
+            "the device has no such vectors, another kind of interrupt is in use, or vectors cannot be \
              added while others are enabled",
         ),
         Errno::ENOSPC => error
             .into_kind(ErrorKind::Refused)
-            .because("the machine has no more interrupt vectors to give"),
+            .because("the machine has no more interrupt vectors available"),
         _ => error,
     }
 }
@@ -133,12 +134,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_count_for_an_answer_is_an_error_that_names_it() {
-        given(0, irq_index::MSI, 0..4, "0000:00:03.0").unwrap();
-        // All vectors up to the last are meant, also where only some are added.
-        let error = given(3, irq_index::MSIX, 2..16, "0000:00:03.0").unwrap_err();
+    fn fewer_available_vectors_are_an_error_that_names_their_count() {
+        check_connected(0, irq_index::MSI, 0..4, "0000:00:03.0").unwrap();
+        // The count includes all vectors up to the last, even if only some are added.
+        let error = check_connected(3, irq_index::MSIX, 2..16, "0000:00:03.0").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::OutOfRange);
-        let words = "vectors 2..16 of MSI-X of 0000:00:03.0: the machine has 3 of these 16 vectors";
+        let words =
+            "vectors 2..16 of MSI-X of 0000:00:03.0: the machine has only 3 of these 16 vectors";
         assert!(error.to_string().contains(words), "{error}");
         assert!(error.advice().starts_with("ask for 3"), "{error}");
     }

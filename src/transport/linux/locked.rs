@@ -1,8 +1,9 @@
-//! The limit on locked memory (RLIMIT_MEMLOCK), named before the kernel answers a bare ENOMEM.
+//! The limit on locked memory (RLIMIT_MEMLOCK). The crate checks it before the kernel fails with a bare
+//! ENOMEM.
 //!
-//! Pages that are mapped for DMA count against it, but for processes with CAP_IPC_LOCK. Asking for the
-//! limit takes longer than mapping a page, so it is asked for once, and again when what is mapped has
-//! reached it, or when the kernel knew better.
+//! Pages that are mapped for DMA count against the limit, except in processes with CAP_IPC_LOCK. Querying
+//! the limit takes longer than mapping a page. So it is queried once, and again when the mapped bytes
+//! reach it or the kernel refuses a mapping.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,20 +15,21 @@ use crate::error::{Error, ErrorKind};
 /// `capabilities(7)`
 const CAP_IPC_LOCK: u32 = 14;
 
-/// What is counted against the limit, and apart from what others count.
+/// Counts bytes against the limit. Type 1 containers and iommufd are counted separately by the kernel.
 pub(super) struct Counter {
-    /// The bytes that this process has mapped for DMA so.
+    /// The bytes that this process has mapped for DMA.
     mapped: AtomicU64,
-    /// How many that may become, as far as was known when it was last asked for.
+    /// The largest value of `mapped` that the limit allowed when it was last queried.
     allowed: AtomicU64,
-    /// Whether the process's own figure of locked memory counts, too.
+    /// Whether other locked memory of the process counts too.
     of_process: bool,
 }
 
-/// Of type 1 containers: with all else that the process has locked.
+/// For type 1 containers: all locked memory of the process counts together.
 pub(super) static CONTAINERS: Counter = Counter::new(true);
 
-/// Of iommufd: with what other processes of the user have mapped so, which cannot be queried.
+/// For iommufd: DMA mappings of all processes of the user count together. Those of others cannot be
+/// queried.
 pub(super) static IOMMUFD: Counter = Counter::new(false);
 
 impl Counter {
@@ -36,15 +38,15 @@ impl Counter {
     }
 }
 
-/// What one file has mapped, counted until it is dropped.
+/// The bytes that one file has mapped. Dropping it subtracts them from the counter.
 pub(super) struct Locked {
     counter: &'static Counter,
     bytes: AtomicU64,
 }
 
-/// More than the limit allows.
+/// The limit is exceeded.
 pub(super) struct Exceeded {
-    /// What the process would have locked, in bytes.
+    /// How many bytes the process would have locked.
     need: u64,
     limit: u64,
 }
@@ -54,7 +56,7 @@ impl Locked {
         Self { counter, bytes: AtomicU64::new(0) }
     }
 
-    /// Counts `size` bytes more, whether or not the limit allows them, which it says.
+    /// Adds `size` bytes. An error says that the limit does not allow them; they are added all the same.
     #[inline]
     pub(super) fn add(&self, size: u64) -> Result<(), Exceeded> {
         if size == 0 {
@@ -65,11 +67,10 @@ impl Locked {
         if mapped <= self.counter.allowed.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.counter.ask(mapped, size)
+        self.counter.check(mapped, size)
     }
 
-    /// Counts `size` bytes less, but not less than none: what another file has mapped may be unmapped
-    /// through this.
+    /// Subtracts `size` bytes and saturates at zero: this file may unmap what another file has mapped.
     #[inline]
     pub(super) fn subtract(&self, size: u64) {
         let less = |bytes: u64| Some(bytes.saturating_sub(size));
@@ -78,21 +79,21 @@ impl Locked {
         self.counter.mapped.fetch_sub(size.min(before), Ordering::Relaxed);
     }
 
-    /// The kernel has refused to lock `size` bytes, which are counted, for want of memory: the limit, if it
-    /// is that.
-    pub(super) fn refused(&self, size: u64) -> Option<Exceeded> {
-        self.counter.ask(self.counter.mapped.load(Ordering::Relaxed), size).err()
+    /// After the kernel refused to lock `size` bytes with ENOMEM: whether they exceed the limit. They are
+    /// already added.
+    pub(super) fn exceeded(&self, size: u64) -> Option<Exceeded> {
+        self.counter.check(self.counter.mapped.load(Ordering::Relaxed), size).err()
     }
 
-    /// Why the kernel had no memory to lock, where what is known to be locked is below the limit.
+    /// Why the kernel returned ENOMEM although the known locked memory is below the limit.
     pub(super) fn shortage(&self) -> String {
-        match Limit::ask() {
-            // What other processes of the user have mapped counts, and cannot be queried.
+        match Limit::query() {
+            // Mappings of the user's other processes count too, but cannot be queried.
             Some(Limit { limit, .. }) if !self.counter.of_process => format!(
-                "memory is short, or the user's processes would have more than {limit} bytes locked \
-                 together (RLIMIT_MEMLOCK)"
+                "the kernel is out of memory, or all processes of the user together would have more than \
+                 {limit} bytes locked (RLIMIT_MEMLOCK)"
             ),
-            _ => "memory is short".to_owned(),
+            _ => "the kernel is out of memory".to_owned(),
         }
     }
 }
@@ -109,10 +110,11 @@ impl Counter {
         self.mapped.load(Ordering::Relaxed)
     }
 
-    /// Whether the limit, asked for anew, allows `mapped` bytes, the last `size` of which are not mapped yet.
+    /// Queries the limit, and checks that it allows `mapped` bytes. The last `size` of them are not
+    /// mapped yet.
     #[cold]
-    fn ask(&self, mapped: u64, size: u64) -> Result<(), Exceeded> {
-        let Some(limit) = Limit::ask() else {
+    fn check(&self, mapped: u64, size: u64) -> Result<(), Exceeded> {
+        let Some(limit) = Limit::query() else {
             self.allowed.store(u64::MAX, Ordering::Relaxed);
             return Ok(());
         };
@@ -141,13 +143,13 @@ impl Exceeded {
 
 struct Limit {
     limit: u64,
-    /// What the process has locked, as the kernel counts it.
+    /// The locked memory of the process in bytes, as the kernel counts it.
     locked: u64,
 }
 
 impl Limit {
-    /// `None` where there is none, or it does not hold for this process.
-    fn ask() -> Option<Self> {
+    /// `None` if there is no limit, or it does not apply to this process.
+    fn query() -> Option<Self> {
         let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
         if limit == RLIM_INFINITY {
             return None;
@@ -171,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_locked_is_read_and_a_privileged_process_has_no_limit() {
+    fn locked_memory_is_read_and_a_privileged_process_has_no_limit() {
         let status = "Name:\tx\nVmLck:\t      64 kB\nCapEff:\t0000000000000400\n";
         let limit = Limit::read(1 << 20, status).unwrap();
         assert_eq!((limit.limit, limit.locked), (1 << 20, 64 << 10));

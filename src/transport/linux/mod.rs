@@ -1,9 +1,9 @@
-//! Linux VFIO: devices found and bound through sysfs, opened by their IOMMU group
-//! or by a file of their own.
+//! Linux VFIO: finds and binds devices through sysfs, and opens them by their IOMMU group or by their own
+//! file.
 
+mod accounting;
 mod address;
 mod binding;
-mod books;
 mod cdev;
 mod dma;
 mod group;
@@ -23,11 +23,11 @@ pub use sysfs::{PciDevice, Sysfs};
 pub use token::VfToken;
 pub use vfio::Vfio;
 
-/// What keeps a device from memory that it was not given.
+/// Whether an IOMMU confines a device to the memory that is mapped for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Confinement {
-    /// An IOMMU.
+enum IommuMode {
+    /// An IOMMU does.
     Iommu,
-    /// Nothing but its driver.
-    None,
+    /// Nothing does: the device is in VFIO's no-IOMMU mode.
+    NoIommu,
 }

@@ -1,4 +1,4 @@
-//! The ways to open a device.
+//! Options for opening a device.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use super::cdev::{self, Ioas};
 use super::dma::AddressSpace;
 use super::group::Group;
 use super::token::VfToken;
-use super::{Confinement, PciAddress, PciDevice, Sysfs, Vfio, noiommu};
+use super::{IommuMode, PciAddress, PciDevice, Sysfs, Vfio, noiommu};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Options for cases that [`Vfio::open`] does not cover.
@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// # fn main() -> vfio_remap::Result<()> {
 /// let token: VfToken = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3".parse()?;
 /// let function = Vfio::options().vf_token(token).open("0000:04:10.0".parse()?)?;
-/// // Another one, by its group whatever else there is, that reaches the same memory at the same addresses.
+/// // A second device, opened by its group, that reaches the same memory at the same addresses.
 /// let second = Vfio::options().beside(&function).by_group().open("0000:05:00.0".parse()?)?;
 /// # Ok(())
 /// # }
@@ -36,30 +36,30 @@ enum Way {
 }
 
 impl<'a> VfioOptions<'a> {
-    /// By its IOMMU group (`/dev/vfio/N`), whatever else the kernel offers.
+    /// Opens the device by its IOMMU group (`/dev/vfio/N`), even if the kernel offers its own file.
     pub fn by_group(self) -> Self {
         Self { way: Some(Way::Group), ..self }
     }
 
-    /// By a file of its own (`/dev/vfio/devices/vfioN`) and iommufd (Linux 6.6).
+    /// Opens the device by its own file (`/dev/vfio/devices/vfioN`) and iommufd (Linux 6.6).
     pub fn by_cdev(self) -> Self {
         Self { way: Some(Way::Cdev), ..self }
     }
 
-    /// In the address space of another device: what is mapped for one, the other reaches, too. It leaves
-    /// that again when it is closed.
+    /// Opens the device in the address space of another one, until it is closed: memory that is mapped
+    /// for one of them is mapped for both.
     ///
-    /// Both are opened the same way. Open all of them before [`Device::dma`](crate::Device::dma) is asked
-    /// which addresses there are: each device may narrow them.
+    /// Both must be opened the same way. Open all of them before the first call of
+    /// [`Device::dma`](crate::Device::dma): each device may narrow the range of addresses.
     pub fn beside(self, other: &'a Vfio) -> Self {
         Self { beside: Some(other), ..self }
     }
 
-    /// With the token of an SR-IOV function whose physical function a VFIO driver has, too (by group Linux
-    /// 5.7, by a file of its own Linux 6.17).
+    /// Passes the VF token of an SR-IOV function whose physical function is bound to a VFIO driver (by
+    /// group Linux 5.7, by its own file Linux 6.17).
     ///
-    /// A virtual function needs the token that [`Vfio::set_vf_token`] has set; so does the physical one
-    /// while virtual ones are open. Opening the physical one with a token sets it.
+    /// A virtual function requires the token that [`Vfio::set_vf_token`] has set. The physical function
+    /// requires it while virtual ones are open; otherwise, opening it with a token sets the token.
     pub fn vf_token(self, token: VfToken) -> Self {
         Self { token: Some(token), ..self }
     }
@@ -67,19 +67,19 @@ impl<'a> VfioOptions<'a> {
     /// Opens the device at `address`.
     ///
     /// # Errors
-    /// As [`Vfio::open`]; `VfToken` where a token is missing, wrong, or given where none is taken;
-    /// `Unsupported` where the way that was asked for is not there, or not the way of the device
-    /// [`beside`](Self::beside) it.
+    /// As [`Vfio::open`]; `VfToken` if a token is missing, wrong, or given although the device takes
+    /// none; `Unsupported` if the kernel does not offer the requested way, or the device
+    /// [`beside`](Self::beside) it was opened another way.
     pub fn open(self, address: PciAddress) -> Result<Vfio> {
         self.open_in(&Sysfs::default(), address)
     }
 
     pub(super) fn open_in(self, sysfs: &Sysfs, address: PciAddress) -> Result<Vfio> {
         let device = bound(sysfs, address)?;
-        if !noiommu::is_confined(&device) {
-            return Err(noiommu::unconfined("open", address));
+        if !noiommu::has_iommu(&device) {
+            return Err(noiommu::iommu_missing("open", address));
         }
-        self.open_device(&device, Confinement::Iommu)
+        self.open_device(&device, IommuMode::Iommu)
     }
 
     /// Opens the device at `address`, which no IOMMU confines: see [`Vfio::open_noiommu`].
@@ -91,47 +91,48 @@ impl<'a> VfioOptions<'a> {
     /// As [`Vfio::open_noiommu`].
     #[expect(unsafe_code, reason = "the caller vouches for what no type shows")]
     pub unsafe fn open_noiommu(self, address: PciAddress) -> Result<Vfio> {
-        self.open_unconfined(address)
+        self.open_without_iommu(address)
     }
 
-    /// As [`open_noiommu`](Self::open_noiommu), whose contract the caller has passed on.
-    pub(super) fn open_unconfined(self, address: PciAddress) -> Result<Vfio> {
+    /// As [`open_noiommu`](Self::open_noiommu). The callers have its contract.
+    pub(super) fn open_without_iommu(self, address: PciAddress) -> Result<Vfio> {
         let device = Sysfs::default().device(address)?;
-        if noiommu::is_confined(&device) {
-            return Err(noiommu::confined(&device));
+        if noiommu::has_iommu(&device) {
+            return Err(noiommu::iommu_present(&device));
         }
         if !is_bound(&device) || !noiommu::is_in_mode(&device) {
             return Err(noiommu::not_in_mode(&device));
         }
-        self.open_device(&device, Confinement::None)
+        self.open_device(&device, IommuMode::NoIommu)
     }
 
-    fn open_device(self, device: &PciDevice, confinement: Confinement) -> Result<Vfio> {
+    fn open_device(self, device: &PciDevice, mode: IommuMode) -> Result<Vfio> {
         if let Some(other) = self.beside {
-            return self.open_beside(device, confinement, other);
+            return self.open_beside(device, mode, other);
         }
         match self.way {
-            Some(Way::Group) => self.by_group_in(device, confinement, None),
-            Some(Way::Cdev) => self.by_cdev_in(device, confinement, None),
-            None => self.open_by_either(device, confinement),
+            Some(Way::Group) => self.by_group_in(device, mode, None),
+            Some(Way::Cdev) => self.by_cdev_in(device, mode, None),
+            None => self.open_by_either(device, mode),
         }
     }
 
-    fn open_by_either(self, device: &PciDevice, confinement: Confinement) -> Result<Vfio> {
+    fn open_by_either(self, device: &PciDevice, mode: IommuMode) -> Result<Vfio> {
         let group_is_open = device.iommu_group().and_then(Group::open_here).is_some();
-        if !cdev::is_offered(device, confinement) || group_is_open {
-            return self.by_group_in(device, confinement, None);
+        if !cdev::is_offered(device, mode) || group_is_open {
+            return self.by_group_in(device, mode, None);
         }
-        match self.by_cdev_in(device, confinement, None) {
-            // A user may have been given the group's file, and neither the device's nor iommufd's; and
-            // Linux 6.6 to 6.16 takes VF tokens by group only, which looks as if the device were open.
+        match self.by_cdev_in(device, mode, None) {
+            // The user may have access to the group's file, but not to the device's or iommufd's. And
+            // Linux 6.6 to 6.16 accepts VF tokens only by group; otherwise it reports that the device is
+            // open.
             Err(error)
                 if error.kind() == ErrorKind::PermissionDenied
                     || error.kind() == ErrorKind::InUse && self.token.is_some() =>
             {
-                let by_group = self.by_group_in(device, confinement, None);
+                let by_group = self.by_group_in(device, mode, None);
                 by_group.map_err(|group| match group.kind() {
-                    // Neither way is open to the user: the first counts.
+                    // Neither way works: report the error of the first.
                     ErrorKind::PermissionDenied | ErrorKind::NotFound | ErrorKind::InUse => error,
                     _ => group,
                 })
@@ -140,47 +141,42 @@ impl<'a> VfioOptions<'a> {
         }
     }
 
-    fn open_beside(
-        self,
-        device: &PciDevice,
-        confinement: Confinement,
-        other: &Vfio,
-    ) -> Result<Vfio> {
+    fn open_beside(self, device: &PciDevice, mode: IommuMode, other: &Vfio) -> Result<Vfio> {
         let apart = |reason: String| {
             Error::new(ErrorKind::Unsupported, "open", device.address())
                 .because(reason)
-                .remedy("open both the same way, or this one with an address space of its own")
+                .remedy("open both the same way, or this one in its own address space")
         };
         let name = other.name();
-        if other.address_space().confinement() != Some(confinement) {
+        if other.address_space().iommu_mode() != Some(mode) {
             return Err(apart(match other.address_space() {
                 AddressSpace::Elsewhere => {
-                    format!("the address space of {name} is that of whoever opened it")
+                    format!("other code opened {name} and has its address space")
                 }
-                _ => format!("an IOMMU confines one of it and {name}, and not the other"),
+                _ => format!("an IOMMU confines either it or {name}, but not both"),
             }));
         }
         match (other.address_space(), self.way) {
             (AddressSpace::Group(group), None | Some(Way::Group)) => {
-                self.by_group_in(device, confinement, Some(group))
+                self.by_group_in(device, mode, Some(group))
             }
             (AddressSpace::Ioas(ioas), None | Some(Way::Cdev)) => {
-                self.by_cdev_in(device, confinement, Some(ioas.clone()))
+                self.by_cdev_in(device, mode, Some(ioas.clone()))
             }
             (AddressSpace::Group(_), _) => {
-                Err(apart(format!("{name} is opened by its group, not by iommufd")))
+                Err(apart(format!("{name} was opened by its group, not by iommufd")))
             }
-            _ => Err(apart(format!("{name} is opened by iommufd, not by its group"))),
+            _ => Err(apart(format!("{name} was opened by iommufd, not by its group"))),
         }
     }
 
     fn by_group_in(
         self,
         device: &PciDevice,
-        confinement: Confinement,
+        mode: IommuMode,
         beside: Option<&Group>,
     ) -> Result<Vfio> {
-        let group = Group::of(device, confinement, beside)?;
+        let group = Group::of(device, mode, beside)?;
         let fd = group.device_fd(device, self.token)?;
         Vfio::new(fd, Some(device), AddressSpace::Group(group))
     }
@@ -188,15 +184,15 @@ impl<'a> VfioOptions<'a> {
     fn by_cdev_in(
         self,
         device: &PciDevice,
-        confinement: Confinement,
+        mode: IommuMode,
         beside: Option<Arc<Ioas>>,
     ) -> Result<Vfio> {
-        let (fd, ioas) = cdev::open_device(device, confinement, beside, self.token)?;
+        let (fd, ioas) = cdev::open_device(device, mode, beside, self.token)?;
         Vfio::new(fd, Some(device), AddressSpace::Ioas(ioas))
     }
 }
 
-/// The device at `address`, which a VFIO driver holds.
+/// The device at `address`, if it is bound to a VFIO driver.
 fn bound(sysfs: &Sysfs, address: PciAddress) -> Result<PciDevice> {
     let device = sysfs.device(address)?;
     if is_bound(&device) {
@@ -211,8 +207,8 @@ fn bound(sysfs: &Sysfs, address: PciAddress) -> Result<PciDevice> {
     )))
 }
 
-/// Whether a VFIO driver holds the device; variant drivers (`mlx5_vfio_pci`, `nvgrace_gpu_vfio_pci`) are
-/// some, too.
+/// Whether the device is bound to a VFIO driver: vfio-pci, or a variant (`mlx5_vfio_pci`,
+/// `nvgrace_gpu_vfio_pci`).
 fn is_bound(device: &PciDevice) -> bool {
     device.driver().is_some_and(|name| name.contains("vfio"))
 }
@@ -224,7 +220,7 @@ mod tests {
 
     use super::*;
 
-    /// A copy of what sysfs shows of one device.
+    /// A copy of sysfs with one device.
     struct Tree(PathBuf);
 
     impl Tree {
@@ -244,8 +240,8 @@ mod tests {
             Vfio::options().open_in(&Sysfs::at(&self.0), address).unwrap_err()
         }
 
-        /// The group that VFIO makes up for a device without an IOMMU.
-        fn make_up_group(&self) {
+        /// Adds the group that VFIO creates for a device without an IOMMU.
+        fn add_noiommu_group(&self) {
             let group = self.0.join("kernel/iommu_groups/7");
             std::fs::create_dir_all(&group).unwrap();
             std::fs::write(group.join("name"), "vfio-noiommu\n").unwrap();
@@ -260,21 +256,21 @@ mod tests {
     }
 
     #[test]
-    fn a_device_without_an_iommu_is_refused_with_what_switches_one_on() {
+    fn a_device_without_an_iommu_is_refused_with_advice() {
         let tree = Tree::new(Some("vfio-pci"));
         for _ in 0..2 {
             let error = tree.open();
             assert_eq!(error.kind(), ErrorKind::NoIommu);
             assert!(error.to_string().contains("intel_iommu=on"), "{error}");
-            // In no-IOMMU mode it has a group, which confines nothing.
+            // In no-IOMMU mode the device has a group too.
             if !tree.0.join("kernel").exists() {
-                tree.make_up_group();
+                tree.add_noiommu_group();
             }
         }
     }
 
     #[test]
-    fn a_device_of_another_driver_or_none_is_refused_by_name() {
+    fn the_error_names_a_driver_that_is_not_vfio() {
         let error = Tree::new(Some("nvme")).open();
         assert_eq!(error.kind(), ErrorKind::NotBound);
         assert!(error.to_string().contains("bound to nvme"), "{error}");

@@ -1,10 +1,10 @@
-//! What sysfs knows of PCI devices.
+//! PCI devices in sysfs.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Confinement, PciAddress};
+use super::{IommuMode, PciAddress};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The PCI devices of this machine, as `/sys/bus/pci` shows them.
@@ -20,15 +20,15 @@ impl Default for Sysfs {
 }
 
 impl Sysfs {
-    /// The tree at `root`: `/sys`, where it is mounted elsewhere, or a copy.
+    /// The tree at `root`: another mount point of sysfs, or a copy of it.
     pub fn at(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
-    /// Every PCI device, by address.
+    /// All PCI devices, in order of address.
     ///
     /// # Errors
-    /// `NotFound` where there is no PCI bus or no sysfs.
+    /// `NotFound` if there is no PCI bus or no sysfs.
     pub fn devices(&self) -> Result<Vec<PciDevice>> {
         let path = self.bus().join("devices");
         let entries =
@@ -44,7 +44,7 @@ impl Sysfs {
     /// The device at `address`.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound` if there is none.
     pub fn device(&self, address: PciAddress) -> Result<PciDevice> {
         let device = self.entry(address);
         if device.path().exists() {
@@ -52,7 +52,7 @@ impl Sysfs {
         }
         Err(Error::new(ErrorKind::NotFound, "find", format!("PCI device {address}"))
             .because(format!("{} does not exist", device.path().display()))
-            .remedy("list what there is: ls /sys/bus/pci/devices, or lspci -D"))
+            .remedy("list the devices: ls /sys/bus/pci/devices, or lspci -D"))
     }
 
     pub(super) fn root(&self) -> &Path {
@@ -81,7 +81,7 @@ pub struct PciDevice {
 }
 
 impl PciDevice {
-    /// Where it sits.
+    /// Its PCI address.
     pub fn address(&self) -> PciAddress {
         self.address
     }
@@ -89,7 +89,7 @@ impl PciDevice {
     /// The vendor ID, such as 0x8086.
     ///
     /// # Errors
-    /// `NotFound` where the device has gone; `Malformed` where sysfs does not hold a number.
+    /// `NotFound` if the device is gone; `Malformed` if the file in sysfs does not hold a number.
     pub fn vendor(&self) -> Result<u16> {
         Ok(self.number("vendor")? as u16)
     }
@@ -110,23 +110,23 @@ impl PciDevice {
         self.number("class")
     }
 
-    /// The driver that holds it, if any.
+    /// The driver that is bound to it, if any.
     pub fn driver(&self) -> Option<String> {
         self.link("driver")
     }
 
-    /// The number of its IOMMU group; `None` where no IOMMU confines it.
+    /// The number of its IOMMU group; `None` without an IOMMU.
     pub fn iommu_group(&self) -> Option<u32> {
         self.link("iommu_group")?.parse().ok()
     }
 
-    /// VFIO's file of the device alone, if the kernel has made one: `/dev/vfio/devices/vfioN`, or
-    /// `noiommu-vfioN`. Kernels that make none name the device in sysfs all the same, without a device
-    /// number.
-    pub(super) fn own_file(&self, confinement: Confinement) -> Option<PathBuf> {
-        let prefix = match confinement {
-            Confinement::Iommu => "vfio",
-            Confinement::None => "noiommu-vfio",
+    /// The device's own VFIO file, if the kernel has made one: `/dev/vfio/devices/vfioN` or
+    /// `noiommu-vfioN`. Kernels without such files have the entry in sysfs too, but without a device
+    /// number (`dev`).
+    pub(super) fn own_file(&self, mode: IommuMode) -> Option<PathBuf> {
+        let prefix = match mode {
+            IommuMode::Iommu => "vfio",
+            IommuMode::NoIommu => "noiommu-vfio",
         };
         let entries = fs::read_dir(self.path().join("vfio-dev")).ok()?;
         let entry = entries.flatten().find(|entry| {
@@ -136,10 +136,10 @@ impl PciDevice {
         Some(Path::new("/dev/vfio/devices").join(entry.file_name()))
     }
 
-    /// All devices of its IOMMU group, itself among them, by address.
+    /// All devices of its IOMMU group, including itself, in order of address.
     ///
     /// # Errors
-    /// `NotFound` where it is in none.
+    /// `NotFound` if it has no IOMMU group.
     pub fn group_members(&self) -> Result<Vec<PciDevice>> {
         let path = self.path().join("iommu_group/devices");
         let entries =
@@ -152,7 +152,7 @@ impl PciDevice {
         Ok(members.into_iter().map(|address| self.sysfs.entry(address)).collect())
     }
 
-    /// The physical function that it is a virtual one of (SR-IOV); `None` where it is none.
+    /// Its physical function, if it is a virtual function (SR-IOV).
     pub fn physical_function(&self) -> Option<PciDevice> {
         let address = self.link("physfn")?.parse().ok()?;
         Some(self.sysfs.entry(address))
@@ -166,7 +166,7 @@ impl PciDevice {
         self.sysfs.bus().join("devices").join(self.address.to_string())
     }
 
-    /// The name that a link points to.
+    /// The file name that a link points to.
     fn link(&self, name: &str) -> Option<String> {
         let target = fs::read_link(self.path().join(name)).ok()?;
         Some(target.file_name()?.to_str()?.to_owned())
@@ -184,7 +184,7 @@ impl PciDevice {
     }
 }
 
-/// Writes a value to a file of sysfs in one `write(2)`, as its files want it.
+/// Writes a value to a file of sysfs in one `write(2)`, as sysfs requires.
 pub(super) fn write(path: &Path, value: &str, operation: &'static str) -> Result<()> {
     let result: io::Result<()> = fs::OpenOptions::new()
         .write(true)

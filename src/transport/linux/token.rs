@@ -1,5 +1,5 @@
-//! The token by which the driver of an SR-IOV physical function lets others open its virtual
-//! functions (Linux 5.7).
+//! VF tokens: the driver of an SR-IOV physical function sets one, and opening a virtual function requires
+//! it (Linux 5.7).
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,8 +9,8 @@ use nix::errno::Errno;
 use super::PciDevice;
 use crate::error::{Error, ErrorKind};
 
-/// A VF token: a UUID that whoever has the physical function shares with whom it trusts with the
-/// virtual ones, as 16 bytes in the order in which it is written.
+/// A VF token: a UUID that the user of the physical function shares with trusted users of its virtual
+/// functions. The 16 bytes are in the order of the written UUID.
 ///
 /// ```
 /// use vfio_remap::transport::VfToken;
@@ -21,16 +21,16 @@ use crate::error::{Error, ErrorKind};
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct VfToken(pub [u8; 16]);
 
-/// Where a written UUID has its hyphens (RFC 9562 §4).
+/// The positions of the hyphens in a written UUID (RFC 9562 §4).
 const HYPHENS: [usize; 4] = [8, 13, 18, 23];
 
 impl FromStr for VfToken {
     type Err = Error;
 
-    /// A UUID as it is written: 32 hexadecimal digits in five groups.
+    /// Parses a UUID: 32 hexadecimal digits in five groups.
     fn from_str(text: &str) -> Result<Self, Error> {
         parse(text).ok_or_else(|| {
-            // Without the text: it may be a token, all but for a letter.
+            // The error does not show the text: it may be a secret token with a typing error.
             Error::new(ErrorKind::Malformed, "read", format!("a VF token of {} bytes", text.len()))
                 .because("it is not a UUID")
                 .remedy("write it like bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3; uuidgen makes one")
@@ -43,7 +43,7 @@ fn parse(text: &str) -> Option<VfToken> {
         return None;
     }
     let digits: String = text.split('-').collect();
-    // A hyphen elsewhere, a sign, or what is no ASCII.
+    // Rejects other hyphens, signs and non-ASCII characters.
     if digits.len() != 32 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
     }
@@ -60,14 +60,15 @@ impl fmt::Display for VfToken {
     }
 }
 
-/// A token is a secret: logs do not get it.
+/// Hides the token, which is a secret, from logs.
 impl fmt::Debug for VfToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("VfToken(..)")
     }
 }
 
-/// Whether the device takes a token: a physical function, or a virtual one whose physical one VFIO has.
+/// Whether the device takes a token: it is a physical function, or a virtual one whose physical function
+/// is bound to a VFIO driver.
 pub(super) fn is_taken(device: &PciDevice) -> bool {
     match device.physical_function() {
         Some(physical) => physical.driver().is_some_and(|driver| driver.contains("vfio")),
@@ -75,24 +76,23 @@ pub(super) fn is_taken(device: &PciDevice) -> bool {
     }
 }
 
-/// What EACCES and EINVAL mean where a device is opened with a token or without one; `None` for what
-/// is about something else.
+/// The error if opening a device failed because of the token, or of its absence; `None` for other reasons.
 pub(super) fn refused(errno: Errno, device: &PciDevice, token: Option<VfToken>) -> Option<Error> {
     let (reason, remedy) = match (errno, token) {
         (Errno::EACCES, None) => (
-            "it is a function of an SR-IOV device whose other functions VFIO has, too: it wants \
-             their VF token",
+            "other functions of this SR-IOV device are bound to VFIO drivers too, so opening it requires a \
+             VF token",
             "open it with the token that the driver of the physical function has set: \
              VfioOptions::vf_token",
         ),
         (Errno::EACCES, Some(_)) => (
             "the VF token is not the one that the driver of the physical function has set",
-            "ask that driver for it; Vfio::set_vf_token sets it",
+            "get the token from that driver, which sets it by Vfio::set_vf_token",
         ),
         (Errno::EINVAL, Some(_)) => (
-            "it takes no VF token: it is no function of an SR-IOV device whose physical function is \
+            "it takes no VF token: it is not a function of an SR-IOV device whose physical function is \
              bound to vfio-pci",
-            "open it without one",
+            "open it without a token",
         ),
         _ => return None,
     };
@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_token_is_read_as_it_is_written_and_nothing_else_is_one() {
+    fn only_a_well_formed_uuid_is_a_token() {
         let text = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
         let token: VfToken = text.parse().unwrap();
         assert_eq!((token.0[0], token.0[15], token.to_string()), (0xbd, 0xf3, text.to_owned()));

@@ -1,4 +1,4 @@
-//! One device through Linux VFIO.
+//! The transport for a device of Linux VFIO.
 
 use std::fmt;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::uio::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET};
 
-use super::books::Books;
+use super::accounting::Accounting;
 use super::dma::{self, AddressSpace};
 use super::hot_reset::{self, OpenHere};
 use super::{PciAddress, PciDevice, Sysfs, VfToken, VfioOptions, irq};
@@ -23,52 +23,53 @@ use crate::transport::{
     Transport,
 };
 
-/// More regions than any device has; the kernel would have to be wrong.
+/// More regions than any device has. A larger number is an error of the kernel.
 const MAX_REGIONS: u32 = 1024;
 
-/// A device that Linux VFIO has given to this process.
+/// A device that this process has opened through Linux VFIO.
 ///
 /// Dropping it closes the device, then its group.
 pub struct Vfio {
     device: Arc<OwnedFd>,
     info: DeviceInfo,
     regions: Vec<Option<Region>>,
-    /// Whether sysfs says that the driver is vfio-pci itself, whose mappings refault.
+    /// Whether the driver is vfio-pci itself, according to sysfs, and not a variant.
     by_vfio_pci: bool,
     space: AddressSpace,
-    books: Books,
+    accounting: Accounting,
     /// The process that opened it: see [`fork::generation`].
     generation: u32,
-    /// How many mappings that can be, as far as was known when the limits were last asked for.
-    most: AtomicUsize,
+    /// The largest number of mappings, as of the last query of the limits.
+    max_mappings: AtomicUsize,
     _open: Option<OpenHere>,
 }
 
 struct Region {
     info: RegionInfo,
-    /// Where the region lies in the device's file.
+    /// The offset of the region in the device's file.
     start: u64,
 }
 
 impl Vfio {
-    /// Opens the device at `address`: by a file of its own and iommufd where the kernel offers that, else
-    /// by its IOMMU group. Devices of one group that are open in this process share an address space for
-    /// DMA; others have one each. [`options`](Self::options) has other ways.
+    /// Opens the device at `address`: by its own file and iommufd if the kernel offers that, and
+    /// otherwise by its IOMMU group. Devices of one group that are open in this process share an address
+    /// space for DMA; other devices each have their own. [`options`](Self::options) has other ways.
     ///
     /// # Errors
-    /// `NotFound`; `NotBound` where a kernel driver has the device, or none; `NoIommu`;
-    /// `GroupNotViable`, naming the devices in the way; `PermissionDenied`; `InUse` where the group is
-    /// open already; `VfToken` for an SR-IOV function that wants one. Each says what to do.
+    /// `NotFound`; `NotBound` if the device is bound to a kernel driver or to none; `NoIommu`;
+    /// `GroupNotViable`, naming the devices in the way; `PermissionDenied`; `InUse` if the group is
+    /// open already; `VfToken` for an SR-IOV function that requires a token. Each error says what to do.
     pub fn open(address: PciAddress) -> Result<Self> {
         Self::options().open(address)
     }
 
-    /// Other ways to open a device: forced, beside another one, with a VF token, without an IOMMU.
+    /// Other ways to open a device: only by its group or only by its own file, in the address space of
+    /// another device, with a VF token, without an IOMMU.
     pub fn options<'a>() -> VfioOptions<'a> {
         VfioOptions::default()
     }
 
-    /// Opens the device by its IOMMU group (`/dev/vfio/N`), whatever else the kernel offers.
+    /// Opens the device by its IOMMU group (`/dev/vfio/N`), even if the kernel offers its own file.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -76,17 +77,17 @@ impl Vfio {
         Self::options().by_group().open(address)
     }
 
-    /// Opens the device by a file of its own (`/dev/vfio/devices/vfioN`) and iommufd.
+    /// Opens the device by its own file (`/dev/vfio/devices/vfioN`) and iommufd.
     ///
     /// # Errors
-    /// As [`open`](Self::open); `Unsupported` where the kernel offers none; `NotFound` where it has no
+    /// As [`open`](Self::open); `Unsupported` if the kernel has no such file; `NotFound` if it has no
     /// iommufd.
     pub fn open_by_cdev(address: PciAddress) -> Result<Self> {
         Self::options().by_cdev().open(address)
     }
 
-    /// Opens another device in the same address space, and the same way: what is mapped for one, the other
-    /// reaches, too. See [`VfioOptions::beside`].
+    /// Opens another device in the same address space, and the same way: memory that is mapped for one of
+    /// them is mapped for both. See [`VfioOptions::beside`].
     ///
     /// # Errors
     /// As [`VfioOptions::open`].
@@ -95,35 +96,37 @@ impl Vfio {
     }
 
     /// Opens the device at `address`, which no IOMMU confines (Linux 4.5, a kernel with
-    /// CONFIG_VFIO_NOIOMMU): by a file of its own where the kernel makes one for such devices (Linux 7.3),
-    /// else by its group (`/dev/vfio/noiommu-N`).
+    /// CONFIG_VFIO_NOIOMMU): by its own file if the kernel makes one for such devices (Linux 7.3), and
+    /// otherwise by its group (`/dev/vfio/noiommu-N`).
     ///
-    /// Registers, interrupts and resets work as ever. For DMA the device is given physical addresses: by a
-    /// file of its own, memory that is mapped for DMA is pinned, and
-    /// [`DmaMapping::iova`](crate::device::DmaMapping::iova) is where it physically is. It has to be
-    /// contiguous for that: a buffer of one page is, and one of huge pages. By its group, VFIO neither pins
-    /// memory nor tells where it is: `Device::dma` answers `Unsupported`.
+    /// Registers, interrupts and resets work as for other devices. For DMA the device uses physical
+    /// addresses. If it is opened by its own file, memory that is mapped for DMA is pinned, and
+    /// [`DmaMapping::iova`](crate::device::DmaMapping::iova) is its physical address. The memory must be
+    /// contiguous: a buffer of one page is, and so is one of huge pages. If it is opened by its group,
+    /// VFIO neither pins memory nor reports its physical address, and `Device::dma` returns
+    /// `Unsupported`.
     ///
     /// # Errors
-    /// `Unsupported` where an IOMMU confines the device after all, or the kernel has no such mode;
-    /// `NotBound` where the mode was off when the device was bound; `PermissionDenied` without
-    /// CAP_SYS_RAWIO; as [`open`](Self::open) besides.
+    /// `Unsupported` if an IOMMU does confine the device, or the kernel has no such mode;
+    /// `NotBound` if the mode was off when the device was bound; `PermissionDenied` without
+    /// CAP_SYS_RAWIO; the errors of [`open`](Self::open).
     ///
     /// # Safety
-    /// The device can read and write all of the machine's memory, and raise interrupts by that. Whatever
-    /// this process, safe code included, makes it do is answered for by the caller. In particular it is
-    /// told of no addresses but those of live mappings for DMA, and it is made to stop, by a reset or by
-    /// bus mastering, before a mapping that it was told of is dropped.
+    /// The device can read and write all of the machine's memory, and can raise interrupts that way. The
+    /// caller is responsible for everything that this process makes it do, including safe code. In
+    /// particular, no code gives the device addresses other than those of live DMA mappings. And before
+    /// such a mapping is dropped, the device is stopped, by a reset or by disabling bus mastering.
     #[expect(unsafe_code, reason = "the caller vouches for what no type shows")]
     pub unsafe fn open_noiommu(address: PciAddress) -> Result<Self> {
-        Self::options().open_unconfined(address)
+        Self::options().open_without_iommu(address)
     }
 
-    /// Sets the token that whoever opens a virtual function of this device must give, and this device
-    /// anew while one is open (Linux 5.7). It holds until it is set again. Nobody can read it.
+    /// Sets the VF token (Linux 5.7). Opening a virtual function of this device requires it, and so does
+    /// opening this device again while a virtual function is open. It is valid until another one is set,
+    /// and cannot be read.
     ///
     /// # Errors
-    /// `Unsupported` where this is no physical function of an SR-IOV device.
+    /// `Unsupported` if this is not a physical function of an SR-IOV device.
     pub fn set_vf_token(&self, token: VfToken) -> Result<()> {
         vfio_feature::set_vf_token(self.device.as_fd(), token.0).map_err(|errno| {
             let error = Error::os(errno, "set the VF token of", &self.info.name);
@@ -136,16 +139,16 @@ impl Vfio {
         })
     }
 
-    /// Takes over a device file that somebody else has opened, such as a parent that passed it on.
-    /// `address` tells which device it is, if known: without it nothing is known of its driver, and
-    /// its mappings are not trusted to refault.
+    /// Takes over a device file that other code has opened, for example a parent process. `address` is
+    /// that of the device, if known. Without it the driver is not known, and the crate does not rely on
+    /// faults to fill mappings again.
     ///
     /// # Errors
-    /// `Unsupported` where it is not a VFIO device file; it is closed then.
+    /// `Unsupported` if it is not a VFIO device file; it is then closed.
     ///
     /// # Safety
-    /// The file is that of the device at `address`, and an IOMMU confines that device: a program in
-    /// safe Rust may make it read and write any address that it can reach.
+    /// The file is that of the device at `address`, and an IOMMU confines that device: safe code may make
+    /// the device read and write any address that it can reach.
     #[expect(unsafe_code, reason = "the caller vouches for what no type shows")]
     pub unsafe fn from_fd(fd: OwnedFd, address: Option<PciAddress>) -> Result<Self> {
         let device = address.map(|address| Sysfs::default().device(address)).transpose()?;
@@ -161,35 +164,35 @@ impl Vfio {
             Some(device) => device.address().to_string(),
             None => format!("the device of file descriptor {}", fd.as_raw_fd()),
         };
-        let answer = vfio::device_info(fd.as_fd()).map_err(|errno| {
+        let reply = vfio::device_info(fd.as_fd()).map_err(|errno| {
             let error = Error::os(errno, "query", &name);
             match errno {
-                // Of a container that is not set up, and a file of a device's own that is not bound, EINVAL.
+                // EINVAL: a container that is not set up, or a device's own file that is not bound.
                 Errno::ENOTTY | Errno::EINVAL => error
                     .into_kind(ErrorKind::Unsupported)
                     .because("it is not a VFIO device file, or is not ready")
                     .remedy(
-                        "take the file that VFIO_GROUP_GET_DEVICE_FD gives, or one that is bound to an \
+                        "pass the file that VFIO_GROUP_GET_DEVICE_FD returns, or one that is bound to an \
                          iommufd",
                     ),
                 _ => error,
             }
         })?;
-        if answer.num_regions > MAX_REGIONS {
+        if reply.num_regions > MAX_REGIONS {
             return Err(Error::new(ErrorKind::Malformed, "query", name)
-                .because(format!("it claims {} regions", answer.num_regions)));
+                .because(format!("it claims {} regions", reply.num_regions)));
         }
-        let regions = (0..answer.num_regions)
+        let regions = (0..reply.num_regions)
             .map(|index| read_region(&fd, index, &name))
             .collect::<Result<Vec<_>>>()?;
         let info = DeviceInfo {
             name,
-            pci: answer.flags & VFIO_DEVICE_FLAGS_PCI != 0,
-            resettable: answer.flags & VFIO_DEVICE_FLAGS_RESET != 0,
-            regions: answer.num_regions,
-            irqs: answer.num_irqs,
+            pci: reply.flags & VFIO_DEVICE_FLAGS_PCI != 0,
+            resettable: reply.flags & VFIO_DEVICE_FLAGS_RESET != 0,
+            region_count: reply.num_regions,
+            irq_count: reply.num_irqs,
         };
-        let books = Books::new(space.counter());
+        let accounting = Accounting::new(space.counter());
         let by_vfio_pci = device.and_then(PciDevice::driver).as_deref() == Some("vfio-pci");
         Ok(Self {
             device: Arc::new(fd),
@@ -197,10 +200,10 @@ impl Vfio {
             regions,
             by_vfio_pci,
             space,
-            books,
+            accounting,
             generation: fork::generation(),
-            most: AtomicUsize::new(usize::MAX),
-            _open: device.map(|device| OpenHere::note(device.address())),
+            max_mappings: AtomicUsize::new(usize::MAX),
+            _open: device.map(|device| OpenHere::register(device.address())),
         })
     }
 
@@ -219,7 +222,7 @@ impl Vfio {
         })
     }
 
-    /// Where an access lies in the device's file.
+    /// The offset of an access in the device's file.
     fn locate(&self, index: u32, offset: u64, len: usize, operation: &'static str) -> Result<i64> {
         let Region { info, start } = self.find(index, operation)?;
         let inside = offset.checked_add(len as u64).is_some_and(|end| end <= info.size);
@@ -233,11 +236,11 @@ impl Vfio {
             })
     }
 
-    /// Why `memory`, which is entered in the books, could not be mapped.
+    /// Removes `memory`, which could not be mapped, from the accounting, and adds the reason to the error.
     #[cold]
     fn not_mapped(&self, error: Error, iova: u64, memory: &DmaMemory) -> Error {
         let no_memory = error.errno() == Some(libc::ENOMEM);
-        match self.books.refused(memory, no_memory) {
+        match self.accounting.remove_refused(memory, no_memory) {
             Some(Ok(exceeded)) => exceeded.error(dma::object(iova, memory.size() as u64)),
             Some(Err(shortage)) => error.because(shortage),
             None => error,
@@ -254,12 +257,13 @@ impl Vfio {
         match done {
             Ok(count) if count == len => Ok(()),
             Ok(count) => Err(Error::new(ErrorKind::Os, operation, self.info.region_name(index))
-                .because(format!("{count} of {len} bytes were done"))),
+                .because(format!("the kernel transferred {count} of {len} bytes"))),
             Err(errno) => {
                 let error = Error::os(errno, operation, self.info.region_name(index));
                 Err(match errno {
                     Errno::EIO => error.because(
-                        "the device does not answer: memory decoding is off, it sleeps, or it has gone",
+                        "the device does not respond: memory decoding is off, or it is in low power or \
+                         gone",
                     ),
                     _ => error,
                 })
@@ -268,11 +272,11 @@ impl Vfio {
     }
 }
 
-/// `None` where the index is vacant, which the kernel tells by EINVAL or a size of zero.
+/// `None` if the region is not implemented: the kernel returns EINVAL or a size of zero.
 fn read_region(fd: &OwnedFd, index: u32, name: &str) -> Result<Option<Region>> {
     match vfio::region_info(fd.as_fd(), index) {
-        Ok(answer) => {
-            let (info, start) = RegionInfo::from_vfio(&answer)?;
+        Ok(reply) => {
+            let (info, start) = RegionInfo::from_vfio(&reply)?;
             Ok((info.size != 0).then_some(Region { info, start }))
         }
         Err(Errno::EINVAL) => Ok(None),
@@ -311,7 +315,7 @@ impl Transport for Vfio {
         Ok(if self.by_vfio_pci {
             RegionFile::vfio_pci(file, *start)
         } else {
-            // Another VFIO driver, or a file whose opener answers for it (`from_fd`).
+            // Another VFIO driver, or a file that other code opened (`from_fd`).
             RegionFile::untrusted(file, *start)
         })
     }
@@ -322,7 +326,7 @@ impl Transport for Vfio {
             match errno {
                 Errno::EINVAL | Errno::ENOTTY => error
                     .into_kind(ErrorKind::Unsupported)
-                    .because("it offers no function-level reset that the kernel knows"),
+                    .because("the kernel knows no function-level reset for it"),
                 _ => error,
             }
         })
@@ -339,8 +343,8 @@ impl Transport for Vfio {
             AddressSpace::Ioas(_) => false,
             AddressSpace::Elsewhere => {
                 return Err(Error::new(ErrorKind::Unsupported, "hot reset", &self.info.name)
-                    .because("its device file was opened elsewhere, and its group may not be ours")
-                    .remedy("reset it where it was opened"));
+                    .because("other code opened its device file and may have its group")
+                    .remedy("reset it in the program that opened it"));
             }
         };
         hot_reset::perform(self.device.as_fd(), &self.info.name, &others, by_group)
@@ -355,9 +359,8 @@ impl Transport for Vfio {
         .map_err(|errno| {
             let error = Error::os(errno, "enter low power on", &self.info.name);
             match errno {
-                Errno::ENOTTY => error.because(
-                    "the kernel does not offer that, or its driver does not (vfio-pci, Linux 6.1)",
-                ),
+                Errno::ENOTTY => error
+                    .because("its driver does not support that (vfio-pci does since Linux 6.1)"),
                 Errno::EINVAL => {
                     error.into_kind(ErrorKind::InUse).because("it is in low power already")
                 }
@@ -394,8 +397,9 @@ impl Transport for Vfio {
 
     fn dma_limits(&self) -> Result<DmaLimits> {
         let limits = self.space.limits(&self.info.name)?;
-        if let Some(more) = limits.mappings {
-            self.most.store(self.books.mappings().saturating_add(more as usize), Ordering::Relaxed);
+        if let Some(available) = limits.available_mappings {
+            let max = self.accounting.count().saturating_add(available as usize);
+            self.max_mappings.store(max, Ordering::Relaxed);
         }
         Ok(limits)
     }
@@ -405,14 +409,16 @@ impl Transport for Vfio {
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
-        let mapped = self.books.mappings();
-        // Devices of one container share the limit: what another has unmapped meanwhile is asked for.
-        if mapped >= self.most.load(Ordering::Relaxed) && self.dma_limits()?.mappings == Some(0) {
-            return Err(dma::too_many(mapped, memory.size(), iova));
+        let count = self.accounting.count();
+        // Devices of one container share the limit, and another may have unmapped some: query it again.
+        if count >= self.max_mappings.load(Ordering::Relaxed)
+            && self.dma_limits()?.available_mappings == Some(0)
+        {
+            return Err(dma::too_many(count, memory.size(), iova));
         }
-        let done = match self.books.enter(memory) {
+        let done = match self.accounting.add(memory) {
             Ok(()) => self
-                .books
+                .accounting
                 .map(iova, memory, || self.space.map(iova, memory, access, &self.info.name)),
             Err(exceeded) => Err(exceeded.error(dma::object(iova, memory.size() as u64))),
         };
@@ -424,8 +430,8 @@ impl Transport for Vfio {
     }
 
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
-        let kept = self.books.unmap(iova, || self.space.unmap(iova, size, &self.info.name))?;
-        self.books.strike(kept.as_ref().map_or(size, DmaMemory::lockable));
+        let kept = self.accounting.unmap(iova, || self.space.unmap(iova, size, &self.info.name))?;
+        self.accounting.remove(kept.as_ref().map_or(size, DmaMemory::lockable));
         Ok(())
     }
 }
@@ -433,11 +439,11 @@ impl Transport for Vfio {
 impl Drop for Vfio {
     fn drop(&mut self) {
         let forked = self.generation != fork::generation();
-        // Of what its users have not unmapped, that which nobody else keeps: others may have the address
-        // space, too, and their devices would go on reaching it.
-        for (iova, memory) in self.books.let_all_go() {
+        // Unmaps the memory that is kept here, if its users have not. Other devices in the same address
+        // space could still reach it after it is dropped.
+        for (iova, memory) in self.accounting.take_kept() {
             if forked {
-                // The parent's mapping.
+                // The mapping is the parent's.
                 continue;
             }
             if let Err(error) = self.space.unmap(iova, memory.size() as u64, &self.info.name) {

@@ -27,7 +27,7 @@ use super::regions::{Region, read_region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{file, fork};
-use crate::transport::refusal::refused;
+use crate::transport::dma_error::map_refused;
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
 /// How long a server may take to answer, unless told otherwise.
@@ -60,7 +60,7 @@ const MAX_VECTORS: u32 = 1 << 16;
 /// use vfio_remap::{Device, transport::VfioUser};
 ///
 /// let device = Device::new(Arc::new(VfioUser::connect("/run/edu.sock")?));
-/// println!("{} has {} regions", device.name(), device.info().regions);
+/// println!("{} has {} regions", device.name(), device.info().region_count);
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
 pub struct VfioUser {
@@ -129,8 +129,8 @@ impl VfioUser {
             name,
             pci: answer.flags & VFIO_DEVICE_FLAGS_PCI != 0,
             resettable: answer.flags & VFIO_DEVICE_FLAGS_RESET != 0,
-            regions: answer.regions,
-            irqs: answer.irqs,
+            region_count: answer.regions,
+            irq_count: answer.irqs,
         };
         let regions = (0..answer.regions)
             .map(|index| read_region(&connection, index, &info.region_name(index)))
@@ -308,9 +308,9 @@ impl Transport for VfioUser {
 
     fn irq(&self, index: u32) -> Result<IrqInfo> {
         let object = || format!("interrupt {index} of {}", self.info.name);
-        if index >= self.info.irqs {
+        if index >= self.info.irq_count {
             return Err(Error::new(ErrorKind::NotFound, "query", object())
-                .because(format!("the device has {}", self.info.irqs)));
+                .because(format!("the device has {}", self.info.irq_count)));
         }
         let argsz = wire::IrqInfo::SIZE as u32;
         let ask = wire::IrqInfo { argsz, index, ..Default::default() };
@@ -375,10 +375,14 @@ impl Transport for VfioUser {
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
-        let mappings = Some(self.connection.memory().room());
+        let available_mappings = Some(self.connection.memory().room());
         let page_size = self.capabilities.page_size;
         let by_file = self.capabilities.fds > 0;
-        Ok(DmaLimits { mappings, by_file, ..DmaLimits::new(vec![0..=u64::MAX], page_size) })
+        Ok(DmaLimits {
+            available_mappings,
+            by_file,
+            ..DmaLimits::new(vec![0..=u64::MAX], page_size)
+        })
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
@@ -389,7 +393,7 @@ impl Transport for VfioUser {
         self.connection
             .memory()
             .insert(iova, size, rights, memory.clone())
-            .map_err(|errno| refused(errno, object()))?;
+            .map_err(|errno| map_refused(errno, object()))?;
         let file = memory.file().filter(|_| self.capabilities.fds > 0);
         let offset = file.map_or(0, |(_, offset)| offset);
         let fds: Vec<BorrowedFd<'_>> = file.iter().map(|(fd, _)| *fd).collect();
@@ -411,7 +415,7 @@ impl Transport for VfioUser {
         // The device behind the server may be somebody else's, too.
         told.map_err(|error| match error.errno().map(Errno::from_raw) {
             Some(errno @ (Errno::EEXIST | Errno::ENOSPC | Errno::EMFILE)) => {
-                refused(errno, object())
+                map_refused(errno, object())
             }
             _ => error,
         })

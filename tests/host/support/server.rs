@@ -95,11 +95,11 @@ fn serves() {
 
 /// The names of its regions and interrupts are the same whoever is asked.
 pub fn same_shape(one: &dyn Transport, other: &dyn Transport) {
-    for index in 0..one.info().regions {
+    for index in 0..one.info().region_count {
         let (one, other) = (one.region(index).ok(), other.region(index).ok());
         assert_eq!(one, other, "region {index}");
     }
-    for index in 0..one.info().irqs {
+    for index in 0..one.info().irq_count {
         let (one, other) = (one.irq(index).unwrap(), other.irq(index).unwrap());
         assert_eq!(one, other, "interrupt {index}");
     }

@@ -139,7 +139,7 @@ fn a_client_that_leaves_takes_its_memory_and_eventfds_along() {
             drop(client);
             served.join().unwrap().unwrap();
         });
-        assert_eq!(device.dma_limits().unwrap().mappings, Some(65535));
+        assert_eq!(device.dma_limits().unwrap().available_mappings, Some(65535));
     }
 }
 

@@ -308,5 +308,5 @@ fn garbage_ends_in_an_error_or_the_clients_end() {
         ours.shutdown(Shutdown::Write).unwrap();
         let _ = Server::serve_stream(&device, theirs, TIME);
     }
-    assert_eq!(device.dma_limits().unwrap().mappings, Some(65535));
+    assert_eq!(device.dma_limits().unwrap().available_mappings, Some(65535));
 }

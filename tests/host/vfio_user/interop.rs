@@ -121,7 +121,10 @@ fn our_client_drives_a_device_of_their_server() {
 
     let client = Arc::new(VfioUser::connect(&path).unwrap());
     let info = client.info();
-    assert!(info.pci && info.resettable && (info.regions, info.irqs) == (9, 5), "{info:?}");
+    assert!(
+        info.pci && info.resettable && (info.region_count, info.irq_count) == (9, 5),
+        "{info:?}"
+    );
     edu::write(&*client, 0x10, 7);
     assert_eq!(edu::read(&*client, 0x10), 7);
     let error = client.read_at(1, 0, &mut [0; 4]).unwrap_err();

@@ -1,4 +1,5 @@
-//! What the kernel or a peer answers: a structure of `linux/vfio.h`, and a chain of capabilities.
+//! The reply to an info query, of the kernel or a server: a structure of `linux/vfio.h` and a capability
+//! chain.
 
 use std::mem::offset_of;
 
@@ -6,14 +7,14 @@ use vfio_bindings::bindings::vfio::vfio_info_cap_header;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Bytes read in the byte order of this machine, never past their end.
-pub(super) struct Answer<'a> {
+/// The bytes of an info reply. Reads are in native byte order, and never go past the end.
+pub(super) struct InfoReply<'a> {
     bytes: &'a [u8],
     what: &'static str,
 }
 
-impl<'a> Answer<'a> {
-    /// `what` they are, for errors.
+impl<'a> InfoReply<'a> {
+    /// Errors call the reply `what`.
     pub(super) fn new(bytes: &'a [u8], what: &'static str) -> Self {
         Self { bytes, what }
     }
@@ -30,11 +31,11 @@ impl<'a> Answer<'a> {
         Ok(u64::from_ne_bytes(self.take(at)?))
     }
 
-    /// The chain of capabilities that begins at `first` (0: none), behind a structure of `header`
-    /// bytes: the ID and the offset of each.
+    /// The ID and offset of each capability in the chain that begins at offset `first` (0 means none),
+    /// behind a structure of `header` bytes.
     ///
     /// # Errors
-    /// `Malformed` where it loops, points into the structure, or leaves the answer.
+    /// `Malformed` if the chain loops, or points into the structure or past the end.
     pub(super) fn capabilities(&self, first: u32, header: usize) -> Result<Vec<(u32, usize)>> {
         let mut found = Vec::new();
         let mut at = first as usize;
@@ -44,7 +45,7 @@ impl<'a> Answer<'a> {
                     self.malformed(format!("a capability at {at:#x} lies within the structure"))
                 );
             }
-            // Each has a header of its own: more of them than would fit is a loop.
+            // Each capability has a header. If the chain is longer than the headers that fit, it loops.
             if found.len() >= self.bytes.len() / size_of::<vfio_info_cap_header>() {
                 return Err(self.malformed("the capability chain loops"));
             }
@@ -57,7 +58,7 @@ impl<'a> Answer<'a> {
     /// The offsets of `count` elements of `size` bytes from `at` on.
     ///
     /// # Errors
-    /// `Malformed` where so many do not fit.
+    /// `Malformed` if they do not all fit.
     pub(super) fn array(
         &self,
         at: usize,
@@ -67,7 +68,7 @@ impl<'a> Answer<'a> {
         let room = self.bytes.len().saturating_sub(at) / size;
         if count > room {
             return Err(
-                self.malformed(format!("{count} elements are counted, and {room} would fit"))
+                self.malformed(format!("it claims {count} elements, but only {room} would fit"))
             );
         }
         Ok((0..count).map(move |index| at + index * size))

@@ -1,0 +1,39 @@
+//! Errors of mapping memory for DMA that are the same for every transport.
+
+use std::fmt;
+
+use nix::errno::Errno;
+
+use crate::error::{Error, ErrorKind};
+
+/// The error of a mapping for DMA that failed with `errno`. EEXIST, EINVAL, ENOSPC and EMFILE mean the
+/// same for every transport. [`DmaSpace::map`](crate::device::DmaSpace::map) documents these kinds and
+/// depends on them: it tries another address after `AddressTaken`.
+#[cold]
+pub(crate) fn map_refused(errno: Errno, object: impl fmt::Display) -> Error {
+    let error = Error::os(errno, "map for DMA", object);
+    match errno {
+        Errno::EEXIST => error
+            .into_kind(ErrorKind::AddressTaken)
+            .because("a part of it is mapped already")
+            .remedy("unmap that part first, or map it at any address: IovaPlacement::default"),
+        Errno::EINVAL => error
+            .into_kind(ErrorKind::OutOfRange)
+            .because(
+                "address, size and IOVA must be multiples of the page size, and the IOVA must lie in a \
+                 range that can be mapped",
+            )
+            .remedy("see DmaSpace::limits"),
+        Errno::ENOSPC => error
+            .into_kind(ErrorKind::TooManyMappings)
+            .because("the limit on mappings is reached")
+            .remedy("unmap some, or map larger ranges"),
+        Errno::EMFILE => error
+            .into_kind(ErrorKind::TooManyMappings)
+            .because("the server keeps a file descriptor for each mapping, and its limit is reached")
+            .remedy(
+                "map larger ranges, or raise the server's limit: ClientLimits::files, ulimit -n",
+            ),
+        _ => error,
+    }
+}
