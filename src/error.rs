@@ -1,4 +1,4 @@
-//! What went wrong, on what, and what to do about it.
+//! The error type: what failed, on which object, why, and what to do.
 
 mod io;
 
@@ -22,19 +22,19 @@ pub enum ErrorKind {
     NotFound,
     /// The device is not bound to a VFIO driver.
     NotBound,
-    /// Other devices of the IOMMU group are held by kernel drivers.
+    /// Other devices of the IOMMU group are bound to kernel drivers.
     GroupNotViable,
-    /// The process may not do this.
+    /// The process lacks a permission.
     PermissionDenied,
-    /// The device has no IOMMU in front of it.
+    /// No IOMMU confines the device.
     NoIommu,
-    /// The VF token of an SR-IOV function is missing, wrong, or given where none is taken.
+    /// The VF token of an SR-IOV function is missing, wrong, or given although the function takes none.
     VfToken,
-    /// A hot reset would reset devices that this process does not have, or has and did not name.
+    /// A hot reset would reset devices that this process has not opened, or has opened but did not name.
     NotOwned,
     /// A range is empty, wraps around, or leaves its region or window.
     OutOfRange,
-    /// An address, offset or length is not a multiple of what it must be.
+    /// An address, offset or length is not a multiple of the required alignment.
     Unaligned,
     /// This part of the region cannot be mapped.
     NotMappable,
@@ -44,35 +44,37 @@ pub enum ErrorKind {
     UnsuitablePlacement,
     /// Something else is mapped at that address.
     AddressTaken,
-    /// Somebody still holds it.
+    /// It is still in use.
     InUse,
-    /// Every strategy that was allowed has been refused.
+    /// The kernel refused every strategy that was allowed.
     Refused,
     /// A kernel hazard forbids it.
     Hazard,
-    /// A failing system call cost us an address range that we had reserved.
+    /// A reserved address range was lost in a failing system call.
     ReservationLost,
-    /// The kernel or a peer sent something that makes no sense.
+    /// The kernel or a peer sent a malformed message or reply.
     Malformed,
-    /// The process may not have more mappings (`vm.max_map_count`), or the IOMMU not (`dma_entry_limit`).
+    /// A limit on mappings is reached: of the process (`vm.max_map_count`) or of the IOMMU
+    /// (`dma_entry_limit`).
     TooManyMappings,
-    /// The process may not lock more memory (RLIMIT_MEMLOCK).
+    /// The limit on locked memory is reached (RLIMIT_MEMLOCK).
     LockedMemory,
-    /// The process may not have more address space (RLIMIT_AS).
+    /// The limit on address space is reached (RLIMIT_AS).
     AddressSpace,
-    /// The device has gone.
+    /// The device is gone.
     Gone,
-    /// What was waited for has not come in time.
+    /// A time limit has passed.
     TimedOut,
-    /// The transport or the kernel does not offer this.
+    /// The transport or the kernel does not support this.
     Unsupported,
-    /// Anything else that the operating system answered: see [`Error::errno`].
+    /// Any other error of the operating system: see [`Error::errno`].
     Os,
 }
 
-/// What was tried, on which object, why it failed, and what to do.
+/// What failed, on which object, why, and what to do.
 ///
-/// [`Display`](fmt::Display) gives all of it in one line that reads like advice.
+/// [`Display`](fmt::Display) shows all of it in one line: "cannot map bar 0 of 0000:00:03.0: EINVAL
+/// (Invalid argument): why; what to do".
 #[derive(Clone)]
 pub struct Error(Box<Inner>);
 
@@ -90,7 +92,7 @@ struct Inner {
 impl Error {
     /// An error of `kind`: `operation` ("open", "map") failed on `object` ("bar 0 of 0000:00:03.0").
     ///
-    /// Public so that a [`Transport`](crate::transport::Transport) of your own can report as ours do.
+    /// It is public for a [`Transport`](crate::transport::Transport) of your own.
     pub fn new(
         kind: ErrorKind,
         operation: impl Into<Cow<'static, str>>,
@@ -107,8 +109,8 @@ impl Error {
         }))
     }
 
-    /// A system call failed, or a peer answered with an error number: the kind follows from `errno`
-    /// where it can.
+    /// The error of a system call or a peer. Its kind follows from `errno`; it is `Os` for an `errno`
+    /// that has no kind.
     pub fn from_errno(
         errno: i32,
         operation: impl Into<Cow<'static, str>>,
@@ -126,7 +128,7 @@ impl Error {
         Self::new(kind, operation, object).with_errno(errno)
     }
 
-    /// A system call of this process failed. Which limit was met is said, where errno tells.
+    /// The error of a system call of this process. For EMFILE it names the limit.
     pub(crate) fn os(
         errno: Errno,
         operation: impl Into<Cow<'static, str>>,
@@ -148,7 +150,7 @@ impl Error {
         }
     }
 
-    /// The same error with an error number, where its kind is known and does not follow from that.
+    /// Adds an error number and keeps the kind.
     ///
     /// ```
     /// use vfio_remap::{Error, ErrorKind};
@@ -164,9 +166,9 @@ impl Error {
         self
     }
 
-    /// The same error as another kind, where the caller knows better what an errno means here.
-    /// [`DmaSpace::map`](crate::device::DmaSpace::map), for one, tries another place where a transport
-    /// answers `AddressTaken`, which no errno is by itself.
+    /// Changes the kind, for callers that know better what an errno means. For example,
+    /// [`DmaSpace::map`](crate::device::DmaSpace::map) tries another IOVA if the transport returns
+    /// `AddressTaken`, a kind that follows from no errno.
     ///
     /// ```
     /// use vfio_remap::{Error, ErrorKind};
@@ -181,22 +183,22 @@ impl Error {
         self
     }
 
-    /// Adds why it failed.
+    /// Adds the reason.
     #[must_use]
     pub fn because(mut self, reason: impl Into<Cow<'static, str>>) -> Self {
         self.0.reason = reason.into();
         self
     }
 
-    /// Adds what to do about it.
+    /// Adds what to do.
     #[must_use]
     pub fn remedy(mut self, remedy: impl Into<Cow<'static, str>>) -> Self {
         self.0.remedy = remedy.into();
         self
     }
 
-    /// Adds the error of another library that it comes of: its
-    /// [`source`](std::error::Error::source). What that says is to be in the reason, too.
+    /// Adds the error of another library that caused this one, as its
+    /// [`source`](std::error::Error::source). The reason must contain the text of that error too.
     #[must_use]
     pub fn with_source(
         mut self,
@@ -206,39 +208,39 @@ impl Error {
         self
     }
 
-    /// What kind of thing went wrong.
+    /// The kind of the error.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// What was tried, as a verb: "open", "map", "relocate".
+    /// The operation that failed, as a verb: "open", "map", "relocate".
     pub fn operation(&self) -> &str {
         &self.0.operation
     }
 
-    /// What it was tried on: "bar 0 of 0000:00:03.0, 0x0..0x4000".
+    /// The object of the operation: "bar 0 of 0000:00:03.0, 0x0..0x4000".
     pub fn object(&self) -> &str {
         &self.0.object
     }
 
-    /// The error number, where a system call failed.
+    /// The error number of a system call or a peer, if there is one.
     pub fn errno(&self) -> Option<i32> {
         self.0.errno.map(|errno| errno as i32)
     }
 
-    /// What to do about it; empty where there is nothing to say.
+    /// What to do. May be empty.
     pub fn advice(&self) -> &str {
         &self.0.remedy
     }
 }
 
-/// EMFILE: every descriptor below the limit is in use (`man 2 getrlimit`).
+/// Explains EMFILE: the process has reached its limit on descriptors (`man 2 getrlimit`).
 #[cold]
 fn too_many_descriptors(error: Error) -> Error {
     let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return error };
     error
         .because(format!(
-            "the process has as many descriptors open as it may: {limit} (RLIMIT_NOFILE)"
+            "the process has reached its limit of {limit} open descriptors (RLIMIT_NOFILE)"
         ))
         .remedy(format!(
             "raise it: prlimit --pid {} --nofile={}, ulimit -n, or LimitNOFILE= of its unit",
@@ -247,7 +249,7 @@ fn too_many_descriptors(error: Error) -> Error {
         ))
 }
 
-/// Names an errno as people search for it: "EINVAL (Invalid argument)".
+/// Formats an errno with its name and its description: "EINVAL (Invalid argument)".
 pub(crate) fn describe(errno: Errno) -> String {
     format!("{errno:?} ({})", errno.desc())
 }
@@ -269,7 +271,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// As `Display`, headed by the kind: a test or a `main` that ends with an error prints all of it.
+/// As `Display`, preceded by the kind: a test or a `main` that returns an error prints all of it.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}: {self}", self.0.kind)

@@ -1,26 +1,27 @@
-//! User-space access to device MMIO on Linux, where mapped windows can be duplicated and relocated.
+//! Drivers for PCI devices in user space on Linux, in safe Rust: registers, DMA, interrupts, events and
+//! reset. A mapped window of a BAR can be duplicated and relocated while the device runs.
 //!
 //! A program opens a [`Device`] through a [`Transport`] (Linux VFIO for real PCI devices), finds its
-//! [`Bar`]s, and maps [`Window`]s over them. A [`Register`] in a window is one load or store. The verbs
-//! that give the crate its name, [`Window::duplicate`] and [`Window::relocate`], rearrange windows
-//! while the device runs, and report which way they took and why.
+//! [`Bar`]s, and maps [`Window`]s over them. An access to a [`Register`] in a window is one load or
+//! store. [`Window::duplicate`] and [`Window::relocate`] give the crate its name. They report which
+//! system call they used and why.
 //!
 //! ```
 //! use std::sync::Arc;
 //! use vfio_remap::{Device, Placement, Reservation, transport::MemoryDevice};
 //!
-//! // A real one, bound to vfio-pci, is opened by Device::open("0000:00:03.0")
+//! // A device that is plain memory. For a real one: Device::open("0000:00:03.0")?
 //! let device = Device::new(Arc::new(MemoryDevice::new(1 << 20)?));
 //! let mut window = device.bar(0)?.map(0x1000..0x3000, Placement::Anywhere)?;
 //! window.register::<u32>(0x10)?.write(1);
 //!
-//! // Hand a window to a thread that shall hold no more of the device than it needs.
+//! // Give a thread its own window, which it drops when it ends.
 //! let (doorbells, report) = window.duplicate(Placement::Anywhere)?;
 //! println!("{report}");
 //! let worker = std::thread::spawn(move || doorbells.register::<u32>(0x10).map(|reg| reg.read()));
 //! assert_eq!(worker.join().expect("it does not panic")?, 1);
 //!
-//! // Take the window into address space of our own.
+//! // Move the window to an address in reserved address space.
 //! let place = Reservation::new(window.addresses().len())?;
 //! let wanted = place.range();
 //! window.relocate(Placement::In(place))?;
@@ -28,26 +29,44 @@
 //! # Ok::<(), vfio_remap::Error>(())
 //! ```
 //!
-//! # Bringing a device up
-//! In this order; each step says what it needs.
+//! # Why duplicate or relocate a window
+//! - A virtual machine monitor relocates a window when the guest moves the BAR of a device that is passed
+//!   through.
+//! - A driver gives each thread a duplicate of the registers that it needs.
+//! - A driver hands a running device over: the new user gets a duplicate, and the old one drops its
+//!   window later.
+//! - The addresses of a window stay reserved after the device is gone, so that no other memory is mapped
+//!   there.
 //!
-//! 1. Bind it to vfio-pci: [`PciDevice::bind_vfio_pci`](transport::PciDevice::bind_vfio_pci), as root, or
-//!    whoever sets the machine up.
+//! # What it needs
+//! Root only for set-up: binding the device to vfio-pci, and giving its file to a user. The program then
+//! runs as that user. Huge pages are not needed; DMA buffers are ordinary memory. Hardware is not needed
+//! for a start: device models run in the same process (`emulated`), or in another one as vfio-user
+//! servers.
+//!
+//! # Steps of a driver
+//! In this order:
+//!
+//! 1. Bind the device to vfio-pci: [`PciDevice::bind_vfio_pci`](transport::PciDevice::bind_vfio_pci).
+//!    This requires root, and can be part of the machine's set-up.
 //! 2. Open it: [`Device::open`].
-//! 3. Memory decoding on: [`Config::set_memory_decoding`](device::Config::set_memory_decoding). Without it, an
-//!    access through a window is a SIGBUS, and one through the kernel an error (EIO).
-//! 4. Bus mastering on: [`Config::set_bus_mastering`](device::Config::set_bus_mastering). VFIO opens a device
-//!    with it off, and then DMA and MSI silently do nothing.
-//! 5. Windows and registers: [`Device::bar`], [`Bar::map`], and [`Window::block`] for the registers that
-//!    [`register_block!`] declares by name, or [`Window::register`] for one of them.
-//! 6. Memory that the device reaches: [`Device::dma`], [`DmaSpace::buffer`](device::DmaSpace::buffer). The
-//!    device is told of [`DmaBuffer::iova`](device::DmaBuffer::iova), never of an address of this process.
-//!    Rings are [`Descriptors`](device::Descriptors).
-//! 7. Interrupts: [`Device::vectors`]; [`poll_until`] waits for devices without.
-//! 8. Events: [`Device::events`], by which the kernel asks for the device back, or tells of an error.
-//! 9. When all is done, have the device stop, so that it reaches for no memory that is about to go: as its
-//!    data sheet says, or by [`Device::reset`], where it has a reset.
-//! 10. Drop what was made, and [`Device::close`], which names what was forgotten.
+//! 3. Enable memory decoding: [`Config::set_memory_decoding`](device::Config::set_memory_decoding).
+//!    Without it, an access through a window raises SIGBUS, and an access through the kernel fails with
+//!    EIO.
+//! 4. Enable bus mastering: [`Config::set_bus_mastering`](device::Config::set_bus_mastering). It is
+//!    disabled when VFIO opens a device, and then DMA and MSI silently do nothing.
+//! 5. Map windows: [`Device::bar`], [`Bar::map`]. Get registers by [`Window::block`], if
+//!    [`register_block!`] declares them by name, or by [`Window::register`].
+//! 6. Map memory for DMA: [`Device::dma`], [`DmaSpace::buffer`](device::DmaSpace::buffer). Give the
+//!    device the address [`DmaBuffer::iova`](device::DmaBuffer::iova), never an address of this process.
+//!    For rings there is [`Descriptors`](device::Descriptors).
+//! 7. Connect interrupts: [`Device::vectors`]. For devices without interrupts, [`poll_until`] waits.
+//! 8. Watch for events: [`Device::events`]. The kernel reports errors, and requests that the device be
+//!    released.
+//! 9. At the end, stop the device, so that it does not access memory that is about to be unmapped: as its
+//!    data sheet says, or by [`Device::reset`] if it supports reset.
+//! 10. Drop windows, buffers, vectors and events, and call [`Device::close`], which names what is still
+//!     in use.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -65,7 +84,7 @@
 //! let vectors = device.vectors(Interrupt::Msi, 1)?;
 //! let events = device.events()?;
 //!
-//! // Here the driver: where its device takes the address of its memory, and what makes it begin.
+//! // The driver: writes the address of the buffer and starts the device.
 //! window.register::<u64>(0x80)?.write(buffer.iova().0);
 //! window.register::<u32>(0x98)?.write(1);
 //! assert_eq!(vectors.wait(0, Duration::from_secs(1))?, 1);
@@ -77,24 +96,23 @@
 //! ```
 //!
 //! # Layers
-//! - [`device`]: what a driver holds.
-//! - [`transport`]: the seam to a device. Linux VFIO is one side of it; implement [`Transport`] to
-//!   bring another.
-//! - [`space`]: address space with no notion of devices. Reservations, strategies, reports.
+//! - [`device`]: what a driver uses.
+//! - [`transport`]: how a device is reached: Linux VFIO, a vfio-user server, or an implementation of
+//!   [`Transport`] of your own.
+//! - [`space`]: address space, independent of devices: reservations, strategies, reports.
 //!
 //! # Errors
-//! An [`Error`] says what was tried on which object, the errno, and what to do; an error of a verb that
-//! takes a [`Placement`] is a [`space::Failed`], which gives a reservation back. When a verb fails,
-//! nothing has changed.
+//! An [`Error`] says which operation failed on which object, the errno, the reason, and what to do. A
+//! verb that takes a [`Placement`] returns a [`space::Failed`], which gives the reservation back. If a
+//! verb fails, nothing has changed, or the error says what has.
 //!
 //! # Cargo features
 //! - `vfio-user` (default): the client of vfio-user servers, `transport::VfioUser`.
-//! - `emulated` (default; brings `vfio-user`): device models in this process, `emulated::Emulated`, and
-//!   `emulated::Server`, which offers one to others.
-//! - `vm-memory`: a guest's memory, of the crate vm-memory, mapped for DMA as a whole,
-//!   `DmaSpace::map_guest`.
+//! - `emulated` (default; enables `vfio-user`): device models in this process, `emulated::Emulated`, and
+//!   `emulated::Server`, which serves one to other processes.
+//! - `vm-memory`: `DmaSpace::map_guest`, which maps all memory of a guest of the crate vm-memory for DMA.
 //!
-//! A driver for devices of this machine needs none of them.
+//! A driver for real devices needs none of them.
 
 #![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -102,7 +120,7 @@
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(
-    "vfio-remap needs Linux on a 64-bit machine: VFIO is Linux's, and BARs of GiB need addresses"
+    "vfio-remap needs Linux on a 64-bit machine: only Linux has VFIO, and large BARs need 64-bit addresses"
 );
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
@@ -130,7 +148,7 @@ pub use space::{Placement, Report, Reservation, Strategy};
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use transport::{PciAddress, Transport};
 
-/// What [`register_block!`] refers to by path.
+/// Items that the expansion of [`register_block!`] uses.
 #[doc(hidden)]
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub mod __register_block {
@@ -138,7 +156,7 @@ pub mod __register_block {
     pub use bitfield_struct::bitfield;
 }
 
-/// The README's code is tested with the documentation's.
+/// Tests the code in the README with the documentation tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

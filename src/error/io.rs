@@ -1,4 +1,4 @@
-//! Errors of the standard library, of other libraries, and of verbs that give something back.
+//! Conversions: errors of the standard library and of other libraries, and errors that return a value.
 
 use std::convert::Infallible;
 use std::fmt::Display;
@@ -7,11 +7,11 @@ use std::io;
 use super::{Cow, Error, ErrorKind};
 
 impl Error {
-    /// What the standard library answered: the kind follows from its errno or from its kind, where it can.
-    /// An error in it, if there is one, is the [`source`](std::error::Error::source).
+    /// Converts an error of the standard library. The kind follows from its errno or its kind. If it
+    /// contains another error, that is the [`source`](std::error::Error::source).
     ///
-    /// For a [`Transport`](crate::Transport) of your own: `?` takes an [`io::Error`], too, but knows neither
-    /// operation nor object.
+    /// It is public for a [`Transport`](crate::Transport) of your own. `?` converts an [`io::Error`] too,
+    /// but without operation and object.
     ///
     /// ```
     /// use vfio_remap::{Error, ErrorKind};
@@ -46,14 +46,14 @@ impl Error {
     }
 }
 
-/// For conversions that may fail, of what needs none.
+/// Allows a value where a fallible conversion is accepted.
 impl From<Infallible> for Error {
     fn from(never: Infallible) -> Self {
         match never {}
     }
 }
 
-/// An [`Error`] that was made an [`io::Error`] comes back as it was.
+/// Converts an [`Error`] that was converted into an [`io::Error`] back unchanged.
 impl From<io::Error> for Error {
     fn from(error: io::Error) -> Self {
         match error.get_ref().and_then(|inner| inner.downcast_ref::<Self>()) {
@@ -84,8 +84,8 @@ impl From<Error> for io::Error {
     }
 }
 
-/// Makes a type with a field `error`, which gives something back beside it, an error that `?` turns into an
-/// [`Error`] or an [`io::Error`].
+/// Implements [`std::error::Error`] for a type with a field `error` and other fields that it returns to the
+/// caller. `?` converts the type into an [`Error`] or an [`io::Error`].
 macro_rules! gives_back {
     ($type:ty) => {
         impl From<$type> for $crate::Error {
@@ -124,7 +124,7 @@ mod tests {
 
     use super::*;
 
-    /// What `?` does.
+    /// Converts as `?` does.
     fn through<T: Into<io::Error>>(error: T) -> Error {
         fn inner<T: Into<io::Error>>(error: T) -> Result<(), Error> {
             let error: io::Error = error.into();
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_comes_back_from_io_error_as_it_was() {
+    fn an_error_is_unchanged_after_conversion_to_io_error_and_back() {
         let error = through(
             Error::new(ErrorKind::Hazard, "relocate", "a window")
                 .because("why")
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_without_an_errno_are_kept_both_ways() {
+    fn kinds_without_an_errno_are_converted_both_ways() {
         for (kind, ours) in [
             (io::ErrorKind::NotFound, ErrorKind::NotFound),
             (io::ErrorKind::PermissionDenied, ErrorKind::PermissionDenied),

@@ -275,7 +275,7 @@ fn the_limit_on_descriptors_is_named_with_what_raises_it() {
         assert_eq!(ftruncate(file, 0), Err(Errno::EPERM));
         assert_eq!(error.errno(), Some(libc::EMFILE), "{error}");
         let limit = format!(
-            "the process has as many descriptors open as it may: {DESCRIPTORS} (RLIMIT_NOFILE)"
+            "the process has reached its limit of {DESCRIPTORS} open descriptors (RLIMIT_NOFILE)"
         );
         assert!(error.to_string().contains(&limit), "{error}");
         let remedy = format!("prlimit --pid {} --nofile=", std::process::id());
