@@ -1,6 +1,6 @@
-//! Mapping for DMA and unmapping, against the same ioctls by hand on the same container.
+//! Compares mapping and unmapping for DMA with the same ioctls on the same container.
 //!
-//! In the lab: `cargo lab bench dma --kernel NAME`. Elsewhere only the library's own part is timed, with
+//! In the lab: `cargo lab bench dma --kernel NAME`. Elsewhere it measures only the crate's own part, with
 //! a transport that does nothing.
 
 use std::hint::black_box;
@@ -18,13 +18,13 @@ use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionInfo, Transport, Vfio};
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
 
-/// Calls in a batch: few, since what disturbs the machine between the two of a pair counts for one only.
+/// Calls in a batch. Short batches are disturbed less often.
 const BATCH: usize = 10;
 
-/// Sizes in KiB, and how many pairs of batches of each: some seconds.
+/// Sizes in KiB, and the count of pairs of batches for each. Each size takes some seconds.
 const SIZES: [(usize, usize); 3] = [(4, 4000), (64, 1000), (2048, 100)];
 
-/// What the library may cost above the ioctls.
+/// The share of additional time that the crate may take.
 const SHARE: f64 = 0.05;
 
 fn main() -> ExitCode {
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
         let space = Device::new(Arc::new(Nothing)).dma().expect("it maps");
         let memory = space.buffer(4096).expect("memory").memory().clone();
         row(
-            "the library alone",
+            "the crate alone",
             SIZES[0].1,
             || {},
             || through(&space, &memory, IovaPlacement::default()),
@@ -41,16 +41,16 @@ fn main() -> ExitCode {
     };
     let device = Device::new(Arc::new(Vfio::open_by_group(edu).expect("a group")));
     let space = device.dma().expect("edu does DMA");
-    // Room in the allocator is in pieces, as in a driver at work.
+    // Fragments the allocator's free ranges, as in a running driver.
     let held: Vec<_> = (0..64).map(|_| space.buffer(4096).expect("memory")).collect();
     let held: Vec<_> = held.into_iter().enumerate().filter(|(index, _)| index % 2 == 0).collect();
     let container = container().expect("the group's container is open");
-    println!("map and unmap\n  {:<22} {:>9} {:>9} {:>9}", "", "by hand", "library", "over");
+    println!("map and unmap\n  {:<22} {:>9} {:>9} {:>9}", "", "ioctls", "crate", "excess");
     let mut good = true;
     for (kib, pairs) in SIZES {
         let memory = space.buffer(kib << 10).expect("memory").memory().clone();
-        // Both sides map at the same address, by turns: how much of the IOMMU's tables is there already
-        // makes more of a difference than the library does.
+        // Both sides map at the same address alternately: whether the IOMMU's tables exist already makes
+        // more difference than the crate.
         let place = space.map(memory.clone(), IovaPlacement::default(), Access::ReadWrite);
         let iova = place.expect("a mapping").iova();
         let by_hand = || by_hand(container, &memory, iova);
@@ -73,7 +73,8 @@ fn lab_device(name: &str) -> Option<PciAddress> {
     address.parse().ok()
 }
 
-/// One line: medians of alternating batches, and of what the second of a pair took longer than the first.
+/// Prints one line: the medians of alternating batches, and the median difference of the pairs. Returns
+/// whether the difference is within the limit.
 fn row(name: &str, count: usize, mut by_hand: impl FnMut(), mut by_library: impl FnMut()) -> bool {
     let batch = |f: &mut dyn FnMut()| {
         let start = Instant::now();
@@ -83,9 +84,9 @@ fn row(name: &str, count: usize, mut by_hand: impl FnMut(), mut by_library: impl
         start.elapsed().as_nanos() as f64 / BATCH as f64
     };
     let mut pairs = Vec::new();
-    // The first few pay for what all of them need.
+    // The first pairs are a warm-up.
     for pair in 0..count + count / 4 {
-        // Each is the first of every other pair: what the one leaves behind is nobody's advantage.
+        // Each side is first in every second pair, so that neither has an advantage.
         let (by_hand, by_library) = if pair % 2 == 0 {
             (batch(&mut by_hand), batch(&mut by_library))
         } else {
@@ -113,7 +114,7 @@ fn through(space: &DmaSpace, memory: &DmaMemory, placement: IovaPlacement) {
     drop(black_box(space.map(memory.clone(), placement, Access::ReadWrite).expect("a mapping")));
 }
 
-/// The descriptor that the library has of the container, which it does not give away.
+/// The crate's descriptor of the container, which it does not expose.
 fn container() -> Option<RawFd> {
     std::fs::read_dir("/proc/self/fd").ok()?.flatten().find_map(|entry| {
         let is_container = std::fs::read_link(entry.path()).ok()?.ends_with("vfio/vfio");
@@ -136,7 +137,7 @@ fn by_hand(container: RawFd, memory: &DmaMemory, iova: Iova) {
         ..Default::default()
     };
     let request = |number: u32| nix::request_code_none!(VFIO_TYPE, VFIO_BASE + number);
-    // SAFETY: the structures are as long as they say, and the memory lives longer than the mapping.
+    // SAFETY: each structure is as long as its argsz says, and the memory outlives the mapping.
     let done = unsafe {
         [
             libc::ioctl(container, request(13), &raw mut map),
@@ -146,7 +147,7 @@ fn by_hand(container: RawFd, memory: &DmaMemory, iova: Iova) {
     assert_eq!((done, unmap.size), ([0, 0], map.size));
 }
 
-/// Maps all and does nothing.
+/// Accepts all mappings and does nothing.
 #[derive(Debug)]
 struct Nothing;
 

@@ -1,8 +1,8 @@
-//! The example `nvme`, a driver in user space, against the kernel's driver under fio: in turns, in one
-//! boot, on the same device.
+//! Compares the example `nvme`, a driver in user space, with the kernel's driver under fio: alternately, in
+//! one boot, on the same device.
 //!
-//! In the lab alone (`cargo lab bench nvme`), which brings fio, the example and the kernel's modules
-//! and reads the rows that this prints.
+//! It runs only in the lab (`cargo lab bench nvme`), which provides fio, the example and the kernel's
+//! modules, and reads the rows that this prints.
 
 use std::error::Error;
 use std::fs;
@@ -15,30 +15,30 @@ use vfio_remap::transport::{PciDevice, Sysfs};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// Where the lab puts the example, and modules that are not loaded yet.
+/// The paths of the example and of modules that are not loaded yet, in the lab's guest.
 const EXAMPLE: &str = "/lab/examples/nvme";
 const MODULES: &str = "/lab/on-demand";
 
 /// How long the kernel's driver may take to find its namespaces.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIME_LIMIT: Duration = Duration::from_secs(30);
 
 #[derive(Parser)]
 struct Options {
-    /// How often each contender has its turn.
+    /// How often each contender runs.
     #[arg(long, default_value_t = 5)]
     rounds: u32,
-    /// How long each turn lasts.
+    /// How long each run lasts.
     #[arg(long, default_value_t = 2)]
     seconds: u32,
     /// Leave out writes, smaller blocks, and other ways of completion.
     #[arg(long)]
     brief: bool,
-    /// Cargo says so.
+    /// Passed by cargo.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
-/// What is to be done by one thread, as often as it can.
+/// What one thread does, as often as possible.
 #[derive(Clone, Copy)]
 struct Load {
     write: bool,
@@ -46,14 +46,14 @@ struct Load {
     depth: u32,
 }
 
-/// Who does it.
+/// The program that does it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Contender {
-    /// The kernel's driver, under fio's io_uring as it comes.
+    /// The kernel's driver, under fio with io_uring and default options.
     Kernel,
-    /// The same, with what fio has to make it faster.
+    /// The same, with fio's options for speed.
     KernelTuned,
-    /// The same, the kernel polling for completions.
+    /// The same, and the kernel polls for completions.
     KernelPolled,
     Driver,
     DriverInterrupts,
@@ -78,7 +78,7 @@ impl Contender {
 fn main() -> ExitCode {
     let options = Options::parse();
     if std::env::var_os("LAB_DEVICES").is_none() {
-        println!("nvme: needs a device that both drivers may have: cargo lab bench nvme");
+        println!("nvme: this benchmark needs the lab's devices; run it with: cargo lab bench nvme");
         return ExitCode::SUCCESS;
     }
     match run(&options) {
@@ -91,7 +91,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let turns = turns(options.brief);
+    let runs = runs(options.brief);
     load_modules()?;
     for name in ["nvme4k", "nvme"] {
         give_to_kernel(&lab_device(name)?)?;
@@ -100,7 +100,7 @@ fn run(options: &Options) -> Result<()> {
         println!("round {round} of {}", options.rounds);
         for name in ["nvme4k", "nvme"] {
             let device = lab_device(name)?;
-            let ours = turns.iter().copied().filter(|(load, _)| device_of(*load) == name);
+            let ours = runs.iter().copied().filter(|(load, _)| device_of(*load) == name);
             let (kernel, driver): (Vec<_>, Vec<_>) =
                 ours.partition(|(_, contender)| contender.is_kernel());
             if kernel.is_empty() {
@@ -120,14 +120,14 @@ fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Who has to do what, in each round.
-fn turns(brief: bool) -> Vec<(Load, Contender)> {
+/// The runs of each round.
+fn runs(brief: bool) -> Vec<(Load, Contender)> {
     use Contender::{Driver, DriverInterrupts, Kernel, KernelPolled, KernelTuned};
-    let mut turns = Vec::new();
+    let mut runs = Vec::new();
     for depth in [1, 32] {
         let mut add = |write, block_size, contenders: &[Contender]| {
             let load = Load { write, block_size, depth };
-            turns.extend(contenders.iter().map(|contender| (load, *contender)));
+            runs.extend(contenders.iter().map(|contender| (load, *contender)));
         };
         if brief {
             add(false, 4096, &[Kernel, Driver]);
@@ -137,7 +137,7 @@ fn turns(brief: bool) -> Vec<(Load, Contender)> {
         add(true, 4096, &[Kernel, Driver]);
         add(false, 512, &[Kernel, Driver]);
     }
-    turns
+    runs
 }
 
 /// The lab's device with blocks of the load's size.
@@ -145,7 +145,7 @@ fn device_of(load: Load) -> &'static str {
     if load.block_size == 4096 { "nvme4k" } else { "nvme" }
 }
 
-/// What the lab reads.
+/// Prints a row for the lab.
 fn report(load: Load, contender: Contender, iops: f64) {
     let Load { write, block_size, depth } = load;
     let operation = if write { "write" } else { "read" };
@@ -171,7 +171,7 @@ fn fio(namespace: &Path, load: Load, contender: Contender, seconds: u32) -> Resu
     let said = output(&mut command)?;
     let report: serde_json::Value = serde_json::from_str(from_brace(&said)?)?;
     let side = &report["jobs"][0][if load.write { "write" } else { "read" }];
-    side["iops"].as_f64().ok_or_else(|| format!("fio gives no IOPS: {said}").into())
+    side["iops"].as_f64().ok_or_else(|| format!("fio reports no IOPS: {said}").into())
 }
 
 fn example(device: &PciDevice, load: Load, contender: Contender, seconds: u32) -> Result<f64> {
@@ -192,16 +192,16 @@ fn example(device: &PciDevice, load: Load, contender: Contender, seconds: u32) -
     }
     let said = output(&mut command)?;
     let report: serde_json::Value = serde_json::from_str(from_brace(&said)?)?;
-    report["iops"].as_f64().ok_or_else(|| format!("the example gives no IOPS: {said}").into())
+    report["iops"].as_f64().ok_or_else(|| format!("the example reports no IOPS: {said}").into())
 }
 
-/// From where the JSON begins: there may be warnings before it.
+/// The JSON in an output, which may begin with warnings.
 fn from_brace(said: &str) -> Result<&str> {
-    let start = said.find('{').ok_or_else(|| format!("this is no JSON: {said}"))?;
+    let start = said.find('{').ok_or_else(|| format!("the output is not JSON: {said}"))?;
     Ok(&said[start..])
 }
 
-/// What a program writes to standard output.
+/// Runs a program and returns its standard output.
 fn output(command: &mut Command) -> Result<String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().map_err(|error| format!("cannot run {program}: {error}"))?;
@@ -213,7 +213,7 @@ fn output(command: &mut Command) -> Result<String> {
     Ok(said)
 }
 
-/// Loads the kernel's NVMe driver and what it needs, with a queue for those who poll.
+/// Loads the kernel's NVMe driver and its dependencies, with a queue for polling.
 fn load_modules() -> Result<()> {
     let mut modules: Vec<PathBuf> =
         fs::read_dir(MODULES)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
@@ -230,7 +230,7 @@ fn load_modules() -> Result<()> {
     Err("this kernel has no NVMe driver".into())
 }
 
-/// Takes a device from vfio-pci, where the lab has put it, and gives it to the kernel's driver.
+/// Unbinds a device from vfio-pci, and binds it to the kernel's NVMe driver.
 fn give_to_kernel(device: &PciDevice) -> Result<()> {
     let address = device.address().to_string();
     let sysfs = sysfs_of(device);
@@ -240,14 +240,14 @@ fn give_to_kernel(device: &PciDevice) -> Result<()> {
     namespace(device).map(drop)
 }
 
-/// The block device of the first namespace, as soon as the kernel's driver has found it.
+/// Waits until the kernel's driver has found the first namespace, and returns its block device.
 fn namespace(device: &PciDevice) -> Result<PathBuf> {
-    let end = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     loop {
         if let Some(found) = find_namespace(device) {
             return Ok(found);
         }
-        if Instant::now() > end {
+        if Instant::now() > deadline {
             return Err(format!("the kernel finds no namespace of {}", device.address()).into());
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -262,8 +262,8 @@ fn find_namespace(device: &PciDevice) -> Option<PathBuf> {
     node.exists().then_some(node)
 }
 
-/// What a namespace's entry of its controller is called as a block device: where the controller is
-/// one path of several (`CONFIG_NVME_MULTIPATH`), its entry has the path in it, `nvme0c1n1`.
+/// The name of the block device for a namespace's entry in sysfs. With several paths
+/// (`CONFIG_NVME_MULTIPATH`) the entry also names the path: `nvme0c1n1`.
 fn block_device(entry: &str) -> Option<String> {
     let (controller, namespace) = entry.strip_prefix("nvme")?.split_once('n')?;
     let subsystem = controller.split('c').next()?;

@@ -1,6 +1,6 @@
-//! Verbs against the same system calls by hand, in turns within one run.
+//! Compares the verbs with the same system calls, alternately in one run.
 //!
-//! On a memfd anywhere; in the lab (`cargo lab bench remap --kernel NAME`) on a BAR, too.
+//! It uses a memfd, and in the lab (`cargo lab bench remap --kernel NAME`) also a BAR.
 
 use std::hint::black_box;
 use std::os::fd::{AsFd, AsRawFd};
@@ -11,16 +11,15 @@ use std::time::Instant;
 use vfio_remap::transport::{MemoryDevice, RegionFile};
 use vfio_remap::{Device, Placement, Reservation, Strategy};
 
-/// Calls in a batch, and batches of each side: short ones, so that most are over before the machine does
-/// something else.
+/// Calls in a batch, and batches of each side. Short batches are disturbed less often.
 const BATCH: usize = 25;
 const BATCHES: usize = 2001;
 
-/// What the verbs may cost above the system calls: a share, or nanoseconds, whichever is more.
+/// The additional time that a verb may take: a share or nanoseconds, whichever is more.
 const SHARE: f64 = 0.05;
 const NANOSECONDS: f64 = 300.0;
 
-/// How many times what it takes at first a duplicate may take among ten thousand.
+/// How much slower a duplicate may become while the count of duplicates grows to ten thousand.
 const GROWTH: f64 = 2.0;
 
 fn main() -> ExitCode {
@@ -45,7 +44,7 @@ fn lab_device(name: &str) -> Option<Device> {
     Device::open(address).ok()
 }
 
-/// A mapping made by hand, of the same bytes that the library's windows show.
+/// A mapping made by system calls, of the same bytes as the crate's windows.
 struct Hand<'a> {
     calls: &'a Calls,
     at: usize,
@@ -55,14 +54,15 @@ struct Hand<'a> {
 struct Calls {
     file: RegionFile,
     len: usize,
-    placeholder: std::fs::File,
+    marker: std::fs::File,
 }
 
 impl Calls {
     fn map(&self, address: usize, fixed: i32) -> usize {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let (fd, start) = (self.file.fd().as_raw_fd(), self.file.start() as i64);
-        // SAFETY: without MAP_FIXED, or over a range that the benchmark owns.
+        // SAFETY: without MAP_FIXED the kernel chooses an unused range; with it the benchmark owns the
+        // range.
         let at = unsafe {
             libc::mmap(address as *mut _, self.len, protection, libc::MAP_SHARED | fixed, fd, start)
         };
@@ -75,16 +75,15 @@ impl Calls {
     fn dont_unmap(&self, old: usize) -> usize {
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
         let nowhere = std::ptr::null_mut::<libc::c_void>();
-        // SAFETY: the benchmark owns the old range, which shared memory fills again.
+        // SAFETY: the benchmark owns the old range, and faults in shared memory fill it again.
         let at = unsafe { libc::mremap(old as *mut _, self.len, self.len, flags, nowhere) };
         assert_ne!(at, libc::MAP_FAILED);
         at as usize
     }
 
-    /// As the library covers a range: by an inaccessible mapping of a file.
+    /// Covers a range as the crate does, by an inaccessible mapping of a file.
     fn cover(&self, address: usize) {
-        let (flags, fd) =
-            (libc::MAP_SHARED | libc::MAP_FIXED, self.placeholder.as_fd().as_raw_fd());
+        let (flags, fd) = (libc::MAP_SHARED | libc::MAP_FIXED, self.marker.as_fd().as_raw_fd());
         // SAFETY: the benchmark owns the range.
         let at = unsafe { libc::mmap(address as *mut _, self.len, libc::PROT_NONE, flags, fd, 0) };
         assert_ne!(at, libc::MAP_FAILED);
@@ -101,7 +100,7 @@ impl Calls {
 }
 
 impl Hand<'_> {
-    /// What a relocation that has made its new side does with the old.
+    /// What a relocation does with the old side after it has made the new one.
     fn leave_for(&mut self, new: usize) {
         self.calls.cover(self.at);
         self.calls.unmap(self.at);
@@ -119,14 +118,14 @@ fn compare(what: &str, device: &Device, index: u32) -> bool {
     let bar = device.bar(index).expect("a bar");
     let window = || bar.map(.., Placement::Anywhere).expect("a window");
     let file = device.transport().backing(index).expect("a file");
-    let placeholder = std::fs::File::from(
+    let marker = std::fs::File::from(
         nix::sys::memfd::memfd_create("bench", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
             .expect("a memfd"),
     );
-    let calls = Calls { file, len: window().addresses().len(), placeholder };
+    let calls = Calls { file, len: window().addresses().len(), marker };
     let mapped = || calls.mapped();
     let dont_unmap = window().duplicate(Placement::Anywhere.only(Strategy::DontUnmap)).is_ok();
-    println!("{what}\n  {:<22} {:>9} {:>9} {:>9}", "", "by hand", "library", "over");
+    println!("{what}\n  {:<22} {:>9} {:>9} {:>9}", "", "calls", "crate", "excess");
     let mut good = true;
     let again = || Placement::Anywhere.only(Strategy::MapAgain);
     good &= row(
@@ -182,20 +181,21 @@ fn compare(what: &str, device: &Device, index: u32) -> bool {
     )
 }
 
-/// One line: medians of alternating batches, and of what the second of a pair took longer than the first.
+/// Prints one line: the medians of alternating batches, and the median difference of the pairs. Returns
+/// whether the difference is within the limit.
 ///
-/// Each batch starts from what its side has made anew, and nothing of the other's is there: both then work
-/// at the same addresses. Whose mappings share a page table with memory that is in use, or lie where in the
-/// kernel's tree of them, makes more of a difference than the library does.
+/// Each batch starts with new mappings of its side and none of the other, so that both use the same
+/// addresses. Shared page tables and the place in the kernel's tree of mappings make more difference than
+/// the crate.
 fn row<H, L>(
     name: &str,
     hand: (impl Fn() -> H, impl Fn(&mut H)),
     library: (impl Fn() -> L, impl Fn(&mut L)),
 ) -> bool {
     let mut pairs = Vec::new();
-    // The first of all rows would pay for what all of them need.
+    // The first pairs are a warm-up.
     for pair in 0..BATCHES + BATCHES / 4 {
-        // Each is the first of every other pair: what the one leaves behind is nobody's advantage.
+        // Each side is first in every second pair, so that neither has an advantage.
         let (by_hand, by_library) = if pair % 2 == 0 {
             let by_hand = batch(&hand);
             (by_hand, batch(&library))
@@ -219,7 +219,7 @@ fn row<H, L>(
     good
 }
 
-/// Nanoseconds for each call.
+/// The time of each call in nanoseconds.
 fn batch<S>((ready, call): &(impl Fn() -> S, impl Fn(&mut S))) -> f64 {
     let mut state = ready();
     let start = Instant::now();
@@ -229,8 +229,8 @@ fn batch<S>((ready, call): &(impl Fn() -> S, impl Fn(&mut S))) -> f64 {
     start.elapsed().as_nanos() as f64 / BATCH as f64
 }
 
-/// The time of a duplicate while their number grows to 10,000; whether the last thousand is about as fast as
-/// the first.
+/// Prints the time of a duplicate while their count grows to 10,000. Returns whether the last thousand is
+/// about as fast as the first.
 fn flat(what: &str, device: &Device, index: u32) -> bool {
     let bar = device.bar(index).expect("a bar");
     let window = bar.map(.., Placement::Anywhere).expect("a window");

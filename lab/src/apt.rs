@@ -1,6 +1,5 @@
-//! Fetching packages of any Debian suite with the distribution's own tools,
-//! from the mirror that this machine is configured for, without touching the
-//! system's configuration. apt checks the signatures.
+//! Fetches packages of any Debian suite with apt, from the mirror in this machine's
+//! configuration, without changing that configuration. apt checks the signatures.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +13,7 @@ use crate::tools;
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// A suite's packages, as apt sees them with a configuration of its own.
+/// A suite's packages, which apt reads with a private configuration.
 pub struct Suite {
     name: String,
     options: Vec<String>,
@@ -27,9 +26,8 @@ impl Suite {
         Self::open_all(&[name], store)
     }
 
-    /// As [`open`](Self::open), of suites that need one another. What several
-    /// have is taken from the first, where it is asked for by
-    /// [`closure`](Self::closure).
+    /// As [`open`](Self::open), for suites that depend on one another.
+    /// [`closure`](Self::closure) prefers packages of the first.
     pub fn open_all(names: &[&str], store: &Store) -> Result<Option<Self>> {
         let [first, ..] = names else { bail!("no suite is named") };
         ensure!(
@@ -58,9 +56,8 @@ impl Suite {
         }
     }
 
-    /// Packages and all that they depend on, as apt would install them where
-    /// nothing is installed: names with versions, as [`unpack`](Self::unpack)
-    /// takes them.
+    /// Packages and all their dependencies, as apt would install them on an empty
+    /// system: names with versions, as [`unpack`](Self::unpack) takes them.
     pub fn closure(&self, packages: &[&str]) -> Result<Vec<String>> {
         let mut install = self.tool("apt-get");
         install.args(["--simulate", "--no-install-recommends", "-t", &self.name, "install"]);
@@ -73,13 +70,13 @@ impl Suite {
         Ok(self.shown(&[package.to_owned()])?.map(Control))
     }
 
-    /// The control fields of those packages of a list that the suite has, by their
+    /// The control fields of those packages of a list that the suite has, with their
     /// names.
     pub fn show_all(&self, packages: &[String]) -> Result<Vec<(String, Control)>> {
         Ok(self.shown(packages)?.map_or_else(Vec::new, |shown| paragraphs(&shown)))
     }
 
-    /// What `apt-cache show` writes of those packages of a list that the suite has.
+    /// The output of `apt-cache show` for those packages of a list that the suite has.
     /// `None` if it has none of them.
     fn shown(&self, packages: &[String]) -> Result<Option<String>> {
         let mut show = self.tool("apt-cache");
@@ -113,13 +110,12 @@ impl Suite {
     }
 }
 
-/// `target=Packages`: leave out indexes that desktops add, such as
-/// AppStream's.
+/// `target=Packages` leaves out indexes that desktops add, such as AppStream's.
 fn sources_line(suite: &str, mirror: &str) -> String {
     format!("deb [signed-by={KEYRING} target=Packages lang=none] {mirror} {suite} main\n")
 }
 
-/// Everything that would let the system's packages and lists in, or ours out.
+/// Options that keep the system's packages and lists separate from ours.
 fn private_options(directory: &Path, sources: &Path) -> Vec<String> {
     let directory = directory.display();
     [
@@ -128,12 +124,12 @@ fn private_options(directory: &Path, sources: &Path) -> Vec<String> {
         "Dir::Etc::preferences=/dev/null".to_owned(),
         "Dir::Etc::preferencesparts=-".to_owned(),
         "Dir::State::status=/dev/null".to_owned(),
-        // A release that the machine prefers need not be among ours: apt would refuse.
+        // apt refuses a default release of the machine that is not among our suites.
         "APT::Default-Release=".to_owned(),
         format!("Dir::State::lists={directory}/lists"),
         format!("Dir::Cache={directory}"),
         "Acquire::GzipIndexes=true".to_owned(),
-        // The cache may be where apt's own user cannot look.
+        // apt's own user may not be able to read the cache.
         "APT::Sandbox::User=root".to_owned(),
     ]
     .into_iter()
@@ -141,9 +137,8 @@ fn private_options(directory: &Path, sources: &Path) -> Vec<String> {
     .collect()
 }
 
-/// Whether apt says that the mirror answered and has no such suite, as
-/// opposed to a mirror that cannot be reached, or that lacks a list of a suite that
-/// it has.
+/// Whether apt reports that the mirror has no such suite. This differs from a mirror
+/// that cannot be reached, and from one that lacks a list of a suite that it has.
 fn is_gone(said: &str, suites: &[&str]) -> bool {
     let releases: Vec<_> = suites
         .iter()
@@ -156,20 +151,20 @@ fn is_gone(said: &str, suites: &[&str]) -> bool {
     })
 }
 
-/// Whether all that apt-cache minds is that there is no such package.
+/// Whether the only error of apt-cache is that there is no such package.
 fn has_none(said: &str) -> bool {
     let mut errors = said.lines().filter(|line| line.starts_with("E: ")).peekable();
     errors.peek().is_some() && errors.all(|error| error == "E: No packages found")
 }
 
-/// The package of a line that apt writes of one that it would install:
+/// The package in a line that apt writes for one that it would install:
 /// `Inst libc6 (2.41-12 Debian:13.8/stable [amd64])`.
 fn simulated_install(line: &str) -> Option<String> {
     let (name, rest) = line.strip_prefix("Inst ")?.split_once(" (")?;
     Some(format!("{name}={}", rest.split_whitespace().next()?))
 }
 
-/// What `apt-cache show` says of several packages: empty lines are between them.
+/// Splits the output of `apt-cache show` into packages, which empty lines separate.
 fn paragraphs(shown: &str) -> Vec<(String, Control)> {
     let paragraphs = shown.split("\n\n").map(|text| Control(text.to_owned()));
     let named =
@@ -185,7 +180,7 @@ impl Control {
         self.field("Version")
     }
 
-    /// The names that it depends on; of alternatives, the first.
+    /// The names of the packages that it depends on; the first of alternatives.
     pub fn depends(&self) -> Vec<&str> {
         self.field("Depends")
             .unwrap_or_default()
@@ -200,8 +195,7 @@ impl Control {
     }
 }
 
-/// The mirror's address: as the user says, or from the machine's own
-/// configuration.
+/// The mirror's address: from the user, or from the machine's configuration.
 pub fn mirror(store: &Store) -> Result<String> {
     if let Some(mirror) = &store.mirror {
         return Ok(mirror.clone());
@@ -249,14 +243,14 @@ mod tests {
     }
 
     #[test]
-    fn what_would_be_installed_is_read_with_its_version() {
+    fn packages_to_install_are_read_with_their_versions() {
         let line = "Inst libc6 (2.41-12+deb13u5 Debian:13.8/stable [amd64]) []";
         assert_eq!(simulated_install(line).as_deref(), Some("libc6=2.41-12+deb13u5"));
         assert_eq!(simulated_install("Conf libc6 (2.41-12+deb13u5 Debian [amd64])"), None);
     }
 
     #[test]
-    fn packages_that_are_shown_together_are_told_apart() {
+    fn packages_that_are_shown_together_are_separated() {
         let shown = "Package: fio\nDepends: libaio1\n\nPackage: libaio1\nVersion: 0.3\n\n";
         let [(fio, one), (libaio, other)] = &paragraphs(shown)[..] else { panic!("two packages") };
         assert_eq!((&**fio, &**libaio), ("fio", "libaio1"));

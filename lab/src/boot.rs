@@ -1,4 +1,4 @@
-//! One boot of one kernel for one payload: QEMU from start to end.
+//! One boot of one kernel with one payload: QEMU from start to end.
 
 use std::fmt;
 use std::fs;
@@ -26,28 +26,29 @@ use crate::ui::{self, Stage};
 /// shows.
 pub const TAIL: usize = 25;
 
-/// How often it is looked whether a guest still runs.
+/// How often the lab checks whether a guest still runs.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// How often a guest is booted that the emulator does not bring to its end.
+/// How often a guest is booted if the emulator crashes or stalls.
 const ATTEMPTS: usize = 3;
 
-/// What becomes of a payload's output, beside the file that keeps it.
+/// How a payload's output is shown. A file keeps it in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Show {
-    /// It goes to standard output as it comes.
+    /// It is written to standard output immediately.
     AtOnce,
-    /// It goes there when the guest has ended: what guests write side by side does not mix.
+    /// It is written to standard output when the guest has ended, so that the outputs of
+    /// concurrent guests do not mix.
     AtTheEnd,
     Never,
 }
 
-/// Where boots find their parts and leave their logs.
+/// What boots need, and where they write their logs.
 #[derive(Clone)]
 pub struct Lab {
     pub root: Root,
     pub busybox: PathBuf,
-    /// For what a boot leaves behind.
+    /// For logs and outputs.
     pub logs: PathBuf,
     pub timeout: Duration,
     pub show: Show,
@@ -60,25 +61,25 @@ pub enum Ending {
     Exited(u8),
     Panicked,
     TimedOut(Duration),
-    /// The guest did not run any more, whatever its payload did.
+    /// The guest no longer ran.
     Stalled(Standstill),
-    /// QEMU died of a signal, as it does where it finds itself in error.
+    /// A signal killed QEMU, for example after a failed assertion.
     Crashed {
         signal: i32,
         qemu_said: String,
     },
     /// `guest/init` could not set the guest up.
     SetupFailed(String),
-    /// QEMU ended, but the guest had not said that the payload did.
+    /// QEMU ended before the guest reported the end of the payload.
     Died {
         qemu_said: String,
     },
 }
 
-/// Why a guest's output was followed no further.
+/// Why reading a guest's output ended.
 #[derive(Clone, Copy)]
 enum End {
-    /// QEMU has ended, by this signal if by any.
+    /// QEMU has ended, killed by this signal if there is one.
     Output(Option<i32>),
     Time,
     Stalled(Standstill),
@@ -88,14 +89,14 @@ pub struct Outcome {
     pub ending: Ending,
     pub log: KernelLog,
     pub log_path: PathBuf,
-    /// What the payload wrote.
+    /// The output of the payload.
     pub output: String,
     pub took: Duration,
     /// The attempts before this one.
     pub given_up: Vec<Attempt>,
 }
 
-/// A boot that said nothing of what was to be tested.
+/// A boot without a result.
 pub struct Attempt {
     pub ending: Ending,
     pub log_path: PathBuf,
@@ -104,11 +105,11 @@ pub struct Attempt {
 impl Lab {
     /// Boots a kernel and runs the payload in it. `label` names the logs.
     ///
-    /// Where the emulator crashes or the guest stands still, it is booted again,
-    /// and the user is told: that is the emulator's doing, and no answer about what
-    /// was to be tested. Not so where a test had failed by then, or the kernel had
-    /// complained: that is an answer. One that never comes to its end fails. What an
-    /// attempt that is given up has left stays, under a name of its own.
+    /// If the emulator crashes or the guest stalls, this prints a warning and boots the
+    /// guest again: the emulator is at fault, and the boot has no result. But if a test
+    /// had already failed, or the kernel had complained, that is the result. After
+    /// [`ATTEMPTS`] boots without a result, the boot has failed. The logs of earlier
+    /// attempts are kept under other names.
     pub fn boot(
         &self,
         image: &Image,
@@ -116,7 +117,7 @@ impl Lab {
         payload: &Payload,
         label: &str,
     ) -> Result<Outcome> {
-        // Of an earlier run.
+        // Removes the logs of an earlier run.
         for number in 1..ATTEMPTS {
             for path in self.leavings(&attempt(label, number)) {
                 fs::remove_file(path).or_else(unless_missing)?;
@@ -126,7 +127,7 @@ impl Lab {
         loop {
             let outcome = self.boot_once(image, variant, payload, label)?;
             let number = given_up.len() + 1;
-            if !outcome.says_nothing() || number == ATTEMPTS {
+            if !outcome.has_no_result() || number == ATTEMPTS {
                 return Ok(Outcome { given_up, ..outcome });
             }
             ui::warning(&format!("{label}: {}; booting it again", outcome.ending));
@@ -139,7 +140,7 @@ impl Lab {
         }
     }
 
-    /// Where a boot leaves the kernel's log, and the payload's output.
+    /// The files for the kernel's log and the payload's output.
     fn leavings(&self, label: &str) -> [PathBuf; 2] {
         ["kernel.log", "output"].map(|what| self.logs.join(format!("{label}.{what}")))
     }
@@ -168,8 +169,8 @@ impl Lab {
         self.run(&mut command, work.path(), &console, &what, label)
     }
 
-    /// Runs a QEMU, whose guest has the markers of `guest/init` in its log, to
-    /// its end. `work` is for what it leaves, `what` is what the user is told.
+    /// Runs QEMU to its end. The guest writes the markers of `guest/init` to its log.
+    /// `work` is for temporary files; messages call the boot `what`.
     pub fn run(
         &self,
         command: &mut Command,
@@ -201,8 +202,8 @@ impl Lab {
         Ok(Outcome { ending, log, log_path, output, took, given_up: Vec::new() })
     }
 
-    /// Takes the payload's output until QEMU ends, or there is no use in
-    /// waiting for that.
+    /// Reads the payload's output until QEMU ends, the time limit passes, or the guest
+    /// stalls.
     fn stream(
         &self,
         qemu: &mut Qemu,
@@ -222,7 +223,7 @@ impl Lab {
                 return Ok((all, End::Time));
             }
             if now >= next_look {
-                // QEMU makes both at its start.
+                // QEMU creates both files when it starts.
                 let letters = fs::read(work.join(heartbeat::FILE)).unwrap_or_default();
                 let logged = fs::metadata(console).map_or(0, |console| console.len() as usize);
                 if let Some(standstill) = pulse.look(&letters, logged + all.len(), now) {
@@ -251,7 +252,7 @@ impl Lab {
     }
 }
 
-/// What an output ends with, as far as that is worth a line.
+/// The last line of an output that is not blank.
 fn last_line(output: &[u8]) -> String {
     const MOST: usize = 200;
     let end = String::from_utf8_lossy(&output[output.len().saturating_sub(MOST)..]);
@@ -259,7 +260,7 @@ fn last_line(output: &[u8]) -> String {
     lines.find(|line| !line.trim().is_empty()).unwrap_or_default().to_owned()
 }
 
-/// The label of an attempt that is given up.
+/// The label of an earlier attempt.
 fn attempt(label: &str, number: usize) -> String {
     format!("{label}.attempt-{number}")
 }
@@ -269,15 +270,15 @@ fn unless_missing(error: io::Error) -> io::Result<()> {
 }
 
 impl Outcome {
-    /// Whether it is no answer about what ran in the guest: the emulator did not
-    /// bring it to its end, and nothing had gone wrong until then.
-    fn says_nothing(&self) -> bool {
+    /// Whether the boot has no result: the emulator crashed or stalled, and no test had
+    /// failed until then.
+    fn has_no_result(&self) -> bool {
         matches!(self.ending, Ending::Stalled(_) | Ending::Crashed { .. })
             && self.log.offences().is_empty()
             && !libtest::has_failed(&self.output)
     }
 
-    /// What to show of a boot: nothing, if it went well.
+    /// The problems of a boot, as text; empty if there are none.
     pub fn complaints(&self) -> String {
         let mut complaints = String::new();
         if !matches!(self.ending, Ending::Exited(_)) {
@@ -298,7 +299,7 @@ impl Outcome {
 }
 
 impl Ending {
-    /// What the guest has said of itself counts before how the emulator ended.
+    /// What the guest reported takes precedence over how the emulator ended.
     fn judge(log: &KernelLog, end: End, timeout: Duration, qemu_said: String) -> Self {
         if log.panicked() {
             return Self::Panicked;
@@ -329,7 +330,7 @@ impl fmt::Display for Ending {
             Self::TimedOut(limit) => {
                 write!(f, "not done after {} minutes: killed", limit.as_secs() / 60)
             }
-            Self::Stalled(standstill) => write!(f, "the guest stands still: {standstill}"),
+            Self::Stalled(standstill) => write!(f, "the guest has stalled: {standstill}"),
             Self::Crashed { signal, qemu_said } => {
                 write!(f, "the emulator died of signal {signal}: {}", qemu_said.trim())
             }
@@ -349,7 +350,7 @@ impl fmt::Display for Ending {
 pub mod tests {
     use super::*;
 
-    /// What came of a boot whose QEMU ended by itself.
+    /// The outcome of a boot whose QEMU ended by itself.
     pub fn ended(log: &str, output: &str) -> Outcome {
         outcome(log, End::Output(None), output)
     }
@@ -370,7 +371,7 @@ pub mod tests {
     }
 
     #[test]
-    fn what_a_guest_has_said_counts_before_how_the_emulator_ended() {
+    fn what_the_guest_reported_takes_precedence() {
         for end in [STALLED, CRASHED, End::Time, End::Output(None)] {
             let ending = |log| outcome(log, end, "").ending;
             assert_eq!(ending("Kernel panic - not syncing: x"), Ending::Panicked);
@@ -384,21 +385,21 @@ pub mod tests {
     }
 
     #[test]
-    fn progress_is_the_last_line_that_says_something() {
+    fn progress_is_the_last_line_that_is_not_blank() {
         assert_eq!(last_line(b"test a ... ok\ntest b ... "), "test b ... ");
         assert_eq!(last_line(b"test a ... ok\n\n"), "test a ... ok");
         assert_eq!(last_line(b""), "");
     }
 
     #[test]
-    fn only_what_the_emulator_cut_short_before_anything_went_wrong_is_booted_again() {
+    fn only_a_boot_without_a_result_is_repeated() {
         for end in [STALLED, CRASHED] {
-            assert!(outcome("", end, "test a ... ok\ntest b ... ").says_nothing());
-            assert!(!outcome("", end, "test a ... FAILED\ntest b ... ").says_nothing());
-            assert!(!outcome("BUG: Bad page map", end, "test a ... ").says_nothing());
-            assert!(!outcome("lab: payload ended with status 0", end, "").says_nothing());
+            assert!(outcome("", end, "test a ... ok\ntest b ... ").has_no_result());
+            assert!(!outcome("", end, "test a ... FAILED\ntest b ... ").has_no_result());
+            assert!(!outcome("BUG: Bad page map", end, "test a ... ").has_no_result());
+            assert!(!outcome("lab: payload ended with status 0", end, "").has_no_result());
         }
-        assert!(!outcome("", End::Time, "").says_nothing());
-        assert!(!outcome("", End::Output(None), "").says_nothing());
+        assert!(!outcome("", End::Time, "").has_no_result());
+        assert!(!outcome("", End::Output(None), "").has_no_result());
     }
 }

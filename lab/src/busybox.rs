@@ -1,4 +1,4 @@
-//! The guest's user space, but for the payload: one static busybox.
+//! The guest's user space except for the payload: one static busybox.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use crate::ui::Stage;
 const SUITE: &str = "trixie";
 const PACKAGE: &str = "busybox-static";
 
-/// busybox from the cache, or fetched into it.
+/// Returns busybox from the cache, after fetching it if needed.
 pub fn path(store: &Store) -> Result<PathBuf> {
     let entry = store.directory.join("busybox");
     let busybox = entry.join("busybox");
@@ -22,7 +22,7 @@ pub fn path(store: &Store) -> Result<PathBuf> {
     }
     let stage = Stage::new("Fetching", PACKAGE);
     let Some(suite) = Suite::open(SUITE, store)? else {
-        bail!("the mirror has no {SUITE}, from which the guests' busybox comes");
+        bail!("the mirror has no suite {SUITE}, which the guests' busybox comes from");
     };
     cache::replace(&entry, |new| {
         let tree = tempfile::tempdir_in(&store.directory)?;
@@ -32,7 +32,7 @@ pub fn path(store: &Store) -> Result<PathBuf> {
             .map(|path| tree.path().join(path))
             .find(|path| path.exists());
         let Some(installed) = installed else {
-            bail!("{PACKAGE} holds no busybox");
+            bail!("the package {PACKAGE} contains no busybox");
         };
         fs::copy(installed, new.join("busybox"))?;
         Ok(())

@@ -1,5 +1,5 @@
-//! What was downloaded, kept outside the repository: nothing is fetched
-//! twice, and what is there is whole.
+//! The cache of downloads and builds, outside the repository. Nothing is fetched
+//! twice, and every entry is complete.
 
 use std::env;
 use std::fs;
@@ -10,11 +10,11 @@ use std::process;
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-/// In words, for `--help`.
+/// The location of the cache, for `--help`.
 pub const LOCATION: &str = "$VFIO_REMAP_LAB_CACHE, or else $XDG_CACHE_HOME/vfio-remap-lab, \
                             or else ~/.cache/vfio-remap-lab";
 
-/// Where fetched things come from and are kept.
+/// The cache, and the mirror that fills it.
 pub struct Store {
     pub directory: PathBuf,
     /// Only if the user named one.
@@ -27,7 +27,7 @@ impl Store {
     }
 }
 
-/// The cache's directory, made if need be.
+/// The cache's directory. Creates it if needed.
 fn directory() -> Result<PathBuf> {
     let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let directory = set("VFIO_REMAP_LAB_CACHE")
@@ -35,13 +35,12 @@ fn directory() -> Result<PathBuf> {
         .or_else(|| Some(set("HOME")?.join(".cache/vfio-remap-lab")))
         .context("no place for a cache: set VFIO_REMAP_LAB_CACHE")?;
     fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot make the cache {}", directory.display()))?;
+        .with_context(|| format!("cannot create the cache {}", directory.display()))?;
     Ok(directory)
 }
 
-/// Puts a directory in place in one step: `fill` works on a temporary one,
-/// which takes the place of `entry` only when complete. An interrupted run
-/// leaves what was there.
+/// Replaces a directory in one step: `fill` writes to a temporary one, which replaces
+/// `entry` when it is complete. An interrupted run does not change `entry`.
 pub fn replace(entry: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = entry.parent().context("an entry is in a directory")?;
     fs::create_dir_all(parent)?;
@@ -56,16 +55,15 @@ pub fn replace(entry: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<(
     fs::rename(&new, entry).with_context(|| format!("cannot put {} in place", entry.display()))
 }
 
-/// A directory for the files of one task, apart from what is kept so that two
-/// labs can run side by side. What labs that were killed have left is cleared
-/// away.
+/// A temporary directory for one task, so that two labs can run at the same time.
+/// Removes directories of labs that were killed.
 pub fn work_directory(parent: &Path, prefix: &str) -> Result<TempDir> {
     for entry in fs::read_dir(parent)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         let owner = name.strip_prefix(prefix).and_then(|rest| rest.split('.').next());
         if owner.is_some_and(|process| !Path::new("/proc").join(process).exists())
-            // Another guest's boot may be at it, too.
+            // Another boot may be removing it too.
             && let Err(error) = fs::remove_dir_all(entry.path())
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -98,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn what_killed_labs_have_left_is_cleared_away() {
+    fn directories_of_killed_labs_are_removed() {
         let parent = tempfile::tempdir().unwrap();
         // Process numbers end at 2^22.
         let left = parent.path().join("work-of-9999999.abc");

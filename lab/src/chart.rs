@@ -1,5 +1,5 @@
-//! Bar charts as SVG, for pages of the documentation: legible on a light ground
-//! and on a dark one.
+//! Bar charts as SVG, for pages of the documentation: legible on a light and on a dark
+//! background.
 
 use std::fmt::Write as _;
 
@@ -12,22 +12,22 @@ pub struct Panel {
 pub struct Bar {
     pub label: String,
     pub value: f64,
-    /// Written behind the bar.
+    /// Shown behind the bar.
     pub text: String,
-    /// Whether it is what the chart is about.
+    /// Whether it is highlighted.
     pub strong: bool,
 }
 
 const WIDTH: usize = 760;
-/// Where bars begin, and how long the longest is: behind it is its text.
+/// The left end of the bars, and the length of the longest.
 const LEFT: usize = 220;
 const LONGEST: f64 = 380.0;
 const ROW: usize = 26;
 const THICKNESS: usize = 18;
 const TITLE: usize = 34;
 
-/// Greys and blues that stand out from white and from black alike; only text
-/// changes with the ground.
+/// The bars have colours that contrast with white and with black; only the text changes
+/// with the background.
 const STYLE: &str = "\
 text { font: 13px sans-serif; fill: #24292f } \
 .title { font-weight: bold } \
@@ -35,7 +35,7 @@ text { font: 13px sans-serif; fill: #24292f } \
 .strong { fill: #2f81f7 } \
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } }";
 
-/// A chart of panels beneath one another.
+/// A chart of panels, one below the other.
 pub fn svg(panels: &[Panel]) -> String {
     let height: usize = panels.iter().map(|panel| TITLE + ROW * panel.bars.len()).sum();
     let height = height + 10;
@@ -48,7 +48,7 @@ pub fn svg(panels: &[Panel]) -> String {
         let largest = panel.bars.iter().map(|bar| bar.value).fold(f64::MIN_POSITIVE, f64::max);
         let title = escaped(&panel.title);
         writeln!(svg, "<text class=\"title\" x=\"10\" y=\"{}\">{title}</text>", top + 22)
-            .expect("a string takes all");
+            .expect("writing to a string succeeds");
         top += TITLE;
         for bar in &panel.bars {
             svg += &row(bar, bar.value / largest * LONGEST, top);
@@ -61,7 +61,7 @@ pub fn svg(panels: &[Panel]) -> String {
 fn row(bar: &Bar, length: f64, top: usize) -> String {
     let (label, text) = (escaped(&bar.label), escaped(&bar.text));
     let class = if bar.strong { "strong" } else { "plain" };
-    // One that is too short to be seen is no bar.
+    // Long enough to be visible.
     let length = length.max(1.0);
     let (end, base) = (LEFT - 8, top + 14);
     let behind = LEFT as f64 + length + 8.0;

@@ -1,11 +1,11 @@
-//! Running other programs: their errors become ours, with what they said.
+//! Runs other programs and returns their errors, with what they wrote.
 
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail};
 
-/// Runs a program to its end and gives its standard output. An error holds
-/// all that it wrote to standard error.
+/// Runs a program to its end and returns its standard output. An error contains its
+/// standard error.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = unchecked(command)?;
     if !output.status.success() {
@@ -17,12 +17,12 @@ pub fn output(command: &mut Command) -> Result<String> {
         );
     }
     String::from_utf8(output.stdout)
-        .with_context(|| format!("{} wrote what is not UTF-8", program(command)))
+        .with_context(|| format!("the output of {} is not UTF-8", program(command)))
 }
 
-/// As [`output`], but leaves it to the caller to judge the exit status.
+/// As [`output`], but does not check the exit status.
 pub fn unchecked(command: &mut Command) -> Result<Output> {
-    // apt's messages are read by `apt.rs`.
+    // `apt.rs` parses apt's messages.
     command.env("LC_ALL", "C");
     command.output().with_context(|| format!("cannot run {}", program(command)))
 }

@@ -1,6 +1,6 @@
-//! A compiler with the sources of its standard library, so that it builds for targets
-//! whose library nobody has installed: Debian's, unpacked into a root of its own with all
-//! that it needs. The machine is left as it is.
+//! A Rust compiler with the sources of its standard library, to build for targets whose
+//! library is not installed. It is Debian's, unpacked into a separate root with all its
+//! dependencies. Nothing is installed on the machine.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -14,17 +14,18 @@ use crate::cache::{self, Store};
 use crate::payload;
 use crate::ui::Stage;
 
-/// The first suite has a compiler that is new enough, the second what that needs.
+/// The first suite has a compiler that is new enough, the second its dependencies.
 const SUITES: [&str; 2] = ["trixie-backports", "trixie"];
 
-/// The library for build scripts and macros, with the compiler's own parts; and its sources.
+/// The standard library, for build scripts and macros, with parts of the compiler; and its
+/// sources.
 const LIBRARY: &str = "libstd-rust-dev";
 const SOURCES: &str = "rust-src";
 
-/// The compiler itself. What its package wants for linking, the machine has.
+/// The compiler itself. The machine already has the linker that its package depends on.
 const RUSTC: &str = "rustc";
 
-/// Runs the compiler by the root's loader, wherever the root is.
+/// Runs the compiler by the root's loader, for any location of the root.
 const WRAPPER: &str = r#"#!/bin/sh
 usr="$(dirname "$0")/root"/usr
 exec "$usr/lib64/ld-linux-x86-64.so.2" --library-path "$usr/lib/x86_64-linux-gnu" \
@@ -37,7 +38,7 @@ pub struct Compiler {
 }
 
 impl Compiler {
-    /// From the cache, or fetched into it. What the mirror had when it was first asked stays.
+    /// Returns the compiler from the cache, after fetching it if needed. It is never updated.
     pub fn ensure(store: &Store) -> Result<Self> {
         let directory = store.directory.join("rustc");
         let compiler = Self { directory };
@@ -52,8 +53,8 @@ impl Compiler {
         self.directory.join("rustc")
     }
 
-    /// Checks the crate for a target, the standard library for which is built first. The
-    /// builds stay.
+    /// Checks the crate for a target, after building the standard library for it. The
+    /// builds are kept.
     pub fn check(&self, target: &str) -> Command {
         let mut cargo = payload::cargo();
         cargo
@@ -62,7 +63,7 @@ impl Compiler {
             .arg(payload::workspace().join("target/targets"))
             .env("RUSTC", self.rustc())
             .env("CARGO_PROFILE_DEV_DEBUG", "false")
-            // The machine's cargo is a stable one, and so is this compiler.
+            // Cargo and this compiler are stable releases, and build-std is unstable.
             .env("RUSTC_BOOTSTRAP", "1")
             .env_remove("RUSTFLAGS")
             .env_remove("CARGO_ENCODED_RUSTFLAGS");

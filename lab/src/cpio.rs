@@ -7,10 +7,10 @@ use std::fmt::Write as _;
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
 
-/// An archive being put together in memory.
+/// An archive that is built in memory.
 ///
-/// The kernel unpacks entries in order and makes no parents, so a directory
-/// comes before what is in it.
+/// The kernel unpacks entries in order and creates no parents, so a directory must
+/// precede its contents.
 #[derive(Default)]
 pub struct Archive {
     bytes: Vec<u8>,
@@ -19,15 +19,14 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Nothing where it is there already.
+    /// Adds a directory, unless the archive has it already.
     pub fn directory(&mut self, path: &str) {
         if self.directories.insert(path.to_owned()) {
             self.entry(path, DIRECTORY, &[]);
         }
     }
 
-    /// As [`file`](Self::file), after those of the directories it is in that are
-    /// not there yet.
+    /// As [`file`](Self::file), after adding missing parent directories.
     pub fn file_in_directories(&mut self, path: &str, content: &[u8]) {
         for (end, _) in path.match_indices('/') {
             self.directory(&path[..end]);
@@ -35,7 +34,7 @@ impl Archive {
         self.file(path, content);
     }
 
-    /// A file that anyone may read and run.
+    /// Adds a file that everyone may read and execute.
     pub fn file(&mut self, path: &str, content: &[u8]) {
         self.entry(path, EXECUTABLE, content);
     }
@@ -66,7 +65,7 @@ impl Archive {
             name_length,
             0, // checksum, unused in newc
         ] {
-            write!(header, "{field:08x}").expect("a string takes everything");
+            write!(header, "{field:08x}").expect("writing to a string succeeds");
         }
         self.bytes.extend_from_slice(header.as_bytes());
         self.bytes.extend_from_slice(path.as_bytes());

@@ -1,6 +1,6 @@
-//! Undoing what Debian does to make packages small: QEMU boots an
-//! uncompressed kernel in half the time, and a guest that loads uncompressed
-//! modules needs no decompressor.
+//! Decompresses the kernels and modules of Debian's packages: QEMU boots an
+//! uncompressed kernel in half the time, and a guest needs no decompressor for
+//! uncompressed modules.
 
 use std::io::{Seek, Write};
 use std::process::{Command, Stdio};
@@ -11,7 +11,7 @@ const ELF: &[u8] = b"\x7fELF";
 const XZ: &[u8] = b"\xfd7zXZ\0";
 const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
 
-/// The ELF file that `content` is or was compressed from.
+/// The ELF file in `content`, decompressed if needed.
 pub fn elf(content: Vec<u8>) -> Result<Vec<u8>> {
     let program = if content.starts_with(ELF) {
         return Ok(content);
@@ -20,9 +20,9 @@ pub fn elf(content: Vec<u8>) -> Result<Vec<u8>> {
     } else if content.starts_with(ZSTD) {
         "zstd"
     } else {
-        bail!("compressed in a way that the lab does not know");
+        bail!("its compression is not supported");
     };
-    // A file, since feeding a pipe while reading another takes a thread.
+    // A file, since writing to one pipe while reading from another requires a thread.
     let mut compressed = tempfile::tempfile()?;
     compressed.write_all(&content)?;
     compressed.rewind()?;
@@ -33,7 +33,7 @@ pub fn elf(content: Vec<u8>) -> Result<Vec<u8>> {
         .output()
         .with_context(|| format!("cannot run {program}"))?;
     ensure!(output.status.success(), "{program} failed");
-    ensure!(output.stdout.starts_with(ELF), "{program} gave no ELF file");
+    ensure!(output.stdout.starts_with(ELF), "the output of {program} is not an ELF file");
     Ok(output.stdout)
 }
 
@@ -55,7 +55,7 @@ pub fn kernel(bz_image: &[u8]) -> Result<Vec<u8>> {
         if bz_image.get(MAGIC..MAGIC + 4)? != b"HdrS" {
             return None;
         }
-        // 0 stands for 4, for the sake of very old boot loaders.
+        // 0 means 4, for compatibility with very old boot loaders.
         let setup_sectors = match bz_image[SETUP_SECTORS] {
             0 => 4,
             sectors => usize::from(sectors),
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_bz_image_is_refused() {
+    fn other_files_are_refused() {
         assert!(kernel(b"").is_err());
         assert!(kernel(&[0; 0x400]).is_err());
         assert!(elf(b"\x1f\x8b gzip".to_vec()).is_err());

@@ -1,4 +1,4 @@
-//! How long `cargo lab test` will take, said at its start.
+//! Estimates how long `cargo lab test` will take, and prints it at the start.
 
 use anyhow::Result;
 
@@ -7,20 +7,20 @@ use crate::kernels::Kernel;
 use crate::payload;
 use crate::ui;
 
-/// Seconds on two processors that have nothing else to do, all programs being built and all
-/// kernels there: the tests that need no guest with the fuzzing, and the boots of one kernel
-/// with those of another beside them.
+/// Times in seconds on two idle processors, if all programs are built and all kernels are in
+/// the cache: the host's tests with fuzzing, and the boots of one kernel while another kernel
+/// is booted.
 const HOST: u64 = 120;
 const KERNEL: u64 = 35;
 
-/// What comes on top the first time, in seconds: building the programs that run on the host
-/// and those that run in guests, fetching QEMU or a kernel, building a kernel.
+/// Additional times of the first run, in seconds: building the programs of the host and of
+/// guests, fetching QEMU or a kernel, building a kernel.
 const HOST_PROGRAMS: u64 = 100;
 const GUEST_PROGRAMS: u64 = 80;
 const FETCHING: u64 = 15;
 const KERNEL_BUILD: u64 = 420;
 
-/// What there is to do.
+/// The work of a run.
 #[derive(Default)]
 struct Work {
     host: bool,
@@ -31,13 +31,13 @@ struct Work {
     to_build: u64,
 }
 
-/// Tells how long the tests of these kernels will take, and of the host if it is tested.
-pub fn tell(store: &Store, kernels: &[&'static Kernel], host: bool) -> Result<()> {
+/// Prints how long the tests of these kernels, and of the host if `host`, will take.
+pub fn print(store: &Store, kernels: &[&'static Kernel], host: bool) -> Result<()> {
     let target = payload::workspace().join("target");
     let mut work = Work {
         host,
         kernels: kernels.len() as u64,
-        // Whether there are builds, not whether they are up to date.
+        // This checks whether there are builds, not whether they are up to date.
         host_programs: host && !target.join("release/deps").exists(),
         guest_programs: !kernels.is_empty() && !target.join("lab/release").exists(),
         ..Work::default()
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_done_for_the_first_time_is_told() {
+    fn work_of_the_first_run_is_named() {
         let warm = Work { host: true, kernels: 5, ..Work::default() };
         let told = warm.to_string();
         assert!(told.starts_with("the host and 5 kernels: about "), "{told}");

@@ -1,5 +1,5 @@
-//! fio for a guest: the distribution's program, and the shared libraries that
-//! it needs, since it is not static.
+//! fio for a guest: Debian's program, and the shared libraries that it needs, since it
+//! is not static.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,11 +14,11 @@ use crate::apt::Suite;
 use crate::cache::{self, Store};
 use crate::ui::Stage;
 
-/// Has 3.33, which knows io_uring.
+/// It has fio 3.33, which supports io_uring.
 const SUITE: &str = "bookworm";
 const PACKAGE: &str = "fio";
 
-/// The loader that programs ask for by its path.
+/// The dynamic loader, which programs refer to by its path.
 const LOADER: &str = "ld-linux-x86-64.so.2";
 
 /// fio in the cache.
@@ -29,7 +29,7 @@ pub struct Fio {
 }
 
 impl Fio {
-    /// From the cache, or fetched into it.
+    /// Returns fio from the cache, after fetching it if needed.
     pub fn ensure(store: &Store) -> Result<Self> {
         let directory = store.directory.join(PACKAGE);
         if !directory.join("version").exists() {
@@ -38,7 +38,7 @@ impl Fio {
         Ok(Self { version: fs::read_to_string(directory.join("version"))?, directory })
     }
 
-    /// The files that make it run, by their paths in the guest.
+    /// The files that it needs, with their paths in the guest.
     pub fn files(&self) -> Result<Vec<(String, PathBuf)>> {
         let mut files = Vec::new();
         for entry in fs::read_dir(self.directory.join("files"))? {
@@ -54,7 +54,7 @@ fn guest_path(name: &str) -> String {
     match name {
         PACKAGE => format!("bin/{name}"),
         LOADER => format!("lib64/{name}"),
-        // Debian's loader looks there without being told.
+        // Debian's loader searches this directory by default.
         _ => format!("lib/x86_64-linux-gnu/{name}"),
     }
 }
@@ -62,7 +62,7 @@ fn guest_path(name: &str) -> String {
 fn fetch(store: &Store, directory: &Path) -> Result<()> {
     let stage = Stage::new("Fetching", PACKAGE);
     let Some(suite) = Suite::open(SUITE, store)? else {
-        bail!("the mirror has no {SUITE}, from which {PACKAGE} comes");
+        bail!("the mirror has no suite {SUITE}, which {PACKAGE} comes from");
     };
     let control = suite.show(PACKAGE)?.with_context(|| format!("{SUITE} has no {PACKAGE}"))?;
     let version = control.version().context("a package has a version")?.to_owned();
@@ -81,13 +81,12 @@ fn fetch(store: &Store, directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A package, and those of the packages it depends on, of whatever degree,
-/// that hold libraries.
+/// A package and its library packages, including those of indirect dependencies.
 fn with_libraries(suite: &Suite, package: &str) -> Result<Vec<String>> {
     let mut asked = BTreeSet::new();
     let mut found = Vec::new();
     let mut new = vec![package.to_owned()];
-    // By degrees, since apt takes long to answer at all.
+    // One level of dependencies at a time, since each call of apt is slow.
     while !new.is_empty() {
         let shown = suite.show_all(&new)?;
         asked.extend(new);
@@ -95,19 +94,19 @@ fn with_libraries(suite: &Suite, package: &str) -> Result<Vec<String>> {
         let libraries: BTreeSet<_> = depends.filter(|name| is_library(name)).collect();
         let unknown = libraries.into_iter().filter(|name| !asked.contains(*name));
         new = unknown.map(str::to_owned).collect();
-        // One that is not shown is a name that others provide.
+        // A package that is not shown is a virtual one.
         found.extend(shown.into_iter().map(|(name, _)| name));
     }
     Ok(found)
 }
 
-/// Debian's names for packages of shared libraries, and the one exception.
+/// Whether it is a library package by Debian's naming rule, or zlib, the exception.
 fn is_library(package: &str) -> bool {
     package.starts_with("lib") || package == "zlib1g"
 }
 
-/// A program and the libraries that it needs, of whatever degree, by their
-/// file names: where they are in a tree of unpacked packages.
+/// A program and the libraries that it needs directly or indirectly: their paths in a
+/// tree of unpacked packages, by file name.
 fn needed(program: &Path, tree: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let mut libraries = BTreeMap::new();
     find_libraries(tree, &mut libraries)?;
@@ -130,7 +129,7 @@ fn needed(program: &Path, tree: &Path) -> Result<BTreeMap<String, PathBuf>> {
     Ok(found)
 }
 
-/// Libraries by their file names, and links to them that do not leave the tree.
+/// Collects libraries, and links to them inside the tree, by file name.
 fn find_libraries(directory: &Path, found: &mut BTreeMap<String, PathBuf>) -> Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -148,11 +147,11 @@ fn leaves_the_tree(link: &Path) -> bool {
     fs::read_link(link).is_ok_and(|target| target.is_absolute())
 }
 
-/// The libraries that an executable or a library names itself.
+/// The libraries that an executable or a library depends on directly.
 fn needed_names(bytes: &[u8]) -> Result<Vec<String>> {
     let elf = ElfBytes::<AnyEndian>::minimal_parse(bytes)?;
     if elf.ehdr.e_type != ET_DYN {
-        bail!("it is not dynamic");
+        bail!("it is not dynamically linked");
     }
     let common = elf.find_common_data()?;
     let dynamic = common.dynamic.context("it has no dynamic section")?;
@@ -166,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_says_what_libraries_it_needs() {
+    fn the_libraries_of_a_program_are_read() {
         let this_test = fs::read(std::env::current_exe().unwrap()).unwrap();
         let needed = needed_names(&this_test).unwrap();
         assert!(needed.iter().any(|name| name == "libc.so.6"), "{needed:?}");
@@ -174,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn the_loader_is_where_programs_look_for_it() {
+    fn files_are_at_the_paths_that_programs_use() {
         assert_eq!(guest_path("ld-linux-x86-64.so.2"), "lib64/ld-linux-x86-64.so.2");
         assert_eq!(guest_path("libc.so.6"), "lib/x86_64-linux-gnu/libc.so.6");
         assert_eq!(guest_path("fio"), "bin/fio");

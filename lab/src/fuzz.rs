@@ -1,9 +1,9 @@
-//! `cargo lab fuzz`: what peers that are not trusted may send, by libFuzzer with
-//! AddressSanitizer.
+//! `cargo lab fuzz`: fuzzes the parsers of messages from untrusted peers with libFuzzer
+//! and AddressSanitizer.
 //!
-//! The targets are built without cargo-fuzz, so that nothing has to be installed
-//! but a C++ compiler: its flags are below. A stable compiler takes all but the
-//! sanitizer's, for which it is told to pass for a nightly one.
+//! The targets are built without cargo-fuzz, so that only a C++ compiler has to be
+//! installed. A stable Rust compiler accepts all flags below but the sanitizer's, for
+//! which `RUSTC_BOOTSTRAP` is set.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::ui::{self, Stage};
 /// A binary of `fuzz/`.
 struct Target {
     name: &'static str,
-    /// Whether it writes inputs to start from where it is asked to.
+    /// Whether it can write seeds for its corpus.
     seeds: bool,
 }
 
@@ -32,8 +32,8 @@ const TARGETS: [Target; 3] = [
     Target { name: "vfio_user_server", seeds: true },
 ];
 
-/// What makes LLVM count the blocks that are reached and the operands that are
-/// compared, for libFuzzer to read.
+/// Flags that make LLVM record for libFuzzer which blocks are reached and which operands
+/// are compared.
 const FLAGS: [&str; 9] = [
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
@@ -46,23 +46,23 @@ const FLAGS: [&str; 9] = [
     "-Zsanitizer=address",
 ];
 
-/// How long to go on with each target.
+/// How long to fuzz each target.
 #[derive(Clone, Copy)]
 pub enum Limit {
     Runs(u64),
     Time(Duration),
 }
 
-/// How long `cargo lab test` goes on.
+/// How long `cargo lab test` fuzzes each target.
 pub const SECONDS: u64 = 30;
 
-/// Fuzzes all targets for a short time; an error where one has found something.
+/// Fuzzes all targets for a short time. Fails if there is a finding.
 pub fn briefly() -> Result<()> {
     ensure!(run(Limit::Time(Duration::from_secs(SECONDS)))?, "fuzzing has found something");
     Ok(())
 }
 
-/// Fuzzes all targets at once. Whether none has found anything.
+/// Fuzzes all targets at the same time. Returns whether there was no finding.
 pub fn run(limit: Limit) -> Result<bool> {
     tools::ensure(&[Need::Fuzzing])?;
     let programs = build()?;
@@ -84,14 +84,14 @@ pub fn run(limit: Limit) -> Result<bool> {
     running.iter_mut().try_fold(true, |all, one| Ok(one.judge()? && all))
 }
 
-/// Builds all targets; where they are.
+/// Builds all targets and returns their directory.
 fn build() -> Result<PathBuf> {
     let (host, directory) = (payload::host_triple()?, directory());
     let stage = Stage::new("Building", "fuzz targets");
     let mut cargo = payload::cargo();
     cargo
         .args(["build", "--release", "--manifest-path", "fuzz/Cargo.toml"])
-        // With a target named, build scripts and macros do without the flags.
+        // If a target is named, cargo does not use the flags for build scripts and macros.
         .args(["--target", &host, "--target-dir"])
         .arg(&directory)
         .env("RUSTC_BOOTSTRAP", "1")
@@ -102,12 +102,12 @@ fn build() -> Result<PathBuf> {
     Ok(directory.join(host).join("release"))
 }
 
-/// For builds, for inputs that reach something new, and for findings.
+/// The directory for builds, corpora and findings.
 fn directory() -> PathBuf {
     workspace().join("target/fuzz")
 }
 
-/// A target at work; it ends when this is dropped.
+/// A running target. Dropping this kills it.
 struct Running {
     name: &'static str,
     child: Child,
@@ -138,7 +138,7 @@ impl Running {
             // A run takes less than a millisecond; the machine may be busy.
             .args([&limit, "-max_len=800", "-timeout=60", "-print_final_stats=1"])
             .arg(format!("-artifact_prefix={}/{name}-", findings.display()))
-            // The stacks of what is freed cost more than they tell.
+            // Saves memory and time: less detail on freed memory is enough.
             .env("ASAN_OPTIONS", "detect_stack_use_after_return=0:quarantine_size_mb=8")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -148,7 +148,7 @@ impl Running {
         Ok(Self { name, child, ended: None, log })
     }
 
-    /// Whether it still does.
+    /// Whether it still runs.
     fn runs(&mut self) -> Result<bool> {
         if self.ended.is_none() {
             self.ended = self.child.try_wait()?;
@@ -166,7 +166,7 @@ impl Running {
         format!("{} {}", self.name, runs.unwrap_or("0"))
     }
 
-    /// Whether it has ended without a finding; says so.
+    /// Returns whether it has ended without a finding, and prints the result.
     fn judge(&mut self) -> Result<bool> {
         let said = self.said();
         let log = self.log.display();
@@ -193,8 +193,8 @@ impl Drop for Running {
     }
 }
 
-/// What a target says of a finding: how it began, without the stack, and where
-/// the input is.
+/// The description of a finding: the first lines, without the stack, and the file of the
+/// input.
 fn finding(said: &str) -> String {
     let begins = |line: &&str| line.contains("panicked at") || line.contains("ERROR: ");
     let first = said.lines().skip_while(|line| !begins(line)).take(3);
@@ -203,8 +203,7 @@ fn finding(said: &str) -> String {
     if lines.is_empty() { tail(said, 20) } else { lines.join("\n") }
 }
 
-/// How many runs libFuzzer says that it has made, and how many blocks they
-/// reached.
+/// The number of runs in libFuzzer's output, and of the blocks that they reached.
 fn summary(said: &str) -> Option<(u64, u64)> {
     let number = |text: &str| text.split_whitespace().next()?.parse().ok();
     let runs = said.lines().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
@@ -226,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn the_result_is_read_from_what_libfuzzer_says() {
+    fn the_result_is_read_from_the_output_of_libfuzzer() {
         let said = "#7\tINITED cov: 844 ft: 1047 corp: 5/2712b exec/s: 0\n\
                     #15000\tDONE   cov: 1434 ft: 2808 corp: 207/65Kb lim: 754\n\
                     Done 15000 runs in 6 second(s)\nstat::number_of_executed_units: 15000\n";
@@ -235,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_finding_is_told_without_the_stack() {
+    fn a_finding_is_described_without_the_stack() {
         let said = "#7\tINITED\nthread 'main' panicked at lib.rs:1:\nmappings are left\nstack:\n \
                     #0 raise\n #1 abort\nartifact_prefix='/x/'; Test unit written to /x/crash-1\n";
         let told = finding(said);

@@ -1,5 +1,4 @@
-//! What a guest boots into: an initramfs made of busybox, `guest/init`, the
-//! kernel's modules and the payload.
+//! The initramfs of a guest: busybox, `guest/init`, the kernel's modules and the payload.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,17 +11,17 @@ use crate::machine::{self, Variant};
 
 const INIT: &str = include_str!("../guest/init");
 
-/// The program that a guest is booted for.
+/// The program that a guest runs.
 pub struct Payload<'a> {
     pub program: &'a Path,
     pub arguments: &'a [String],
-    /// What it needs beside it: paths in the guest, without the leading slash,
-    /// and the files to put there.
+    /// Other files that it needs: paths in the guest, without the leading slash, and the
+    /// files on the host.
     pub files: &'a [(String, PathBuf)],
 }
 
-/// Packs the initramfs for one boot. What the payload writes to is a terminal there, but need not
-/// end in one: `terminal` tells, so that no progress bar is drawn into a file.
+/// Builds the initramfs for one boot. In the guest the payload writes to a terminal; `terminal` says
+/// whether the host shows its output on one too. If not, the payload draws no progress bars.
 pub fn initramfs(
     image: &Image,
     variant: Variant,
@@ -57,8 +56,8 @@ pub fn initramfs(
     Ok(archive.finish())
 }
 
-/// The part of init that differs from boot to boot: the payload's environment
-/// and its command line.
+/// The part of init that differs between boots: the payload's environment and command
+/// line.
 fn config(
     kernel: &str,
     variant: Variant,
@@ -88,7 +87,7 @@ fn config(
     config
 }
 
-/// A word that a shell takes as it is.
+/// Quotes a word for a shell.
 pub fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }

@@ -1,4 +1,4 @@
-//! `cargo lab hazard`: what kernels do wrong, shown on demand.
+//! `cargo lab hazard`: shows the hazards of kernels.
 
 use anyhow::{Result, bail};
 
@@ -17,7 +17,7 @@ pub struct Hazard {
     pub name: &'static str,
     /// The kernels of the lab that have it.
     pub kernels: &'static [&'static str],
-    /// In a few words, for `--help` and the list.
+    /// A short description, for `--help` and the list.
     pub about: &'static str,
 }
 
@@ -32,27 +32,27 @@ pub const HAZARDS: [Hazard; 8] = [
     Hazard {
         name: "refused_mmap_destroys_destination",
         kernels: ALL,
-        about: "so does an mmap(MAP_FIXED) that the driver refuses",
+        about: "an mmap(MAP_FIXED) that the driver refuses leaves a hole too",
     },
     Hazard {
         name: "moved_bar_escapes_revocation",
         kernels: &["5.10", "6.1"],
-        about: "a moved BAR is still reached with memory decoding off, and the move warns",
+        about: "a moved BAR is still reachable with memory decoding off, and the move warns",
     },
     Hazard {
         name: "covering_the_head_warns",
         kernels: &["5.10", "6.1"],
-        about: "covering the first page of a touched BAR upsets the books of memory types",
+        about: "covering the first page of a touched BAR corrupts the memory-type records",
     },
     Hazard {
         name: "gib_entry_corruption",
         kernels: &["6.12", "newest"],
-        about: "moving a page-table entry of 1 GiB leaves the device behind at the old address",
+        about: "moving a page-table entry of 1 GiB leaves the device reachable at the old address",
     },
     Hazard {
         name: "gib_entry_split_oops",
         kernels: &["6.12", "newest"],
-        about: "unmapping a page of what such an entry maps kills the process, or the kernel",
+        about: "unmapping one page of such an entry kills the process or the kernel",
     },
     Hazard {
         name: "move_against_revocation_oops",
@@ -62,7 +62,7 @@ pub const HAZARDS: [Hazard; 8] = [
     Hazard {
         name: "accepted_source_is_dead",
         kernels: &["6.1", "6.12", "newest", "patched"],
-        about: "MREMAP_DONTUNMAP is accepted for a mapping that nothing fills again",
+        about: "MREMAP_DONTUNMAP is accepted for a mapping that no fault fills again",
     },
 ];
 
@@ -74,7 +74,7 @@ pub fn by_name(name: &str) -> Result<&'static Hazard, String> {
     })
 }
 
-/// All of them, one to a line.
+/// A list of all hazards.
 pub fn list() -> String {
     HAZARDS
         .iter()
@@ -84,8 +84,8 @@ pub fn list() -> String {
         .collect()
 }
 
-/// Boots the kernel, runs the reproducer, and shows what the kernel said to
-/// it. Whether the hazard has shown itself.
+/// Boots the kernel, runs the reproducer, and prints what the kernel logged. Returns
+/// whether the hazard was observed.
 pub fn show(lab: &Lab, store: &Store, hazard: &Hazard, kernel: &'static Kernel) -> Result<bool> {
     let program = payload::hazards()?;
     let Some(image) = kernel.image(store)? else {
@@ -96,10 +96,10 @@ pub fn show(lab: &Lab, store: &Store, hazard: &Hazard, kernel: &'static Kernel) 
     let label = format!("{}-{}", kernel.name, hazard.name);
     let outcome = lab.boot(&image, Variant::Usual, &payload, &label)?;
     match outcome.log.offences()[..] {
-        [] => println!("the kernel said nothing"),
-        ref offences => println!("the kernel said:\n{}", offences.join("\n")),
+        [] => println!("the kernel logged no warning"),
+        ref offences => println!("the kernel logged:\n{}", offences.join("\n")),
     }
-    println!("its whole log is {}", outcome.log_path.display());
+    println!("its complete log is {}", outcome.log_path.display());
     let shown = match &outcome.ending {
         Ending::Exited(_) => Counts::find(&outcome.output)
             .is_some_and(|counts| (counts.passed, counts.failed) == (1, 0)),

@@ -1,35 +1,37 @@
-//! Whether a guest still runs, whatever its payload does.
+//! Detects whether a guest still runs, independently of its payload.
 //!
-//! `guest/init` has each processor write a letter of its own, A for the first, to the
-//! fourth serial port every five seconds. Letters that come while the payload says
-//! nothing tell a payload that waits from a guest that the emulator no longer runs:
-//! with QEMU 10.0.2 now and then, on several kernels, processors are halted, and the
-//! timers that are to wake them do not, or not all of them.
+//! `guest/init` makes each processor write its letter, A for the first, to the fourth
+//! serial port every five seconds. While the payload writes nothing, the letters show
+//! whether the payload waits, or the emulator no longer runs the guest. With QEMU 10.0.2
+//! processors sometimes stay halted, on several kernels, because some or all of the
+//! timers that should wake them do not fire.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
-/// In the directory of a boot: what the guest's processors have written.
+/// The file in the directory of a boot that receives the letters.
 pub const FILE: &str = "heartbeat";
 
-/// For how long nothing must have come: a machine that is busy elsewhere is no reason.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// A guest counts as stalled after this time without a sign of life. It is long, since
+/// the host may be busy.
+const TIME_LIMIT: Duration = Duration::from_secs(120);
 
-/// What has been seen of a guest's life.
+/// The signs of life of a guest.
 pub struct Pulse {
-    /// Of each processor that has begun: how many letters, and when the last came.
+    /// For each processor that has started: the count of its letters, and when the last
+    /// one arrived.
     beats: BTreeMap<u8, (usize, Instant)>,
-    /// How much the guest has written elsewhere, and when it last did.
+    /// How much other output the guest has written, and when it last did.
     written: (usize, Instant),
 }
 
-/// Why a guest counts as standing still.
+/// Why a guest counts as stalled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standstill {
-    /// This processor's letter comes no more.
+    /// This processor has stopped writing its letter.
     Processor(u8),
-    /// No letter has come yet, nor anything else any more.
+    /// No letter has arrived yet, and the guest has stopped writing other output.
     Silence,
 }
 
@@ -38,13 +40,13 @@ impl Pulse {
         Self { beats: BTreeMap::new(), written: (0, now) }
     }
 
-    /// Takes note of all letters that have come by now, and of how much was written
-    /// elsewhere. Whether the guest stands still.
+    /// Records all letters so far, and the amount of other output. Returns whether the
+    /// guest has stalled.
     pub fn look(&mut self, letters: &[u8], written: usize, now: Instant) -> Option<Standstill> {
         if written > self.written.0 {
             self.written = (written, now);
         }
-        // A serial port that is opened may send a zero.
+        // Opening a serial port may send a zero.
         for letter in letters.iter().copied().filter(u8::is_ascii_uppercase) {
             let count = letters.iter().filter(|&&other| other == letter).count();
             let beat = self.beats.entry(letter).or_insert((count, now));
@@ -52,7 +54,7 @@ impl Pulse {
                 *beat = (count, now);
             }
         }
-        let is_over = |since: Instant| now.duration_since(since) >= PATIENCE;
+        let is_over = |since: Instant| now.duration_since(since) >= TIME_LIMIT;
         if self.beats.is_empty() {
             return is_over(self.written.1).then_some(Standstill::Silence);
         }
@@ -63,12 +65,12 @@ impl Pulse {
 
 impl fmt::Display for Standstill {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = PATIENCE.as_secs();
+        let seconds = TIME_LIMIT.as_secs();
         match self {
             Self::Processor(number) => {
-                write!(f, "nothing has run on its processor {number} for {seconds} s")
+                write!(f, "its processor {number} has not run for {seconds} s")
             }
-            Self::Silence => write!(f, "nothing has come from it for {seconds} s"),
+            Self::Silence => write!(f, "it has written nothing for {seconds} s"),
         }
     }
 }
@@ -77,7 +79,8 @@ impl fmt::Display for Standstill {
 mod tests {
     use super::*;
 
-    /// Looks at a guest every five seconds; when it was found to stand still, and why.
+    /// Checks a guest every five seconds. Returns when it was found to have stalled, and
+    /// why.
     fn watch(
         seconds: u64,
         letters: impl Fn(u64) -> String,
@@ -97,30 +100,30 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_says_nothing_is_no_standstill() {
+    fn a_payload_that_writes_nothing_is_not_a_standstill() {
         assert_eq!(watch(1200, |second| beats("AB", second), |_| 0), None);
     }
 
     #[test]
-    fn a_processor_whose_letter_comes_no_more_stands_still() {
+    fn a_processor_that_stops_writing_its_letter_is_a_standstill() {
         let letters = |second: u64| beats("A", second) + &beats("B", second.min(20));
-        // However much is still written.
+        // Other output does not matter.
         let found = watch(1200, letters, |second| second as usize);
-        assert_eq!(found, Some((20 + PATIENCE.as_secs(), Standstill::Processor(1))));
+        assert_eq!(found, Some((20 + TIME_LIMIT.as_secs(), Standstill::Processor(1))));
     }
 
     #[test]
     fn before_the_first_letter_only_silence_is_a_standstill() {
         assert_eq!(watch(1200, |_| String::new(), |second| second as usize), None);
         let found = watch(1200, |_| String::new(), |second| second.min(30) as usize);
-        assert_eq!(found, Some((30 + PATIENCE.as_secs(), Standstill::Silence)));
-        // A processor that has not begun is none that has ceased.
+        assert_eq!(found, Some((30 + TIME_LIMIT.as_secs(), Standstill::Silence)));
+        // A processor that has not started has not stopped.
         assert_eq!(watch(1200, |second| beats("A", second), |_| 0), None);
     }
 
     #[test]
-    fn other_bytes_are_no_heartbeat() {
+    fn other_bytes_do_not_count() {
         let found = watch(1200, |second| "\0".repeat(second as usize), |_| 0);
-        assert_eq!(found, Some((PATIENCE.as_secs(), Standstill::Silence)));
+        assert_eq!(found, Some((TIME_LIMIT.as_secs(), Standstill::Silence)));
     }
 }

@@ -6,7 +6,7 @@ use crate::payload::cargo;
 use crate::tools::{self, Need};
 use crate::ui;
 
-/// The calls of cargo that run them.
+/// The cargo commands that run them.
 const STEPS: [&str; 5] = [
     "test --workspace --features vfio-remap/vm-memory",
     "test --release --test codegen",
@@ -15,7 +15,7 @@ const STEPS: [&str; 5] = [
     "run --release --example nvme -- verify",
 ];
 
-/// Runs them all; stops at the first that fails.
+/// Runs all of them. Stops at the first that fails.
 pub fn test() -> Result<()> {
     tools::ensure(&[Need::Testing])?;
     for arguments in STEPS {

@@ -14,22 +14,22 @@ use crate::modules;
 use crate::patched::{self, Recipe};
 use crate::ui::{self, Stage};
 
-/// How long `newest` may go without asking the mirror whether it still is.
+/// After this time the lab checks whether the mirror has a newer kernel for `newest`.
 const FRESH: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// A kernel that the lab knows by name.
 pub struct Kernel {
     pub name: &'static str,
-    /// What it stands for, for `--help`.
+    /// What it is, for `--help`.
     pub about: &'static str,
     source: Source,
 }
 
 enum Source {
-    /// What `linux-image-amd64` stands for in a Debian suite.
+    /// The kernel that `linux-image-amd64` depends on in a Debian suite.
     Debian {
         suite: &'static str,
-        /// Whether the suite goes on to other kernel series.
+        /// Whether the suite gets new kernel series.
         moves: bool,
     },
     /// Built from Debian's newest source: see [`patched`].
@@ -54,7 +54,7 @@ pub const KERNELS: [Kernel; 5] = [
     },
     Kernel {
         name: NEWEST,
-        about: "the newest of trixie-backports, asked for again every week",
+        about: "the newest of trixie-backports, checked every week",
         source: Source::Debian { suite: NEWEST_SUITE, moves: true },
     },
     Kernel {
@@ -67,17 +67,17 @@ pub const KERNELS: [Kernel; 5] = [
     },
 ];
 
-/// What no test runs on: it is built to show a hazard, and only then.
+/// A kernel that no test runs on. It is built only to show a hazard.
 pub const FIRST_PATCH: Kernel = Kernel {
     name: "first-patch",
-    about: "as patched, with the first version of its first patch alone: for a hazard",
+    about: "as patched, but with only the first version of its first patch: for a hazard",
     source: Source::Patched(Recipe { patches: &["tests/first-patch"], selftests: &[] }),
 };
 
 pub const NEWEST: &str = "newest";
 pub const PATCHED: &str = "patched";
 
-/// Where the newest kernel and its source come from.
+/// The suite of the newest kernel and its source.
 pub const NEWEST_SUITE: &str = "trixie-backports";
 
 /// A kernel in the cache, ready to boot.
@@ -89,7 +89,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// The kernel itself: an ELF file, which QEMU boots by its PVH entry.
+    /// The kernel itself, an ELF file that QEMU boots by its PVH entry.
     pub fn vmlinux(&self) -> PathBuf {
         self.directory.join("vmlinux")
     }
@@ -99,14 +99,13 @@ impl Image {
         sorted_entries(&self.directory.join("modules"))
     }
 
-    /// The modules that a payload may load, in order: none where all is built
-    /// in.
+    /// The modules that a payload may load, in order; none if all are built in.
     pub fn modules_on_demand(&self) -> Result<Vec<PathBuf>> {
         let directory = self.directory.join("on-demand");
         if directory.exists() { sorted_entries(&directory) } else { Ok(Vec::new()) }
     }
 
-    /// The kernel's selftests that were built with it: none of a stock kernel.
+    /// The kernel's selftests that were built with it; none for a stock kernel.
     pub fn selftests(&self) -> Result<Vec<PathBuf>> {
         let directory = self.directory.join("selftests");
         if directory.exists() { sorted_entries(&directory) } else { Ok(Vec::new()) }
@@ -117,7 +116,7 @@ impl Image {
         Some(Self { name, version, directory })
     }
 
-    /// As [`cached`](Self::cached), with all the modules that this lab wants.
+    /// As [`cached`](Self::cached), but only if it has all modules that this lab needs.
     fn cached_with_modules(name: &'static str, directory: PathBuf) -> Option<Self> {
         let selection = fs::read_to_string(directory.join("selection")).ok()?;
         if selection == modules::selection() { Self::cached(name, directory) } else { None }
@@ -141,7 +140,7 @@ pub fn by_name(name: &str) -> Result<&'static Kernel, String> {
     })
 }
 
-/// Those that tests run on, and the one that they do not.
+/// The kernels that tests run on, and the one that only shows a hazard.
 pub fn all() -> impl Iterator<Item = &'static Kernel> {
     KERNELS.iter().chain([&FIRST_PATCH])
 }
@@ -163,20 +162,20 @@ pub fn build_ahead(store: &Store, kernels: &[&'static Kernel]) -> Result<()> {
 }
 
 impl Kernel {
-    /// Whether it is one that has to be built before it boots.
+    /// Whether it has to be built before it can be booted.
     pub fn is_to_be_built(&self, store: &Store) -> Result<bool> {
         let Source::Patched(recipe) = &self.source else { return Ok(false) };
         Ok(!patched::is_built(recipe, &self.directory(store))?)
     }
 
-    /// Refuses a kernel that has no nvme driver for what wants one.
+    /// Fails if the kernel has no nvme driver, which `what` needs.
     pub fn must_have_nvme(&self, what: &str) -> Result<()> {
         let has_nvme = |kernel: &Kernel| matches!(kernel.source, Source::Debian { .. });
         let names: Vec<_> =
             KERNELS.iter().filter(|kernel| has_nvme(kernel)).map(|kernel| kernel.name).collect();
         ensure!(
             has_nvme(self),
-            "kernel {} is built without an nvme driver, which {what} needs: one of {} will do",
+            "kernel {} is built without an nvme driver, which {what} needs: use one of {}",
             self.name,
             names.join(", ")
         );
@@ -187,8 +186,8 @@ impl Kernel {
         store.directory.join("kernels").join(self.name)
     }
 
-    /// The kernel from the cache, or fetched into it. `None` if the mirror
-    /// does not have it (any more).
+    /// Returns the kernel from the cache, after fetching it if needed. `None` if the
+    /// mirror does not have it (any more).
     pub fn image(&'static self, store: &Store) -> Result<Option<Image>> {
         let directory = self.directory(store);
         let (suite, moves) = match &self.source {
@@ -208,7 +207,7 @@ impl Kernel {
             Ok(false) => Ok(cached),
             Err(error) if cached.is_some() => {
                 ui::warning(&format!(
-                    "cannot ask whether there is a newer kernel than the cached one: {error:#}"
+                    "cannot check for a newer kernel than the cached one: {error:#}"
                 ));
                 Ok(cached)
             }
@@ -217,15 +216,16 @@ impl Kernel {
     }
 }
 
-/// The age of what is cached counts from when its version was last written.
+/// Whether a cache entry is due for a check. Its age counts from the last write of its
+/// file `version`.
 pub fn is_old(directory: &Path) -> bool {
     fs::metadata(directory.join("version"))
         .and_then(|version| version.modified())
         .is_ok_and(|checked| SystemTime::now().duration_since(checked).is_ok_and(|age| age > FRESH))
 }
 
-/// Fetches a suite's kernel into `directory`, unless what is cached there is
-/// it. `false` if the mirror does not have it.
+/// Fetches a suite's kernel into `directory`, unless it is cached there already. `false`
+/// if the mirror does not have it.
 fn fetch(suite: &str, store: &Store, directory: &Path, cached: Option<&Image>) -> Result<bool> {
     let stage = Stage::new("Fetching", &format!("the kernel of {suite}"));
     let Some(suite) = Suite::open(suite, store)? else {
@@ -236,7 +236,7 @@ fn fetch(suite: &str, store: &Store, directory: &Path, cached: Option<&Image>) -
     };
     let version = metapackage.version().context("a package has a version")?;
     if cached.is_some_and(|cached| cached.version == version) {
-        // Written again to count as checked today.
+        // Records that it was checked today.
         fs::write(directory.join("version"), version)?;
         return Ok(true);
     }
@@ -260,10 +260,9 @@ fn fetch(suite: &str, store: &Store, directory: &Path, cached: Option<&Image>) -
     Ok(true)
 }
 
-/// Of the packages that something depends on, those that hold a kernel or its
-/// modules: an image holds all, but since 7.x it only depends on a package
-/// with the binary and one with the modules. Metapackages have no version in
-/// their names.
+/// The packages among dependencies that contain a kernel or its modules. Up to 6.x one
+/// package has both; since 7.x the image depends on one package with the binary and one
+/// with the modules. Metapackages have no version in their names.
 fn kernel_packages<'a>(depends: &[&'a str]) -> impl Iterator<Item = &'a str> {
     depends.iter().copied().filter(|name| {
         ["linux-image-", "linux-binary-", "linux-modules-"]
@@ -273,16 +272,16 @@ fn kernel_packages<'a>(depends: &[&'a str]) -> impl Iterator<Item = &'a str> {
     })
 }
 
-/// Keeps of an unpacked kernel what a boot needs.
+/// Copies what a boot needs from an unpacked kernel.
 fn keep(tree: &Path, new: &Path) -> Result<()> {
     let modules = ["lib/modules", "usr/lib/modules"]
         .iter()
         .find_map(|path| only_entry(&tree.join(path)))
-        .context("the packages hold no modules")?;
+        .context("the packages contain no modules")?;
     let release = modules.file_name().context("modules are in a directory")?.to_string_lossy();
     let images = [tree.join(format!("boot/vmlinuz-{release}")), modules.join("vmlinuz")];
     let Some(image) = images.iter().find(|image| image.exists()) else {
-        bail!("the packages hold no vmlinuz");
+        bail!("the packages contain no vmlinuz");
     };
     fs::write(new.join("vmlinux"), decompress::kernel(&fs::read(image)?)?)?;
     modules::install(&modules, &new.join("modules"), &new.join("on-demand"))
@@ -322,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_kernel_is_answered_with_the_known_ones() {
+    fn the_error_for_an_unknown_kernel_names_the_known_ones() {
         assert!(by_name("6.12").is_ok());
         let Err(error) = by_name("6.6") else { panic!("6.6 is no kernel of the lab") };
         assert!(error.contains("5.10, 6.1, 6.12, newest, patched"), "{error}");

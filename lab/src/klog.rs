@@ -1,17 +1,17 @@
-//! Reading a guest's kernel log: how the boot ended and whether the kernel
-//! complained.
+//! Reads a guest's kernel log: how the boot ended, and whether the kernel logged a
+//! warning or an error.
 
-/// Written to the log by `guest/init`.
+/// Markers that `guest/init` writes to the log.
 const PREFIX: &str = "lab: ";
 const STARTS: &str = "payload starts";
 const ENDED: &str = "payload ended with status ";
 const SETUP_FAILED: &str = "setup failed: ";
 
-/// Written to the log by a test: what it expects from here on, or nothing.
+/// A marker that a test writes to the log: what it expects from then on, or nothing.
 const EXPECTS: &str = "lab: expects:";
 
-/// What a kernel writes only when something is wrong with it, with its page
-/// tables, or with what a device was allowed to do.
+/// What a kernel logs only about a fault: of itself, of its page tables, or of a device's
+/// DMA.
 const OFFENCES: [&str; 14] = [
     "WARNING",
     "BUG",
@@ -33,7 +33,7 @@ const OFFENCES: [&str; 14] = [
 pub struct KernelLog(String);
 
 impl KernelLog {
-    /// From the console's bytes, whose lines end in CR LF.
+    /// Reads the console's bytes. Lines end in CR LF.
     pub fn new(console: &[u8]) -> Self {
         Self(String::from_utf8_lossy(console).replace('\r', ""))
     }
@@ -42,13 +42,13 @@ impl KernelLog {
         &self.0
     }
 
-    /// The payload's exit status as the shell counts it: 128 + n for a
-    /// payload that died of signal n. `None` if it did not end.
+    /// The payload's exit status, as a shell reports it: 128 + n if signal n killed it.
+    /// `None` if it did not end.
     pub fn payload_status(&self) -> Option<u8> {
         self.marker(ENDED)?.parse().ok()
     }
 
-    /// What `guest/init` gave up on.
+    /// Why `guest/init` failed, if it did.
     pub fn setup_failure(&self) -> Option<&str> {
         self.marker(SETUP_FAILED)
     }
@@ -57,10 +57,9 @@ impl KernelLog {
         self.0.contains("Kernel panic")
     }
 
-    /// The lines that make a log dirty, from the payload's start on. Earlier
-    /// ones are about the emulated machine and not about what we test. A test
-    /// that provokes one announces it before, by a line of its own in
-    /// `/dev/kmsg`, and takes that back afterwards.
+    /// The lines with faults, from the payload's start on. Earlier ones concern the
+    /// emulated machine and not the tests. A test that causes such a line announces it
+    /// by a line in `/dev/kmsg`, and cancels that afterwards.
     pub fn offences(&self) -> Vec<&str> {
         let starts = format!("{PREFIX}{STARTS}");
         let mut expected: Option<&str> = None;
@@ -94,8 +93,7 @@ pub fn tail(text: &str, lines: usize) -> String {
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 
-/// Whether `line` has `word`, and not as the end of a longer word: DEBUG is
-/// no BUG.
+/// Whether `line` has `word`, and not as the end of a longer word such as DEBUG.
 fn has_word(line: &str, word: &str) -> bool {
     line.match_indices(word)
         .any(|(at, _)| !line[..at].ends_with(|before: char| before.is_ascii_alphanumeric()))
@@ -114,7 +112,7 @@ mod tests {
         [    2.9] lab: payload ended with status 101\r\n";
 
     #[test]
-    fn only_what_happens_under_the_payload_makes_a_log_dirty() {
+    fn only_lines_after_the_payloads_start_count() {
         let log = KernelLog::new(LOG);
         let offences = log.offences();
         assert_eq!(offences.len(), 3, "{offences:?}");
@@ -122,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn the_markers_tell_how_the_payload_ended() {
+    fn the_markers_show_how_the_payload_ended() {
         assert_eq!(KernelLog::new(LOG).payload_status(), Some(101));
         let log = KernelLog::new(b"[    2.0] lab: setup failed: no device\r\n");
         assert_eq!(log.payload_status(), None);
@@ -136,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn an_announced_offence_is_none_until_it_is_taken_back() {
+    fn an_announced_offence_does_not_count_until_it_is_cancelled() {
         let log = KernelLog::new(
             b"lab: payload starts\nlab: expects: DMAR: [DMA\nDMAR: [DMA Read] one\nWARNING\n\
               lab: expects:\nDMAR: [DMA Read] two\n",

@@ -1,4 +1,4 @@
-//! What a libtest binary says at its end.
+//! Reads the output of a libtest binary.
 
 /// The counts in libtest's last line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +25,7 @@ impl Counts {
     }
 }
 
-/// Whether a test has failed, as far as the output goes: it need not have come to
-/// its end.
+/// Whether the output, which may be incomplete, shows that a test has failed.
 pub fn has_failed(output: &str) -> bool {
     output.lines().any(|line| {
         line.ends_with("... FAILED")

@@ -1,5 +1,4 @@
-//! The machine that the guests see: its devices, their addresses, and the
-//! QEMU command line that makes it.
+//! The guests' machine: its devices, their addresses, and the QEMU command line.
 
 use anyhow::{Result, bail};
 
@@ -7,21 +6,21 @@ use crate::heartbeat;
 
 /// A PCI device of the machine.
 pub struct Device {
-    /// What tests and `@NAME` arguments call it.
+    /// Its name in tests and `@NAME` arguments.
     pub name: &'static str,
-    /// Where the guest finds it: domain, bus, slot and function.
+    /// Its PCI address in the guest.
     pub address: &'static str,
-    /// The driver that `guest/init` binds it to, or checks that the kernel
-    /// has bound it to.
+    /// The driver that `guest/init` binds it to. For drivers that are built in,
+    /// `guest/init` checks that the kernel has bound it.
     pub driver: &'static str,
-    /// What it is there for, for `--help`.
+    /// Its purpose, for `--help`.
     pub about: &'static str,
-    /// QEMU's `-device`, but for bus and address.
+    /// QEMU's `-device`, without bus and address.
     qemu: &'static str,
 }
 
 const VFIO: &str = "vfio-pci";
-/// Built into Debian's kernels, so it takes its devices before we could.
+/// Built into Debian's kernels, which bind its devices at boot.
 const SERIAL: &str = "serial";
 
 /// Each is alone in its IOMMU group, except for crowded and neighbour, and for the twins.
@@ -52,7 +51,7 @@ pub const DEVICES: [Device; 17] = [
         address: "0000:00:06.0",
         driver: VFIO,
         about: "QEMU's educational device: DMA, INTx and MSI",
-        // Without an IOMMU it is given physical addresses, which 28 bits do not hold.
+        // Without an IOMMU it uses physical addresses, which have more than 28 bits.
         qemu: "edu,dma_mask=0xffffffffff",
     },
     Device {
@@ -87,35 +86,35 @@ pub const DEVICES: [Device; 17] = [
         name: "neighbour",
         address: "0000:00:0a.1",
         driver: SERIAL,
-        about: "keeps crowded's group from being viable: it has the kernel's own driver",
+        about: "makes crowded's group not viable: it is bound to a kernel driver",
         qemu: "pci-serial,chardev=nowhere-neighbour",
     },
     Device {
         name: "spare",
         address: "0000:00:0b.0",
         driver: SERIAL,
-        about: "a serial port with the kernel's own driver, to bind and unbind",
+        about: "a serial port bound to a kernel driver, for tests of binding",
         qemu: "pci-serial,chardev=nowhere-spare",
     },
     Device {
         name: "nvme4k",
         address: "0000:00:0f.0",
         driver: VFIO,
-        about: "NVMe controller with blocks of 4096 bytes that take no time and keep nothing",
+        about: "NVMe controller with blocks of 4096 bytes that discards all data immediately",
         qemu: "nvme,drive=null-4k,serial=lab-4k,logical_block_size=4096,physical_block_size=4096",
     },
     Device {
         name: "disk",
         address: "0000:00:10.0",
         driver: VFIO,
-        about: "NVMe controller of two namespaces that keep what is written: blocks of 512, of 4096 bytes",
+        about: "NVMe controller with two namespaces that store data: blocks of 512 and of 4096 bytes",
         qemu: "nvme,serial=lab-disk",
     },
     Device {
         name: "xhci",
         address: "0000:00:11.0",
         driver: VFIO,
-        about: "USB host controller with 16 vectors of MSI, and no MSI-X",
+        about: "USB host controller with 16 MSI vectors and no MSI-X",
         qemu: "nec-usb-xhci,msix=off",
     },
     Device {
@@ -129,43 +128,43 @@ pub const DEVICES: [Device; 17] = [
         name: "twin0",
         address: "0000:02:00.0",
         driver: VFIO,
-        about: "an e1000e, the first function behind a root port of its own: a bus to reset",
+        about: "an e1000e, the first of two functions behind a root port: a bus to reset",
         qemu: "e1000e,netdev=net-twin0,romfile=,multifunction=on",
     },
     Device {
         name: "twin1",
         address: "0000:02:00.1",
         driver: VFIO,
-        about: "an e1000e, the second function there",
+        about: "an e1000e, the second function behind that root port",
         qemu: "e1000e,netdev=net-twin1,romfile=",
     },
     Device {
         name: "errant",
         address: "0000:03:00.0",
         driver: VFIO,
-        about: "a virtio device behind a root port, that can be made to report errors (AER)",
+        about: "a virtio device behind a root port, which can report errors on request (AER)",
         qemu: "virtio-rng-pci,aer=on",
     },
 ];
 
-/// The root ports, in the order in which the firmware numbers the buses below
-/// them: above `hot`, bus 1; above the twins, bus 2; above `errant`, bus 3.
+/// The root ports, in the order in which the firmware numbers their buses: bus 1 has
+/// `hot`, bus 2 the twins, bus 3 `errant`.
 const ROOT_PORTS: [&str; 3] = [
     "pcie-root-port,id=root-port,chassis=1,slot=1,bus=pcie.0,addr=0c.0",
     "pcie-root-port,id=twin-port,chassis=2,slot=2,hotplug=off,bus=pcie.0,addr=0d.0",
     "pcie-root-port,id=errant-port,chassis=3,slot=3,hotplug=off,bus=pcie.0,addr=0e.0",
 ];
 
-/// The namespaces of `disk`: what holds their blocks, and the size of one.
+/// The namespaces of `disk`: the file, and the size of a block.
 const NAMESPACES: [(&str, u32); 2] = [("disk-512", 512), ("disk-4096", 4096)];
 
-/// The files, and their size, that a machine wants to find in the directory
-/// of its boot: all zeros, to begin with.
+/// The files that a machine needs in the directory of its boot, and their sizes. At first
+/// they contain zeros.
 pub fn disk_files() -> impl Iterator<Item = (&'static str, u64)> {
     NAMESPACES.iter().map(|(file, _)| (*file, 64 << 20))
 }
 
-/// What the devices lean on.
+/// The back ends of the devices.
 const BACKENDS: [(&str, &str); 11] = [
     ("-blockdev", "driver=null-co,node-name=null,size=1073741824,read-zeroes=on"),
     ("-blockdev", "driver=null-co,node-name=null-4k,size=1073741824"),
@@ -180,12 +179,12 @@ const BACKENDS: [(&str, &str); 11] = [
     ("-chardev", "null,id=nowhere-spare"),
 ];
 
-/// The guest's way to have QEMU do things, such as unplug a device: its third
-/// serial port is connected to QEMU's monitor (QMP).
+/// Connects the guest's third serial port to QEMU's monitor (QMP), so that the guest can,
+/// for example, unplug a device.
 ///
 /// A serial port and a monitor cannot share a character device, so QEMU listens
-/// on a socket, in its working directory, and connects to it itself. The
-/// interrupt is not the third port's usual one, which is the console's.
+/// on a socket in its working directory and connects to that itself. The interrupt is not
+/// the third port's usual one, which the console uses.
 const CONTROL: [(&str, &str); 4] = [
     ("-chardev", "socket,id=monitor,path=monitor,server=on,wait=off"),
     ("-mon", "chardev=monitor,mode=control"),
@@ -193,9 +192,8 @@ const CONTROL: [(&str, &str); 4] = [
     ("-device", "isa-serial,chardev=to-monitor,index=2,iobase=0x3e8,irq=5"),
 ];
 
-/// Where the guest's processors show that they run: its fourth serial port, whose
-/// usual interrupt is the second's. What comes is in a file of QEMU's working
-/// directory.
+/// Connects the guest's fourth serial port, for the heartbeat, to a file in QEMU's working
+/// directory. The interrupt is not its usual one, which the second port uses.
 fn heartbeat() -> [(&'static str, String); 2] {
     [
         ("-chardev", format!("file,id=heartbeat,path={}", heartbeat::FILE)),
@@ -203,24 +201,24 @@ fn heartbeat() -> [(&'static str, String); 2] {
     ]
 }
 
-/// The same devices, in machines that differ in one thing.
+/// Machines with the same devices that differ in one feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variant {
-    /// With an IOMMU, and hotplug by the guest's pciehp, as on real hardware:
-    /// seconds of blinking go by before a device that is asked for goes.
+    /// With an IOMMU, and hotplug by the guest's pciehp, as on real hardware: a device
+    /// is removed some seconds after the request.
     Usual,
     WithoutIommu,
-    /// With an IOMMU, and hotplug by ACPI, as in most virtual machines: what is
-    /// asked for happens at once.
+    /// With an IOMMU, and hotplug by ACPI, as in most virtual machines: a device is
+    /// removed immediately.
     AcpiHotplug,
-    /// With an IOMMU, and an NVDIMM that no driver of the kernel's has claimed.
+    /// With an IOMMU, and an NVDIMM that is bound to no driver.
     Nvdimm,
-    /// With an IOMMU that translates for all devices (iommu=nopt), where that of
-    /// the others translates for VFIO's only, and those of the kernel's own
-    /// drivers pass (iommu=pt).
+    /// With an IOMMU that translates for all devices (iommu=nopt). The other variants
+    /// translate only for VFIO's devices; those of kernel drivers bypass the IOMMU
+    /// (iommu=pt).
     Translating,
-    /// With an IOMMU that does not remap interrupts: a device has one vector of
-    /// MSI, however many it offers.
+    /// With an IOMMU that does not remap interrupts: a device can use only one MSI
+    /// vector.
     WithoutIntremap,
 }
 
@@ -229,7 +227,7 @@ impl Variant {
         self != Self::WithoutIommu
     }
 
-    /// What sets it apart, to follow the kernel's name.
+    /// A description that follows the kernel's name.
     pub fn suffix(self) -> &'static str {
         match self {
             Self::Usual => "",
@@ -242,10 +240,10 @@ impl Variant {
     }
 }
 
-/// QEMU's arguments for the machine, but for kernel, initramfs and the first
-/// two serial ports; its [`disk_files`] are in the working directory.
+/// QEMU's arguments for the machine, without kernel, initramfs and the first
+/// two serial ports. Its [`disk_files`] are in the working directory.
 ///
-/// TCG, always: a /dev/kvm that opens may still not run a stock kernel.
+/// It always uses TCG: even if /dev/kvm can be opened, it may not run a stock kernel.
 pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     let (board, memory) = match variant {
         Variant::Nvdimm => ("q35,kernel-irqchip=split,nvdimm=on", "2G,slots=1,maxmem=8G"),
@@ -275,7 +273,7 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     let by_acpi = if variant == Variant::AcpiHotplug { "on" } else { "off" };
     add("-global", &format!("ICH9-LPC.acpi-pci-hotplug-with-bridge-support={by_acpi}"));
     if variant.has_iommu() {
-        // Before the devices: QEMU wants it so.
+        // QEMU requires it before the devices.
         let intremap = if variant == Variant::WithoutIntremap { "off" } else { "on" };
         add("-device", &format!("intel-iommu,intremap={intremap},caching-mode=on,device-iotlb=on"));
     }
@@ -283,7 +281,7 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
         add(option, value);
     }
     if variant == Variant::Nvdimm {
-        // Of each GiB that is mapped as one, and the first of them for what describes the others.
+        // The first GiB holds the kernel's metadata; the others can be mapped by 1 GiB entries.
         add("-object", "memory-backend-memfd,id=memory-nvdimm,size=3G,share=on");
         add("-device", "nvdimm,memdev=memory-nvdimm");
     }
@@ -307,11 +305,10 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     arguments
 }
 
-/// The kernel's command line. Everything goes to the log, and nothing is lost
-/// from it: neither to its level, nor to its size, nor to the rate limit on
-/// what init writes to it. There are more serial ports than a kernel counts on.
-/// The boot's test of the timer counts interrupts in real time, and panics where
-/// the host is too busy to emulate enough of them.
+/// The kernel's command line. The log must be complete: it ignores the log level, its
+/// buffer is large, and init's messages have no rate limit. There are more serial ports
+/// than kernels support by default. The boot's test of the timer is disabled: it counts
+/// interrupts in real time, and panics if the host is too busy to emulate enough of them.
 pub fn kernel_command_line(variant: Variant) -> String {
     let iommu = match variant {
         Variant::WithoutIommu => "",
@@ -384,13 +381,13 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_device_is_answered_with_the_known_ones() {
+    fn the_error_for_an_unknown_device_names_the_known_ones() {
         let error = with_addresses("@nvem").unwrap_err().to_string();
         assert!(error.contains("@nvem") && error.contains("nvme, e1000e"), "{error}");
     }
 
     #[test]
-    fn a_device_is_placed_where_its_address_says() {
+    fn the_address_determines_bus_and_slot() {
         let hot = DEVICES.iter().find(|device| device.name == "hot").unwrap();
         assert_eq!(
             hot.qemu_device(),

@@ -1,12 +1,12 @@
 //! `cargo lab`: boots real kernels with real VFIO in QEMU and runs the
-//! crate's tests, examples and benchmarks there.
+//! crate's tests, examples and benchmarks in them.
 //!
-//! From the top: [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
-//! [`matrix`], [`mutants`], [`targets`], [`release`], [`performance`] and this file are the commands,
-//! [`boot`] is one boot of one kernel, with its [`heartbeat`], and [`side_by_side`]
-//! several; [`kernels`], [`patched`], [`busybox`], [`payload`], [`compiler`] and [`guest`]
-//! make what is booted, [`machine`] and [`root`] what it is booted on;
-//! [`klog`], [`libtest`] and [`report`] judge what came of it.
+//! The commands are [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
+//! [`matrix`], [`mutants`], [`targets`], [`release`], [`performance`] and this file. [`boot`] makes one
+//! boot of one kernel, with its [`heartbeat`]; [`side_by_side`] makes several. [`kernels`],
+//! [`patched`], [`busybox`], [`payload`], [`compiler`] and [`guest`] provide the software of
+//! a guest, [`machine`] and [`root`] its machine. [`klog`], [`libtest`] and [`report`]
+//! evaluate the result.
 
 #![forbid(unsafe_code)]
 
@@ -79,18 +79,17 @@ enum Task {
     /// Run the tests: those of the host, then those that need a kernel with
     /// VFIO, in each kernel.
     ///
-    /// Those with `without_iommu` in their names run in one more boot of the
-    /// newest kernel, on a machine without an IOMMU; those with `acpi_hotplug`
-    /// in one more boot of each, on a machine where ACPI plugs and unplugs, and
-    /// not the slot's own controller; those with `without_intremap` in one more
-    /// boot of the last but the patched one, on a machine whose IOMMU does not
-    /// remap interrupts; what the patches of the
-    /// patched kernel promise is tested in one more boot of that. Fails if a
-    /// test fails, or if a kernel complains in its log while the tests run.
-    /// What `vfio-user` does is done, too, and in the newest kernel the examples
-    /// tour, edu and nvme run on devices of the machine. Two guests run side by side,
-    /// while other kernels are fetched or built; what a guest writes is shown when it
-    /// has ended.
+    /// Some tests run in additional boots. Those with `without_iommu` in their names run
+    /// in the newest and the patched kernel, on a machine without an IOMMU; those with
+    /// `acpi_hotplug` in each kernel, on a machine with hotplug by ACPI instead of pciehp;
+    /// those with `without_intremap` in the newest kernel, on a machine whose IOMMU does
+    /// not remap interrupts; the tests of the kernel patches in the patched kernel. In
+    /// the newest kernel the examples tour, edu and nvme run on devices of the machine.
+    /// The command `vfio-user` runs too.
+    ///
+    /// Two guests run at the same time, while other kernels are fetched or built. The
+    /// output of a guest is shown when it has ended. Fails if a test fails, or if a kernel
+    /// logs a warning or an error while the tests run.
     Test {
         /// Only the guest tests, in this kernel; may be given several times.
         #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::by_name)]
@@ -100,12 +99,12 @@ enum Task {
         host_only: bool,
         #[command(flatten)]
         common: Common,
-        /// For the guest tests, such as a part of a test's name.
+        /// Arguments for the guest tests, for example a part of a test's name.
         #[arg(last = true, value_name = "LIBTEST-ARGS")]
         libtest: Vec<String>,
     },
-    /// Have the kernel's own nvme driver make, write and check file systems on our
-    /// emulated controller, through QEMU's vfio-user-pci: part of `test`, too.
+    /// Test the emulated NVMe controller with the kernel's nvme driver, through QEMU's
+    /// vfio-user-pci: it makes, writes and checks file systems. Part of `test`.
     VfioUser {
         /// The kernel with the driver.
         #[arg(long, value_name = "NAME", default_value = NEWEST, value_parser = kernels::by_name)]
@@ -113,22 +112,21 @@ enum Task {
         #[command(flatten)]
         common: Common,
     },
-    /// Send nonsense to our vfio-user client and server, and see that they bear it:
-    /// part of `test`, too.
+    /// Fuzz the vfio-user client and server with malformed messages. Part of `test`.
     Fuzz {
-        /// How long to go on.
+        /// How long to fuzz.
         #[arg(long, value_name = "SECONDS", default_value_t = fuzz::SECONDS,
               value_parser = clap::value_parser!(u64).range(1..))]
         seconds: u64,
     },
-    /// Run what takes too long for `test`: a minute of moves against revocation in
-    /// the patched kernel, and ten million runs of each fuzz target.
+    /// Run what takes too long for `test`: a minute of races between moves and revocation
+    /// in the patched kernel, and ten million runs of each fuzz target.
     Soak {
         #[command(flatten)]
         common: Common,
     },
-    /// Break the crate in ways that its tests must see, one at a time, in a copy of the
-    /// repository, and show that a named test fails for each. Without a name, all of them.
+    /// Check that tests can fail: apply one mutation at a time to a copy of the repository,
+    /// and check that a named test fails. Without a name, all mutations.
     ///
     /// Fails if a mutant survives, or if its test fails without it.
     Mutants {
@@ -139,10 +137,10 @@ enum Task {
         common: Common,
     },
     /// Check that the crate compiles with musl and for aarch64, with and without its
-    /// features, and that it is one clear error on other machines.
+    /// features, and that it fails with one clear error for other targets.
     ///
-    /// Debian's compiler and its sources are fetched once, 150 MB; the standard
-    /// library of each target is built, which takes some minutes the first time.
+    /// Fetches Debian's compiler and its sources once (150 MB), and builds the standard
+    /// library of each target, which takes some minutes the first time.
     Targets {
         #[command(flatten)]
         mirror: Mirror,
@@ -161,27 +159,26 @@ enum Task {
         kernel: &'static Kernel,
         #[command(flatten)]
         common: Common,
-        /// The example, and its arguments, in which @DEVICE stands for the
-        /// device's PCI address.
+        /// The example and its arguments. @DEVICE is replaced by the device's PCI
+        /// address.
         #[arg(last = true, required = true, value_names = ["EXAMPLE", "ARGS"])]
         command: Vec<String>,
     },
-    /// Show what a kernel does wrong: run the reproducer of a hazard, and print
-    /// what it saw and what the kernel logged. Without a name, list them all.
+    /// Show a hazard of a kernel: run its reproducer, and print what it saw and what the
+    /// kernel logged. Without a name, list all hazards.
     ///
-    /// Fails if the hazard does not show itself.
+    /// Fails if the hazard is not observed.
     Hazard {
         /// The hazard.
         #[arg(value_parser = hazard::by_name)]
         name: Option<&'static Hazard>,
-        /// The kernel to show it on; the last of those that are listed with
-        /// it, if none is named.
+        /// The kernel to show it on. By default the last one in the list of the hazard.
         #[arg(long, value_name = "NAME", value_parser = kernels::by_name, requires = "name")]
         kernel: Option<&'static Kernel>,
         #[command(flatten)]
         common: Common,
     },
-    /// Find out which way each verb takes on each kernel, and write it down in
+    /// Find out which strategy each verb uses on each kernel, and write
     /// docs/kernel-matrix.md.
     Matrix {
         #[command(flatten)]
@@ -189,13 +186,12 @@ enum Task {
     },
     /// Run a benchmark in a guest.
     ///
-    /// `nvme` holds the example `nvme` against the kernel's driver under fio, and
-    /// writes down in docs/performance.md what came of it; it fails if the
-    /// example does not reach what it must.
+    /// `nvme` compares the example `nvme` with the kernel's driver under fio, and writes
+    /// docs/performance.md. It fails if the example does not reach its targets.
     Bench {
         /// The benchmark.
         name: String,
-        /// The kernel to run it in; newest, or for nvme 6.1, if none is named.
+        /// The kernel to run it in. By default newest, and for nvme 6.1.
         #[arg(long, value_name = "NAME", value_parser = kernels::by_name)]
         kernel: Option<&'static Kernel>,
         #[command(flatten)]
@@ -205,7 +201,7 @@ enum Task {
 
 #[derive(Args)]
 struct Mirror {
-    /// Fetch packages from here, not from the mirror in the machine's own apt
+    /// Fetch packages from this mirror, not from that of the machine's apt
     /// configuration.
     #[arg(long = "mirror", value_name = "URL", env = "LAB_MIRROR")]
     url: Option<String>,
@@ -215,7 +211,7 @@ struct Mirror {
 struct Common {
     #[command(flatten)]
     mirror: Mirror,
-    /// Give up on a boot after this time.
+    /// The time limit of a boot.
     #[arg(long, value_name = "MINUTES", default_value_t = 20)]
     timeout: u64,
 }
@@ -248,8 +244,8 @@ Kernel logs and outputs of the last boots are in target/lab/logs.",
 }
 
 fn main() -> ExitCode {
-    // Not by returning it: an error is about the machine or the user's code,
-    // and a backtrace of the lab would bury it.
+    // Returning the error from `main` would print a backtrace of the lab, which does not
+    // help: errors are about the machine or the user's code.
     perform(Cli::parse().command).unwrap_or_else(|error| {
         ui::error(&format!("{error:#}"));
         ExitCode::FAILURE
@@ -259,11 +255,12 @@ fn main() -> ExitCode {
 fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Test { kernels, host_only, common, libtest } => {
-            // All at once, since what is found missing later costs the time until then.
+            // All needs are checked first: a missing program that is found later would
+            // waste the time until then.
             tools::ensure(&test::needs(&kernels, host_only, common.mirror.url.clone())?)?;
             let guests = if host_only { Vec::new() } else { test::selected(&kernels) };
             let store = Store::open(common.mirror.url.clone())?;
-            estimate::tell(&store, &guests, kernels.is_empty())?;
+            estimate::print(&store, &guests, kernels.is_empty())?;
             if kernels.is_empty() {
                 // The longest job begins first.
                 kernels::build_ahead(&store, &guests)?;
@@ -355,7 +352,7 @@ fn perform(task: Task) -> Result<ExitCode> {
     }
 }
 
-/// Readies what all boots have in common.
+/// Prepares what all boots need.
 fn ready(common: Common) -> Result<(Lab, Store)> {
     let store = Store::open(common.mirror.url)?;
     tools::ensure(&[Need::Booting])?;
@@ -369,7 +366,7 @@ fn ready(common: Common) -> Result<(Lab, Store)> {
     Ok((lab, store))
 }
 
-/// Runs one program in one guest, and passes its exit status on.
+/// Runs one program in one guest, and returns its exit status.
 fn run(
     kernel: &'static Kernel,
     common: Common,
@@ -399,7 +396,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_examples_of_the_help_are_understood() {
+    fn the_examples_of_the_help_are_valid() {
         let help = after_help();
         let examples: Vec<_> =
             help.lines().filter_map(|line| line.strip_prefix("  cargo lab ")).collect();

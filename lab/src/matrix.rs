@@ -1,4 +1,4 @@
-//! `cargo lab matrix`: which way each verb takes on each kernel, as a page of
+//! `cargo lab matrix`: the strategy of each verb on each kernel, as a page of
 //! the documentation.
 
 use std::fmt::Write as _;
@@ -17,17 +17,17 @@ use crate::ui;
 const PAGE: &str = "docs/kernel-matrix.md";
 
 const HEAD: &str = "\
-# Which way each verb takes on each kernel
+# The strategy of each verb on each kernel
 
-Written by `cargo lab matrix`, which boots each kernel of the lab in QEMU (TCG) and there
-duplicates and relocates windows that have been touched all over. Figures of an emulated machine
-say what is more work than what, not how long it takes on yours.
+Written by `cargo lab matrix`. It boots each kernel of the lab in QEMU (TCG), and duplicates and
+relocates windows whose pages have all been touched. The machine is emulated: compare the figures
+with each other, and not with those of real machines.
 
-- **strategy**: what the ladder took; **before it**: what it did not take, and why.
-- **faults**: page faults of touching the new side all over (a word in each page; above 64 MiB a
-  word in each 2 MiB), + those of touching the source, where it lives.
+- **strategy**: the strategy that worked; **before it**: the strategies that did not, and why.
+- **faults**: page faults of touching the new side (a word in each page; above 64 MiB a word in each
+  2 MiB), + those of touching the source, if it is still mapped.
 - **verb**: the median time of the verb; **ready**: that of the verb and of touching all that is
-  live after it. The factors compare with `MapAgain` alone, run in turns with it.
+  mapped after it. The factors compare with `MapAgain` alone, which is run alternately.
 ";
 
 const TABLE: &str = "\
@@ -57,7 +57,7 @@ pub fn write(lab: &Lab, store: &Store) -> Result<()> {
         );
         write!(page, "\n## {} (linux {})\n\n{TABLE}", kernel.name, image.version)?;
         for line in outcome.output.lines().filter_map(|line| line.strip_prefix("row\t")) {
-            page += &row(line).with_context(|| format!("what is this row? {line}"))?;
+            page += &row(line).with_context(|| format!("malformed row: {line}"))?;
         }
     }
     let path = payload::workspace().join(PAGE);
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_is_told_from_other_lines() {
+    fn rows_are_parsed_and_other_lines_are_not() {
         let line = "edu BAR0\tduplicate\tMapAgain\tDontUnmap: EINVAL\t1\t0\t9.5\t1.01\t12.0\t1.00";
         assert_eq!(
             row(line).unwrap(),

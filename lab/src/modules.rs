@@ -1,7 +1,7 @@
 //! Kernel modules: which ones a guest needs, and in which order.
 //!
-//! A Debian package has no `modules.dep` (its installation would run depmod),
-//! so the order comes from where depmod takes it: the modules themselves.
+//! A Debian package has no `modules.dep`, which depmod writes at installation. So the
+//! order is read from the modules themselves, as depmod does.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,25 +12,24 @@ use elf::endian::AnyEndian;
 
 use crate::decompress;
 
-/// What a guest needs besides what the kernel has built in. The type 1 IOMMU
-/// driver is named because nothing depends on it: the kernel would ask
-/// modprobe for it.
+/// The modules that a guest needs. The type 1 IOMMU driver is named because no module
+/// depends on it; a kernel would load it by modprobe.
 const WANTED: [&str; 2] = ["vfio_iommu_type1", "vfio_pci"];
 
-/// What a payload may load when it wants the kernel's own drivers. ext4 asks
-/// the kernel for a checksum that, up to 6.13, is a module of its own.
+/// The modules that a payload may load for the kernel's own drivers. ext4 needs a checksum
+/// that is a separate module up to 6.13.
 const ON_DEMAND: [&str; 3] = ["nvme", "crc32c_generic", "ext4"];
 const GONE_FROM_SOME: [&str; 1] = ["crc32c_generic"];
 
-/// What [`install`] installs, to tell what an earlier lab has kept that
-/// installed less.
+/// The modules that [`install`] installs. The cache stores this, so that an entry of an
+/// earlier lab with fewer modules is recognized.
 pub fn selection() -> String {
     [&WANTED[..], &ON_DEMAND].concat().join(" ")
 }
 
-/// Writes the wanted modules and what they depend on into `loaded`,
-/// decompressed, and numbered in the order in which to load them; what is only
-/// there on demand, and not in `loaded`, in the same way into `on_demand`.
+/// Writes the needed modules and their dependencies to `loaded`, decompressed, and
+/// numbered in the order in which to load them. Writes the modules on demand that are
+/// not in `loaded` to `on_demand` in the same way.
 pub fn install(tree: &Path, loaded: &Path, on_demand: &Path) -> Result<()> {
     let mut files = Vec::new();
     find(tree, &mut files)?;
@@ -62,7 +61,7 @@ pub fn install(tree: &Path, loaded: &Path, on_demand: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Appends a module to `order`, after what it depends on.
+/// Appends a module to `order`, after its dependencies.
 fn load_order(
     name: &str,
     read: &impl Fn(&str) -> Result<Vec<u8>>,
@@ -73,7 +72,7 @@ fn load_order(
     }
     let content = read(name)?;
     let depends = modinfo_depends(&content)
-        .with_context(|| format!("module {name} does not say what it depends on"))?;
+        .with_context(|| format!("module {name} does not list its dependencies"))?;
     for dependency in &depends {
         load_order(dependency, read, order)?;
     }
@@ -102,7 +101,7 @@ fn parse_depends(modinfo: &[u8]) -> Option<Vec<String>> {
     )
 }
 
-/// `-` and `_` are the same in a module's name.
+/// `-` and `_` are equivalent in a module's name.
 fn canonical(name: &str) -> String {
     name.replace('-', "_")
 }

@@ -1,5 +1,5 @@
-//! The lab's own kernels: the newest source that Debian has, with patches and
-//! the configuration of `lab/kernel`, built once.
+//! Kernels that the lab builds: Debian's newest source, with the patches and the
+//! configuration of `lab/kernel`.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write as _};
@@ -19,28 +19,28 @@ use crate::payload;
 use crate::tools::{self, Need};
 use crate::ui::{self, Stage};
 
-/// Depends on the package with the newest source.
+/// It depends on the package with the newest source.
 const METAPACKAGE: &str = "linux-source";
 
 /// Lines of a failed build that are shown.
 const TAIL: usize = 30;
 
-/// Held while a kernel is looked for and built.
+/// Held while a kernel is checked and built.
 static BUILDING: Mutex<()> = Mutex::new(());
 
-/// Where the kernel's selftests of VFIO are, in its source.
+/// The directory of VFIO's selftests in the kernel's source.
 const SELFTESTS: &str = "tools/testing/selftests/vfio";
 
-/// What a kernel is made of.
+/// What a kernel is built from.
 pub struct Recipe {
-    /// The directories of `lab/kernel` whose patches it has, in the order in
+    /// The directories of `lab/kernel` with its patches, in the order in
     /// which they apply.
     pub patches: &'static [&'static str],
     /// The selftests of VFIO that are built with it.
     pub selftests: &'static [&'static str],
 }
 
-/// A recipe, with what it names.
+/// A recipe and the contents of its files.
 struct Series {
     config: String,
     /// Name and content, in the order in which they apply.
@@ -73,33 +73,33 @@ impl Series {
         Ok(Self { config, patches, selftests: recipe.selftests, made_for })
     }
 
-    /// What the cache keeps beside a kernel to know again what it is made of:
-    /// all of it, since it is short, but for what the patches say of themselves.
+    /// The text that the cache stores with a kernel, to recognize what it was built from:
+    /// all of it, since it is short, except the messages of the patches.
     fn text(&self) -> String {
         let patches = self.patches.iter().map(|(_, patch)| changes(patch));
         patches.chain(self.selftests.iter().copied()).chain([self.config.as_str()]).collect()
     }
 
-    /// Whether the kernel in a directory is made of it.
+    /// Whether the kernel in a directory was built from it.
     fn is_built(&self, directory: &Path) -> bool {
         let built_from = fs::read_to_string(directory.join("series"));
         built_from.is_ok_and(|built_from| built_from == self.text())
     }
 }
 
-/// A patch without the mail that it is in.
+/// A patch without its message.
 fn changes(patch: &str) -> &str {
     patch.find("\ndiff --git ").map_or(patch, |at| &patch[at..])
 }
 
-/// Whether `directory` holds a kernel of this recipe, of whichever source.
+/// Whether `directory` holds a kernel of this recipe, from any source version.
 pub fn is_built(recipe: &Recipe, directory: &Path) -> Result<bool> {
     Ok(Series::read(recipe)?.is_built(directory))
 }
 
-/// Makes sure that `directory` holds the kernel of this recipe: builds it
-/// where what is there is made of something else, or of an older source.
-/// `false` if the mirror has no source and no kernel was built before.
+/// Makes sure that `directory` holds the kernel of this recipe. Builds it if the directory
+/// has none, or one from another recipe or an older source. `false` if the mirror has no
+/// source and no kernel was built before.
 pub fn ensure(recipe: &Recipe, store: &Store, directory: &Path) -> Result<bool> {
     // A second caller waits for the build of the first, and finds the kernel there.
     let _one_at_a_time = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -112,14 +112,14 @@ pub fn ensure(recipe: &Recipe, store: &Store, directory: &Path) -> Result<bool> 
         Ok(Some(source)) => source,
         Ok(None) => return Ok(current),
         Err(error) if current => {
-            ui::warning(&format!("cannot ask whether there is a newer source: {error:#}"));
+            ui::warning(&format!("cannot check for a newer source: {error:#}"));
             return Ok(true);
         }
         Err(error) => return Err(error),
     };
     let version = fs::read_to_string(directory.join("version"));
     if current && version.is_ok_and(|version| version == source.version) {
-        // Written again to count as checked today.
+        // Records that it was checked today.
         fs::write(directory.join("version"), source.version)?;
         return Ok(true);
     }
@@ -147,12 +147,12 @@ impl Source {
         let package = metapackage
             .depends()
             .first()
-            .with_context(|| format!("{METAPACKAGE} stands for a package"))?
+            .with_context(|| format!("{METAPACKAGE} depends on no package"))?
             .to_string();
         Ok(Some(Self { suite, package, version }))
     }
 
-    /// Fetches and unpacks it; its directory.
+    /// Fetches and unpacks it. Returns its directory.
     fn unpack(&self, into: &Path) -> Result<PathBuf> {
         self.suite.unpack(std::slice::from_ref(&self.package), into)?;
         let archive = into.join("usr/src").join(format!("{}.tar.xz", self.package));
@@ -175,7 +175,7 @@ fn build(series: &Series, source: &Source, store: &Store, directory: &Path) -> R
         apply(&tree, patch).with_context(|| {
             format!(
                 "lab/kernel/{name} does not apply to {package} {version}; it was made for {}: \
-                 bring it up to date, and lab/kernel/made-for with it",
+                 update it and lab/kernel/made-for",
                 series.made_for
             )
         })?;
@@ -187,7 +187,7 @@ fn build(series: &Series, source: &Source, store: &Store, directory: &Path) -> R
     }
     cache::replace(directory, |new| {
         fs::copy(tree.join("vmlinux"), new.join("vmlinux"))?;
-        // All is built in.
+        // All drivers are built in.
         fs::create_dir(new.join("modules"))?;
         fs::create_dir(new.join("selftests"))?;
         for selftest in series.selftests {
@@ -200,8 +200,8 @@ fn build(series: &Series, source: &Source, store: &Store, directory: &Path) -> R
     Ok(())
 }
 
-/// Applies a patch whole or fails. Lines may have moved, but what is around
-/// them may not have changed.
+/// Applies a patch completely or fails. Lines may have moved, but their context must not
+/// have changed.
 fn apply(tree: &Path, patch: &str) -> Result<()> {
     let mut file = tempfile::NamedTempFile::new()?;
     file.write_all(patch.as_bytes())?;
@@ -215,8 +215,8 @@ fn apply(tree: &Path, patch: &str) -> Result<()> {
     Ok(())
 }
 
-/// The kernel's smallest configuration with ours on top, all of which must be
-/// there in the end: an option that has lost what it depends on just vanishes.
+/// Writes the kernel's smallest configuration with our options added, and checks that all
+/// of them are in the result: make silently drops an option whose dependency is missing.
 fn configure(tree: &Path, config: &str) -> Result<()> {
     fs::write(tree.join("kernel/configs/lab.config"), config)?;
     command::output(make(tree).args(["tinyconfig", "lab.config"]))?;
@@ -224,15 +224,15 @@ fn configure(tree: &Path, config: &str) -> Result<()> {
     let lost = lost(config, &result);
     ensure!(
         lost.is_empty(),
-        "this kernel does not take these lines of lab/kernel/config, whose names or dependencies \
+        "this kernel does not accept these lines of lab/kernel/config, whose names or dependencies \
          have changed: {}",
         lost.join(", ")
     );
     Ok(())
 }
 
-/// The settings that a configuration does not have. What is not to be set may be
-/// absent from it.
+/// The wanted lines that a configuration does not have. An option that must not be set may
+/// be absent.
 fn lost<'a>(wanted: &'a str, result: &str) -> Vec<&'a str> {
     let has = |wanted: &str| match unset(wanted) {
         Some(name) => !result
@@ -263,7 +263,7 @@ fn compile(tree: &Path, stage: &mut Stage) -> Result<()> {
         .spawn()
         .context("cannot run make")?;
     let stdout = child.stdout.take().context("standard output is a pipe")?;
-    // Each line is a file that is being made.
+    // Each line names a file that is being built.
     for (count, line) in BufReader::new(stdout).lines().enumerate() {
         let line = line?;
         let file = line.split_whitespace().next_back().unwrap_or_default();
@@ -276,7 +276,7 @@ fn compile(tree: &Path, stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
-/// Builds a selftest, static since a guest has no libraries.
+/// Builds a selftest. It is static, since a guest has no libraries.
 fn build_selftest(tree: &Path, name: &str) -> Result<()> {
     let directory = tree.join(SELFTESTS);
     command::output(make(tree).arg("headers"))?;
@@ -286,8 +286,8 @@ fn build_selftest(tree: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// make, which ends with the lab (see [`crate::qemu::command`]) and tells nobody
-/// who has built the kernel and where.
+/// make, which is killed when the lab ends (see [`crate::qemu::command`]). The kernel does
+/// not contain the names of the user and the machine that built it.
 fn make(tree: &Path) -> Command {
     let mut make = Command::new("setpriv");
     make.current_dir(tree)
@@ -304,7 +304,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_series_is_known_by_all_that_it_is_made_of() {
+    fn a_series_is_recognized_by_all_its_parts() {
         let patches = &["fixes", "selftests", "rfc"];
         let series = Series::read(&Recipe { patches, selftests: &["one"] }).unwrap();
         let order: Vec<_> = series.patches.iter().map(|(name, _)| name.as_str()).collect();
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn another_message_makes_no_other_kernel() {
+    fn the_message_of_a_patch_does_not_matter() {
         let patch =
             |message| format!("{message}\n---\n file | 1 +\n\ndiff --git a/file b/file\n+x\n");
         assert_eq!(changes(&patch("one")), changes(&patch("two")));
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_patch_applies_whole_or_is_an_error() {
+    fn a_patch_applies_completely_or_is_an_error() {
         let tree = tempfile::tempdir().unwrap();
         fs::write(tree.path().join("file"), "one\ntwo\n").unwrap();
         let patch = "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-two\n+three\n";

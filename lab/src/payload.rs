@@ -1,4 +1,4 @@
-//! Building what runs in a guest: static binaries, since the guest has no
+//! Builds the programs that run in guests: static binaries, since a guest has no
 //! libraries.
 
 use std::env;
@@ -19,13 +19,13 @@ pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the lab is in the workspace")
 }
 
-/// Where builds for guests go, and the logs of their boots: apart from the
-/// host's builds, which other flags would invalidate.
+/// The directory for builds for guests and for logs. It is separate from that of the host's
+/// builds, which have other flags.
 pub fn target_directory() -> PathBuf {
     workspace().join("target/lab")
 }
 
-/// Where the logs of the last boots and builds are.
+/// The directory of the logs of the last boots and builds.
 pub fn logs() -> PathBuf {
     target_directory().join("logs")
 }
@@ -35,7 +35,7 @@ pub fn cargo() -> Command {
     Sources::ours().cargo()
 }
 
-/// What is built for guests: this workspace or a copy of it, and where its builds go.
+/// The sources of programs for guests: this workspace or a copy of it, and its build directory.
 pub struct Sources {
     pub workspace: PathBuf,
     pub target: PathBuf,
@@ -46,7 +46,7 @@ impl Sources {
         Self { workspace: workspace().to_owned(), target: target_directory() }
     }
 
-    /// The cargo that runs this lab, there.
+    /// The cargo that runs this lab, in that workspace.
     pub fn cargo(&self) -> Command {
         let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.current_dir(&self.workspace);
@@ -59,18 +59,18 @@ pub fn guest_tests() -> Result<PathBuf> {
     guest_tests_of(&Sources::ours())
 }
 
-/// The same, of other sources.
+/// As [`guest_tests`], from other sources.
 pub fn guest_tests_of(sources: &Sources) -> Result<PathBuf> {
     let arguments = "test --no-run --test guest --profile lab --features vm-memory";
     build_of(sources, "guest", &arguments.split(' ').collect::<Vec<_>>())
 }
 
-/// What kernels do wrong, and what the lab's patches promise.
+/// The reproducers of hazards, and the tests of the lab's kernel patches.
 pub fn hazards() -> Result<PathBuf> {
     build("hazards", &["test", "--no-run", "--test", "hazards", "--profile", "lab"])
 }
 
-/// An example as tests run: of what they are built of, and with every check on.
+/// An example with the profile and features of the tests.
 pub fn tested_example(name: &str) -> Result<PathBuf> {
     let arguments = ["build", "--example", name, "--profile", "lab", "--features", "vm-memory"];
     build(name, &arguments)
@@ -100,11 +100,11 @@ fn build_of(sources: &Sources, target: &str, arguments: &[&str]) -> Result<PathB
     let mut command = sources.cargo();
     command
         .args(arguments)
-        // With a target named, build scripts and macros are not built static.
+        // If a target is named, cargo does not use the flags for build scripts and macros.
         .args(["--target", &host, "--config", &rustflags])
         .arg("--target-dir")
         .arg(&sources.target)
-        // These would take the place of the flags above.
+        // These would override the flags above.
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     let executable = executable(target, &mut command)?;
@@ -116,7 +116,7 @@ fn build_of(sources: &Sources, target: &str, arguments: &[&str]) -> Result<PathB
     Ok(executable)
 }
 
-/// Runs cargo and gives the executable that it built for a target.
+/// Runs cargo and returns the executable that it built for a target.
 fn executable(target: &str, cargo: &mut Command) -> Result<PathBuf> {
     let mut child = cargo
         .arg("--message-format=json-render-diagnostics")
@@ -139,7 +139,7 @@ fn executable(target: &str, cargo: &mut Command) -> Result<PathBuf> {
     executable.with_context(|| format!("cargo built no {target}"))
 }
 
-/// The machine that cargo builds for unless told otherwise.
+/// The target that cargo builds for by default.
 pub fn host_triple() -> Result<String> {
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let version = command::output(Command::new(rustc).arg("-vV"))?;
@@ -147,7 +147,7 @@ pub fn host_triple() -> Result<String> {
     Ok(host.context("rustc -vV names its host")?.to_owned())
 }
 
-/// A static executable asks for no dynamic loader.
+/// A static executable names no dynamic loader.
 fn is_static(executable: &Path) -> Result<bool> {
     let bytes = std::fs::read(executable)?;
     let elf = ElfBytes::<AnyEndian>::minimal_parse(&bytes)?;
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dynamic_executable_is_told_apart() {
+    fn a_dynamic_executable_is_recognized() {
         let this_test = env::current_exe().unwrap();
         assert_eq!(is_static(&this_test).unwrap(), cfg!(target_feature = "crt-static"));
     }

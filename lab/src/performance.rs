@@ -1,4 +1,4 @@
-//! `cargo lab bench nvme`: the example `nvme` against the kernel's driver, as a
+//! `cargo lab bench nvme`: compares the example `nvme` with the kernel's driver, as a
 //! page of the documentation.
 
 use std::cmp::Reverse;
@@ -21,20 +21,19 @@ use crate::ui;
 const PAGE: &str = "docs/performance.md";
 const PLOT: &str = "docs/performance.svg";
 
-/// The kernel that the page is about unless another is named: the figures that
-/// it is held against were taken there.
+/// The kernel to use unless another is named: the targets were measured on it.
 pub const KERNEL: &str = "6.1";
 
-/// What the driver must reach when it polls, as a multiple of what the kernel
-/// reaches at that depth, with `iommu=nopt`.
+/// The IOPS that the driver must reach when it polls, with `iommu=nopt`: a depth, and a
+/// multiple of the kernel's IOPS at that depth.
 const TARGETS: [(u32, f64); 2] = [(1, 9.0), (32, 36.0)];
 
-/// How many turns each contender has, and how long one lasts, in seconds.
+/// How many runs each contender has, and how long one lasts, in seconds.
 const ROUNDS: u32 = 5;
 const SECONDS: u32 = 2;
 
-/// Whom `benches/nvme.rs` lets have their turns, in the order of the tables,
-/// and what the tables call them.
+/// The contenders of `benches/nvme.rs`, in the order of the tables, and their names in
+/// the tables.
 const CONTENDERS: [(&str, &str); 5] = [
     ("kernel", "kernel, io_uring"),
     ("kernel-tuned", "kernel, io_uring tuned"),
@@ -43,8 +42,8 @@ const CONTENDERS: [(&str, &str); 5] = [
     ("driver", "`nvme`, polled"),
 ];
 
-/// What there was to do. In the order of the tables: reads first, and large
-/// blocks.
+/// What a contender did. The order is that of the tables: reads before writes, large
+/// blocks before small ones.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Load {
     write: bool,
@@ -68,17 +67,16 @@ impl Load {
     }
 }
 
-/// The figures of one boot, I/O operations per second, by load and index of the
-/// contender.
+/// The IOPS that were measured in one boot, by load and index of the contender.
 #[derive(Default)]
 struct Figures(BTreeMap<(Load, usize), Vec<f64>>);
 
 impl Figures {
-    /// From what `benches/nvme.rs` prints.
+    /// Parses the output of `benches/nvme.rs`.
     fn parse(output: &str) -> Result<Self> {
         let mut figures = Self::default();
         for line in output.lines().filter_map(|line| line.strip_prefix("row\t")) {
-            let (key, iops) = parse_row(line).with_context(|| format!("what is this? {line}"))?;
+            let (key, iops) = parse_row(line).with_context(|| format!("malformed row: {line}"))?;
             figures.0.entry(key).or_default().push(iops);
         }
         ensure!(!figures.0.is_empty(), "the benchmark printed no figures");
@@ -89,7 +87,7 @@ impl Figures {
         Some(median(self.0.get(&(load, index(contender)?))?))
     }
 
-    /// By how much a contender is above the kernel.
+    /// The IOPS of a contender as a multiple of the kernel's.
     fn ratio(&self, load: Load, contender: &str) -> Option<f64> {
         Some(self.median(load, contender)? / self.median(load, "kernel")?)
     }
@@ -112,14 +110,14 @@ impl Figures {
                 grouped(low),
                 grouped(high)
             )
-            .expect("a string takes all");
+            .expect("writing to a string succeeds");
         }
         table
     }
 }
 
-/// Boots the kernel twice, writes the page and its plot, and says whether the
-/// driver has reached what it must.
+/// Boots the kernel twice, and writes the page and its plot. Returns whether the driver
+/// reaches the targets.
 pub fn write(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
     let program = payload::benchmark("nvme")?;
     let example = payload::example("nvme")?;
@@ -130,9 +128,9 @@ pub fn write(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> 
     let mut files = fio.files()?;
     files.push(("lab/examples/nvme".to_owned(), example));
     let boot = |iommu, arguments: &[&str], label: &str| -> Result<Figures> {
-        let turns = [format!("--rounds={ROUNDS}"), format!("--seconds={SECONDS}")];
+        let runs = [format!("--rounds={ROUNDS}"), format!("--seconds={SECONDS}")];
         let arguments: Vec<_> =
-            arguments.iter().map(|&argument| argument.to_owned()).chain(turns).collect();
+            arguments.iter().map(|&argument| argument.to_owned()).chain(runs).collect();
         let payload = Payload { program: &program, arguments: &arguments, files: &files };
         let outcome = lab.boot(&image, iommu, &payload, &format!("{}-{label}", kernel.name))?;
         let complaints = outcome.complaints();
@@ -166,33 +164,28 @@ fn page(facts: &str, translating: &Figures, passing: &Figures) -> String {
         .collect();
     format!(
         "\
-# The NVMe driver in user space against the kernel's
+# The NVMe driver in user space compared with the kernel's
 
-Written, with its plot, by
-
-```console
-$ cargo lab bench nvme
-```
-
-which boots a kernel in QEMU and there has the example `nvme`, a driver in safe Rust on this crate,
-and fio on the kernel's own driver take turns on one device: random reads and writes, one thread, as
-fast as it goes. Between turns the device changes hands, from vfio-pci to nvme and back. The device
-does nothing: QEMU's nvme on a null back end. So what is measured is the way to the device, and since
-the guest is emulated, every instruction on that way counts. Ratios say how much thinner one way is
-than the other; the absolute figures are of the emulator.
+`cargo lab bench nvme` writes this page and its plot. It boots a kernel in QEMU and runs two programs
+alternately on one device: the example `nvme`, a driver in safe Rust on this crate, and fio on the
+kernel's driver. Both make random reads and writes with one thread, as fast as possible. Between runs
+the device is bound to the other driver, vfio-pci or nvme. The device is QEMU's nvme on a null back
+end, which does no work, so the benchmark measures the software between a program and its device. The
+guest is emulated, so the result depends mainly on the number of instructions. Use the ratios; the
+absolute figures are those of the emulator.
 
 {facts}
-## The IOMMU translates for both (`iommu=nopt`)
+## The IOMMU translates for both drivers (`iommu=nopt`)
 
-Both drivers pay for the same protection. The driver polls and reads blocks of 4096 bytes at
+Both drivers have the same protection. With polling and reads of 4096 bytes, the driver reaches at
 
 {}
 ![IOPS by contender](performance.svg)
 
 {}
-## The kernel's devices pass the IOMMU by (`iommu=pt`)
+## The kernel's devices bypass the IOMMU (`iommu=pt`)
 
-The kernel gives up protection from its devices; the driver in user space keeps it.
+The kernel's driver runs without protection from its device; the driver in user space keeps it.
 
 {}",
         targets.concat(),
@@ -201,7 +194,7 @@ The kernel gives up protection from its devices; the driver in user space keeps 
     )
 }
 
-/// What the figures depend on.
+/// The table of software and hardware that the figures depend on.
 fn facts(qemu: &str, image: &Image, fio: &Fio) -> Result<String> {
     let cpus = fs::read_to_string("/proc/cpuinfo")?;
     let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -218,7 +211,7 @@ fn facts(qemu: &str, image: &Image, fio: &Fio) -> Result<String> {
 | tuned | and `fixedbufs registerfiles norandommap gtod_reduce=1` |
 | polled | and `hipri`, on a queue without interrupts (`nvme.poll_queues=1`) |
 | `nvme` | `nvme bench --threads 1`, with `--interrupts` or without |
-| turns | {ROUNDS} of each contender, of {SECONDS} seconds; the median counts |
+| runs | {ROUNDS} of each contender, of {SECONDS} seconds; the median counts |
 ",
         image.version, fio.version
     ))
@@ -298,7 +291,7 @@ mod tests {
         row\tread\t4096\t32\tkernel\t1000\nrow\tread\t4096\t32\tdriver\t35000\n";
 
     #[test]
-    fn a_table_holds_medians_and_what_they_are_of_the_kernels() {
+    fn a_table_shows_medians_and_multiples_of_the_kernels() {
         let table = Figures::parse(OUTPUT).unwrap().table();
         assert!(
             table.contains("| read | 4096 | 1 | `nvme`, polled | 9 500 | 8 000–12 345 | 9.5 |\n"),

@@ -1,4 +1,4 @@
-//! QEMU as a process: its command line, its output, and its end.
+//! The QEMU process: its command line, its output, and its end.
 
 use std::io::Read;
 use std::path::Path;
@@ -12,9 +12,8 @@ use crate::kernels::Image;
 use crate::machine::{self, Variant};
 use crate::root::Root;
 
-/// The QEMU command line. The kernel log goes to the first serial port; the
-/// payload writes to the second, which is QEMU's standard output. QEMU runs in
-/// `work`, for its own files.
+/// The QEMU command line. The kernel log goes to the first serial port. The payload writes
+/// to the second, which is QEMU's standard output. QEMU runs in the directory `work`.
 pub fn command(
     root: &Root,
     image: &Image,
@@ -40,10 +39,10 @@ pub fn command(
     command
 }
 
-/// A running QEMU, which ends when this is dropped.
+/// A running QEMU. Dropping this kills it.
 pub struct Qemu {
     pub child: Child,
-    /// What it writes to standard output; hung up when it ends.
+    /// Its standard output. The channel is disconnected when QEMU ends.
     pub output: Receiver<Vec<u8>>,
 }
 

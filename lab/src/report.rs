@@ -8,7 +8,7 @@ use crate::libtest::Counts;
 
 /// One line of the table.
 pub struct Row {
-    /// The kernel's name, and what is special about this boot.
+    /// The kernel's name and the variant of this boot.
     pub label: String,
     pub result: Result,
 }
@@ -19,18 +19,18 @@ pub enum Result {
         outcome: Outcome,
         proof: Proof,
     },
-    /// Not run, and why.
+    /// Why it was not run.
     Skipped(String),
-    /// It could not be run, and why.
+    /// Why it could not be run.
     Failed(String),
 }
 
-/// What a payload has to show.
+/// How a payload shows that it has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Proof {
-    /// A test binary: how many tests it has run.
+    /// A test binary prints how many tests it has run.
     Counts,
-    /// An example: its exit status says it all.
+    /// An example has only an exit status.
     Status,
 }
 
@@ -39,7 +39,7 @@ impl Row {
         matches!(self.result, Result::Ran { .. })
     }
 
-    /// Skipped counts as passed, failed does not.
+    /// Whether it has passed. A skipped row counts as passed.
     pub fn passed(&self) -> bool {
         match &self.result {
             Result::Ran { outcome, proof, .. } => {
@@ -53,7 +53,7 @@ impl Row {
     }
 }
 
-/// The whole table, and beneath it what went wrong.
+/// The whole table, followed by a description of what failed.
 pub fn table(rows: &[Row]) -> String {
     let mut table = format!(
         "{:<24}{:<22}{:>6} {:>6} {:>7} {:>5} {:>7}  {:<13} {}\n",
@@ -71,11 +71,13 @@ pub fn table(rows: &[Row]) -> String {
     for row in rows {
         match &row.result {
             Result::Skipped(reason) => {
-                writeln!(table, "{:<24}skipped: {reason}", row.label).expect("a string takes all");
+                writeln!(table, "{:<24}skipped: {reason}", row.label)
+                    .expect("writing to a string succeeds");
             }
             Result::Failed(reason) => {
                 let reason = reason.lines().next().unwrap_or_default();
-                writeln!(table, "{:<24}FAILED: {reason}", row.label).expect("a string takes all");
+                writeln!(table, "{:<24}FAILED: {reason}", row.label)
+                    .expect("writing to a string succeeds");
             }
             Result::Ran { version, outcome, proof } => {
                 line(&mut table, &row.label, version, outcome);
@@ -105,13 +107,13 @@ fn line(table: &mut String, label: &str, version: &str, outcome: &Outcome) {
         outcome.took.as_secs_f32(),
         outcome.log_path.display()
     )
-    .expect("a string takes all");
+    .expect("writing to a string succeeds");
 }
 
 fn explain(details: &mut String, label: &str, outcome: &Outcome, proof: Proof) {
     for Attempt { ending, log_path } in &outcome.given_up {
         writeln!(details, "\n{label} was booted again: {ending}; see {}", log_path.display())
-            .expect("a string takes all");
+            .expect("writing to a string succeeds");
     }
     let mut complaints = outcome.complaints();
     match (&outcome.ending, Counts::find(&outcome.output)) {
@@ -128,7 +130,7 @@ fn explain(details: &mut String, label: &str, outcome: &Outcome, proof: Proof) {
         _ => {}
     }
     if !complaints.is_empty() {
-        write!(details, "\n{label}: {complaints}").expect("a string takes all");
+        write!(details, "\n{label}: {complaints}").expect("writing to a string succeeds");
     }
 }
 
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_could_not_be_had_has_not_passed() {
+    fn a_kernel_that_could_not_be_fetched_has_not_passed() {
         let row = |result| Row { label: "6.1".to_owned(), result };
         let failed = row(Result::Failed("no network\nE: refused".to_owned()));
         assert!(!failed.ran() && !failed.passed());
@@ -181,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_was_booted_again_says_so() {
+    fn a_repeated_boot_is_reported() {
         let mut again = row(Proof::Status, 0, "", "");
         let Result::Ran { outcome, .. } = &mut again.result else { panic!("it ran") };
         outcome.given_up.push(Attempt {

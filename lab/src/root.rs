@@ -1,12 +1,12 @@
-//! What the lab boots with: QEMU, from the packages of a later Debian, unpacked
-//! into a root of its own with every library that it needs, and run by that root's
-//! loader. The machine is left as it is. What the mirror had when it was first asked
-//! stays; only a QEMU without a vfio-user-pci is asked for again, every week.
+//! QEMU, from the packages of a later Debian, unpacked into a separate root with all its
+//! libraries, and run by that root's loader. Nothing is installed on the machine. QEMU is
+//! not updated, except if it has no vfio-user-pci: then the lab checks for a newer one
+//! every week.
 //!
-//! Not the machine's own QEMU, nor that of its backports: up to 10.0 it has no
-//! vfio-user-pci, and under `tcg,thread=multi` 10.0.2 now and then ends in
-//! `iotlb_to_section` while another processor switches a BAR, or gives a processor
-//! no more timer interrupts.
+//! The lab does not use the machine's QEMU or that of its backports. Up to 10.0 QEMU has no
+//! vfio-user-pci. With `tcg,thread=multi`, 10.0.2 sometimes aborts in `iotlb_to_section`
+//! while another processor switches a BAR, or stops delivering timer interrupts to a
+//! processor.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,10 +19,10 @@ use crate::cache::{self, Store};
 use crate::kernels;
 use crate::ui::{self, Stage};
 
-/// Where QEMU and what it needs are; the first that the mirror has.
+/// The suites of QEMU and its dependencies; the first that the mirror has is used.
 const SUITES: [&[&str]; 2] = [&["trixie-backports", "trixie"], &["trixie"]];
 const QEMU: &str = "qemu-system-x86";
-/// What is unpacked: e2fsprogs is for what guests leave on their disks.
+/// The packages to unpack. e2fsprogs checks the disks of guests.
 const PACKAGES: [&str; 2] = [QEMU, "e2fsprogs"];
 /// The first QEMU with a vfio-user-pci, major and minor version.
 const VFIO_USER: (u32, u32) = (10, 1);
@@ -33,20 +33,20 @@ const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
 /// The root, in the cache.
 #[derive(Clone)]
 pub struct Root {
-    /// Of QEMU's package.
+    /// The version of QEMU's package.
     pub version: String,
-    /// Where it is kept, with what is known of it.
+    /// Its directory in the cache.
     directory: PathBuf,
 }
 
 impl Root {
-    /// From the cache, or fetched into it.
+    /// Returns the root from the cache, after fetching it if needed.
     pub fn ensure(store: &Store) -> Result<Self> {
         Self::ensure_from(&SUITES, store, "qemu")
     }
 
-    /// The same of trixie itself, without its backports: 10.0, in which a doorbell
-    /// costs less. What the NVMe benchmark's figures are held against was measured on it.
+    /// As [`ensure`](Self::ensure), from trixie without its backports: QEMU 10.0, in which a
+    /// doorbell takes less time. The targets of the NVMe benchmark were measured on it.
     pub fn ensure_for_nvme(store: &Store) -> Result<Self> {
         Self::ensure_from(&SUITES[1..], store, "qemu-of-trixie")
     }
@@ -58,10 +58,10 @@ impl Root {
             return Ok(kept.clone());
         }
         match (fetch(suites, store, &directory, kept.as_ref()), kept) {
-            (Ok(()), _) => Self::kept(&directory).context("what was fetched is kept"),
+            (Ok(()), _) => Self::kept(&directory).context("the fetched QEMU is not in the cache"),
             (Err(error), Some(kept)) => {
                 ui::warning(&format!(
-                    "cannot ask whether there is a newer QEMU than the cached one: {error:#}"
+                    "cannot check for a newer QEMU than the cached one: {error:#}"
                 ));
                 Ok(kept)
             }
@@ -69,14 +69,14 @@ impl Root {
         }
     }
 
-    /// What `directory` holds, if it is all that is wanted.
+    /// The root in `directory`, if it has all packages.
     fn kept(directory: &Path) -> Option<Self> {
         let packages = fs::read_to_string(directory.join("packages")).ok()?;
         let version = fs::read_to_string(directory.join("version")).ok()?;
         (packages == PACKAGES.join(" ")).then(|| Self { version, directory: directory.to_owned() })
     }
 
-    /// Whether the mirror may have a better one by now.
+    /// Whether to check the mirror for a newer one.
     fn is_to_be_replaced(&self) -> bool {
         !self.has_vfio_user() && kernels::is_old(&self.directory)
     }
@@ -85,15 +85,14 @@ impl Root {
         upstream(&self.version).is_some_and(|version| version >= VFIO_USER)
     }
 
-    /// QEMU, with its firmware and without a machine. It does not end with the
-    /// process that started it; `setpriv` (of util-linux, so always there) has the
-    /// kernel see to that.
+    /// QEMU, with its firmware and without a machine. `setpriv` (of util-linux, which every
+    /// Debian has) makes the kernel kill it when the lab ends.
     pub fn qemu(&self) -> Command {
         let mut command = Command::new("setpriv");
         command
             .args(["--pdeathsig", "KILL"])
             .args(self.command_line("usr/bin/qemu-system-x86_64"))
-            // Else it would look for modules and firmware where the machine's own are.
+            // Without these it would search the machine's directories for modules and firmware.
             .env("QEMU_MODULE_DIR", self.library("qemu"))
             .arg("-L")
             .arg(self.path("usr/share/qemu"))
@@ -110,7 +109,7 @@ impl Root {
         command
     }
 
-    /// Where a file of the root is.
+    /// The path of a file of the root.
     pub fn path(&self, path: &str) -> PathBuf {
         self.directory.join("root").join(path)
     }
@@ -120,7 +119,7 @@ impl Root {
         self.path(LIBRARIES).join(name)
     }
 
-    /// The loader, which programs know by its path `lib64/ld-linux-x86-64.so.2`.
+    /// The loader, which programs refer to as `lib64/ld-linux-x86-64.so.2`.
     pub fn loader(&self) -> PathBuf {
         self.path(LOADER)
     }
@@ -130,7 +129,7 @@ impl Root {
     }
 }
 
-/// Fetches what the mirror has into `directory`, unless what is kept there is it.
+/// Fetches the packages into `directory`, unless it already has this version.
 fn fetch(suites: &[&[&str]], store: &Store, directory: &Path, kept: Option<&Root>) -> Result<()> {
     let stage = Stage::new("Fetching", "QEMU");
     let suite = suite(suites, store)?;
@@ -140,7 +139,7 @@ fn fetch(suites: &[&[&str]], store: &Store, directory: &Path, kept: Option<&Root
         .find_map(|package| package.strip_prefix(QEMU)?.strip_prefix('='))
         .context("a package is among those that it needs")?;
     if kept.is_some_and(|kept| kept.version == version) {
-        // Written again to count as checked today.
+        // Records that it was checked today.
         return Ok(fs::write(directory.join("version"), version)?);
     }
     cache::replace(directory, |new| {
@@ -181,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_new_enough_is_told_by_the_packages_version() {
+    fn the_packages_version_shows_whether_it_has_vfio_user() {
         let root = |version: &str| Root { version: version.to_owned(), directory: PathBuf::new() };
         assert!(root("1:11.1.3+ds-1~bpo13+1").has_vfio_user());
         assert!(!root("1:10.0.2+ds-2+deb13u1~bpo12+1").has_vfio_user());
@@ -190,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_qemu_without_vfio_user_is_asked_for_again_and_only_after_a_week() {
+    fn only_a_qemu_without_vfio_user_is_replaced_and_only_after_a_week() {
         let directory = tempfile::tempdir().unwrap();
         let keep = |version: &str, days: u64| {
             let file = directory.path().join("version");

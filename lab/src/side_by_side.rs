@@ -1,4 +1,4 @@
-//! Boots side by side: guests run while the images of other kernels are fetched or built.
+//! Concurrent boots: guests run while other kernels are fetched or built.
 
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -15,41 +15,41 @@ use crate::machine::Variant;
 use crate::report::{self, Proof, Row};
 use crate::ui;
 
-/// How many guests run at a time, where there are as many processors. Each has two of its
-/// own, which are idle often enough.
+/// How many guests run at a time, if there are as many processors. Each guest has two virtual
+/// processors, which are often idle.
 const GUESTS: usize = 2;
 
-/// One boot to be made, of a kernel that is known elsewhere.
+/// One boot to make.
 pub struct Job {
-    /// The kernel's name, and what is special about this boot.
+    /// The kernel's name and the variant of this boot.
     pub label: String,
     pub variant: Variant,
     pub program: PathBuf,
     pub arguments: Vec<String>,
-    /// What the program needs beside it: see [`Payload`].
+    /// Other files that the program needs: see [`Payload`].
     pub files: Vec<(String, PathBuf)>,
     pub proof: Proof,
 }
 
-/// What is to be booted of a kernel, in this order.
+/// The boots of a kernel, in order.
 pub struct Plan {
     pub kernel: &'static Kernel,
     pub jobs: Vec<Job>,
 }
 
-/// A job whose kernel is there.
+/// A job whose kernel is available.
 struct Ready {
     place: usize,
     image: Arc<Image>,
     job: Job,
 }
 
-/// Rows of the table, and where in it they belong.
+/// Rows of the table, with their places in it.
 type Rows = Mutex<Vec<(usize, Row)>>;
 
-/// Makes all boots, in the order of the plans as far as their kernels are there. One guest
-/// comes after `first`. What it answers, and the rows in the order of the plans: what cannot be
-/// booted is a row that says so.
+/// Makes all boots in the order of the plans, as their kernels become available. One of the
+/// concurrent guests starts after `first`. Returns the result of `first`, and the rows in the
+/// order of the plans, with a row for each kernel that could not be booted.
 pub fn run<T: Send>(
     lab: &Lab,
     store: &Store,
@@ -66,16 +66,16 @@ pub fn run<T: Send>(
         for _ in 1..guests {
             scope.spawn(work);
         }
-        let answer = first();
+        let result = first();
         work();
-        answer
+        result
     });
     let mut rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
     rows.sort_by_key(|(place, _)| *place);
     (first, rows.into_iter().map(|(_, row)| row).collect())
 }
 
-/// Has each kernel there, one after the other, and its boots made.
+/// Makes the kernels available one after the other, and sends their jobs.
 fn provide(store: &Store, plans: Vec<Plan>, sender: Sender<Ready>, rows: &Rows) {
     let mut place = 0;
     for Plan { kernel, jobs } in plans {
@@ -84,7 +84,7 @@ fn provide(store: &Store, plans: Vec<Plan>, sender: Sender<Ready>, rows: &Rows) 
                 let image = Arc::new(image);
                 for job in jobs {
                     let ready = Ready { place, image: image.clone(), job };
-                    // Whoever boots them does so until there are no more.
+                    // The receiver exists until all jobs are sent.
                     let _ = sender.send(ready);
                     place += 1;
                 }
@@ -95,19 +95,19 @@ fn provide(store: &Store, plans: Vec<Plan>, sender: Sender<Ready>, rows: &Rows) 
             ),
             Err(error) => failed(kernel.name, &error),
         };
-        enter(rows, place, Row { label: kernel.name.to_owned(), result: reason });
+        add(rows, place, Row { label: kernel.name.to_owned(), result: reason });
         place += 1;
     }
 }
 
-/// Boots what is ready until nothing more comes.
+/// Boots jobs until there are no more.
 fn boot_all(lab: &Lab, jobs: &Mutex<Receiver<Ready>>, rows: &Rows) {
     loop {
-        // Whoever waits for the next one has the lock; the others wait for that.
+        // The thread that waits for the next job holds the lock; the others wait for the lock.
         let next = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Ready { place, image, job }) = next else { return };
         let result = boot(lab, &image, &job).unwrap_or_else(|error| failed(&job.label, &error));
-        enter(rows, place, Row { label: job.label, result });
+        add(rows, place, Row { label: job.label, result });
     }
 }
 
@@ -129,13 +129,13 @@ fn selftests(image: &Image) -> Result<Vec<(String, PathBuf)>> {
     Ok(files)
 }
 
-/// Says at once what the table says at the end.
+/// Prints an error immediately, and returns it for the table.
 fn failed(label: &str, error: &anyhow::Error) -> report::Result {
     let reason = format!("{error:#}");
     ui::error(&format!("{label}: {reason}"));
     report::Result::Failed(reason)
 }
 
-fn enter(rows: &Rows, place: usize, row: Row) {
+fn add(rows: &Rows, place: usize, row: Row) {
     rows.lock().unwrap_or_else(PoisonError::into_inner).push((place, row));
 }

@@ -1,4 +1,4 @@
-//! `cargo lab soak`: what takes longer than a test may.
+//! `cargo lab soak`: runs what takes too long for a test.
 
 use anyhow::{Result, bail};
 
@@ -15,12 +15,12 @@ use crate::ui;
 /// Runs of each fuzz target.
 const RUNS: u64 = 10_000_000;
 
-/// What takes its time in a guest of the patched kernel, of the tests of its patches.
+/// The long test among the tests of the kernel patches.
 const RACE: &str = "series::race::moves_against_revocation_for_a_minute";
 
-/// Runs it all. Whether all went well.
+/// Runs everything. Returns whether all passed.
 pub fn run(lab: &Lab, store: &Store) -> Result<bool> {
-    // Whatever comes of one, the other is run, too.
+    // Runs the second even if the first failed.
     let raced = race(lab, store)?;
     Ok(fuzz::run(Limit::Runs(RUNS))? && raced)
 }

@@ -1,5 +1,5 @@
-//! `cargo lab targets`: whether the crate compiles for machines that are not this one,
-//! and says in one error that others are none for it.
+//! `cargo lab targets`: checks that the crate compiles for other supported targets, and
+//! that it fails with one error for unsupported ones.
 
 use std::io::{BufReader, Read, Seek};
 use std::process::{Command, Stdio};
@@ -12,19 +12,19 @@ use crate::cache::Store;
 use crate::compiler::Compiler;
 use crate::ui::{self, Stage};
 
-/// With another C library, and another processor.
+/// Another C library, and another architecture.
 const SUPPORTED: [&str; 2] = ["x86_64-unknown-linux-musl", "aarch64-unknown-linux-gnu"];
 
-/// With addresses of 32 bits, and another kernel.
+/// 32-bit addresses, and another kernel.
 const UNSUPPORTED: [&str; 2] = ["i686-unknown-linux-gnu", "x86_64-unknown-freebsd"];
 
-/// What features are chosen by.
+/// The feature combinations to check.
 const FEATURES: [&[&str]; 3] = [&[], &["--all-features"], &["--no-default-features"]];
 
-/// How the one error begins.
+/// The beginning of the error.
 const ERROR: &str = "vfio-remap needs ";
 
-/// Checks the crate for all targets; whether each is answered as it should be.
+/// Checks the crate for all targets. Returns whether all results are as expected.
 pub fn run(store: &Store) -> Result<bool> {
     let compiler = Compiler::ensure(store)?;
     let mut passed = true;
@@ -39,12 +39,12 @@ pub fn run(store: &Store) -> Result<bool> {
         passed &= check(&mut compiler.check(target), target, is_refused)?;
     }
     if !passed {
-        ui::error("not every target is answered as it should be: see the errors above");
+        ui::error("not every target has the expected result: see the errors above");
     }
     Ok(passed)
 }
 
-/// Whether the compiler has said one thing, which is ours.
+/// Whether the compiler has reported only our error.
 fn is_refused(errors: &[String]) -> bool {
     matches!(errors, [error] if error.starts_with(ERROR))
 }
@@ -62,9 +62,9 @@ fn check(cargo: &mut Command, name: &str, wanted: impl FnOnce(&[String]) -> bool
     Ok(true)
 }
 
-/// The errors that cargo's compiler finds, without its closing words.
+/// The errors of the compiler, without its summary.
 fn errors(cargo: &mut Command) -> Result<Vec<String>> {
-    // Not a pipe: nobody reads it meanwhile.
+    // Not a pipe, which nothing would read meanwhile.
     let mut said = tempfile::tempfile()?;
     let mut child = cargo
         .args(["--quiet", "--message-format=json"])
@@ -82,7 +82,7 @@ fn errors(cargo: &mut Command) -> Result<Vec<String>> {
             errors.push(message.message.message);
         }
     }
-    // What fails before the compiler runs, cargo says itself.
+    // Cargo itself reports what fails before the compiler runs.
     if !child.wait()?.success() && errors.is_empty() {
         let mut text = String::new();
         said.rewind()?;

@@ -19,20 +19,20 @@ use crate::tools::Need;
 use crate::ui;
 use crate::vfio_user;
 
-/// In the name of each test that wants a machine without an IOMMU. All others
-/// want one with.
+/// In the name of each test that needs a machine without an IOMMU. All others
+/// need one with an IOMMU.
 const WITHOUT_IOMMU: &str = "without_iommu";
 
-/// Where those of them are that want VFIO's mode for that, which `patched` has.
+/// The module of those tests that need VFIO's no-IOMMU mode, which only `patched` has.
 const NOIOMMU_MODE: &str = "noiommu_mode::";
 
-/// In the name of each test that wants hotplug by ACPI.
+/// In the name of each test that needs hotplug by ACPI.
 const ACPI_HOTPLUG: &str = "acpi_hotplug";
 
-/// In the name of each test that wants an IOMMU that does not remap interrupts.
+/// In the name of each test that needs an IOMMU that does not remap interrupts.
 const WITHOUT_INTREMAP: &str = "without_intremap";
 
-/// Where `tests/hazards` says what the lab's kernel patches promise.
+/// The module of `tests/hazards` with the tests of the lab's kernel patches.
 const SERIES: &str = "series::";
 
 /// The examples that run on real devices, and their arguments.
@@ -42,7 +42,7 @@ const EXAMPLES: [(&str, &[&str]); 3] = [
     ("nvme", &["verify", "--device", "@disk", "--yes-destroy-data"]),
 ];
 
-/// What the tests of these kernels, or of all if none is named, need programs for.
+/// What the tests of these kernels, or of all if none is named, need.
 pub fn needs(
     kernels: &[&'static Kernel],
     host_only: bool,
@@ -64,12 +64,12 @@ pub fn needs(
     Ok(needs)
 }
 
-/// Boots each kernel with the guest tests, and once more with hotplug by ACPI;
-/// `newest` and `patched` once more without an IOMMU, `patched` once more with
-/// the tests of its patches, and the last but `patched` once more without
-/// interrupt remapping. `newest` runs the examples, too, unless libtest is
-/// told something. Two guests run at a time. If `all` is to be tested, one of them is
-/// that of `vfio-user`. Whether all that the mirror still has passed.
+/// Boots each kernel with the guest tests, and again with hotplug by ACPI. Boots `newest`
+/// and `patched` again without an IOMMU, `patched` again with the tests of its patches,
+/// and the last kernel before `patched` again without interrupt remapping. Runs the
+/// examples on `newest`, unless there are arguments for libtest. Two guests run at a time.
+/// If `all`, the test of `vfio-user` is one of them. Returns whether all kernels passed
+/// that the mirror still has.
 pub fn guest(
     lab: &Lab,
     store: &Store,
@@ -79,12 +79,12 @@ pub fn guest(
 ) -> Result<bool> {
     let program = payload::guest_tests()?;
     let special = |name: &str| {
-        [WITHOUT_IOMMU, ACPI_HOTPLUG, WITHOUT_INTREMAP].iter().any(|wish| name.contains(wish))
+        [WITHOUT_IOMMU, ACPI_HOTPLUG, WITHOUT_INTREMAP].iter().any(|need| name.contains(need))
     };
     let usual = only(&program, libtest, |name| !special(name))?;
     let acpi_hotplug = only(&program, libtest, |name| name.contains(ACPI_HOTPLUG))?;
     let without_intremap = only(&program, libtest, |name| name.contains(WITHOUT_INTREMAP))?;
-    // One kernel is enough for what they all answer alike.
+    // One kernel is enough, since all kernels behave the same.
     let last = kernels.iter().map(|kernel| kernel.name).rfind(|&name| name != PATCHED);
     let scripts = tempfile::tempdir()?;
     let mut plans = Vec::new();
@@ -134,7 +134,7 @@ pub fn guest(
     let lab = &Lab { show, ..lab.clone() };
     let newest = kernels::by_name(NEWEST).map_err(Error::msg)?;
     if all {
-        // Here, since apt cannot fetch one kernel for several of us at a time.
+        // Fetched first, since apt cannot fetch one kernel for several threads at a time.
         newest.image(store)?;
     }
     let vfio_user = || if all { vfio_user::test(lab, store, newest) } else { Ok(true) };
@@ -143,12 +143,12 @@ pub fn guest(
     // If the mirror has none of the kernels, nothing was tested.
     let passed = rows.iter().any(Row::ran) && rows.iter().all(Row::passed);
     if !passed {
-        ui::error("not all is well in the guests: see the table above");
+        ui::error("a guest test or a kernel has failed: see the table above");
     }
     Ok(vfio_user? && passed)
 }
 
-/// One boot in which all the examples run that do so on real devices.
+/// One boot that runs all examples that need real devices.
 fn examples(label: String, scripts: &Path) -> Result<Job> {
     let mut files = Vec::new();
     let mut commands = Vec::new();
@@ -165,7 +165,8 @@ fn examples(label: String, scripts: &Path) -> Result<Job> {
     Ok(Job { label, variant: Variant::Usual, program, arguments: Vec::new(), files, proof })
 }
 
-/// Runs commands one after the other; the exit status is that of the last that failed.
+/// A script that runs commands one after the other. Its exit status is that of the last
+/// one that failed.
 fn script(commands: &[Vec<String>]) -> String {
     let mut script = "#!/bin/sh\nstatus=0\n".to_owned();
     for command in commands {
@@ -176,9 +177,9 @@ fn script(commands: &[Vec<String>]) -> String {
     script + "exit $status\n"
 }
 
-/// The arguments that make libtest run, of the tests that the user's arguments
-/// select, those that are `wanted`; `None` if there are none. libtest runs what
-/// matches any of its filters, so it cannot itself be told both.
+/// Arguments for libtest to run those tests that both the user's arguments and `wanted`
+/// select; `None` if there are none. libtest runs the tests that match any of its filters,
+/// so it cannot combine the two itself.
 fn only(
     program: &Path,
     libtest: &[String],
@@ -210,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_script_runs_all_and_tells_of_a_failure() {
+    fn a_script_runs_all_and_reports_a_failure() {
         let commands = [["sh", "-c", "exit 7"], ["echo", "it's", "done"]];
         let commands = commands.map(|command| command.map(str::to_owned).to_vec());
         let ran = Command::new("sh").args(["-c", &script(&commands)]).output().unwrap();

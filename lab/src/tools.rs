@@ -1,4 +1,4 @@
-//! The programs that the lab needs, and installing them.
+//! Checks for the programs that the lab needs, and installs them.
 
 use std::env;
 use std::path::Path;
@@ -9,20 +9,20 @@ use anyhow::{Result, bail, ensure};
 use crate::command;
 use crate::ui::{self, Stage};
 
-/// What programs are needed for.
+/// A task that needs programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
-    /// Unpacking what boots.
+    /// Unpacking kernels and QEMU.
     Booting,
     /// Building a kernel.
     Building,
     /// Building fuzz targets.
     Fuzzing,
-    /// The tests that need no guest: patches are applied, and instructions counted.
+    /// The tests that need no guest: they apply patches and count instructions.
     Testing,
 }
 
-/// By what a package is known to be installed.
+/// A file that shows that a package is installed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sign {
     Program(&'static str),
@@ -55,7 +55,8 @@ impl Need {
     }
 }
 
-/// Makes sure that all that is needed is there: installs it, or says what to do.
+/// Makes sure that everything needed is installed. As root it installs what is missing;
+/// otherwise the error says what to do.
 pub fn ensure(needs: &[Need]) -> Result<()> {
     if needs.contains(&Need::Booting) {
         boots_on(env::consts::ARCH)?;
@@ -63,7 +64,7 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
     for (program, package) in [("dpkg-deb", "dpkg"), ("apt-get", "apt"), ("setpriv", "util-linux")]
     {
         if !runs(program) {
-            bail!("{program} is missing: the lab needs a Debian with the package {package}");
+            bail!("{program} is missing: the lab needs Debian with the package {package}");
         }
     }
     let missing = missing(needs, is_there);
@@ -74,7 +75,7 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
     let names = missing.join(", ");
     if !command::is_root()? {
         bail!(
-            "missing: {names}\nInstall it as root, or run the lab once as root to have it do so:\n\n\
+            "missing: {names}\nInstall them as root, or run the lab once as root, which installs them:\n\n\
              apt-get update\napt-get {}",
             install(&missing).join(" ")
         );
@@ -89,19 +90,19 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
     }
 }
 
-/// Whether this is a machine for booting: what is built for it is to run in guests.
+/// Fails on other architectures: guests run programs that are built for this machine.
 fn boots_on(architecture: &str) -> Result<()> {
     ensure!(
         architecture == "x86_64",
-        "the lab's kernels and their QEMU are for x86-64, and so must be what runs in them, \
-         but this machine, for which it would be built, is {architecture}; \
-         `cargo lab test --host-only` and `cargo lab fuzz` boot nothing"
+        "the lab's kernels are for x86-64, but programs for guests would be built for this \
+         machine, which is {architecture}; `cargo lab test --host-only` and `cargo lab fuzz` \
+         boot nothing"
     );
     Ok(())
 }
 
-/// Has apt ask the machine's sources what they have. Where one does not answer, the
-/// others may have what is wanted: the user is told, and what comes next decides.
+/// Updates apt's package lists. Only prints a warning if that fails, since the other
+/// sources may have what is needed.
 pub fn update() {
     if let Err(error) = command::output(apt_get().arg("update")) {
         ui::warning(&format!("{error:#}"));
@@ -114,7 +115,7 @@ fn apt_get() -> Command {
     apt_get
 }
 
-/// The packages that are needed and not there, each once.
+/// The needed packages that are not installed, each once.
 fn missing(needs: &[Need], is_there: impl Fn(Sign) -> bool) -> Vec<&'static str> {
     let mut missing = Vec::new();
     for &(sign, package) in needs.iter().flat_map(|need| need.packages()) {
@@ -136,8 +137,8 @@ fn runs(program: &str) -> bool {
     command::output(Command::new(program).arg("--version")).is_ok()
 }
 
-/// The arguments by which apt-get installs packages, from where the machine has
-/// its own. `--no-remove`: nothing that the user has may go for it.
+/// The arguments for apt-get to install packages. With `--no-remove` it removes no
+/// package of the user.
 fn install(packages: &[&'static str]) -> Vec<&'static str> {
     [&["install", "--yes", "--no-remove", "--no-install-recommends"], packages].concat()
 }
@@ -147,13 +148,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_architecture_is_refused_by_name() {
+    fn the_error_names_another_architecture() {
         assert!(boots_on("x86_64").is_ok());
         assert!(boots_on("aarch64").unwrap_err().to_string().contains("is aarch64"));
     }
 
     #[test]
-    fn all_that_is_missing_is_named_at_once_and_once() {
+    fn missing_packages_are_named_together_and_once() {
         let needs = [Need::Testing, Need::Fuzzing, Need::Booting, Need::Building];
         let there = [Program("gcc"), Program("make"), Header("stdio.h")];
         let missing = missing(&needs, |sign| there.contains(&sign));

@@ -1,4 +1,4 @@
-//! Telling the user what goes on, in cargo's style, on standard error.
+//! Status messages for the user, in cargo's style, on standard error.
 
 use std::io::{self, Write};
 use std::sync::LazyLock;
@@ -7,31 +7,31 @@ use std::time::{Duration, Instant};
 use console::style;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-/// The lines that move. Hidden where standard error is no terminal.
+/// The progress lines. Hidden if standard error is not a terminal.
 static MOVING: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
-/// One line: a verb and its object.
+/// Prints one line: a verb and its object.
 pub fn status(verb: &str, what: &str) {
     write(&format!("{:>12} {what}", style(verb).green().bold().for_stderr()));
 }
 
-/// Something that the user should know but that stops nothing.
+/// Prints a warning. The lab continues.
 pub fn warning(what: &str) {
     write(&format!("{}: {what}", style("warning").yellow().bold().for_stderr()));
 }
 
-/// What makes the lab stop.
+/// Prints an error.
 pub fn error(what: &str) {
     write(&format!("{}: {what}", style("error").red().bold().for_stderr()));
 }
 
-/// Lines that stay, above those that move.
+/// Prints lines above the progress lines.
 fn write(lines: &str) {
     MOVING.suspend(|| eprintln!("{lines}"));
 }
 
-/// What a guest has written, under a line that says whose it is; for standard output, and in
-/// one piece, whatever else is written at the same time.
+/// Writes a guest's output to standard output, after a line that names the guest. Other
+/// output does not interrupt it.
 pub fn output(verb: &str, what: &str, bytes: &[u8]) -> io::Result<()> {
     MOVING.suspend(|| {
         eprintln!("{:>12} {what}", style(verb).green().bold().for_stderr());
@@ -41,13 +41,12 @@ pub fn output(verb: &str, what: &str, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
-/// Something that takes a while: a line that moves on a terminal and stands
-/// still elsewhere.
+/// A task that takes a while: a progress line on a terminal, and plain lines elsewhere.
 pub struct Stage {
     bar: ProgressBar,
     verb: &'static str,
     started: Instant,
-    /// When a line was last written that stands still.
+    /// When the last plain line was written.
     told: Instant,
 }
 
@@ -66,25 +65,25 @@ impl Stage {
         Self { bar, verb, started: now, told: now }
     }
 
-    /// Replaces the moving line by one that stays.
+    /// Replaces the progress line by a line that stays.
     pub fn done(self, verb: &str, what: &str) {
         self.clear();
         let seconds = self.started.elapsed().as_secs_f32();
         status(verb, &format!("{what} in {seconds:.1} s"));
     }
 
-    /// Says how far it has come; where the line does not move, now and then.
+    /// Shows the progress. Without a terminal, prints a line once a minute.
     pub fn progress(&mut self, what: &str) {
-        const PATIENCE: Duration = Duration::from_secs(60);
+        const INTERVAL: Duration = Duration::from_secs(60);
         if !self.bar.is_hidden() {
             self.bar.set_message(what.to_owned());
-        } else if self.told.elapsed() > PATIENCE {
+        } else if self.told.elapsed() > INTERVAL {
             self.told = Instant::now();
             status(self.verb, what);
         }
     }
 
-    /// Clears the way for other output.
+    /// Removes the progress line, for other output.
     pub fn clear(&self) {
         self.bar.finish_and_clear();
     }

@@ -1,9 +1,9 @@
-//! `cargo lab vfio-user`: Linux's own nvme driver on our emulated controller,
+//! `cargo lab vfio-user`: tests the emulated NVMe controller with Linux's nvme driver,
 //! through QEMU's vfio-user-pci.
 //!
-//! `examples/serve.rs` serves the controller, its first namespace being a file;
-//! the guest's `lab/guest/vfio-user` uses it; at the end the server is killed, so
-//! that what it has not been told to keep is lost, and the file is looked at.
+//! `examples/serve.rs` serves the controller, whose first namespace is a file. The guest's
+//! `lab/guest/vfio-user` uses it. At the end the server is killed, so that data that was
+//! not flushed is lost, and the file is checked.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -22,18 +22,18 @@ use crate::root::Root;
 use crate::ui;
 
 const INIT: &str = include_str!("../guest/vfio-user");
-/// What the guest writes, into a directory of the root of each file system.
+/// The directory of test data, in the root of each file system.
 const DATA: &str = "data";
-/// The first namespace, in bytes.
+/// The size of the first namespace in bytes.
 const DISK: u64 = 64 << 20;
-/// Everything goes to the log, and nothing is lost from it; of the test of the
-/// timer see [`machine::kernel_command_line`](crate::machine::kernel_command_line).
+/// The log must be complete. For the options see
+/// [`machine::kernel_command_line`](crate::machine::kernel_command_line).
 const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 panic=-1 no_timer_check ignore_loglevel log_buf_len=4M printk.devkmsg=on";
 
-/// Runs it all in one boot. Whether it went well, or there is no QEMU for it. It is
-/// never booted again: where QEMU crashes or the guest stands still here, that may be
-/// our server's doing.
+/// Runs the test in one boot. Returns whether it passed, or was skipped because there is
+/// no QEMU for it. The boot is never repeated: if QEMU crashes or the guest stalls, our
+/// server may be the cause.
 pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
     if !lab.root.has_vfio_user() {
         ui::warning("skipped: vfio-user, since the mirror has no QEMU of 10.1 or newer");
@@ -48,7 +48,7 @@ pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
     };
     let program = payload::host_example("serve")?;
     let root = &lab.root;
-    // In /tmp: a socket's path is short.
+    // In /tmp, since the path of a socket must be short.
     let short = tempfile::tempdir()?;
     let socket = short.path().join("nvme");
     let disk = short.path().join("disk");
@@ -64,13 +64,13 @@ pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
     let what = format!("linux {} with vfio-user-pci of QEMU {}", image.version, root.version);
     let label = format!("{}-vfio-user", kernel.name);
     let outcome = lab.run(&mut qemu, work.path(), &console, &what, &label)?;
-    // SIGKILL: no cache is written back.
+    // Kills it with SIGKILL, so that it does not write back its cache.
     drop(server);
 
     let complaints = outcome.complaints();
     if !matches!(outcome.ending, Ending::Exited(0)) || !complaints.is_empty() {
         let log = outcome.log_path.display();
-        // Of another ending the complaints tell.
+        // The complaints describe any other ending.
         let status = match outcome.ending {
             Ending::Exited(_) => format!("{}\n", outcome.ending),
             _ => String::new(),
@@ -78,13 +78,13 @@ pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
         ui::error(&format!("vfio-user: {status}{complaints}the kernel log is {log}"));
         return Ok(false);
     }
-    inspect(root, &disk, short.path()).context("the guest has left a bad disk")?;
+    inspect(root, &disk, short.path()).context("the guest's disk has errors")?;
     let seconds = outcome.took.as_secs_f32();
     ui::status("Passed", &format!("vfio-user: {what} in {seconds:.1} s"));
     Ok(true)
 }
 
-/// Our server, which ends when this is dropped.
+/// The server. Dropping this kills it.
 struct Server(Child);
 
 impl Server {
@@ -103,7 +103,7 @@ impl Server {
             .context("cannot run setpriv (package util-linux)")?;
         let stdout = child.stdout.take().context("standard output is a pipe")?;
         let server = Self(child);
-        // One line, when it listens; none, if it ends before.
+        // It writes one line when it listens, and none if it ends before.
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line)?;
         ensure!(line.contains("is served at"), "the server does not start: {line}");
@@ -119,8 +119,7 @@ impl Drop for Server {
     }
 }
 
-/// The machine: like that of all guests, but memory has to be shared with the
-/// server.
+/// The machine. Its memory is shared with the server.
 fn qemu(root: &Root, image: &Image, initramfs: &Path, console: &Path, socket: &Path) -> Command {
     let path = socket.display();
     let device = format!(
@@ -146,7 +145,7 @@ fn qemu(root: &Root, image: &Image, initramfs: &Path, console: &Path, socket: &P
     command
 }
 
-/// What the guest boots into.
+/// The initramfs of the guest.
 fn guest(image: &Image, busybox: &Path, root: &Root) -> Result<Vec<u8>> {
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
@@ -187,10 +186,11 @@ const LIBRARIES: [&str; 6] = [
     "libuuid.so.1",
 ];
 
-/// What is written: less than a block, more than one, more than one transfer.
+/// The files of test data: smaller than a block, larger than a block, larger than a
+/// transfer.
 const FILES: [(&str, usize); 3] = [("small", 100), ("middle", 5000), ("large", 10 << 20)];
 
-/// Bytes that do not repeat, for a file of that size.
+/// `size` bytes that do not repeat.
 fn content(size: usize) -> Vec<u8> {
     // Marsaglia's xorshift.
     let mut state = size as u64 | 1;
@@ -203,7 +203,7 @@ fn content(size: usize) -> Vec<u8> {
     words.flatten().take(size).collect()
 }
 
-/// Checks the file system of the first namespace, and what is in it.
+/// Checks the file system of the first namespace, and its files.
 fn inspect(root: &Root, disk: &Path, directory: &Path) -> Result<()> {
     command::output(root.command("usr/sbin/e2fsck").args(["-f", "-n"]).arg(disk))?;
     for copy in [DATA, "copy"] {
@@ -213,7 +213,7 @@ fn inspect(root: &Root, disk: &Path, directory: &Path) -> Result<()> {
             command::output(root.command("usr/sbin/debugfs").arg("-R").arg(request).arg(disk))?;
             let found = fs::read(&into).with_context(|| format!("there is no {copy}/{name}"))?;
             if found != content(size) {
-                bail!("{copy}/{name} holds other data than was written");
+                bail!("{copy}/{name} differs from what was written");
             }
             fs::remove_file(into)?;
         }

@@ -1,4 +1,4 @@
-//! The mutations: each takes away a check, a protection or an undo that safety rests on.
+//! The mutations: each removes a check, a protection or a clean-up that safety depends on.
 
 use super::{Killer, Mutant};
 

@@ -1,6 +1,5 @@
-//! `cargo lab mutants`: whether the tests see what must not be lost. Applies each
-//! mutation of a fixed list to a copy of the repository, one at a time, and shows that
-//! a named test then fails.
+//! `cargo lab mutants`: checks that tests can fail. Applies each mutation of a fixed list to
+//! a copy of the repository, one at a time, and checks that a named test fails.
 
 mod list;
 
@@ -25,20 +24,20 @@ use crate::ui::{self, Stage};
 
 pub use list::MUTANTS;
 
-/// How long a test may run. One that takes longer hangs, which counts as failing.
+/// How long a test may run. A test that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Lines of a failed build or test that an error shows.
 const TAIL: usize = 25;
 
-/// A change that a test must see.
+/// A change that must make a test fail.
 pub struct Mutant {
     pub name: &'static str,
     /// The file that it changes, from the root of the repository.
     file: &'static str,
-    /// What stands there exactly once.
+    /// The text to replace, which must occur exactly once.
     before: &'static str,
-    /// What takes its place.
+    /// The text that replaces it.
     after: &'static str,
     killer: Killer,
 }
@@ -46,17 +45,17 @@ pub struct Mutant {
 /// The test that must fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Killer {
-    /// What `cargo test` is told: the target, ` -- `, and the test.
+    /// The arguments of `cargo test`: the target, ` -- `, and the test.
     Host(&'static str),
     /// A test of `tests/guest`, in the guest of a kernel.
     Guest { kernel: &'static str, test: &'static str },
 }
 
-/// What came of a mutant.
+/// The result of a mutant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Killed,
-    /// The test did not come to its end.
+    /// The test reached the time limit.
     Hung,
     Survived,
 }
@@ -69,15 +68,16 @@ pub fn by_name(name: &str) -> Result<&'static Mutant, String> {
     })
 }
 
-/// Whether one of them is killed in a guest.
+/// Whether the test of one of them runs in a guest.
 pub fn need_guests(mutants: &[&Mutant]) -> bool {
     mutants.iter().any(|mutant| matches!(mutant.killer, Killer::Guest { .. }))
 }
 
-/// Runs mutants; whether all are killed. `guests` is there where one needs it.
+/// Runs mutants. Returns whether all are killed. `guests` is needed if
+/// [`need_guests`].
 pub fn run(mutants: &[&Mutant], guests: Option<&(Lab, Store)>) -> Result<bool> {
     let copy = Copy::new(guests)?;
-    // In the list's order, each killer once.
+    // Each killer once, in the order of the list.
     let mut killers: Vec<Killer> = Vec::new();
     for mutant in mutants {
         mutant.mutated(&copy.read(mutant.file)?)?;
@@ -90,7 +90,7 @@ pub fn run(mutants: &[&Mutant], guests: Option<&(Lab, Store)>) -> Result<bool> {
         let verdict = copy.judge(killer, "unmutated")?;
         ensure!(
             verdict == Verdict::Survived,
-            "{killer} fails without any mutation, so it cannot show one; see {}",
+            "{killer} fails without any mutation, so it cannot detect one; see {}",
             copy.log("unmutated").display()
         );
         stage.done("Checked", &killer.to_string());
@@ -152,8 +152,8 @@ impl std::fmt::Display for Verdict {
     }
 }
 
-/// A copy of the repository's tracked files, as they are now, and where it is built. Both
-/// stay, so that the next run builds only what has changed.
+/// A copy of the repository's tracked files in their current state, and its build directory.
+/// Both are kept, so that the next run builds only what has changed.
 struct Copy<'a> {
     sources: Sources,
     guests: Option<&'a (Lab, Store)>,
@@ -174,12 +174,12 @@ impl<'a> Copy<'a> {
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     }
 
-    /// Where the output of a build and a test is.
+    /// The file for the output of a build and a test.
     fn log(&self, name: &str) -> PathBuf {
         payload::logs().join(format!("mutant-{name}.log"))
     }
 
-    /// What a mutant's killer says of it.
+    /// Applies a mutant and runs its killer.
     fn mutate(&self, mutant: &Mutant) -> Result<Verdict> {
         let original = self.read(mutant.file)?;
         let path = self.sources.workspace.join(mutant.file);
@@ -189,7 +189,7 @@ impl<'a> Copy<'a> {
         verdict
     }
 
-    /// Builds and runs a killer. A build that fails says nothing of the test, and is an error.
+    /// Builds and runs a killer. A failed build is an error, since the test did not run.
     fn judge(&self, killer: Killer, name: &str) -> Result<Verdict> {
         match killer {
             Killer::Host(arguments) => self.judge_on_host(arguments, &self.log(name)),
@@ -197,7 +197,7 @@ impl<'a> Copy<'a> {
         }
     }
 
-    /// The call of cargo that runs a target's tests.
+    /// The cargo command that runs a target's tests.
     fn cargo_test(&self, target: &str) -> Command {
         let mut cargo = self.sources.cargo();
         cargo
@@ -230,14 +230,14 @@ impl<'a> Copy<'a> {
             _ if started.elapsed() >= LIMIT => Ok(Verdict::Hung),
             (Some(0), Some(Counts { passed: 1, .. })) => Ok(Verdict::Survived),
             (Some(0), _) => bail!("cargo test {arguments}: there is no such test"),
-            // What cargo answers where a test has failed; what else it may mean has been built.
+            // Cargo's exit status for a failed test. It is not a failed build, which was made before.
             (Some(101), _) => Ok(Verdict::Killed),
             _ => bail!("cargo test {arguments}: {}; see {}", ran.status, log.display()),
         }
     }
 
     fn judge_in_guest(&self, kernel: &str, test: &str, name: &str) -> Result<Verdict> {
-        let (lab, store) = self.guests.context("there are guests where a mutant needs one")?;
+        let (lab, store) = self.guests.context("a mutant needs a guest")?;
         let kernel = kernels::by_name(kernel).map_err(Error::msg)?;
         let image = kernel
             .image(store)?
@@ -250,7 +250,7 @@ impl<'a> Copy<'a> {
     }
 }
 
-/// What a boot with one test says of it; `None` where nothing.
+/// The verdict of a boot with one test; `None` if it has none.
 fn judge_outcome(outcome: &Outcome) -> Option<Verdict> {
     let counts = Counts::find(&outcome.output);
     match &outcome.ending {
@@ -265,13 +265,13 @@ fn judge_outcome(outcome: &Outcome) -> Option<Verdict> {
     }
 }
 
-/// Makes `to` what the tracked files of the repository at `from` are now. A file that is the
-/// same already stays as it is, with its time, by which cargo knows what to build.
+/// Copies the tracked files of the repository at `from` to `to` and removes other files. Equal
+/// files are not written, so that cargo does not build them again.
 pub fn copy_tracked(from: &Path, to: &Path) -> Result<()> {
     let listed =
         command::output(Command::new("git").current_dir(from).args(["ls-files", "-z", "--cached"]))
-            .context("the copy is made of what git tracks")?;
-    // One that was deleted is still listed.
+            .context("cannot list the tracked files")?;
+    // git still lists deleted files.
     let tracked: Vec<&Path> = listed
         .split_terminator('\0')
         .map(Path::new)
@@ -346,7 +346,7 @@ mod tests {
         assert_eq!(judge(&exited(101), "test result: FAILED. 0 passed"), Some(Verdict::Killed));
         assert_eq!(judge(&format!("BUG: x\n{}", exited(0)), passed), Some(Verdict::Killed));
         assert_eq!(judge("Kernel panic - not syncing: x", ""), Some(Verdict::Killed));
-        // No test ran, or nobody knows which.
+        // No test ran, or it is not known which.
         assert_eq!(judge(&exited(0), "test result: ok. 0 passed; 0 failed; 0 ignored"), None);
         assert_eq!(judge("lab: setup failed: x", ""), None);
         assert_eq!(judge("", ""), None);
