@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_qemu_without_vfio_user_is_replaced_and_only_after_a_week() {
+    fn an_old_qemu_is_replaced_after_a_week() {
         let directory = tempfile::tempdir().unwrap();
         let keep = |version: &str, days: u64| {
             let file = directory.path().join("version");

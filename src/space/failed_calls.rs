@@ -140,7 +140,7 @@ fn calls_that_create_mappings_take_the_lock() {
 }
 
 #[test]
-fn the_lock_is_held_from_a_failing_call_until_the_range_is_reserved_again() {
+fn the_lock_is_held_until_the_range_is_reserved_again() {
     for verb in [drop, |mut mapping: Mapping| drop(mapping.vacate().unwrap())] {
         let (mapping, rest) = placed(backing(PAGE, BackingKind::SharedMemory));
         let mut counts = Vec::new();

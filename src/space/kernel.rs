@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn releases_of_distributions_are_parsed_and_malformed_ones_are_not() {
+    fn releases_are_parsed_and_malformed_ones_are_not() {
         assert_eq!(KernelVersion::parse("5.10.0-33-amd64"), Some(KernelVersion::new(5, 10)));
         assert_eq!(KernelVersion::parse("7.3.4+deb14-amd64"), Some(KernelVersion::new(7, 3)));
         assert_eq!(KernelVersion::parse("6.1-rc3"), Some(KernelVersion::new(6, 1)));

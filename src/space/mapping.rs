@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_mapping_is_one_call_and_large_ones_of_bars_ask_for_huge_pages() {
+    fn only_large_mappings_of_bars_ask_for_huge_pages() {
         let advises = |calls: &[Call]| calls.iter().filter(|call| **call == Call::Advise).count();
         for kind in [BackingKind::SharedMemory, BackingKind::VfioPci, BackingKind::Other] {
             assert_eq!(calls(kind, PAGE), [Call::Map { len: PAGE }, Call::Advise]);
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_that_fills_its_reservation_is_unmapped_with_it_in_one_call() {
+    fn a_mapping_and_its_reservation_are_unmapped_in_one_call() {
         let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
         let place = Placement::In(secluded(PAGE));
         let made = Mapping::new(backing, 0, PAGE, Access::ReadWrite, place).unwrap();

@@ -51,7 +51,7 @@ pub static MUTANTS: &[Mutant] = &[
         after: "if accepted {",
         killer: Host(
             "--lib -- space::strategies::tests::\
-             each_fixed_mapping_of_an_unknown_backing_is_tried_elsewhere_first",
+             a_fixed_mapping_of_an_unknown_backing_is_checked_first",
         ),
     },
     // A child of fork(2) leaves alone what its parent made.

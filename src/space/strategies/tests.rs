@@ -13,7 +13,7 @@ fn is_fixed(call: Call) -> bool {
 }
 
 #[test]
-fn both_sides_of_a_duplicate_show_the_same_bytes_by_every_strategy() {
+fn both_sides_of_a_duplicate_show_the_same_bytes() {
     for strategy in [Strategy::DontUnmap, Strategy::MapAgain] {
         for len in [PAGE, 4 * MIB] {
             let source = shared(len);
@@ -30,7 +30,7 @@ fn both_sides_of_a_duplicate_show_the_same_bytes_by_every_strategy() {
 }
 
 #[test]
-fn a_relocated_mapping_leaves_a_reservation_that_reaches_nothing() {
+fn a_relocation_leaves_a_reservation_that_reaches_nothing() {
     for strategy in [Strategy::DontUnmap, Strategy::MapAgain, Strategy::Move] {
         for placed in [false, true] {
             let len = 2 * MIB;
@@ -73,7 +73,7 @@ fn dropping_a_mapping_in_a_piece_leaves_the_reservation_whole() {
 }
 
 #[test]
-fn dont_unmap_is_probed_once_for_a_backing_and_not_for_each_mapping() {
+fn dont_unmap_is_probed_once_for_each_backing() {
     let backing = Arc::new(backing(MIB, BackingKind::SharedMemory));
     let windows: Vec<_> = (0..3).map(|_| map(&backing, MIB)).collect();
     let refuse = |call| matches!(call, Call::DontUnmap | Call::DontUnmapFixed { .. });
@@ -94,7 +94,7 @@ fn dont_unmap_is_probed_once_for_a_backing_and_not_for_each_mapping() {
 }
 
 #[test]
-fn pinning_asks_the_kernel_again_and_passing_errors_are_not_remembered() {
+fn only_lasting_results_of_a_probe_are_remembered() {
     let window = shared(PAGE);
     let by_dont_unmap =
         || window.duplicate(Access::ReadWrite, Placement::Anywhere.only(Strategy::DontUnmap));
@@ -156,7 +156,7 @@ fn a_refused_fixed_call_never_costs_the_caller_its_reservation() {
 }
 
 #[test]
-fn after_a_refusal_that_unmapped_the_destination_the_next_strategy_uses_it() {
+fn a_destination_that_a_refusal_unmapped_is_used_again() {
     let window = shared(2 * MIB);
     let place = secluded(2 * MIB);
     let range = place.range();
@@ -171,7 +171,7 @@ fn after_a_refusal_that_unmapped_the_destination_the_next_strategy_uses_it() {
 }
 
 #[test]
-fn a_reservation_that_other_code_took_is_reported_lost_and_left_alone() {
+fn a_reservation_that_other_code_took_is_left_alone() {
     let mut window = shared(2 * MIB);
     let at = window.range();
     let place = secluded(2 * MIB);
@@ -221,7 +221,7 @@ fn when_the_old_side_cannot_be_covered_nothing_has_changed() {
 }
 
 #[test]
-fn a_cover_that_fails_after_unmapping_is_repaired_and_reported_as_a_gap() {
+fn a_cover_that_fails_after_unmapping_is_reported_as_a_gap() {
     for placed in [false, true] {
         let backing = Arc::new(backing(2 * MIB, BackingKind::SharedMemory));
         let (home, rest) = secluded(4 * MIB).split_at(2 * MIB).unwrap();
@@ -250,7 +250,7 @@ fn a_cover_that_fails_after_unmapping_is_repaired_and_reported_as_a_gap() {
 }
 
 #[test]
-fn if_nothing_can_be_covered_the_new_side_is_unmapped_and_the_reservation_given_back() {
+fn if_nothing_can_be_covered_the_reservation_is_given_back() {
     let mut window = shared(2 * MIB);
     write(&window, 0, 8);
     let at = window.range();
@@ -267,7 +267,7 @@ fn if_nothing_can_be_covered_the_new_side_is_unmapped_and_the_reservation_given_
 }
 
 #[test]
-fn a_mapping_that_cannot_be_covered_when_it_is_dropped_is_unmapped() {
+fn a_dropped_mapping_that_cannot_be_covered_is_unmapped() {
     let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
     let (home, rest) = secluded(2 * PAGE).split_at(PAGE).unwrap();
     let range = home.range();
@@ -323,7 +323,7 @@ fn a_read_only_duplicate_cannot_be_written_by_any_strategy() {
 }
 
 #[test]
-fn a_hazard_leads_to_map_again_although_the_kernel_accepts_dont_unmap() {
+fn a_hazard_forbids_dont_unmap_that_the_kernel_accepts() {
     let gib = 1 << 30;
     let cases = [
         (BackingKind::VfioPci, (6, 1), PAGE, Some(Hazard::SourceMaySpin)),
@@ -352,7 +352,7 @@ fn a_hazard_leads_to_map_again_although_the_kernel_accepts_dont_unmap() {
 }
 
 #[test]
-fn a_move_that_would_escape_revocation_or_corrupt_page_tables_is_never_made() {
+fn a_move_with_a_hazard_is_never_made() {
     use BackingKind::{Other, VfioPci};
     for (kind, (major, minor), len, hazard) in [
         (VfioPci, (6, 1), PAGE, Hazard::MoveEscapesRevocation),
@@ -371,7 +371,7 @@ fn a_move_that_would_escape_revocation_or_corrupt_page_tables_is_never_made() {
 }
 
 #[test]
-fn placements_that_do_not_fit_are_refused_with_the_reservation_given_back() {
+fn an_unsuitable_placement_is_refused_and_given_back() {
     let window = shared(4 * MIB);
     let too_small = Reservation::aligned(2 * MIB, 2 * MIB).unwrap();
     let incongruent = Reservation::congruent(4 * MIB, 2 * MIB, PAGE as u64).unwrap();
@@ -407,7 +407,7 @@ fn large_mappings_are_congruent_wherever_they_go() {
 }
 
 #[test]
-fn each_fixed_mapping_of_an_unknown_backing_is_tried_elsewhere_first() {
+fn a_fixed_mapping_of_an_unknown_backing_is_checked_first() {
     let window = map(&Arc::new(backing(4 * PAGE, BackingKind::Other)), 4 * PAGE);
     let ((), calls) = spy::record(|| {
         for _ in 0..3 {

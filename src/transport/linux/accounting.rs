@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_kept_until_it_is_unmapped_and_counts_saturate_at_zero() {
+    fn memory_is_kept_until_unmapped_and_counts_stop_at_zero() {
         static COUNTER: Counter = Counter::new(false);
         let device = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
         let window = device.bar(0).unwrap().map(0..4096, Placement::Anywhere).unwrap();
