@@ -1,4 +1,4 @@
-//! Regions of a device, as drivers see them.
+//! Regions of a device.
 
 use std::fmt;
 use std::ops::{Bound, Range, RangeBounds};
@@ -8,7 +8,7 @@ use super::register::{IoRegister, ReadOnly, Width};
 use super::register_block::IoRegisterBlock;
 use super::register_layout::BlockLayout;
 use super::window::Window;
-use super::{Device, Region, View};
+use super::{Device, Mappable, Region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, BackingKind, Failed, Placement};
 use crate::transport::RegionInfo;
@@ -19,12 +19,12 @@ pub struct Bar<'d> {
     device: &'d Device,
     index: u32,
     region: &'d Region,
-    view: &'d View,
+    mappable: &'d Mappable,
 }
 
 impl<'d> Bar<'d> {
     pub(super) fn new(device: &'d Device, index: u32, region: &'d Region) -> Self {
-        Self { device, index, region, view: &region.usual }
+        Self { device, index, region, mappable: &region.usual }
     }
 
     /// The region's index.
@@ -37,29 +37,29 @@ impl<'d> Bar<'d> {
         self.region.info.size
     }
 
-    /// What the transport says of the region.
+    /// The transport's description of the region.
     pub fn info(&self) -> &RegionInfo {
         &self.region.info
     }
 
-    /// What of it can be mapped, and what must be trapped and why.
+    /// Which parts can be mapped, and which are trapped and why.
     pub fn layout(&self) -> &Layout {
-        &self.view.layout
+        &self.mappable.layout
     }
 
-    /// What stands behind its mappable parts; `None` where nothing can be mapped.
+    /// The kind of file behind its mappable parts; `None` if no part can be mapped.
     pub fn backing_kind(&self) -> Option<BackingKind> {
-        self.view.backing.as_ref().map(|backing| backing.kind())
+        self.mappable.backing.as_ref().map(|backing| backing.kind())
     }
 
-    /// The same region, with the MSI-X table among what can be mapped.
+    /// The same region, with a mappable MSI-X table.
     ///
-    /// VFIO programs the table itself; a program that writes it through a window only disturbs that,
-    /// unless it is a hypervisor whose guest shall see it.
+    /// VFIO programs the table itself, and a program that writes it through a window interferes. This is for
+    /// hypervisors that show the table to a guest.
     ///
     /// # Errors
-    /// `NotMappable` where the kernel does not allow it (it does from Linux 4.16 on, where interrupts
-    /// are remapped or isolated otherwise); `Malformed` where the region's file ends before its table.
+    /// `NotMappable` if the kernel does not allow it (Linux 4.16 and newer do, if interrupts are remapped or
+    /// isolated in another way); `Malformed` if the region's file ends before the table.
     pub fn with_msix_table(&self) -> Result<Bar<'d>> {
         let info = &self.region.info;
         if !info.msix_mappable {
@@ -71,21 +71,21 @@ impl<'d> Bar<'d> {
         }
         let Region { usual, with_table, .. } = self.region;
         let is_msix = |span: &Span| matches!(span.trap, Some(Trap::MsixTable | Trap::MsixPending));
-        let view = match with_table.get() {
-            Some(view) => view,
+        let mappable = match with_table.get() {
+            Some(mappable) => mappable,
             // The table is elsewhere.
             None if !usual.layout.spans().iter().any(is_msix) => usual,
             None => {
                 let layout = Layout::new(info, &Default::default(), self.device.page_size())?;
-                let view = self.device.view(self.index, layout)?;
-                with_table.get_or_init(|| view)
+                let mappable = self.device.mappable(self.index, layout)?;
+                with_table.get_or_init(|| mappable)
             }
         };
-        Ok(Self { view, ..self.clone() })
+        Ok(Self { mappable, ..self.clone() })
     }
 
-    /// Maps a range of the region, in bytes; `..` maps all of it. The pages that hold the range are
-    /// mapped, and the window shows the range. Read-only where the region cannot be written.
+    /// Maps a range of the region, in bytes; `..` maps all of it. The whole pages that hold the range are
+    /// mapped; the window gives access to the range only. It is read-only if the region cannot be written.
     ///
     /// ```
     /// # use vfio_remap::{Device, space::Placement, transport::MemoryDevice};
@@ -95,8 +95,8 @@ impl<'d> Bar<'d> {
     /// ```
     ///
     /// # Errors
-    /// `OutOfRange` where the range is empty or leaves the region; `NotMappable` where a part of it
-    /// cannot be mapped, naming the part; and those of the [`Placement`].
+    /// `OutOfRange` if the range is empty or leaves the region; `NotMappable` with the part that cannot be
+    /// mapped; the errors of the [`Placement`].
     pub fn map(
         &self,
         range: impl RangeBounds<u64>,
@@ -104,7 +104,7 @@ impl<'d> Bar<'d> {
     ) -> std::result::Result<Window, Failed> {
         match self.check(range) {
             Ok((range, access)) => {
-                let Some(backing) = &self.view.backing else {
+                let Some(backing) = &self.mappable.backing else {
                     return Err(refused(self.not_mappable(&range), placement));
                 };
                 Window::map(&self.device.inner, self.index, backing, range, access, placement)
@@ -113,8 +113,8 @@ impl<'d> Bar<'d> {
         }
     }
 
-    /// A register that is reached by reads and writes of the device's file: the way to what cannot be
-    /// mapped, and open to the rest, too.
+    /// A trapped register: it is accessed by reads and writes of the device's file. This works for the mappable
+    /// parts, too.
     ///
     /// # Errors
     /// `OutOfRange`, `Unaligned`.
@@ -122,7 +122,7 @@ impl<'d> Bar<'d> {
         IoRegister::trapped(self.device.inner.clone(), self.index, offset, self.size())
     }
 
-    /// A register as of [`trapped`](Self::trapped), for reading.
+    /// A trapped register that can only be read.
     ///
     /// # Errors
     /// As [`trapped`](Self::trapped).
@@ -130,8 +130,8 @@ impl<'d> Bar<'d> {
         IoRegister::trapped(self.device.inner.clone(), self.index, offset, self.size())
     }
 
-    /// A block of registers at `offset` bytes into the region: in a window of its own where it can be mapped,
-    /// and trapped where it cannot.
+    /// A block of registers at `offset` bytes into the region. It gets a window of its own if it can be mapped;
+    /// otherwise it is trapped.
     ///
     /// # Errors
     /// `OutOfRange`, `Unaligned`, `ReadOnly`, and those of [`map`](Self::map).
@@ -144,8 +144,7 @@ impl<'d> Bar<'d> {
         }
     }
 
-    /// A block of registers that is reached by reads and writes of the device's file, as
-    /// [`trapped`](Self::trapped) registers are.
+    /// A block of trapped registers: see [`trapped`](Self::trapped).
     ///
     /// # Errors
     /// `OutOfRange`, `Unaligned`.
@@ -174,7 +173,7 @@ impl<'d> Bar<'d> {
         if start >= end {
             return Err(Error::new(ErrorKind::OutOfRange, "map", self.part(&range))
                 .because("the range is empty")
-                .remedy("map one byte or more: all of its page is mapped"));
+                .remedy("map at least one byte; its whole page is mapped"));
         }
         if end > size {
             return Err(Error::new(ErrorKind::OutOfRange, "map", self.part(&range))

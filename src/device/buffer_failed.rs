@@ -1,11 +1,11 @@
-//! What comes back when a buffer cannot become something else.
+//! The error of methods that take a buffer: it returns the buffer.
 
 use super::dma_buffer::DmaBuffer;
 use crate::error::{Error, ErrorKind, gives_back};
 
-/// An error of a verb that takes a [`DmaBuffer`], with the buffer.
+/// An error of a method that takes a [`DmaBuffer`], with the buffer.
 ///
-/// Converts into its [`Error`] with `?`; the buffer is then dropped.
+/// `?` converts it into its [`Error`] and drops the buffer.
 #[derive(Debug)]
 pub struct BufferFailed {
     error: Error,
@@ -29,7 +29,7 @@ impl BufferFailed {
         &self.error
     }
 
-    /// The buffer, as it was.
+    /// The buffer, unchanged.
     pub fn into_buffer(self) -> DmaBuffer {
         self.buffer
     }

@@ -1,6 +1,6 @@
 //! The two lists of capabilities in configuration space.
 //!
-//! A device may be broken, or a model hostile: a list that loops or leaves its place ends with an error.
+//! Devices may be broken and models hostile: a list that loops or leaves its range ends with an error.
 
 use super::Config;
 use crate::error::Result;
@@ -9,10 +9,10 @@ const VENDOR: u64 = 0x00;
 const STATUS: u64 = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const FIRST: u64 = 0x34;
-/// The list lies in the 192 bytes behind the header, with at least 4 for each capability.
+/// The list lies in the 192 bytes after the header, and a capability takes at least 4.
 const MOST: u32 = 48;
 
-/// Where extended configuration space begins and ends (PCIe 5.0 §7.2).
+/// The begin and end of extended configuration space (PCIe 5.0 §7.2).
 const EXTENDED: u64 = 0x100;
 const END: u64 = 0x1000;
 const MOST_EXTENDED: u32 = ((END - EXTENDED) / 4) as u32;
@@ -21,9 +21,9 @@ const MOST_EXTENDED: u32 = ((END - EXTENDED) / 4) as u32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Capability {
-    /// What it is: 0x05 is MSI, 0x09 a vendor's own, 0x10 PCI Express, 0x11 MSI-X.
+    /// The ID: 0x05 is MSI, 0x09 vendor-specific, 0x10 PCI Express, 0x11 MSI-X.
     pub id: u8,
-    /// Where it begins in configuration space, in bytes.
+    /// The offset in configuration space, in bytes.
     pub offset: u64,
 }
 
@@ -31,11 +31,11 @@ pub struct Capability {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct ExtendedCapability {
-    /// What it is: 0x0001 is advanced error reporting, 0x0010 SR-IOV, 0x000b a vendor's own.
+    /// The ID: 0x0001 is advanced error reporting, 0x0010 SR-IOV, 0x000b vendor-specific.
     pub id: u16,
     /// The version of its layout.
     pub version: u8,
-    /// Where it begins in configuration space, in bytes.
+    /// The offset in configuration space, in bytes.
     pub offset: u64,
 }
 
@@ -43,7 +43,7 @@ pub struct ExtendedCapability {
 #[derive(Debug)]
 pub struct Capabilities<'d> {
     config: Config<'d>,
-    /// Where the next is; `None` before the list was looked for, and 0 past its end.
+    /// The offset of the next one; `None` before the list was looked up, 0 past its end.
     next: Option<u64>,
     left: u32,
 }
@@ -52,7 +52,7 @@ pub struct Capabilities<'d> {
 #[derive(Debug)]
 pub struct ExtendedCapabilities<'d> {
     config: Config<'d>,
-    /// Where the next is; 0 past the end.
+    /// The offset of the next one; 0 past the end.
     next: u64,
     left: u32,
 }
@@ -73,14 +73,14 @@ impl<'d> Config<'d> {
     /// ```
     ///
     /// # Errors
-    /// An item is `Malformed` where the list loops or points into the header, and otherwise what the transport
-    /// answers; it is the last one.
+    /// An item is `Malformed` if the list loops or points into the header, or the transport's error. An error
+    /// is the last item.
     pub fn capabilities(&self) -> Capabilities<'d> {
         Capabilities { config: *self, next: None, left: MOST }
     }
 
-    /// The device's extended capabilities (PCIe 5.0 §7.6), in the order of their list; none where it has 256
-    /// bytes of configuration space.
+    /// The device's extended capabilities (PCIe 5.0 §7.6), in the order of their list; none if configuration
+    /// space has 256 bytes.
     ///
     /// # Errors
     /// As [`capabilities`](Self::capabilities).
@@ -88,7 +88,7 @@ impl<'d> Config<'d> {
         ExtendedCapabilities { config: *self, next: EXTENDED, left: MOST_EXTENDED }
     }
 
-    /// The first extended capability with this ID; `None` where there is none.
+    /// The first extended capability with this ID; `None` if there is none.
     ///
     /// # Errors
     /// As [`extended_capabilities`](Self::extended_capabilities).
@@ -159,15 +159,15 @@ impl ExtendedCapabilities<'_> {
             self.left -= 1;
             let header = config.read_u32(offset)?;
             if header == u32::MAX {
-                // A device without extended configuration space, or one that has gone: then its vendor ID
-                // reads all ones, too.
+                // There is no extended configuration space, or the device was removed: then its vendor ID reads
+                // all ones, too.
                 config.present_u16(VENDOR)?;
                 return Ok(None);
             }
             self.next = u64::from(header >> 20 & !3);
             let (id, version) = (header as u16, (header >> 16 & 0xf) as u8);
-            // A device without any has an ID of 0 at the first place, and so has one whose first capability
-            // Linux hides (drivers/vfio/pci/vfio_pci_config.c).
+            // The first ID is 0 if the device has no extended capabilities, or if Linux hides the first one
+            // (drivers/vfio/pci/vfio_pci_config.c).
             if id != 0 {
                 return Ok(Some(ExtendedCapability { id, version, offset }));
             }
@@ -196,7 +196,7 @@ mod tests {
     use crate::transport::{DeviceInfo, RegionInfo, Transport};
     use crate::{Device, Error, ErrorKind};
 
-    /// A device of nothing but configuration space.
+    /// A device that has only configuration space.
     #[derive(Debug)]
     struct Bytes(Vec<u8>);
 

@@ -25,8 +25,8 @@ const BUS_MASTER: u16 = 1 << 2;
 const DEVICE_CONTROL: u64 = 8;
 const REPORT_UNCORRECTABLE: u16 = 1 << 1 | 1 << 2;
 
-/// Configuration space of a PCI device, through its transport. Offsets are in bytes; values are in
-/// the machine's byte order.
+/// Configuration space of a PCI device, through its transport. Offsets are in bytes; values have the machine's
+/// byte order.
 #[derive(Clone, Copy, Debug)]
 pub struct Config<'d> {
     device: &'d Device,
@@ -40,7 +40,7 @@ pub(crate) struct Msix {
 }
 
 impl Msix {
-    /// What of BAR `index` it takes.
+    /// The parts of BAR `index` that hold the table and the pending bits.
     pub(crate) fn within(&self, index: u32) -> Reserved {
         let of = |(bar, range): &(u32, Range<u64>)| (*bar == index).then(|| range.clone());
         Reserved { table: of(&self.table), pending: of(&self.pending) }
@@ -48,7 +48,7 @@ impl Msix {
 }
 
 impl<'d> Config<'d> {
-    /// `Unsupported` where the device is not PCI.
+    /// `Unsupported` if the device is not PCI.
     pub(super) fn of(device: &'d Device) -> Result<Self> {
         if device.info().pci {
             return Ok(Self { device });
@@ -60,7 +60,7 @@ impl<'d> Config<'d> {
     /// Reads a byte.
     ///
     /// # Errors
-    /// `OutOfRange`, and what the transport answers; so for all that follow.
+    /// `OutOfRange`; the transport's error.
     pub fn read_u8(&self, offset: u64) -> Result<u8> {
         Ok(u8::from_le_bytes(self.read(offset)?))
     }
@@ -105,8 +105,8 @@ impl<'d> Config<'d> {
         self.device.transport().write_at(REGION, offset, &value.to_le_bytes())
     }
 
-    /// The vendor ID. 0xffff is what a device reads that has gone; a kernel that virtualizes this
-    /// register goes on giving the ID.
+    /// The vendor ID. A removed device reads 0xffff, unless the kernel virtualizes this register: then the ID
+    /// remains.
     ///
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
@@ -122,17 +122,17 @@ impl<'d> Config<'d> {
         self.read_u16(2)
     }
 
-    /// Whether the device answers accesses to its memory BARs.
+    /// Whether the device responds to accesses to its memory BARs.
     ///
     /// # Errors
-    /// `Gone` where the register reads all ones, which no device's does; what the transport answers. So for
-    /// all that follow.
+    /// `Gone` if the register reads all ones, which means that the device does not respond; the transport's
+    /// error.
     pub fn memory_decoding(&self) -> Result<bool> {
         Ok(self.present_u16(COMMAND)? & MEMORY_SPACE != 0)
     }
 
-    /// Makes the device answer accesses to its memory BARs, or not. While it does not, an access
-    /// through a window of a vfio-pci device raises SIGBUS.
+    /// Enables or disables the memory BARs. While they are disabled, an access through a window of a vfio-pci
+    /// device raises SIGBUS.
     ///
     /// # Errors
     /// As [`memory_decoding`](Self::memory_decoding).
@@ -140,7 +140,7 @@ impl<'d> Config<'d> {
         self.set_command(MEMORY_SPACE, on)
     }
 
-    /// Whether the device may start accesses of its own, DMA and MSI.
+    /// Whether the device may start transactions: DMA and MSI.
     ///
     /// # Errors
     /// As [`memory_decoding`](Self::memory_decoding).
@@ -148,7 +148,7 @@ impl<'d> Config<'d> {
         Ok(self.present_u16(COMMAND)? & BUS_MASTER != 0)
     }
 
-    /// Lets the device start accesses of its own, or not.
+    /// Enables or disables transactions that the device starts: DMA and MSI.
     ///
     /// # Errors
     /// As [`memory_decoding`](Self::memory_decoding).
@@ -156,33 +156,33 @@ impl<'d> Config<'d> {
         self.set_command(BUS_MASTER, on)
     }
 
-    /// Makes the device report uncorrectable errors to the root port above it, or not. Where the kernel
-    /// handles them (AER), [`Event::Error`](super::Event::Error) follows. Resets may switch it off.
+    /// Enables or disables the reporting of uncorrectable errors to the root port. If the kernel handles them
+    /// (AER), [`Event::Error`](super::Event::Error) follows. A reset may disable it.
     ///
     /// # Errors
-    /// `Unsupported` where the device is not PCI Express; as
+    /// `Unsupported` if the device is not PCI Express; as
     /// [`memory_decoding`](Self::memory_decoding).
     pub fn set_error_reporting(&self, on: bool) -> Result<()> {
         let Some(capability) = self.capability(EXPRESS)? else {
-            let object = format!("the errors of {}", self.device.name());
+            let object = self.device.name();
             return Err(Error::new(ErrorKind::Unsupported, "enable error reporting on", object)
                 .because("the device is not PCI Express"));
         };
         self.set_bits(capability + DEVICE_CONTROL, REPORT_UNCORRECTABLE, on)
     }
 
-    /// The offset of the first capability with this ID (PCI 3.0 §6.7); `None` where there is none.
-    /// [`capabilities`](Self::capabilities) are all.
+    /// The offset of the first capability with this ID (PCI 3.0 §6.7); `None` if there is none.
+    /// [`capabilities`](Self::capabilities) lists all of them.
     ///
     /// # Errors
-    /// `Malformed` where the list loops or points into the header; as
+    /// `Malformed` if the list loops or points into the header; as
     /// [`memory_decoding`](Self::memory_decoding).
     pub fn capability(&self, id: u8) -> Result<Option<u64>> {
         let wanted = |found: &Result<Capability>| found.as_ref().map_or(true, |it| it.id == id);
         Ok(self.capabilities().find(wanted).transpose()?.map(|found| found.offset))
     }
 
-    /// The size in bytes: 256, or 4096 of a device that has extended configuration space.
+    /// The size in bytes: 256, or 4096 with extended configuration space.
     pub(super) fn size(&self) -> Result<u64> {
         Ok(self.device.transport().region(REGION)?.size)
     }
@@ -190,7 +190,7 @@ impl<'d> Config<'d> {
     /// Whether BAR `index` holds I/O ports.
     pub(super) fn is_io_port(&self, index: u32) -> Result<bool> {
         let mut at = 0;
-        // A memory BAR of 64 bits takes two registers, the second of which is an address.
+        // A 64-bit memory BAR takes two registers. The second is not a BAR of its own.
         while at < index {
             let is_64_bits = self.present_u32(BAR0 + 4 * u64::from(at))? & 7 == 4;
             at += if is_64_bits { 2 } else { 1 };
@@ -222,14 +222,14 @@ impl<'d> Config<'d> {
         self.write_u16(register, if on { value | bits } else { value & !bits })
     }
 
-    /// Reads 16 bits of which some are 0 in every device: `Gone` where all are 1, as a device reads that
-    /// does not answer (PCIe 5.0 §2.3.2).
+    /// Reads 16 bits that are not all 1 in any device. All ones mean that the device does not respond (PCIe 5.0
+    /// §2.3.2): `Gone`.
     pub(super) fn present_u16(&self, offset: u64) -> Result<u16> {
         let value = self.read_u16(offset)?;
         if value == u16::MAX { Err(self.gone(offset)) } else { Ok(value) }
     }
 
-    /// The same of 32 bits.
+    /// As [`present_u16`](Self::present_u16), for 32 bits.
     fn present_u32(&self, offset: u64) -> Result<u32> {
         let value = self.read_u32(offset)?;
         if value == u32::MAX { Err(self.gone(offset)) } else { Ok(value) }
@@ -239,8 +239,8 @@ impl<'d> Config<'d> {
     fn gone(&self, offset: u64) -> Error {
         let object = format!("configuration space of {}", self.device.name());
         Error::new(ErrorKind::Gone, "read", object)
-            .because(format!("it reads all ones at {offset:#x}: the device does not answer"))
-            .remedy("check whether it was unplugged, or its slot or link is off; then close it and open it again")
+            .because(format!("it reads all ones at {offset:#x}: the device does not respond"))
+            .remedy("check that it is plugged in and that its slot and link are on; then close it and open it again")
     }
 
     fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {

@@ -1,4 +1,4 @@
-//! DMA: which memory a device reaches, and at which addresses.
+//! DMA: the memory that a device reaches, and at which addresses.
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,10 +13,10 @@ use crate::space::{Access, DmaMemory};
 use crate::sys::fork;
 use crate::transport::{DmaLimits, Transport};
 
-/// The addresses that a device has for memory: what is mapped where, and what is free.
+/// The IOVA space of a device: which addresses are mapped to memory, and which are free.
 ///
-/// The device reaches it while [`Config::set_bus_mastering`](super::Config::set_bus_mastering) is on; while
-/// it is off, what the device is told to read or write silently does not happen.
+/// DMA needs [`Config::set_bus_mastering`](super::Config::set_bus_mastering): without it the device reads and
+/// writes nothing, and reports no error.
 ///
 /// Clones are the same space.
 #[derive(Clone)]
@@ -27,41 +27,41 @@ pub struct DmaSpace {
 struct Inner {
     limits: DmaLimits,
     addresses: Arc<Addresses>,
-    /// How many mappings there are, or are being made.
+    /// How many mappings there are, including those in the making.
     mappings: AtomicUsize,
-    /// What could not be unmapped again, and is nobody's any more.
+    /// Addresses that could not be unmapped. They are never used again.
     lost: Mutex<Vec<Iova>>,
     transport: Arc<dyn Transport>,
 }
 
-/// Where memory is to be mapped.
+/// The IOVA at which memory is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IovaPlacement {
-    /// Where there is room: above 4 GiB while there is any and `limit` allows it, so that addresses of 32 bits
-    /// are left to devices that have no others and share the space; in the smallest free range that has it.
-    /// Never at 0, which devices take for none.
+    /// Any free address, from the smallest free range that is large enough. Addresses above 4 GiB come first,
+    /// if `limit` allows them: 32-bit addresses are left to devices that share the space and have no others.
+    /// Never 0, which devices take for no address.
     Anywhere {
-        /// A multiple of this, a power of two; the IOMMU's page size where that is larger.
+        /// The alignment, a power of two; at least the IOMMU's page size.
         alignment: u64,
-        /// No byte above this address: a device of 32 address bits has a limit of 0xffff_ffff.
+        /// The highest address: 0xffff_ffff for a device with 32 address bits.
         limit: u64,
     },
-    /// Here.
+    /// This address.
     At(Iova),
-    /// At the address that it has in this process.
+    /// The address that the memory has in this process.
     SameAsAddress,
 }
 
 impl IovaPlacement {
-    /// Anywhere that a device of `bits` address bits reaches.
+    /// Any address that a device with `bits` address bits reaches.
     pub fn below_bits(bits: u32) -> Self {
         let limit = 1u64.checked_shl(bits).map_or(u64::MAX, |end| end - 1);
         Self::Anywhere { alignment: 1, limit }
     }
 
-    /// Whether memory that the device finds at `at`, and cannot elsewhere, is where this wants it.
+    /// Whether memory that the device finds at `at`, and nowhere else, satisfies this placement.
     fn admits(self, at: Iova, memory: &DmaMemory) -> bool {
-        // No byte of it lies past the last address.
+        // The memory must not go past the last address.
         let last = (memory.size() as u64).checked_sub(1).and_then(|extent| at.checked_add(extent));
         let Some(last) = last else { return false };
         match self {
@@ -75,7 +75,7 @@ impl IovaPlacement {
 }
 
 impl Default for IovaPlacement {
-    /// Anywhere at all, for a device of 64 address bits: above 4 GiB while there is room.
+    /// Any address, for a device with 64 address bits: above 4 GiB first.
     fn default() -> Self {
         Self::Anywhere { alignment: 1, limit: u64::MAX }
     }
@@ -91,32 +91,32 @@ impl DmaSpace {
                     "its page size of {:#x} bytes is not a power of two",
                     limits.page_size
                 ))
-                .remedy("have the transport answer with a power of two: DmaLimits::page_size"));
+                .remedy("make the transport return a power of two: DmaLimits::page_size"));
         }
         let addresses = Addresses::of(transport.address_space(), &limits.ranges);
         let (mappings, lost) = (AtomicUsize::new(0), Mutex::default());
         Ok(Self { inner: Arc::new(Inner { limits, addresses, mappings, lost, transport }) })
     }
 
-    /// What the IOMMU maps.
+    /// The limits of the IOMMU.
     pub fn limits(&self) -> &DmaLimits {
         &self.inner.limits
     }
 
-    /// How many mappings there are of this device's.
-    pub fn mappings(&self) -> usize {
+    /// How many mappings this device has.
+    pub fn mapping_count(&self) -> usize {
         self.inner.mappings.load(Ordering::Relaxed)
     }
 
     /// A buffer of `size` bytes, rounded up to whole pages, that the device can read and write.
     ///
     /// # Errors
-    /// As [`map`](Self::map); `Os` where there is no memory.
+    /// As [`map`](Self::map); `Os` if the kernel has no memory.
     pub fn buffer(&self, size: usize) -> Result<DmaBuffer> {
         self.buffer_with(BufferRequest::new(size))
     }
 
-    /// A buffer with wishes: its place, huge pages.
+    /// A buffer with options: its placement, huge pages.
     ///
     /// # Errors
     /// As [`buffer`](Self::buffer).
@@ -124,17 +124,17 @@ impl DmaSpace {
         DmaBuffer::new(self, request)
     }
 
-    /// Lets the device reach `memory`, until the mapping is dropped.
+    /// Maps `memory` for the device, until the mapping is dropped.
     ///
     /// # Errors
-    /// `OutOfRange` where the address lies outside of what the IOMMU maps, or no free range is large
-    /// enough; `AddressTaken`; `Unaligned` where memory or address are not multiples of its page size;
-    /// `LockedMemory`, `TooManyMappings`; what the transport answers.
+    /// `OutOfRange` if the address lies outside the ranges of the IOMMU, or no free range is large enough;
+    /// `AddressTaken`; `Unaligned` if memory or address is not a multiple of the IOMMU's page size;
+    /// `LockedMemory`, `TooManyMappings`; the transport's error.
     ///
-    /// Where others share the address space, and have taken what was chosen, further places are tried for two
-    /// seconds: it takes no longer than that, and one answer of the transport's.
-    // Inlined, as what it calls: beside two system calls each call shows, most of all in an emulator, where
-    // it costs as much as two hundred instructions. What goes wrong is made out of line.
+    /// If others share the address space and have taken the chosen address, other addresses are tried for at
+    /// most two seconds plus one call of the transport.
+    // Inlined, with its callees: compared with two system calls, each function call counts, most of all in an
+    // emulator, which takes as long for one as for two hundred instructions. Errors are made out of line.
     #[inline(always)]
     pub fn map(
         &self,
@@ -151,9 +151,9 @@ impl DmaSpace {
         Ok(DmaMapping { space: self.clone(), memory, taken, iova, generation })
     }
 
-    /// What is mapped, for errors: how much, and the first few places. `None` if nothing is.
+    /// The mappings, for errors: how many, and the first addresses. `None` if there are none.
     pub(super) fn describe(&self, most: usize) -> Option<String> {
-        let count = self.mappings();
+        let count = self.mapping_count();
         if count == 0 {
             return None;
         }
@@ -164,40 +164,40 @@ impl DmaSpace {
             .map(|place| format!("{:#x}..={:#x}", place.start(), place.end()))
             .collect();
         if places.len() > most {
-            named.push(format!("{} more places", places.len() - most));
+            named.push(format!("{} more ranges", places.len() - most));
         }
         let named = named.join(", ");
-        // Which of them are whose nobody has noted.
+        // Which device a range belongs to is not recorded.
         Some(match Arc::strong_count(&self.inner.addresses) {
             1 => format!("{count} DMA mappings at IOVA {named}"),
             _ => {
-                format!("{count} of the DMA mappings at IOVA {named}, where other devices are, too")
+                format!("{count} of the DMA mappings at IOVA {named}, which other devices share")
             }
         })
     }
 
-    /// Whether somebody else holds the space, too.
+    /// Whether anything else holds the space, too.
     pub(super) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.inner) > 1
     }
 }
 
 impl Inner {
-    /// How long one mapping looks for a place.
+    /// How long a mapping tries other addresses.
     const TIME: Duration = Duration::from_secs(2);
 
     fn lost(&self) -> MutexGuard<'_, Vec<Iova>> {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives back what was taken for one mapping.
+    /// Frees the addresses of one mapping.
     #[inline]
     fn give_back(&self, taken: Iova, size: u64) {
         self.addresses.free(taken, size);
         self.mappings.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Maps `memory` at `iova`: the address by which the device reaches it.
+    /// Maps `memory` at `iova`. Returns the address by which the device reaches it.
     #[inline(always)]
     fn map(
         &self,
@@ -210,8 +210,8 @@ impl Inner {
         if self.limits.translated { Ok(iova) } else { self.locate(iova, memory, placement) }
     }
 
-    /// Where the device finds `memory`, which is mapped at `iova` but not translated, and is what
-    /// `placement` is about. Unmapped again, if that is not where it may be.
+    /// The address of `memory` for the device, if no IOMMU translates: `memory` is mapped at `iova`. If
+    /// `placement` does not admit the address, `memory` is unmapped again.
     fn locate(&self, iova: Iova, memory: &DmaMemory, placement: IovaPlacement) -> Result<Iova> {
         let size = memory.size() as u64;
         let found = self.transport.dma_address(iova.0, size).map(Iova).and_then(|device| {
@@ -222,7 +222,7 @@ impl Inner {
                 .because(format!(
                     "no IOMMU translates the device's addresses, and the memory is at {device}"
                 ))
-                .remedy("take the memory where it is: IovaPlacement::default"))
+                .remedy("accept any address: IovaPlacement::default"))
         });
         found.inspect_err(|_| {
             if let Err(error) = self.transport.dma_unmap(iova.0, size) {
@@ -232,13 +232,13 @@ impl Inner {
         })
     }
 
-    /// Maps memory that could not be mapped where it was to be. Somebody who shares the address space, and
-    /// not our stock of addresses, may have mapped something there: others are tried, where that is allowed.
+    /// Maps memory that could not be mapped at its first address. A process that shares the address space, but
+    /// not our allocator, may have mapped something there. Other addresses are tried if the placement allows
+    /// that.
     ///
-    /// Each is twice as far from the last one as that was from the one before, so that neighbours who have
-    /// mapped much cost some dozens of questions, and not one for each page. What was passed over is tried
-    /// when nothing else is left. No more places are tried once [`TIME`](Self::TIME) has passed: a transport
-    /// may take long for each.
+    /// The distance between two attempts doubles each time, so that large mappings of others cost some dozens
+    /// of attempts, not one for each page. Skipped addresses are tried when no others are left. Attempts end
+    /// after [`TIME`](Self::TIME), because each may take the transport long.
     #[cold]
     fn map_elsewhere(
         &self,
@@ -252,12 +252,12 @@ impl Inner {
         let begun = Instant::now();
         let size = memory.size() as u64;
         let choice = match placement {
-            // Where nothing translates, the address is a key, and any will do.
+            // Without translation the address is only a key, and any will do.
             _ if !self.limits.translated => Some((1, u64::MAX)),
             IovaPlacement::Anywhere { alignment, limit } => Some((alignment, limit)),
             IovaPlacement::At(_) | IovaPlacement::SameAsAddress => None,
         };
-        // What is passed over is kept meanwhile, so that nobody is offered it again.
+        // Skipped addresses stay allocated meanwhile, so that they are not returned again.
         let mut passed = vec![(taken, size)];
         let mut result = Err(error);
         let (mut block, mut grows) = (size, true);
@@ -296,7 +296,7 @@ impl Inner {
         for (start, mut block) in passed {
             if lost.contains(&start) {
                 self.keep_first(start, size, &mut block);
-                // It is a mapping still.
+                // It is still a mapping.
                 self.mappings.fetch_add(1, Ordering::Relaxed);
             } else {
                 self.addresses.free(start, block);
@@ -310,11 +310,11 @@ impl Inner {
             }
             error
                 .because(format!("all {tried} addresses that were tried are mapped by others"))
-                .remedy("unmap what they have mapped, or choose a free address: IovaPlacement::At")
+                .remedy("unmap those, or choose a free address: IovaPlacement::At")
         })
     }
 
-    /// Gives back all but the first `size` of the `taken` bytes at `start`.
+    /// Frees all but the first `size` of the `taken` bytes at `start`.
     fn keep_first(&self, start: Iova, size: u64, taken: &mut u64) {
         if let Some(rest) = start.checked_add(size) {
             self.addresses.free(rest, *taken - size);
@@ -322,12 +322,12 @@ impl Inner {
         *taken = size;
     }
 
-    /// Takes addresses for `memory`.
+    /// Allocates addresses for `memory`.
     #[inline(always)]
     fn take(&self, memory: &DmaMemory, placement: IovaPlacement) -> Result<Iova> {
         let size = memory.size() as u64;
         let page = self.limits.page_size;
-        // Masks, since a division takes longer than all else here.
+        // Masks, because a division takes longer than everything else here.
         let inside_page = page - 1;
         if size == 0 || (size | memory.address() as u64) & inside_page != 0 {
             return Err(self.not_pages(size));
@@ -337,7 +337,7 @@ impl Inner {
         {
             return Err(no_alignment(size, alignment));
         }
-        // Where nothing translates, the address is a key to the mapping and no more.
+        // Without translation the address is only a key of the mapping.
         let placement = if self.limits.translated { placement } else { IovaPlacement::default() };
         let start = match placement {
             IovaPlacement::Anywhere { alignment, limit } => {
@@ -363,24 +363,24 @@ impl Inner {
             format!("{size:#x} bytes at {start:#x}"),
         )
         .because("a part of it is mapped already")
-        .remedy("unmap that first, or map it anywhere"))
+        .remedy("unmap it first, or use IovaPlacement::Anywhere"))
     }
 
-    /// Memory that is no whole pages.
+    /// The error for memory that does not consist of whole pages.
     #[cold]
     fn not_pages(&self, size: u64) -> Error {
         let error = |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes"));
         if size == 0 {
             return error(ErrorKind::OutOfRange)
                 .because("there is nothing to map")
-                .remedy("map one page or more");
+                .remedy("map at least one page");
         }
         error(ErrorKind::Unaligned)
             .because(format!("the IOMMU maps pages of {:#x} bytes", self.limits.page_size))
             .remedy("map whole pages")
     }
 
-    /// Addresses that are no pages', or that the IOMMU does not have.
+    /// The error for addresses that are not at a page, or not in the ranges of the IOMMU.
     #[cold]
     fn not_there(&self, start: u64, size: u64) -> Error {
         let page_size = self.limits.page_size;
@@ -389,7 +389,7 @@ impl Inner {
         if !start.is_multiple_of(page_size) {
             return error(ErrorKind::Unaligned)
                 .because(format!("the IOMMU maps pages of {page_size:#x} bytes"))
-                .remedy("map at a multiple of that");
+                .remedy("use a multiple of that");
         }
         let ranges: Vec<_> = self
             .addresses
@@ -399,14 +399,14 @@ impl Inner {
             .collect();
         error(ErrorKind::OutOfRange)
             .because(format!("the IOMMU maps {}", ranges.join(", ")))
-            .remedy("map it inside one of those ranges, or anywhere")
+            .remedy("use an address in those ranges, or IovaPlacement::Anywhere")
     }
 }
 
-/// Keeps memory that could not be unmapped for ever.
+/// Keeps memory for ever, because it could not be unmapped.
 #[cold]
 fn leak(memory: &DmaMemory, error: &Error) {
-    log::error!("leaked what the device may still reach: {error}");
+    log::error!("leaked memory that the device may still reach: {error}");
     std::mem::forget(memory.clone());
 }
 
@@ -414,30 +414,30 @@ fn leak(memory: &DmaMemory, error: &Error) {
 fn no_alignment(size: u64, alignment: u64) -> Error {
     Error::new(ErrorKind::Unaligned, "map for DMA", format!("{size:#x} bytes"))
         .because(format!("an alignment of {alignment:#x} is not a power of two"))
-        .remedy("ask for 1, or a power of two")
+        .remedy("use 1 or another power of two")
 }
 
 #[cold]
 fn no_room(size: u64, limit: u64) -> Error {
     Error::new(ErrorKind::OutOfRange, "map for DMA", format!("{size:#x} bytes"))
         .because(format!("no free range up to {limit:#x} is large enough"))
-        .remedy("unmap something, or allow higher addresses if the device has the bits")
+        .remedy("unmap something, or allow higher addresses if the device supports them")
 }
 
-/// Memory that the device reaches. Dropping it takes the memory away from the device again.
+/// Memory that is mapped for the device. Dropping this unmaps it.
 pub struct DmaMapping {
     space: DmaSpace,
     memory: DmaMemory,
-    /// What it is unmapped by.
+    /// The address to unmap.
     taken: Iova,
-    /// What the device is given.
+    /// The address for the device.
     iova: Iova,
     /// The process that made it: see [`fork::generation`].
     generation: u32,
 }
 
 impl DmaMapping {
-    /// Where the device finds its first byte: a physical address where no IOMMU translates
+    /// The first byte's address for the device: a physical address if no IOMMU translates
     /// ([`Vfio::open_noiommu`](crate::transport::Vfio::open_noiommu)).
     #[inline]
     pub fn iova(&self) -> Iova {
@@ -456,18 +456,18 @@ impl DmaMapping {
 }
 
 impl Drop for DmaMapping {
-    // Into the glue that drops the fields, which is the caller's.
+    // Inlined into the caller, as the drops of the fields are.
     #[inline]
     fn drop(&mut self) {
         if self.generation != fork::generation() {
-            // The parent's mapping, through a file that both have.
+            // The mapping is the parent's; both processes share the file.
             return;
         }
         let size = self.memory.size() as u64;
         let inner = &self.space.inner;
         match inner.transport.dma_unmap(self.taken.0, size) {
             Ok(()) => inner.give_back(self.taken, size),
-            // Neither the memory nor the addresses may become anybody else's.
+            // Neither the memory nor the addresses may be used again.
             Err(error) => leak(&self.memory, &error),
         }
     }
@@ -481,7 +481,7 @@ impl fmt::Debug for DmaMapping {
 
 impl fmt::Debug for DmaSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let free = self.inner.addresses.free_ranges();
-        write!(f, "DmaSpace({} mappings, {free} free ranges)", self.mappings())
+        let free = self.inner.addresses.free_range_count();
+        write!(f, "DmaSpace({} mappings, {free} free ranges)", self.mapping_count())
     }
 }

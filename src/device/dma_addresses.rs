@@ -1,4 +1,4 @@
-//! The addresses of an address space, which all devices in it take from one stock.
+//! The addresses of an address space, from which all of its devices allocate.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use super::iova::{Iova, IovaAllocator};
 use crate::transport::AddressSpaceId;
 
-/// Which addresses are free.
+/// The free addresses of an address space.
 #[derive(Debug)]
 pub(super) struct Addresses {
     state: Mutex<State>,
@@ -16,16 +16,16 @@ pub(super) struct Addresses {
 #[derive(Debug)]
 struct State {
     free: IovaAllocator,
-    /// What there is to be had of: free or taken.
+    /// All addresses, free or taken.
     ranges: Vec<RangeInclusive<u64>>,
 }
 
-/// Those of address spaces that devices of this process are in, and may be in with others.
+/// The address spaces of this process that several devices may share.
 static SHARED: Mutex<BTreeMap<AddressSpaceId, Weak<Addresses>>> = Mutex::new(BTreeMap::new());
 
 impl Addresses {
-    /// Those of the address space `id`, which now consists of `ranges`; without an `id`, of one that
-    /// nobody else is in.
+    /// The addresses of the address space `id`, which now consists of `ranges`. Without an `id` the space is
+    /// not shared.
     pub(super) fn of(id: Option<AddressSpaceId>, ranges: &[RangeInclusive<u64>]) -> Arc<Self> {
         let Some(id) = id else { return Arc::new(Self::new(ranges)) };
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -61,12 +61,12 @@ impl Addresses {
         self.state().free.free(start.0, size);
     }
 
-    /// What there is to be had of, in order: free or taken.
+    /// All addresses of the space, free or taken, in order.
     pub(super) fn ranges(&self) -> Vec<RangeInclusive<u64>> {
         self.state().ranges.clone()
     }
 
-    /// Whether these addresses are there, free or taken. `size` is not 0.
+    /// Whether the space has these addresses, free or taken. `size` is not 0.
     pub(super) fn contain(&self, start: u64, size: u64) -> bool {
         let end = start.checked_add(size - 1);
         let within =
@@ -74,13 +74,13 @@ impl Addresses {
         end.is_some_and(|end| self.state().ranges.iter().any(|range| within(range, end)))
     }
 
-    /// What is taken, in order; what touches is one.
+    /// The taken ranges, in order. Adjacent ones are merged.
     pub(super) fn taken(&self) -> Vec<RangeInclusive<u64>> {
         let State { free, ranges } = &mut *self.state();
         free.taken(ranges)
     }
 
-    pub(super) fn free_ranges(&self) -> usize {
+    pub(super) fn free_range_count(&self) -> usize {
         self.state().free.ranges().count()
     }
 
@@ -91,8 +91,8 @@ impl Addresses {
 }
 
 impl State {
-    /// Each device that comes may narrow what there is, and each that leaves may widen it. What is taken
-    /// stays so: the kernel takes in no device that does not reach it.
+    /// A new device may narrow the ranges, and one that leaves may widen them. What is taken remains in range:
+    /// the kernel does not add a device that cannot reach it.
     fn change_ranges(&mut self, ranges: &[RangeInclusive<u64>]) {
         if self.ranges == ranges {
             return;

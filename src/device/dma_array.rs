@@ -1,8 +1,8 @@
-//! DMA memory as entries of words: rings, lists, descriptors.
+//! DMA memory as an array of entries of several words: rings, lists.
 //!
-//! `unsafe` is here because an entry is reached by a raw pointer with a proof made once: when the array
-//! was made, all of its entries lay within a buffer and were aligned, and the buffer, which it owns,
-//! neither moves nor goes while the array lives.
+//! `unsafe` is here because an entry is reached by a raw pointer. The proof was made once, when the array was
+//! made: all of its entries lay in the buffer and were aligned. The array owns the buffer, which therefore
+//! neither moves nor is unmapped while the array lives.
 
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
@@ -17,9 +17,8 @@ use crate::error::ErrorKind;
 
 /// A [`DmaBuffer`] as entries of `N` words of `T`: a ring of commands, a list of pages.
 ///
-/// What [`DmaBuffer::store`] checks at each word is checked here once for an entry, which a driver's
-/// hot path notices: an entry of eight words is eight stores and one comparison. Words are
-/// little-endian.
+/// [`DmaBuffer::store`] checks bounds for each word; this checks them once for an entry, which matters in a
+/// driver's hot path: an entry of eight words is eight stores and one comparison. Words are little-endian.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -37,22 +36,22 @@ pub struct DmaArray<T: Width, const N: usize> {
     buffer: DmaBuffer,
 }
 
-// SAFETY: as its buffer, it is reached by single accesses in assembly only, which may race.
+// SAFETY: like its buffer, it is accessed by single accesses of `Width` only, which may race.
 unsafe impl<T: Width, const N: usize> Send for DmaArray<T, N> {}
 // SAFETY: as above.
 unsafe impl<T: Width, const N: usize> Sync for DmaArray<T, N> {}
 
 impl<T: Width, const N: usize> DmaArray<T, N> {
     const ENTRY: usize = {
-        assert!(N > 0, "an entry has a word at least");
+        assert!(N > 0, "an entry has at least one word");
         N * size_of::<T>()
     };
 
-    /// As many whole entries as the buffer has room for.
+    /// Makes an array of the whole entries that fit into the buffer.
     ///
     /// # Errors
-    /// The buffer, with `Unaligned` where it does not begin at a multiple of a word's size, `OutOfRange` where
-    /// it is shorter than an entry.
+    /// The buffer, with `Unaligned` if it does not begin at a multiple of the word size, `OutOfRange` if it is
+    /// shorter than an entry.
     pub fn new(buffer: DmaBuffer) -> std::result::Result<Self, BufferFailed> {
         let failed = |kind, buffer, reason, remedy| {
             Err(BufferFailed::new(kind, "make an array of", buffer, reason, remedy))
@@ -60,7 +59,7 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         let len = buffer.size() / Self::ENTRY;
         if len == 0 {
             let reason = format!("an entry has {:#x} bytes", Self::ENTRY);
-            return failed(ErrorKind::OutOfRange, buffer, reason, "take a larger buffer");
+            return failed(ErrorKind::OutOfRange, buffer, reason, "use a larger buffer");
         }
         match NonNull::new(buffer.as_ptr().cast::<T>()) {
             Some(first) if first.is_aligned() => Ok(Self { first, len, buffer }),
@@ -72,27 +71,27 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         }
     }
 
-    /// How many entries there are: one at least.
+    /// The number of entries, at least one.
     #[expect(clippy::len_without_is_empty, reason = "it never is")]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Where the device finds an entry.
+    /// An entry's address for the device.
     ///
     /// # Panics
-    /// Where `index` is past the last, as slices do.
+    /// If `index` is past the last, as for slices.
     #[track_caller]
     pub fn iova(&self, index: usize) -> Iova {
         self.check(index);
         Iova(self.buffer.iova().0 + (index * Self::ENTRY) as u64)
     }
 
-    /// Reads a word of an entry, by one access; those that follow are made after it (acquire order), as
+    /// Reads a word of an entry by one access. Later accesses happen after it (acquire order), as for
     /// [`DmaBuffer::load`].
     ///
     /// # Panics
-    /// Where `index` or `word` is past the last, as slices do.
+    /// If `index` or `word` is past the last, as for slices.
     #[inline(always)]
     #[track_caller]
     pub fn load(&self, index: usize, word: usize) -> T {
@@ -100,8 +99,8 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         unsafe { T::load(self.at(index, word).as_ptr()) }
     }
 
-    /// Writes a word of an entry, by one access, in no order with others but those of
-    /// [`Register::write`](super::Register::write) and [`store_release`](Self::store_release).
+    /// Writes a word of an entry by one access. It is ordered only before a later
+    /// [`Register::write`](super::Register::write) or [`store_release`](Self::store_release).
     ///
     /// # Panics
     /// As [`load`](Self::load).
@@ -112,8 +111,8 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         unsafe { T::store_relaxed(self.at(index, word).as_ptr(), value) }
     }
 
-    /// Writes a word of an entry, by one access, after all accesses to memory before it (release order), as
-    /// [`DmaBuffer::store_release`]: the word by which a device tells that the entry is there.
+    /// Writes a word of an entry by one access. Earlier accesses to memory happen before it (release order),
+    /// as for [`DmaBuffer::store_release`]. Use it for the word that makes the entry valid for the device.
     ///
     /// # Panics
     /// As [`load`](Self::load).
@@ -124,16 +123,16 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         unsafe { T::store(self.at(index, word).as_ptr(), value) }
     }
 
-    /// Writes all words of an entry, each as [`store`](Self::store) does.
+    /// Writes all words of an entry, each as by [`store`](Self::store).
     ///
     /// # Panics
-    /// Where `index` is past the last, as slices do.
+    /// If `index` is past the last, as for slices.
     #[inline(always)]
     #[track_caller]
     pub fn store_entry(&self, index: usize, words: [T; N]) {
         self.check(index);
         for (word, value) in words.into_iter().enumerate() {
-            // SAFETY: the entry lies within the buffer, as just checked, and `word` is below `N`.
+            // SAFETY: the entry lies in the buffer, as `check` found, and `word` is below `N`.
             unsafe { T::store_relaxed(self.first.add(index * N + word).as_ptr(), value) }
         }
     }
@@ -148,7 +147,7 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         }
     }
 
-    /// The buffer again.
+    /// Returns the buffer.
     pub fn into_buffer(self) -> DmaBuffer {
         self.buffer
     }
@@ -168,13 +167,13 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         if word >= N {
             past_the_last("word", word, N);
         }
-        // SAFETY: `len` entries of `N` words lie within the buffer since `new`, and this is one of them;
-        // a buffer is smaller than `isize::MAX`, so nothing overflows.
+        // SAFETY: `len` entries of `N` words lie in the buffer, as `new` checked, and this is one of them. A
+        // buffer is smaller than `isize::MAX`, so nothing overflows.
         unsafe { self.first.add(index * N + word) }
     }
 }
 
-/// Out of line, so that its arguments cost the caller nothing where all is well.
+/// Out of line, so that its arguments cost the caller nothing on success.
 #[cold]
 #[inline(never)]
 #[track_caller]

@@ -1,7 +1,7 @@
-//! Memory made for DMA.
+//! Memory allocated for DMA.
 //!
-//! `unsafe` is here because a device changes the memory at any time. It is touched by the same single
-//! accesses as registers are, never by plain ones, and no reference to its contents is made.
+//! `unsafe` is here because a device changes the memory at any time. It is accessed as registers are, by single
+//! accesses of `Width`, never by plain ones, and no reference to its contents is made.
 
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
@@ -28,7 +28,7 @@ use crate::transport::DmaLimits;
 
 const HUGE_PAGE: usize = 2 << 20;
 
-/// A buffer to be made: its size, and wishes.
+/// The size and the options of a buffer.
 #[derive(Clone, Copy, Debug)]
 pub struct BufferRequest {
     size: usize,
@@ -42,14 +42,14 @@ impl BufferRequest {
         Self { size, placement: IovaPlacement::default(), huge_pages: false }
     }
 
-    /// Where the device is to find it.
+    /// The placement of the buffer in the device's addresses.
     #[must_use]
     pub fn placement(self, placement: IovaPlacement) -> Self {
         Self { placement, ..self }
     }
 
-    /// Of pages of 2 MiB, if there are any in the pool (`vm.nr_hugepages`), and then at a multiple of
-    /// 2 MiB where the place is free to choose; otherwise of ordinary ones:
+    /// Uses pages of 2 MiB from the pool (`vm.nr_hugepages`), and an IOVA that is a multiple of 2 MiB if the
+    /// placement allows it. If the pool has too few, ordinary pages are used, and
     /// [`DmaBuffer::huge_pages_refused`] says why.
     #[must_use]
     pub fn huge_pages(self) -> Self {
@@ -57,15 +57,15 @@ impl BufferRequest {
     }
 }
 
-/// Memory that this process and the device share: a file of its own, mapped at a multiple of the IOMMU's
-/// page size, pinned, and known to the device by an [`Iova`].
+/// Memory that this process and the device share: a memory file of its own, mapped at a multiple of the IOMMU's
+/// page size, pinned, and mapped for the device at an [`Iova`].
 ///
-/// [`split_at`](Self::split_at) gives parts of it away; the memory goes when the last part is dropped,
-/// after the device can no longer reach it. What a device is told of by
-/// [`Register::write`](super::Register::write) is written before.
+/// [`split_at`](Self::split_at) makes parts that share the memory. It is freed when the last part is dropped,
+/// after the device can no longer reach it. Stores happen before a later
+/// [`Register::write`](super::Register::write) that notifies the device.
 ///
-/// The device reaches it while [`Config::set_bus_mastering`](super::Config::set_bus_mastering) is on; while
-/// it is off, what the device is told to read or write here silently does not happen.
+/// DMA needs [`Config::set_bus_mastering`](super::Config::set_bus_mastering): without it the device reads and
+/// writes nothing, and reports no error.
 pub struct DmaBuffer {
     whole: Arc<Whole>,
     offset: usize,
@@ -73,7 +73,7 @@ pub struct DmaBuffer {
 }
 
 struct Whole {
-    /// Before the memory goes, the device lets go of it: fields are dropped in order.
+    /// Dropped before `memory`, so that the device cannot reach freed memory: fields are dropped in order.
     mapping: DmaMapping,
     memory: Arc<Memory>,
 }
@@ -82,19 +82,19 @@ struct Whole {
 struct Memory {
     at: NonNull<u8>,
     size: usize,
-    /// Why it has no huge pages, where they were asked for.
+    /// Why it has no huge pages although they were requested.
     refused: Option<Error>,
     huge: bool,
 }
 
-// SAFETY: the memory is reached by single accesses in assembly only, which may race.
+// SAFETY: the memory is accessed by single accesses of `Width` only, which may race.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: made by `Memory::new`, and its last user is going.
+        // SAFETY: `Memory::new` made the mapping, and this drops its last user.
         if let Err(errno) = unsafe { munmap(self.at.cast(), self.size) } {
             log::error!("leaked {:#x} bytes of DMA memory: {errno}", self.size);
         }
@@ -102,9 +102,9 @@ impl Drop for Memory {
 }
 
 impl Memory {
-    /// A sealed memory file of `size` bytes or more, of which `size` are mapped, at a multiple of `alignment`
-    /// bytes, a power of two; and where in the file they begin. The file's length cannot change: no access
-    /// to the mapping ever faults.
+    /// Makes a sealed memory file of at least `size` bytes and maps `size` of them, at a multiple of
+    /// `alignment` bytes, a power of two. Returns the file and the offset of the mapping in it, too. The file's
+    /// size cannot change, so no access to the mapping faults.
     fn new(size: usize, alignment: usize, huge: bool) -> Result<(Self, OwnedFd, u64)> {
         let object = || format!("{size:#x} bytes for DMA");
         let failed = |errno| {
@@ -114,11 +114,11 @@ impl Memory {
             }
             let pages = size / HUGE_PAGE;
             error
-                .because(format!("there are not {pages} free pages of 2 MiB"))
+                .because(format!("there are fewer than {pages} free pages of 2 MiB"))
                 .remedy(format!("reserve some: sysctl vm.nr_hugepages={pages}, or more"))
         };
         let page = if huge { HUGE_PAGE } else { sys::page_size() };
-        // Wherever the kernel maps this much, there is a multiple of the alignment with room behind it.
+        // A mapping of this size contains an aligned range of `size` bytes, at any address.
         let room = size.checked_add(alignment.saturating_sub(page)).and_then(NonZeroUsize::new);
         let room = room.ok_or_else(|| failed(Errno::ENOMEM))?;
         let huge_flags =
@@ -130,7 +130,7 @@ impl Memory {
         fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let lock = MmapLock::take();
-        // SAFETY: the kernel chooses a range that nobody uses.
+        // SAFETY: the kernel chooses an unused range.
         let at = unsafe { mmap(None, room, protection, MapFlags::MAP_SHARED, fd.as_fd(), 0) };
         drop(lock);
         let no_room = |errno| {
@@ -143,19 +143,19 @@ impl Memory {
         Ok((memory, fd, skipped as u64))
     }
 
-    /// Unmaps all but the `size` bytes behind the first `skipped`, whole pages both.
+    /// Unmaps all but the `size` bytes after the first `skipped`. Both are whole pages.
     fn trim(&mut self, skipped: usize, size: usize) -> nix::Result<()> {
         if skipped > 0 {
-            // SAFETY: the head of what `new` has mapped, and nobody has seen yet.
+            // SAFETY: the head of the mapping that `new` made; nothing else uses it yet.
             unsafe { munmap(self.at.cast(), skipped) }?;
-            // SAFETY: within what is mapped, or at its end.
+            // SAFETY: in the mapping, or at its end.
             self.at = unsafe { self.at.add(skipped) };
             self.size -= skipped;
         }
         if self.size > size {
-            // SAFETY: within what is mapped.
+            // SAFETY: in the mapping.
             let tail = unsafe { self.at.add(size) };
-            // SAFETY: the tail of what `new` has mapped, and nobody has seen yet.
+            // SAFETY: the tail of the mapping that `new` made; nothing else uses it yet.
             unsafe { munmap(tail.cast(), self.size - size) }?;
             self.size = size;
         }
@@ -170,7 +170,7 @@ impl DmaBuffer {
             let size = request.size.checked_next_multiple_of(page).filter(|size| *size > 0);
             size.filter(|size| *size < isize::MAX as usize).ok_or_else(|| {
                 Error::new(ErrorKind::OutOfRange, "allocate", object())
-                    .because("a buffer needs one byte or more, and must fit into memory")
+                    .because("a buffer has at least one byte and must fit into the address space")
                     .remedy("ask for another size")
             })
         };
@@ -197,7 +197,7 @@ impl DmaBuffer {
         let (address, size) = (memory.at.as_ptr() as usize, memory.size);
         let memory = Arc::new(memory);
         let file = by_file.then(|| (Arc::new(fd), offset));
-        // SAFETY: mapped as long as `memory` lives; reached by single accesses only, below.
+        // SAFETY: mapped while `memory` lives; accessed only by single accesses, in this file and `dma_array`.
         let shared = unsafe { DmaMemory::new(address, size, file, memory.clone()) };
         let mapping = space.map(shared.own(), placement, Access::ReadWrite)?;
         Ok(Self { whole: Arc::new(Whole { mapping, memory }), offset: 0, size })
@@ -209,15 +209,15 @@ impl DmaBuffer {
         self.size
     }
 
-    /// Where the device finds its first byte.
+    /// The first byte's address for the device.
     #[inline]
     pub fn iova(&self) -> Iova {
         Iova(self.whole.mapping.iova().0 + self.offset as u64)
     }
 
-    /// All of the memory that it is a part of, to be mapped elsewhere, too. Its file is there where the
-    /// device's transport hands memory on by that ([`DmaLimits::by_file`]): the kernel's does not, and a
-    /// server that is given the memory of such a device, too, reaches it by messages.
+    /// All of the memory that this is a part of, to map it for another device, too. It has its file if the
+    /// device's transport passes memory by file ([`DmaLimits::by_file`]). The kernel's transports do not; a
+    /// vfio-user server that gets memory without a file reaches it by messages.
     pub fn memory(&self) -> &DmaMemory {
         self.whole.mapping.memory()
     }
@@ -227,25 +227,24 @@ impl DmaBuffer {
         self.whole.memory.huge
     }
 
-    /// Why it consists of ordinary pages although huge ones were asked for, and what to do about it.
+    /// Why it consists of ordinary pages although huge ones were requested, and what to do about it.
     pub fn huge_pages_refused(&self) -> Option<&Error> {
         self.whole.memory.refused.as_ref()
     }
 
-    /// Points to its first byte. What is read or written there is to be read or written by atomic or
-    /// volatile accesses, while the buffer lives.
+    /// Points to its first byte. Use atomic or volatile accesses only, while the buffer lives.
     pub fn as_ptr(&self) -> *mut u8 {
         self.at(0).as_ptr()
     }
 
-    /// Splits it in two, the first of `size` bytes.
+    /// Splits the buffer into two parts, the first of `size` bytes.
     ///
     /// # Errors
-    /// The buffer, with `OutOfRange` where a part would be empty.
+    /// The buffer, with `OutOfRange` if a part would be empty.
     pub fn split_at(self, size: usize) -> std::result::Result<(Self, Self), BufferFailed> {
         if size == 0 || size >= self.size {
             let reason = format!("a part of it would be empty: the first has {size:#x} bytes");
-            let remedy = "take it whole, or split it inside";
+            let remedy = "use the whole buffer, or split it inside";
             return Err(BufferFailed::new(ErrorKind::OutOfRange, "split", self, reason, remedy));
         }
         let Self { whole, offset, size: all } = self;
@@ -253,12 +252,12 @@ impl DmaBuffer {
         Ok((Self { whole, offset, size }, second))
     }
 
-    /// Reads a little-endian value at `offset` bytes, by one access; those that follow are made after it
-    /// (acquire order): once a flag reads as set, what was written before
-    /// [`store_release`](Self::store_release) set it, or before a device did, is there.
+    /// Reads a little-endian value at `offset` bytes by one access. Later accesses happen after it (acquire
+    /// order): if a flag is read as set, later reads see what was written before
+    /// [`store_release`](Self::store_release) or the device set it.
     ///
     /// # Panics
-    /// Where it leaves the buffer or is not aligned, as slices do.
+    /// If it leaves the buffer or is not aligned, as for slices.
     #[inline]
     #[track_caller]
     pub fn load<T: Width>(&self, offset: usize) -> T {
@@ -266,8 +265,8 @@ impl DmaBuffer {
         unsafe { T::load(self.word::<T>(offset)) }
     }
 
-    /// Writes a little-endian value at `offset` bytes, by one access, in no order with others but those of
-    /// [`Register::write`](super::Register::write) and [`store_release`](Self::store_release).
+    /// Writes a little-endian value at `offset` bytes by one access. It is ordered only before a later
+    /// [`Register::write`](super::Register::write) or [`store_release`](Self::store_release).
     ///
     /// # Panics
     /// As [`load`](Self::load).
@@ -278,9 +277,10 @@ impl DmaBuffer {
         unsafe { T::store_relaxed(self.word::<T>(offset), value) }
     }
 
-    /// Writes a little-endian value at `offset` bytes, by one access, after all accesses to memory before it
-    /// (release order): a ring that a device reads is published by a flag or an index in memory so, not by
-    /// a register. On x86-64 it is the instruction of [`store`](Self::store); on aarch64 a barrier besides.
+    /// Writes a little-endian value at `offset` bytes by one access. Earlier accesses to memory happen before
+    /// it (release order). Use it for a ring that is published by a flag or an index in memory, not by a
+    /// register. On x86-64 it is the same instruction as [`store`](Self::store); on aarch64 a barrier comes
+    /// first.
     ///
     /// # Panics
     /// As [`load`](Self::load).
@@ -291,10 +291,10 @@ impl DmaBuffer {
         unsafe { T::store(self.word::<T>(offset), value) }
     }
 
-    /// Copies bytes out, from `offset` on.
+    /// Copies bytes out of the buffer, starting at `offset`.
     ///
     /// # Panics
-    /// Where they leave the buffer, as slices do.
+    /// If they leave the buffer, as for slices.
     #[track_caller]
     pub fn read(&self, offset: usize, bytes: &mut [u8]) {
         self.check(offset, bytes.len());
@@ -314,7 +314,7 @@ impl DmaBuffer {
         }
     }
 
-    /// Copies bytes in, from `offset` on.
+    /// Copies bytes into the buffer, starting at `offset`.
     ///
     /// # Panics
     /// As [`read`](Self::read).
@@ -360,12 +360,13 @@ impl DmaBuffer {
 
     #[inline]
     fn at(&self, offset: usize) -> NonNull<u8> {
-        // SAFETY: callers have checked that the offset lies within this part, which lies in the mapping.
+        // SAFETY: the callers have checked that the offset lies in this part, which lies in the mapping.
         unsafe { self.whole.memory.at.add(self.offset + offset) }
     }
 }
 
-/// A run of `len` bytes from `address` on: bytes before the first aligned word, bytes of words, rest.
+/// Splits `len` bytes at `address`: the bytes before the first aligned word, the bytes of whole words, the
+/// rest.
 pub(super) fn split(address: usize, len: usize) -> (usize, usize, usize) {
     let head = (address.wrapping_neg() % 8).min(len);
     let words = (len - head) / 8 * 8;

@@ -1,4 +1,4 @@
-//! DMA memory as descriptors of a type: rings.
+//! DMA memory as an array of typed descriptors: rings.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -13,14 +13,14 @@ use super::iova::Iova;
 use super::register_access::Width;
 use crate::error::{Error, ErrorKind, Result};
 
-/// A ring of descriptors of type `D`, or a table of them, that a device reads and writes: loaded and stored
-/// by single accesses of the width of `W`.
+/// A ring or table of descriptors of type `D` that a device reads and writes. They are loaded and stored by
+/// single accesses of the width of `W`.
 ///
-/// The last word of a descriptor is taken for the one that tells whose it is, as in the rings of most
-/// devices: [`load`](Self::load) reads it first, and [`store_release`](Self::store_release) writes it last.
+/// The last word of a descriptor holds the owner bit in the rings of most devices. So [`load`](Self::load)
+/// reads it first, and [`store_release`](Self::store_release) writes it last.
 ///
-/// `D` is a `repr(C)` structure without padding of which any bytes are a value. The crate
-/// [zerocopy](https://docs.rs/zerocopy) checks that, and has integers of a fixed byte order for the fields.
+/// `D` is a `repr(C)` structure without padding, for which all bit patterns are valid. The crate
+/// [zerocopy](https://docs.rs/zerocopy) checks that, and has integers of fixed byte order for the fields.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -57,54 +57,57 @@ pub struct Descriptors<D, W: Width = u64> {
 impl<D, W: Width> Descriptors<D, W> {
     /// How many words a descriptor has.
     const WORDS: usize = {
-        assert!(size_of::<D>() > 0, "a descriptor has a word at least");
-        assert!(size_of::<D>().is_multiple_of(size_of::<W>()), "a descriptor is no whole words");
+        assert!(size_of::<D>() > 0, "a descriptor has at least one word");
+        assert!(
+            size_of::<D>().is_multiple_of(size_of::<W>()),
+            "a descriptor does not consist of whole words"
+        );
         size_of::<D>() / size_of::<W>()
     };
 
-    /// As many whole descriptors as the buffer has room for.
+    /// Makes an array of the whole descriptors that fit into the buffer.
     ///
     /// # Errors
-    /// The buffer, with `Unaligned` where it does not begin at a multiple of a word's size, `OutOfRange` where
-    /// it is shorter than a descriptor.
+    /// The buffer, with `Unaligned` if it does not begin at a multiple of the word size, `OutOfRange` if it is
+    /// shorter than a descriptor.
     pub fn new(buffer: DmaBuffer) -> std::result::Result<Self, BufferFailed> {
         let len = buffer.size() / (Self::WORDS * size_of::<W>());
         if len == 0 {
             let reason = format!("a descriptor has {:#x} bytes", size_of::<D>());
-            let (kind, remedy) = (ErrorKind::OutOfRange, "take a larger buffer");
+            let (kind, remedy) = (ErrorKind::OutOfRange, "use a larger buffer");
             return Err(BufferFailed::new(kind, "make descriptors of", buffer, reason, remedy));
         }
         Ok(Self { words: DmaArray::new(buffer)?, len, _descriptors: PhantomData })
     }
 
-    /// How many there are: one at least.
+    /// The number of descriptors, at least one.
     #[expect(clippy::len_without_is_empty, reason = "it never is")]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Where the device finds a descriptor; that of the first is the ring's.
+    /// A descriptor's address for the device. That of the first is the ring's.
     ///
     /// # Panics
-    /// Where `index` is past the last, as slices do.
+    /// If `index` is past the last, as for slices.
     #[track_caller]
     pub fn iova(&self, index: usize) -> Iova {
         self.check(index);
         self.words.iova(index * Self::WORDS)
     }
 
-    /// Reads a word of a descriptor, by one access; those that follow are made after it (acquire order).
+    /// Reads a word of a descriptor by one access. Later accesses happen after it (acquire order).
     ///
     /// # Panics
-    /// Where `index` or `word` is past the last, as slices do.
+    /// If `index` or `word` is past the last, as for slices.
     #[inline(always)]
     #[track_caller]
     pub fn load_word(&self, index: usize, word: usize) -> W {
         self.words.load(self.at(index, word), 0)
     }
 
-    /// Writes a word of a descriptor, by one access, in no order with others but those of
-    /// [`Register::write`](super::Register::write) and of stores of release order.
+    /// Writes a word of a descriptor by one access. It is ordered only before a later
+    /// [`Register::write`](super::Register::write) or store in release order.
     ///
     /// # Panics
     /// As [`load_word`](Self::load_word).
@@ -114,7 +117,8 @@ impl<D, W: Width> Descriptors<D, W> {
         self.words.store(self.at(index, word), 0, value);
     }
 
-    /// Writes a word of a descriptor, by one access, after all accesses to memory before it (release order).
+    /// Writes a word of a descriptor by one access. Earlier accesses to memory happen before it (release
+    /// order).
     ///
     /// # Panics
     /// As [`load_word`](Self::load_word).
@@ -124,7 +128,7 @@ impl<D, W: Width> Descriptors<D, W> {
         self.words.store_release(self.at(index, word), 0, value);
     }
 
-    /// The buffer again.
+    /// Returns the buffer.
     pub fn into_buffer(self) -> DmaBuffer {
         self.words.into_buffer()
     }
@@ -149,12 +153,12 @@ impl<D, W: Width> Descriptors<D, W> {
 }
 
 impl<D: FromBytes + IntoBytes + Immutable, W: Width> Descriptors<D, W> {
-    /// Reads a descriptor, each word by one access, the last one first; the others, and accesses that
-    /// follow, are made after that (acquire order). If it says that the device is done, the rest is what the
-    /// device wrote before.
+    /// Reads a descriptor, each word by one access, the last word first. The other words, and later accesses,
+    /// are read after it (acquire order). So if the last word says that the device is done, the other words are
+    /// what the device wrote before.
     ///
     /// # Panics
-    /// Where `index` is past the last, as slices do.
+    /// If `index` is past the last, as for slices.
     #[inline(always)]
     #[track_caller]
     pub fn load(&self, index: usize) -> D {
@@ -168,9 +172,9 @@ impl<D: FromBytes + IntoBytes + Immutable, W: Width> Descriptors<D, W> {
         descriptor
     }
 
-    /// Writes a descriptor, each word by one access, from the first to the last, in no order with others but
-    /// those of [`Register::write`](super::Register::write) and of stores of release order: for a ring whose
-    /// device is told by a doorbell.
+    /// Writes a descriptor, each word by one access, from the first to the last. They are ordered only before a
+    /// later [`Register::write`](super::Register::write) or store in release order. Use it for a ring with a
+    /// doorbell.
     ///
     /// # Panics
     /// As [`load`](Self::load).
@@ -183,8 +187,8 @@ impl<D: FromBytes + IntoBytes + Immutable, W: Width> Descriptors<D, W> {
         }
     }
 
-    /// Writes a descriptor as [`store`](Self::store) does, but its last word after all accesses to memory
-    /// before it (release order): for a ring whose device looks by itself whether a descriptor is its own.
+    /// Writes a descriptor as [`store`](Self::store) does, but the last word after all earlier accesses to
+    /// memory (release order). Use it for a ring whose device polls the descriptors.
     ///
     /// # Panics
     /// As [`load`](Self::load).
@@ -204,11 +208,11 @@ impl<D: FromBytes + IntoBytes + Immutable, W: Width> Descriptors<D, W> {
         (0..self.len).for_each(|index| self.store(index, D::new_zeroed()));
     }
 
-    /// A word of a descriptor, of these bytes.
+    /// Stores a word of a descriptor, from these bytes.
     #[inline(always)]
     #[track_caller]
     fn put(&self, index: usize, word: usize, bytes: &[u8], store: impl FnOnce(usize, W)) {
-        // There are as many bytes as a word has.
+        // The bytes are exactly one word.
         if let Some(value) = W::from_bytes(bytes) {
             store(index * Self::WORDS + word, value);
         }
@@ -216,7 +220,7 @@ impl<D: FromBytes + IntoBytes + Immutable, W: Width> Descriptors<D, W> {
 }
 
 impl DmaSpace {
-    /// A buffer of its own for `len` entries of `N` words of `T`, all zero.
+    /// Allocates a buffer for `len` entries of `N` words of `T`, all zero.
     ///
     /// # Errors
     /// As [`buffer`](Self::buffer).
@@ -224,7 +228,7 @@ impl DmaSpace {
         Ok(DmaArray::new(self.exactly(len, N * size_of::<T>())?)?)
     }
 
-    /// A buffer of its own for `len` descriptors, all zero: see [`Descriptors`].
+    /// Allocates a buffer for `len` descriptors, all zero: see [`Descriptors`].
     ///
     /// # Errors
     /// As [`buffer`](Self::buffer).
@@ -232,11 +236,11 @@ impl DmaSpace {
         Ok(Descriptors::new(self.exactly(len, size_of::<D>())?)?)
     }
 
-    /// A buffer for `count` times `size` bytes, without the rest of its last page.
+    /// A buffer of exactly `count` times `size` bytes, without the rest of its last page.
     fn exactly(&self, count: usize, size: usize) -> Result<DmaBuffer> {
         let Some(size) = count.checked_mul(size) else {
             return Err(Error::new(ErrorKind::OutOfRange, "allocate", format!("{count} entries"))
-                .because("no buffer is as large")
+                .because("no buffer can be that large")
                 .remedy("ask for fewer"));
         };
         Ok(self.buffer(size)?.slice(..size)?)
@@ -357,7 +361,7 @@ mod tests {
         assert_eq!((array.len(), array.load(4, 2)), (5, 0));
     }
 
-    /// A device, played by a thread, fills in descriptors; whoever sees the last word sees the rest.
+    /// A thread plays a device that writes descriptors. A reader that sees the last word sees the rest.
     #[test]
     fn a_descriptor_whose_last_word_is_there_is_there() {
         const LOADS: u32 = 500_000;

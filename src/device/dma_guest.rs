@@ -1,7 +1,7 @@
-//! The memory of a virtual machine, all of it, for DMA.
+//! The whole memory of a virtual machine, for DMA.
 //!
-//! `unsafe` is here because memory is named by its address: that of a guest is what `vm-memory` has mapped
-//! for it, is only ever reached through raw pointers, and stays mapped while its regions are held.
+//! `unsafe` is here because memory is passed by address. The memory of a guest was mapped by `vm-memory`, is
+//! only accessed through raw pointers, and stays mapped while its regions are held.
 
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
@@ -20,30 +20,30 @@ use super::iova::Iova;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 
-/// A guest's memory that a device reaches at its guest-physical addresses. Dropping it takes all of it
-/// away from the device again.
+/// A guest's memory, mapped for a device at its guest-physical addresses. Dropping this unmaps all of it.
 #[derive(Debug)]
 pub struct GuestMapping {
     regions: Vec<DmaMapping>,
 }
 
 impl GuestMapping {
-    /// Its regions, in the order in which the back end gives them.
+    /// The regions, in the order of the back end.
     pub fn regions(&self) -> &[DmaMapping] {
         &self.regions
     }
 }
 
 impl DmaSpace {
-    /// Lets the device reach all of a guest's memory, at the guest's physical addresses: what the guest's
-    /// driver programs is then right as it is. All regions are mapped, or none. They stay mapped in this
-    /// process as long as the device reaches them, whatever becomes of `memory`.
+    /// Maps all of a guest's memory for the device, at the guest-physical addresses. The addresses that the
+    /// guest's driver gives to the device are then correct. All regions are mapped, or none. They stay mapped
+    /// in this process while the device reaches them, even if `memory` is dropped.
     ///
     /// # Errors
-    /// As [`map`](Self::map), for the first region that it answers: one that lies where the IOMMU maps
-    /// nothing, such as the addresses of its interrupts (0xfee0_0000 on x86), or that is not of whole pages.
-    /// `Unsupported` for a region that was made of a raw pointer (`MmapRegion::build_raw`): nothing keeps it
-    /// mapped, and only [`map_guest_backend`](Self::map_guest_backend) takes a promise that somebody does.
+    /// As [`map`](Self::map), for the first region that fails: one outside the ranges of the IOMMU, which
+    /// exclude the addresses of interrupts (0xfee0_0000 on x86), or one that does not consist of whole pages.
+    /// `Unsupported` for a region from a raw pointer (`MmapRegion::build_raw`): nothing keeps it mapped.
+    /// [`map_guest_backend`](Self::map_guest_backend) accepts it, because its caller promises that it stays
+    /// mapped.
     pub fn map_guest<B>(&self, memory: &GuestMemoryMmap<B>, access: Access) -> Result<GuestMapping>
     where
         B: Bitmap + Send + Sync + 'static,
@@ -53,34 +53,34 @@ impl DmaSpace {
             if !mapping.owned() {
                 let object = format!("guest memory at {:#x}", region.start_addr().0);
                 return Err(Error::new(ErrorKind::Unsupported, "map for DMA", object)
-                    .because("its region is of a raw pointer, and does not keep it mapped")
-                    .remedy("vouch for it: DmaSpace::map_guest_backend"));
+                    .because("its region was made from a raw pointer, and does not keep it mapped")
+                    .remedy("promise that it stays mapped: DmaSpace::map_guest_backend"));
             }
-            // Private pages are not the file's.
+            // Private pages do not belong to the file.
             let shared = mapping.flags() & libc::MAP_SHARED != 0;
             let by_file = shared && self.limits().by_file;
             let file = region.file_offset().filter(|_| by_file).map(shared_file).transpose()?;
             let address = mapping.as_ptr() as usize;
-            // SAFETY: `mapping` owns the range, which vm-memory has mapped for it alone, and keeps it
-            // mapped. vm-memory's safe methods make no reference to its contents: they load and store by
-            // atomic or volatile accesses, and copy more than a word by `ptr::copy_nonoverlapping`, of bytes,
-            // for which any value is valid, and of which each is taken once. Against a device that writes
-            // meanwhile that is what it is against the guest's processors, for which vm-memory is made.
+            // SAFETY: `mapping` owns the range, which vm-memory mapped for it alone, and keeps it mapped.
+            // vm-memory's safe methods make no reference to its contents. They load and store by atomic or
+            // volatile accesses, and copy more than a word by `ptr::copy_nonoverlapping` of bytes, for which
+            // any value is valid, and each of which is read once. The guest's processors write this memory at
+            // any time, and vm-memory is made for that; a device does the same.
             let memory = unsafe { DmaMemory::new(address, mapping.size(), file, mapping) };
             Ok((region.start_addr().0, memory))
         });
         self.map_regions(regions, access)
     }
 
-    /// The same for any back end.
+    /// [`map_guest`](Self::map_guest) for any back end.
     ///
     /// # Errors
-    /// As [`map_guest`](Self::map_guest); `Unsupported` where a region is not mapped in this process.
+    /// As [`map_guest`](Self::map_guest); `Unsupported` if a region is not mapped in this process.
     ///
     /// # Safety
-    /// As long as `memory` lives, each region is mapped in one piece from its host address on. Nothing ever
-    /// makes a reference to its contents, and what reads or writes them does so by atomic or volatile
-    /// accesses: a device changes them at any time. Where a region names a file, it is that file's pages.
+    /// While `memory` lives, each region is mapped as one range that starts at its host address. Nothing makes
+    /// a reference to its contents, and all reads and writes are atomic or volatile accesses: a device changes
+    /// the contents at any time. If a region names a file, its pages are those of the file.
     pub unsafe fn map_guest_backend<M>(
         &self,
         memory: Arc<M>,
@@ -103,13 +103,13 @@ impl DmaSpace {
             let file = region.file_offset().filter(|_| by_file).map(shared_file).transpose()?;
             let owner: Arc<dyn Any + Send + Sync> = memory.clone();
             let size = usize::try_from(region.len()).unwrap_or(usize::MAX);
-            // SAFETY: the caller vouches for it.
+            // SAFETY: the caller guarantees it.
             Ok((start, unsafe { DmaMemory::new(address as usize, size, file, owner) }))
         });
         self.map_regions(regions, access)
     }
 
-    /// Maps each region at its address; an error drops those that were mapped before it.
+    /// Maps each region at its address. After an error, the regions that were already mapped are unmapped.
     fn map_regions(
         &self,
         regions: impl Iterator<Item = Result<(u64, DmaMemory)>>,
@@ -123,7 +123,7 @@ impl DmaSpace {
     }
 }
 
-/// The file of a region, by a descriptor of our own.
+/// The file of a region, as a descriptor of its own.
 fn shared_file(file: &FileOffset) -> Result<(Arc<OwnedFd>, u64)> {
     let own = file.file().try_clone().map(File::into);
     let own: OwnedFd =

@@ -7,11 +7,11 @@ use super::dma_buffer::DmaBuffer;
 use crate::error::ErrorKind;
 
 impl DmaBuffer {
-    /// The part of the buffer that `range` tells, in bytes. The rest is nobody's, until the buffer goes with
-    /// its last part: [`split_at`](Self::split_at) gives both.
+    /// The part of the buffer in `range`, in bytes. The rest is unused until the memory is freed with this
+    /// part; [`split_at`](Self::split_at) returns both parts.
     ///
     /// # Errors
-    /// The buffer, with `OutOfRange` where the range is empty or leaves it.
+    /// The buffer, with `OutOfRange` if the range is empty or leaves it.
     pub fn slice(self, range: impl RangeBounds<usize>) -> Result<Self, BufferFailed> {
         let size = self.size();
         let start = match range.start_bound() {
@@ -25,16 +25,16 @@ impl DmaBuffer {
             Bound::Unbounded => size,
         };
         if start >= end || end > size {
-            let reason = format!("{start:#x}..{end:#x} is no part of it");
-            let remedy = "take a range that is not empty and ends inside";
+            let reason = format!("{start:#x}..{end:#x} is not a part of it");
+            let remedy = "use a range that is not empty and ends inside";
             return Err(BufferFailed::new(ErrorKind::OutOfRange, "slice", self, reason, remedy));
         }
         let front = if end < size { self.split_at(end)?.0 } else { self };
         if start > 0 { Ok(front.split_at(start)?.1) } else { Ok(front) }
     }
 
-    /// Splits the buffer into parts of `size` bytes, the last of which may be shorter: buffers for packets,
-    /// from one mapping.
+    /// Splits the buffer into parts of `size` bytes; the last may be shorter. This makes, for example, packet
+    /// buffers from one mapping.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -47,10 +47,10 @@ impl DmaBuffer {
     /// ```
     ///
     /// # Panics
-    /// Where `size` is 0, as slices do.
+    /// If `size` is 0, as for slices.
     #[track_caller]
     pub fn chunks(self, size: usize) -> impl Iterator<Item = Self> + use<> {
-        assert!(size > 0, "parts of no bytes");
+        assert!(size > 0, "the size of the parts is 0");
         let mut rest = Some(self);
         std::iter::from_fn(move || {
             let whole = rest.take()?;
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::reversed_empty_ranges, reason = "it is the point")]
+    #[expect(clippy::reversed_empty_ranges, reason = "the test is about them")]
     fn a_slice_that_is_empty_or_leaves_the_buffer_gives_it_back() {
         for range in [0..0, 4096..4096, 0..4097, 4096..4097, 5..4, 0..usize::MAX] {
             let failed = buffer().slice(range).unwrap_err();

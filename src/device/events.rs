@@ -1,4 +1,4 @@
-//! What the kernel says of a device as a whole.
+//! Events of a device as a whole.
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -8,29 +8,27 @@ use std::time::Duration;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use super::signals::{eventfd, take, wait_until};
-use super::{Device, Inner, Note};
+use super::{Device, Holder, Inner};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
 use crate::transport::irq_index;
 
-/// Something that the kernel says of the device as a whole.
+/// An event that the kernel reports for a device as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Event {
-    /// The device has reported an uncorrectable error (PCIe AER). What it does from here on is not to
-    /// be trusted; reset it. It reports where that is switched on:
-    /// [`Config::set_error_reporting`](super::Config::set_error_reporting).
+    /// The device has reported an uncorrectable error (PCIe AER). Do not trust it any more; reset it. Errors
+    /// are reported only if [`Config::set_error_reporting`](super::Config::set_error_reporting) enabled that.
     Error,
-    /// Somebody wants the device back: it is being unbound or removed. Let go of it: drop windows,
-    /// buffers and vectors, and [`Device::close`] it. The kernel repeats this every ten seconds.
+    /// The device is being unbound or removed. Release it: drop windows, buffers and vectors, and
+    /// [`Device::close`] it. The kernel repeats this event every ten seconds.
     Release,
 }
 
-/// The events of a device. Ask, or watch the descriptor: it is readable while there is an event to
-/// [`poll`](Self::poll).
+/// The events of a device. The descriptor is readable while [`poll`](Self::poll) has an event to return.
 ///
-/// A driver that does not ask for them keeps its device until it exits, and holds up whoever unbinds it
-/// until then.
+/// Unbinding a device waits until its user closes it. A driver that does not watch for [`Event::Release`] makes
+/// it wait until the driver exits.
 pub struct Events {
     device: Arc<Inner>,
     error: Option<OwnedFd>,
@@ -42,10 +40,10 @@ pub struct Events {
 }
 
 impl Device {
-    /// Asks to be told of errors and of requests to release the device, as far as it offers them.
+    /// Watches for errors and for requests to release the device, as far as the device offers them.
     ///
     /// # Errors
-    /// `Unsupported` where it offers neither.
+    /// `Unsupported` if it offers neither.
     pub fn events(&self) -> Result<Events> {
         let failed = |errno| Error::os(errno, "watch", self.name());
         let both = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
@@ -59,9 +57,9 @@ impl Device {
             self.transport().set_irqs(index, 0, &[Some(eventfd.as_fd())])?;
             Ok(Some(eventfd))
         };
-        let slot = self.inner.only(Note::Events)?;
+        let slot = self.inner.insert_exclusive(Holder::Events)?;
         let generation = fork::generation();
-        // From here on, an error drops what was connected so far.
+        // If an error follows, dropping this disconnects what was connected.
         let device = self.inner.clone();
         let mut events = Events { device, error: None, release: None, both, slot, generation };
         events.error = connect(&events.both, irq_index::ERR)?;
@@ -76,20 +74,20 @@ impl Device {
 }
 
 impl Events {
-    /// Readable when [`Event::Error`] has come; `None` where the device does not tell.
+    /// Readable once [`Event::Error`] has come; `None` if the device does not offer it.
     pub fn error_fd(&self) -> Option<BorrowedFd<'_>> {
         self.error.as_ref().map(AsFd::as_fd)
     }
 
-    /// Readable when [`Event::Release`] has come; `None` where the device does not tell.
+    /// Readable once [`Event::Release`] has come; `None` if the device does not offer it.
     pub fn release_fd(&self) -> Option<BorrowedFd<'_>> {
         self.release.as_ref().map(AsFd::as_fd)
     }
 
-    /// What has come since it was last asked, errors first; does not wait.
+    /// The next event, errors first; `None` if there is none. Does not wait.
     ///
     /// # Errors
-    /// `Os` where the descriptor cannot be read.
+    /// `Os` if the eventfd cannot be read.
     pub fn poll(&self) -> Result<Option<Event>> {
         for (eventfd, event) in [(&self.error, Event::Error), (&self.release, Event::Release)] {
             if let Some(eventfd) = eventfd
@@ -101,7 +99,7 @@ impl Events {
         Ok(None)
     }
 
-    /// Waits for an event; `None` when the time is over.
+    /// Waits for an event; `None` after the time limit.
     ///
     /// # Errors
     /// As [`poll`](Self::poll).
@@ -138,7 +136,7 @@ impl Drop for Events {
                 log::warn!("an event stays connected until the device is closed: {error}");
             }
         }
-        self.device.notes().try_remove(self.slot);
+        self.device.holders().try_remove(self.slot);
     }
 }
 

@@ -1,10 +1,10 @@
-//! I/O virtual addresses: which of them a device can be given, and which are taken.
+//! I/O virtual addresses, and the allocator for them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::{Add, RangeInclusive};
 
-/// An I/O virtual address: what a device is given where a program has a pointer.
+/// An I/O virtual address: the address by which a device reaches memory.
 ///
 /// ```
 /// use vfio_remap::device::Iova;
@@ -17,13 +17,13 @@ use std::ops::{Add, RangeInclusive};
 pub struct Iova(pub u64);
 
 impl Iova {
-    /// The address `bytes` further on; `None` past the last address.
+    /// This address plus `bytes`; `None` on overflow.
     pub fn checked_add(self, bytes: u64) -> Option<Self> {
         self.0.checked_add(bytes).map(Self)
     }
 }
 
-/// As integers add: an overflow panics where they do.
+/// Overflow panics as for integers.
 impl Add<u64> for Iova {
     type Output = Self;
 
@@ -54,27 +54,27 @@ impl fmt::Display for Iova {
 /// The first address of more than 32 bits.
 const HIGH: u64 = 1 << 32;
 
-/// Free addresses in ranges: best fit, aligned or fixed, joined again when they are freed.
+/// An allocator of address ranges: best fit, aligned or at a fixed address. Freed ranges are merged.
 ///
-/// Addresses of more than 32 bits come first: those below are left to devices that have no others.
+/// Addresses of more than 32 bits come first: lower ones are left to devices that have no others.
 ///
-/// Ranges are kept by their first and last address, so that all 2^64 addresses can be free. What was freed
-/// last is kept as it is until something else is done: a driver that maps, unmaps and maps again gets it
+/// Ranges are kept by their first and last address, so that all 2^64 addresses can be free. The range that was
+/// freed last is not merged until the next other operation: a driver that maps, unmaps and maps again gets it
 /// back without a search.
 #[derive(Debug, Default)]
 pub(super) struct IovaAllocator {
     /// First address to last.
     free: BTreeMap<u64, u64>,
-    /// Those that end below [`HIGH`], by size: last less first, and first.
+    /// Free ranges that end below [`HIGH`], by size: (last - first, first).
     low: BTreeSet<(u64, u64)>,
-    /// All others: one of them at most begins below it.
+    /// All other free ranges. At most one of them begins below [`HIGH`].
     high: BTreeSet<(u64, u64)>,
-    /// First and last address of what was freed last, not joined with its neighbours yet.
+    /// First and last address of the range that was freed last, not merged yet.
     recent: Option<(u64, u64)>,
 }
 
 impl IovaAllocator {
-    /// All of `ranges` is free; those that overlap or touch are joined, empty ones left out.
+    /// All of `ranges` is free. Ranges that overlap or are adjacent are merged, empty ones are left out.
     pub(super) fn new(ranges: &[RangeInclusive<u64>]) -> Self {
         let mut ranges: Vec<_> = ranges.iter().filter(|range| !range.is_empty()).collect();
         ranges.sort_by_key(|range| *range.start());
@@ -96,9 +96,10 @@ impl IovaAllocator {
         allocator
     }
 
-    /// Takes `size` bytes at a multiple of `alignment`, but not at 0, no byte above `limit`: at [`HIGH`] or
-    /// above where they are free there, from the smallest free range that has them; the lowest addresses of
-    /// it. What was freed last comes first if it is exactly that. `size` is not 0, `alignment` a power of two.
+    /// Takes `size` bytes at a multiple of `alignment`, not at 0, with no byte above `limit`. Addresses from
+    /// [`HIGH`] upwards come first. The lowest addresses of the smallest range that is large enough are taken;
+    /// the range that was freed last comes first if it fits exactly. `size` is not 0, `alignment` is a power of
+    /// two.
     #[inline]
     pub(super) fn allocate(&mut self, size: u64, alignment: u64, limit: u64) -> Option<u64> {
         let extent = size.checked_sub(1)?;
@@ -115,7 +116,7 @@ impl IovaAllocator {
         self.search(extent, alignment, limit)
     }
 
-    /// The same by what is free and joined: `extent` is the size less one.
+    /// [`allocate`](Self::allocate) from merged ranges. `extent` is the size minus one.
     fn search(&mut self, extent: u64, alignment: u64, limit: u64) -> Option<u64> {
         self.settle();
         let fit = |first: u64, last: u64, lowest: u64| {
@@ -137,7 +138,7 @@ impl IovaAllocator {
         Some(start)
     }
 
-    /// Takes exactly `[start, start + size)`; false where a byte of it is not free.
+    /// Takes exactly `[start, start + size)`; false if a byte of it is not free.
     #[inline]
     pub(super) fn allocate_at(&mut self, start: u64, size: u64) -> bool {
         let Some(end) = size.checked_sub(1).and_then(|extent| start.checked_add(extent)) else {
@@ -150,7 +151,7 @@ impl IovaAllocator {
         self.split(start, end)
     }
 
-    /// The same by what is free and joined.
+    /// [`allocate_at`](Self::allocate_at) from merged ranges.
     fn split(&mut self, start: u64, end: u64) -> bool {
         self.settle();
         match self.free.range(..=start).next_back() {
@@ -162,7 +163,7 @@ impl IovaAllocator {
         }
     }
 
-    /// Frees what was taken.
+    /// Frees a range that was taken.
     #[inline]
     pub(super) fn free(&mut self, start: u64, size: u64) {
         let Some(extent) = size.checked_sub(1) else { return };
@@ -172,7 +173,7 @@ impl IovaAllocator {
         self.recent = Some((start, start.saturating_add(extent)));
     }
 
-    /// Joins what was freed last with its neighbours.
+    /// Merges the range that was freed last with its neighbours.
     fn settle(&mut self) {
         let Some((mut first, mut last)) = self.recent.take() else { return };
         if let Some((&before, &end)) = self.free.range(..first).next_back()
@@ -190,7 +191,7 @@ impl IovaAllocator {
         self.insert(first, last);
     }
 
-    /// Takes what is free of `[start, end]`.
+    /// Takes the free parts of `[start, end]`.
     pub(super) fn exclude(&mut self, start: u64, end: u64) {
         self.settle();
         while let Some((&first, &last)) = self.free.range(..=end).next_back()
@@ -206,12 +207,13 @@ impl IovaAllocator {
         self.free.iter().map(|(&first, &last)| first..=last)
     }
 
-    /// What is taken of `ranges`, which are those that it was made of, in order; what touches is one.
+    /// The taken parts of `ranges`, in order; adjacent ones are merged. `ranges` are those passed to
+    /// [`new`](Self::new).
     pub(super) fn taken(&mut self, ranges: &[RangeInclusive<u64>]) -> Vec<RangeInclusive<u64>> {
         self.settle();
         let mut taken = Vec::new();
         for (first, last) in Self::new(ranges).free {
-            // From here on nothing is known yet; `None` past the last address of all.
+            // The first address that was not looked at; `None` past the last address of all.
             let mut from = Some(first);
             for (&free, &end) in self.free.range(first..=last) {
                 taken.extend(from.filter(|&from| from < free).map(|from| from..=free - 1));
@@ -242,7 +244,7 @@ impl IovaAllocator {
         self.by_size(last).remove(&(last - first, first));
     }
 
-    /// Where a range with this last address is kept by its size.
+    /// The set by size that has the ranges with this last address.
     fn by_size(&mut self, last: u64) -> &mut BTreeSet<(u64, u64)> {
         if last < HIGH { &mut self.low } else { &mut self.high }
     }
@@ -275,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_freed_last_comes_back_first_and_is_lost_to_nobody() {
+    fn the_range_freed_last_comes_back_first_and_is_never_lost() {
         let mut iova = IovaAllocator::new(&[0x1000..=0x1_0fff]);
         let (first, second) =
             (iova.allocate(0x1000, 1, u64::MAX), iova.allocate(0x1000, 1, u64::MAX));
@@ -313,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_of_32_bits_are_left_to_who_has_no_others() {
+    fn addresses_of_32_bits_are_left_to_devices_without_others() {
         let mut iova = IovaAllocator::new(&[0..=0xfedf_ffff, 0xfef0_0000..=(1 << 39) - 1]);
         let all = iova.ranges().collect::<Vec<_>>();
         assert_eq!(iova.allocate(0x1000, 1, u64::MAX), Some(HIGH));
@@ -324,7 +326,7 @@ mod tests {
         assert_eq!(iova.allocate(0x1000, 1, u64::MAX), Some(HIGH + 0x2000), "freed last, but low");
         iova.free(HIGH, 0x1000);
         assert_eq!(iova.allocate(0x1000, 1, u64::MAX), Some(HIGH), "freed last");
-        // All that lies above is taken: what there is below.
+        // Everything above is taken, so lower addresses are used.
         let most = (1 << 39) - 1 - (HIGH + 0x3000);
         assert_eq!(iova.allocate(most, 0x1000, u64::MAX), Some(HIGH + 0x3000));
         assert_eq!(iova.allocate(0x10_0000, 0x10_0000, u64::MAX), Some(0xfef0_0000 + 0x10_0000));
@@ -333,7 +335,7 @@ mod tests {
         for (start, size) in [(0xfef0_0000, 0x1000), (HIGH + 0x1000, 0x2000), (HIGH, 0x1000)] {
             iova.free(start, size);
         }
-        // As much as lies neither below nor above, but across.
+        // This size fits only across `HIGH`.
         assert_eq!(iova.allocate((1 << 39) - HIGH + 0x1000, 0x1000, u64::MAX), Some(0xfef0_0000));
         iova.free(0xfef0_0000, (1 << 39) - HIGH + 0x1000);
         assert_eq!(iova.ranges().collect::<Vec<_>>(), all);

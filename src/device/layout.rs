@@ -1,4 +1,4 @@
-//! What of a region can be mapped, and what must be trapped.
+//! Which parts of a region can be mapped, and which are trapped.
 
 use std::fmt;
 use std::ops::Range;
@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::error::{Error, ErrorKind, Result};
 use crate::transport::RegionInfo;
 
-/// Why a part of a region cannot be mapped and is reached by reads and writes of the device's file.
+/// Why a part of a region cannot be mapped. It is reached by reads and writes of the device's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Trap {
@@ -14,7 +14,7 @@ pub enum Trap {
     IoPorts,
     /// The transport does not let the region be mapped.
     NotMappable,
-    /// The region can be mapped in parts, and this is none of them.
+    /// Only parts of the region can be mapped, and this is not one of them.
     OutsideAreas,
     /// These pages hold the MSI-X table (PCIe 5.0 §7.7.2), which VFIO programs.
     MsixTable,
@@ -34,23 +34,24 @@ impl fmt::Display for Trap {
     }
 }
 
-/// A part of a region that is reached in one way.
+/// A part of a region, mappable or trapped as a whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Span {
-    /// The bytes of the region. Mappable spans start at a page, and end at one or at the region's end.
+    /// The bytes of the region. A mappable span starts at a page boundary, and ends at one or at the region's
+    /// end.
     pub range: Range<u64>,
-    /// `None` where the span can be mapped.
+    /// `None` if the span can be mapped.
     pub trap: Option<Trap>,
 }
 
-/// A region as a sequence of spans, without gaps.
+/// A region as a sequence of adjacent spans.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     spans: Vec<Span>,
 }
 
-/// The pages that are kept from being mapped, although the region could be.
+/// Pages that are not mapped although the region could be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Reserved {
     pub(crate) table: Option<Range<u64>>,
@@ -66,7 +67,7 @@ impl Layout {
     /// The layout of a region, in pages of `page_size` bytes.
     ///
     /// # Errors
-    /// `Malformed` where its areas leave it or overlap.
+    /// `Malformed` if its areas leave it or overlap.
     pub(crate) fn new(info: &RegionInfo, reserved: &Reserved, page_size: u64) -> Result<Self> {
         if !info.mappable {
             let trap = Some(Trap::NotMappable);
@@ -108,7 +109,7 @@ impl Layout {
         })
     }
 
-    /// Appends a span, as part of the one before where it is of the same kind.
+    /// Appends a span, or extends the last one if it is of the same kind.
     fn push(&mut self, range: Range<u64>, trap: Option<Trap>) {
         if range.is_empty() {
             return;
@@ -121,7 +122,7 @@ impl Layout {
         }
     }
 
-    /// Takes the pages of `range` out of what can be mapped.
+    /// Removes the pages of `range` from what can be mapped.
     fn cut(&mut self, range: &Range<u64>, trap: Trap, page_size: u64) {
         let start = range.start - range.start % page_size;
         let end = range.end.checked_next_multiple_of(page_size).unwrap_or(u64::MAX);
@@ -135,11 +136,11 @@ impl Layout {
     }
 }
 
-/// The areas in order, shrunk to the whole pages within them; the last page of a region may be cut
-/// short by the region's end, as in a BAR smaller than a page.
+/// The areas in order, shrunk to whole pages. The region's end may cut its last page short, as in a BAR smaller
+/// than a page.
 fn mappable_pages(info: &RegionInfo, page_size: u64) -> Result<Vec<Range<u64>>> {
     let malformed = |reason: String| {
-        Err(Error::new(ErrorKind::Malformed, "lay out", "a region").because(reason))
+        Err(Error::new(ErrorKind::Malformed, "read", "the layout of a region").because(reason))
     };
     let Some(areas) = &info.areas else { return Ok(vec![0..info.size]) };
     let mut areas = areas.clone();

@@ -64,17 +64,17 @@ pub use register_layout::{BlockArrayAt, BlockAt, BlockLayout, RegisterArrayAt, R
 pub use vectors::{Growth, Interrupt, Vector, Vectors};
 pub use window::{StillMapped, Window};
 
-/// A device, opened.
+/// An open device.
 ///
-/// Clones are the same device. They, its windows and its registers keep it open; [`close`](Self::close) tells
-/// which do.
+/// Clones are the same device. They, its windows and its registers keep it open; [`close`](Self::close) names
+/// those that do.
 #[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,
 }
 
-/// What a device shares with its windows. Files are closed after mappings: the regions' backings go
-/// before the transport.
+/// What a device shares with its windows. Fields are dropped in order: the backings of regions before the
+/// transport, so that mappings end before files are closed.
 struct Inner {
     regions: Box<[OnceLock<Region>]>,
     msix: OnceLock<Option<config::Msix>>,
@@ -82,8 +82,8 @@ struct Inner {
     dma_lock: Mutex<()>,
     /// Held while a control register is read, changed and written.
     control: Mutex<()>,
-    /// What holds the device: each knows its place here.
-    notes: Mutex<Slab<Note>>,
+    /// What holds the device. Each holder keeps its key in this slab.
+    holders: Mutex<Slab<Holder>>,
     info: DeviceInfo,
     transport: Arc<dyn Transport>,
 }
@@ -91,41 +91,41 @@ struct Inner {
 /// How many holders an error names.
 const NAMED: usize = 8;
 
-/// What to do about a region that a device does not have.
+/// The advice for a region that a device does not have.
 const OTHER_REGIONS: &str = "see which it has: Device::bars";
 
-/// What is known of a region once it was asked for.
+/// What is known about a region, once the transport was asked.
 struct Region {
     info: RegionInfo,
     /// Without the MSI-X table.
-    usual: View,
-    /// With it, once it was asked for.
-    with_table: OnceLock<View>,
+    usual: Mappable,
+    /// With the MSI-X table, once a program asked for it.
+    with_table: OnceLock<Mappable>,
 }
 
-/// What of a region can be mapped, and what that is mapped of.
-struct View {
+/// The mappable parts of a region, and the file behind them.
+struct Mappable {
     layout: Layout,
-    /// As long as the layout's mappable parts reach; `None` where it has none.
+    /// It ends with the last mappable part; `None` if there is none.
     backing: Option<Arc<Backing>>,
 }
 
 /// What holds a device.
 #[derive(Clone, Debug)]
-enum Note {
+enum Holder {
     /// A window over a range of a region.
     Window { region: u32, range: Range<u64>, address: usize },
     /// A block of trapped registers.
     Block { name: &'static str, region: u32, range: Range<u64> },
     /// Vectors that are set up.
     Vectors { kind: Interrupt, count: usize },
-    /// Events that are watched.
+    /// Watched events.
     Events,
-    /// The device sleeps.
+    /// The device is in a low power state.
     LowPower,
 }
 
-/// Where a trapped register is.
+/// The place of a trapped register.
 #[derive(Clone)]
 struct Trapped {
     device: Arc<Inner>,
@@ -137,12 +137,12 @@ impl Device {
     /// Opens the PCI device at `address` through Linux VFIO: a [`PciAddress`], or text such as
     /// `"0000:00:03.0"`.
     ///
-    /// It may not answer yet, and may start nothing by itself: before its windows are touched,
-    /// [`Config::set_memory_decoding`] is called, or an access is a SIGBUS; before it is given work,
-    /// [`Config::set_bus_mastering`], or its DMA and its MSI silently do nothing.
+    /// Memory decoding and bus mastering may be off. Call [`Config::set_memory_decoding`] before you access a
+    /// window: without it an access raises SIGBUS. Call [`Config::set_bus_mastering`] before you give the
+    /// device work: without it the device does no DMA and sends no MSI, and reports no error.
     ///
     /// # Errors
-    /// As [`Vfio::open`]; `Malformed` for text that is no address.
+    /// As [`Vfio::open`]; `Malformed` if the text is not an address.
     pub fn open<A>(address: A) -> Result<Self>
     where
         A: TryInto<PciAddress>,
@@ -163,7 +163,7 @@ impl Device {
                 dma: OnceLock::new(),
                 dma_lock: Mutex::new(()),
                 control: Mutex::new(()),
-                notes: Mutex::default(),
+                holders: Mutex::default(),
                 info,
                 transport,
             }),
@@ -175,21 +175,21 @@ impl Device {
         &self.inner.info
     }
 
-    /// How errors and logs name it.
+    /// The name of the device in errors and logs.
     pub fn name(&self) -> &str {
         &self.inner.info.name
     }
 
-    /// The way to it.
+    /// The transport that reaches the device.
     pub fn transport(&self) -> &dyn Transport {
         &*self.inner.transport
     }
 
-    /// The region `index`, which for a PCI device and an index of 0 to 5 is a BAR.
+    /// The region `index`. On a PCI device, regions 0 to 5 are the BARs.
     ///
     /// # Errors
-    /// `NotFound` where the device has none there; `Malformed` where what its transport says of it
-    /// makes no sense; `Gone` where its configuration space reads all ones.
+    /// `NotFound` if the device has no such region; `Malformed` if the transport describes an impossible
+    /// region; `Gone` if configuration space reads all ones.
     pub fn bar(&self, index: u32) -> Result<Bar<'_>> {
         let Some(cell) = self.inner.regions.get(index as usize) else {
             return Err(Error::new(ErrorKind::NotFound, "find", self.inner.region_name(index))
@@ -209,11 +209,11 @@ impl Device {
         Ok(Bar::new(self, index, region))
     }
 
-    /// All regions that the device has, in order: of a PCI device its BARs (0 to 5), and then, as far as
-    /// there are any, the expansion ROM (6), configuration space (7), and those of its driver's own.
+    /// All regions of the device, in order. A PCI device has its BARs (0 to 5) and, if they exist, the
+    /// expansion ROM (6), configuration space (7) and device-specific regions.
     ///
-    /// One that answers with an error is left out; where that is another than `NotFound`, it is logged, and
-    /// [`bar`](Self::bar) tells it.
+    /// A region that cannot be read is left out. The error is logged unless it is `NotFound`;
+    /// [`bar`](Self::bar) returns it.
     pub fn bars(&self) -> impl Iterator<Item = Bar<'_>> + '_ {
         (0..self.inner.regions.len() as u32).filter_map(|index| match self.bar(index) {
             Ok(bar) => Some(bar),
@@ -229,21 +229,21 @@ impl Device {
     /// Configuration space.
     ///
     /// # Errors
-    /// `Unsupported` where the device is not PCI.
+    /// `Unsupported` if the device is not PCI.
     pub fn config(&self) -> Result<Config<'_>> {
         Config::of(self)
     }
 
-    /// The memory that the device reaches, once [`Config::set_bus_mastering`] has let it: before, what it
-    /// is told to read or write there silently does not happen.
+    /// The memory that the device reaches by DMA. DMA needs [`Config::set_bus_mastering`]: without it the
+    /// device reads and writes nothing, and reports no error.
     ///
     /// # Errors
-    /// `Unsupported` where the device does no DMA, or its transport none for this process.
+    /// `Unsupported` if the device does no DMA, or its transport offers none to this process.
     pub fn dma(&self) -> Result<DmaSpace> {
         if let Some(space) = self.inner.dma.get() {
             return Ok(space.clone());
         }
-        // Two that come at once must not each have a space of their own.
+        // Two threads at once must get the same space.
         let _one = self.inner.dma_lock.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(space) = self.inner.dma.get() {
             return Ok(space.clone());
@@ -252,51 +252,51 @@ impl Device {
         Ok(self.inner.dma.get_or_init(|| space).clone())
     }
 
-    /// Resets the device, and it alone (PCIe 5.0 §6.6.2, or by its power state). Windows stay, and reach it
-    /// again once memory decoding is on.
+    /// Resets this device only (function level reset, PCIe 5.0 §6.6.2, or by its power state). Windows stay
+    /// mapped, and reach the device again once memory decoding is on.
     ///
-    /// Take memory decoding, bus mastering and the device's interrupts as off afterwards. Under vfio-pci the
-    /// kernel restores the command register; a model, or a device behind a vfio-user server, has it cleared.
-    /// Switch both on again ([`Config::set_memory_decoding`], [`Config::set_bus_mastering`]), and bring the
-    /// device up as at first. What is mapped for DMA stays mapped.
+    /// Assume that memory decoding, bus mastering and the device's interrupts are off afterwards. vfio-pci
+    /// restores the command register; a device model or a vfio-user server clears it. Enable both again
+    /// ([`Config::set_memory_decoding`], [`Config::set_bus_mastering`]) and initialize the device as after
+    /// [`open`](Self::open). DMA mappings stay.
     ///
     /// # Errors
-    /// `Unsupported` where it cannot be reset, for which [`hot_reset`](Self::hot_reset) may be a way; what
-    /// the kernel answers.
+    /// `Unsupported` if the device has no reset of its own ([`hot_reset`](Self::hot_reset) may work); the
+    /// kernel's error.
     pub fn reset(&self) -> Result<()> {
         self.inner.transport.reset()
     }
 
-    /// The devices that [`hot_reset`](Self::hot_reset) would reset, this one among them.
+    /// The devices that [`hot_reset`](Self::hot_reset) resets, including this one.
     ///
     /// # Errors
-    /// `Unsupported` where there is no such reset: no bridge above the device, or a transport without.
+    /// `Unsupported` if there is no bridge above the device, or the transport has no hot reset.
     pub fn affected_by_hot_reset(&self) -> Result<Vec<AffectedDevice>> {
         self.inner.transport.affected_by_hot_reset()
     }
 
-    /// Resets the bus or slot that the device sits on, and with it every device there: the way to reset a
-    /// device that has no reset of its own. Windows stay; what [`reset`](Self::reset) says of afterwards
-    /// holds for each device.
+    /// Resets the bus or slot of the device, and every device on it. Use it for a device that has no reset of
+    /// its own. Windows stay mapped. Each device is afterwards in the state that [`reset`](Self::reset)
+    /// describes.
     ///
-    /// `others` are the affected devices besides this one that this process has open: their drivers find
-    /// them reset. Affected devices that are not open must at least be bound to vfio-pci, and their IOMMU
-    /// groups be open here.
+    /// `others` are the other affected devices that this process has open; the caller's drivers for them must
+    /// expect the reset. An affected device that is not open must be bound to vfio-pci, and this process must
+    /// have its IOMMU group open.
     ///
     /// # Errors
-    /// `NotOwned`, naming the devices that stand in the way and why; nothing is reset then. `Unsupported`
-    /// where there is no such reset; `InUse` where a device was being accessed; what the kernel answers.
+    /// `NotOwned` with the devices that prevent the reset, and why; nothing is reset then. `Unsupported` if
+    /// there is no such reset; `InUse` if a device was being accessed; the kernel's error.
     pub fn hot_reset(&self, others: &[&Device]) -> Result<()> {
         let others: Vec<_> = others.iter().map(|device| device.transport()).collect();
         self.inner.transport.hot_reset(&others)
     }
 
-    /// Closes the device, so that it can be bound to another driver.
+    /// Closes the device. It can then be bound to another driver.
     ///
     /// # Errors
-    /// The device, with `InUse`, naming what holds it: windows, vectors, memory mapped for DMA, clones. A
-    /// [`RegionFile`](crate::transport::RegionFile) that was asked of the transport holds the
-    /// device's file, too, and is not seen here.
+    /// The device, with `InUse` and what holds it: windows, vectors, DMA mappings, clones. A
+    /// [`RegionFile`](crate::transport::RegionFile) of the transport keeps the device's file open, too, and is
+    /// not detected here.
     pub fn close(self) -> std::result::Result<(), StillInUse> {
         let inner = match Arc::try_unwrap(self.inner) {
             Ok(inner) => inner,
@@ -332,21 +332,21 @@ impl Device {
             };
             Layout::new(&info, &reserved, self.page_size())?
         };
-        let usual = self.view(index, layout)?;
+        let usual = self.mappable(index, layout)?;
         Ok(Region { info, usual, with_table: OnceLock::new() })
     }
 
-    fn view(&self, index: u32, layout: Layout) -> Result<View> {
+    fn mappable(&self, index: u32, layout: Layout) -> Result<Mappable> {
         let backing = match layout.mappable().last() {
             Some(last) => {
                 let file = self.transport().backing(index)?;
                 let name = self.inner.region_name(index);
-                // A file need not go further than what is mapped of it.
+                // The file may end where the last mappable part ends.
                 Some(Arc::new(Backing::new(name, file.fd, file.start, last.end, file.kind)?))
             }
             None => None,
         };
-        Ok(View { layout, backing })
+        Ok(Mappable { layout, backing })
     }
 
     fn msix(&self) -> Result<Option<&config::Msix>> {
@@ -365,8 +365,8 @@ impl Device {
 }
 
 impl Inner {
-    fn notes(&self) -> MutexGuard<'_, Slab<Note>> {
-        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn holders(&self) -> MutexGuard<'_, Slab<Holder>> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// "bar 0 of 0000:00:03.0"
@@ -379,7 +379,7 @@ impl Inner {
         format!("{}, {:#x}..{:#x}", self.region_name(index), range.start, range.end)
     }
 
-    /// Why the device stays open although nothing of this crate's refers to its windows.
+    /// Why the device stays open although no object of this crate holds it.
     fn held_elsewhere(&self) -> Option<Error> {
         let in_use = || Error::new(ErrorKind::InUse, "close", &self.info.name);
         let space = self.dma.get();
@@ -393,36 +393,36 @@ impl Inner {
         }
         let ours = 1 + usize::from(space.is_some());
         (Arc::strong_count(&self.transport) > ours)
-            .then(|| in_use().because("its transport is held elsewhere, too"))
+            .then(|| in_use().because("something else holds its transport"))
     }
 
-    fn describe(&self, note: &Note) -> String {
-        match note {
-            Note::Window { region, range, address } => {
+    fn describe(&self, holder: &Holder) -> String {
+        match holder {
+            Holder::Window { region, range, address } => {
                 format!("a window over {} at {address:#x}", self.range_name(*region, range))
             }
-            Note::Block { name, region, range } => {
+            Holder::Block { name, region, range } => {
                 format!("the register block {name}, {}", self.range_name(*region, range))
             }
-            Note::Vectors { kind, count } => format!("{count} vectors of {kind:?}"),
-            Note::Events => "its events".to_owned(),
-            Note::LowPower => "its low power state".to_owned(),
+            Holder::Vectors { kind, count } => format!("{count} vectors of {kind:?}"),
+            Holder::Events => "events".to_owned(),
+            Holder::LowPower => "a low power state".to_owned(),
         }
     }
 
-    fn in_use(&self, holders: usize) -> Error {
-        let notes = self.notes();
+    fn in_use(&self, count: usize) -> Error {
+        let holders = self.holders();
         let mut held: Vec<String> =
-            notes.iter().take(NAMED).map(|(_, note)| self.describe(note)).collect();
-        if notes.len() > NAMED {
-            held.push(format!("{} more", notes.len() - NAMED));
+            holders.iter().take(NAMED).map(|(_, holder)| self.describe(holder)).collect();
+        if holders.len() > NAMED {
+            held.push(format!("{} more", holders.len() - NAMED));
         }
-        if holders > notes.len() {
-            let others = holders - notes.len();
+        if count > holders.len() {
+            let others = count - holders.len();
             held.push(format!("{others} trapped registers or clones of the device"));
         }
         if held.is_empty() {
-            held.push("something that has just gone".to_owned());
+            held.push("something that was dropped just now".to_owned());
         }
         Error::new(ErrorKind::InUse, "close", &self.info.name)
             .because(format!("it is held by {}", held.join(", ")))
@@ -443,7 +443,7 @@ impl StillInUse {
         &self.error
     }
 
-    /// The device, as it was.
+    /// The device, unchanged.
     pub fn into_device(self) -> Device {
         self.device
     }

@@ -1,4 +1,4 @@
-//! Waiting for a device that says when it is done by a register or in memory, not by an interrupt.
+//! Waiting for a device that reports completion by a register or in memory, not by an interrupt.
 
 use std::fmt::{Debug, Display};
 use std::future;
@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Looks that follow at once upon each other, before others are let run in between.
+/// Reads in a tight loop, before other threads are let run between two reads.
 const SPINS: u32 = 128;
 
-/// Reads again and again until `done` says that it is as wanted, and returns that value: at once at first,
-/// later with other threads running in between. `what` is how the error names what was waited for.
+/// Reads until `done` returns true, and returns that value. The first reads are a tight loop; later ones let
+/// other threads run in between. `what` names the awaited thing in the error.
 ///
-/// It reads once more after the time is over: a thread that was not run meanwhile misses nothing.
+/// The last read is after the deadline, so a thread that did not run for a while misses nothing.
 ///
 /// ```
 /// # use vfio_remap::{Device, Placement, transport::MemoryDevice};
@@ -40,8 +40,8 @@ const SPINS: u32 = 128;
 /// let error = busy.expect_err("it does nothing");
 /// assert_eq!(error.kind(), ErrorKind::TimedOut);
 /// let text = error.to_string();
-/// let (what, last) = text.split_once(": the last value was ").expect("it tells it");
-/// assert_eq!(what, "cannot wait for the timer: not within 10ms");
+/// let (what, last) = text.split_once(": the last value was ").expect("it has the value");
+/// assert_eq!(what, "cannot wait for the timer: timed out after 10ms");
 /// assert_eq!(last, "Status { busy: false }");
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
@@ -57,22 +57,22 @@ pub fn poll_until<T: Debug>(
     try_poll_until(what, timeout, || Ok(read()), done)
 }
 
-/// The same where reading can fail, as that of trapped registers can.
+/// [`poll_until`] for reads that can fail, such as those of trapped registers.
 ///
 /// # Errors
-/// `TimedOut`, with the last value; what `read` answers.
+/// `TimedOut`, with the last value; the error of `read`.
 pub fn try_poll_until<T: Debug>(
     what: impl Display,
     timeout: Duration,
     mut read: impl FnMut() -> Result<T>,
     mut done: impl FnMut(&T) -> bool,
 ) -> Result<T> {
-    let mut looks = Looks::new(timeout);
+    let mut wait = Wait::new(timeout);
     loop {
-        if let Some(value) = looks.look(&what, &mut read, &mut done)? {
+        if let Some(value) = wait.read_once(&what, &mut read, &mut done)? {
             return Ok(value);
         }
-        if looks.spins() {
+        if wait.spins() {
             std::hint::spin_loop();
         } else {
             std::thread::yield_now();
@@ -80,10 +80,10 @@ pub fn try_poll_until<T: Debug>(
     }
 }
 
-/// [`try_poll_until`] for `async` programs, with any runtime: other tasks run in between.
+/// [`try_poll_until`] for `async` programs, with any runtime: other tasks run between two reads.
 ///
-/// It does not sleep but is woken at once, for what a device does in microseconds. What takes longer is
-/// better told by an interrupt.
+/// It does not sleep: it asks to be polled again at once. Use it for what a device does in microseconds, and an
+/// interrupt for what takes longer.
 ///
 /// # Errors
 /// As [`try_poll_until`].
@@ -93,12 +93,12 @@ pub async fn poll_until_async<T: Debug>(
     mut read: impl FnMut() -> Result<T>,
     mut done: impl FnMut(&T) -> bool,
 ) -> Result<T> {
-    let mut looks = Looks::new(timeout);
+    let mut wait = Wait::new(timeout);
     future::poll_fn(|context| {
         loop {
-            match looks.look(&what, &mut read, &mut done).transpose() {
+            match wait.read_once(&what, &mut read, &mut done).transpose() {
                 Some(result) => return Poll::Ready(result),
-                None if looks.spins() => std::hint::spin_loop(),
+                None if wait.spins() => std::hint::spin_loop(),
                 None => {
                     context.waker().wake_by_ref();
                     return Poll::Pending;
@@ -109,40 +109,42 @@ pub async fn poll_until_async<T: Debug>(
     .await
 }
 
-/// A wait that goes on.
-struct Looks {
+/// The state of a wait.
+struct Wait {
     timeout: Duration,
-    /// `None` is beyond what the clock counts.
+    /// `None` if it is beyond the range of the clock.
     deadline: Option<Instant>,
     count: u32,
 }
 
-impl Looks {
+impl Wait {
     fn new(timeout: Duration) -> Self {
         Self { timeout, deadline: Instant::now().checked_add(timeout), count: 0 }
     }
 
-    /// Whether the next look follows at once.
+    /// Whether the next read follows at once.
     fn spins(&self) -> bool {
         self.count < SPINS
     }
 
-    /// One look; `None` where it is to be repeated.
-    fn look<T: Debug>(
+    /// Reads once. `None` means: read again.
+    fn read_once<T: Debug>(
         &mut self,
         what: &impl Display,
         read: &mut impl FnMut() -> Result<T>,
         done: &mut impl FnMut(&T) -> bool,
     ) -> Result<Option<T>> {
-        // Before the look, so that one is made after the time is over.
+        // Taken before the read, so that the last read is after the deadline.
         let over = self.deadline.is_some_and(|deadline| deadline <= Instant::now());
         let value = read()?;
         if done(&value) {
             return Ok(Some(value));
         }
         if over {
-            return Err(Error::new(ErrorKind::TimedOut, "wait for", what)
-                .because(format!("not within {:?}: the last value was {value:?}", self.timeout)));
+            return Err(Error::new(ErrorKind::TimedOut, "wait for", what).because(format!(
+                "timed out after {:?}: the last value was {value:?}",
+                self.timeout
+            )));
         }
         self.count = self.count.saturating_add(1);
         Ok(None)
@@ -176,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_ends_in_time_and_tells_the_last_value() {
+    fn a_wait_ends_in_time_and_reports_the_last_value() {
         let begun = Instant::now();
         let timeout = Duration::from_millis(5);
         let error = poll_until("a bit", timeout, || 7, |_| false).unwrap_err();
@@ -184,20 +186,20 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         assert_eq!(
             error.to_string(),
-            "cannot wait for a bit: not within 5ms: the last value was 7"
+            "cannot wait for a bit: timed out after 5ms: the last value was 7"
         );
     }
 
     #[test]
-    fn no_time_at_all_is_one_look() {
+    fn no_time_at_all_is_one_read() {
         assert_eq!(poll_until("one", Duration::ZERO, count_up(), |count| *count == 1).unwrap(), 1);
         let error = poll_until("two", Duration::ZERO, count_up(), |count| *count == 2);
         assert_eq!(error.unwrap_err().kind(), ErrorKind::TimedOut);
     }
 
     #[test]
-    fn there_is_a_look_after_the_time_is_over() {
-        // The first look takes all the time there is, as if the thread had not been run.
+    fn the_last_read_is_after_the_deadline() {
+        // The first read takes longer than the time limit, as if the thread had not run.
         let timeout = Duration::from_millis(1);
         let mut count = count_up();
         let read = || {
@@ -229,7 +231,7 @@ mod tests {
         }
     }
 
-    /// Polls a future to its end; how often it let others run.
+    /// Polls a future to its end. Returns how often it let others run.
     fn run<T>(future: impl Future<Output = T>) -> (T, u32) {
         let woken = Arc::new(Woken::default());
         let waker = Waker::from(woken.clone());

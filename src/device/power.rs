@@ -6,22 +6,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::signals::{eventfd, wait};
-use super::{Device, Inner, Note};
+use super::{Device, Holder, Inner};
 use crate::error::Result;
 use crate::sys::fork;
 
-/// A device that sleeps. Dropping this wakes it.
+/// A device in a low power state. Dropping this wakes it.
 ///
-/// Meanwhile
-/// - an access through a [`Window`](super::Window) raises SIGBUS, asleep or woken, until this is dropped or
-///   [`woken`](Self::woken) has come;
+/// While this lives
+/// - an access through a [`Window`](super::Window) raises SIGBUS, until this is dropped or
+///   [`woken`](Self::woken) returns true, even if the device woke earlier;
 /// - an access through the kernel, to a [`Bar::trapped`](super::Bar::trapped) register or to
-///   [`Config`](super::Config), wakes the device and works, and so do calls that set up interrupts or reset
-///   it. The device falls asleep again afterwards, unless it was to tell of waking;
-/// - it raises no interrupts, and does no DMA.
+///   [`Config`](super::Config), wakes the device and works, and so do calls that set up interrupts or reset it.
+///   The device sleeps again afterwards, unless this came from [`Device::low_power_until_woken`];
+/// - the device raises no interrupts and does no DMA.
 ///
-/// What the device forgets in its sleep is up to it: the kernel keeps its configuration space, and no
-/// more.
+/// The device may lose its state. The kernel saves and restores configuration space, nothing else.
 pub struct LowPower {
     device: Arc<Inner>,
     wakeup: Option<OwnedFd>,
@@ -30,18 +29,18 @@ pub struct LowPower {
 }
 
 impl Device {
-    /// Lets the device sleep, until what this gives is dropped (vfio-pci, Linux 6.1). The kernel takes it
-    /// to the lowest power state that the machine has for it: D3cold, D3hot, or none at all.
+    /// Puts the device into a low power state until the returned value is dropped (vfio-pci, Linux 6.1). The
+    /// kernel chooses the lowest state that the machine supports: D3cold, D3hot, or none.
     ///
     /// # Errors
-    /// `Unsupported` where the kernel or the transport does not offer it; `InUse` where the device sleeps
-    /// already.
+    /// `Unsupported` if the kernel or the transport does not offer it; `InUse` if the device is in a low power
+    /// state already.
     pub fn low_power(&self) -> Result<LowPower> {
         self.sleep(None)
     }
 
-    /// As [`low_power`](Self::low_power), until something wakes the device: the device itself, or anybody
-    /// who accesses it through the kernel. It stays awake then, and [`LowPower::woken`] tells.
+    /// As [`low_power`](Self::low_power), until something wakes the device: the device itself, or an access
+    /// through the kernel. The device then stays awake, and [`LowPower::woken`] returns true.
     ///
     /// # Errors
     /// As [`low_power`](Self::low_power).
@@ -50,9 +49,9 @@ impl Device {
     }
 
     fn sleep(&self, wakeup: Option<OwnedFd>) -> Result<LowPower> {
-        let slot = self.inner.only(Note::LowPower)?;
+        let slot = self.inner.insert_exclusive(Holder::LowPower)?;
         if let Err(error) = self.transport().enter_low_power(wakeup.as_ref().map(AsFd::as_fd)) {
-            self.inner.notes().try_remove(slot);
+            self.inner.holders().try_remove(slot);
             return Err(error);
         }
         let generation = fork::generation();
@@ -61,11 +60,11 @@ impl Device {
 }
 
 impl LowPower {
-    /// Waits until something has woken the device; false when the time is over, and for a device that
-    /// was not asked to tell. Once it has come, windows work.
+    /// Waits until something wakes the device. Returns false after the time limit, and always after
+    /// [`Device::low_power`]. Once it returns true, windows work.
     ///
     /// # Errors
-    /// `Os` where the descriptor cannot be read.
+    /// `Os` if the eventfd cannot be read.
     pub fn woken(&self, timeout: Duration) -> Result<bool> {
         let name = || format!("the wake-up of {}", self.device.info.name);
         match &self.wakeup {
@@ -74,15 +73,15 @@ impl LowPower {
         }
     }
 
-    /// Readable once something has woken the device; `None` where it was not asked to tell.
+    /// Readable once something has woken the device; `None` after [`Device::low_power`].
     pub fn wakeup_fd(&self) -> Option<BorrowedFd<'_>> {
         self.wakeup.as_ref().map(AsFd::as_fd)
     }
 
-    /// Wakes the device, as dropping does, and says what came of it.
+    /// Wakes the device, as dropping does, and returns the result.
     ///
     /// # Errors
-    /// What the transport answers; dropping the value retries the wake-up.
+    /// The transport's error; the value is then dropped, which retries the wake-up.
     pub fn wake(self) -> Result<()> {
         self.device.transport.exit_low_power()
     }
@@ -93,11 +92,11 @@ impl Drop for LowPower {
         if self.generation != fork::generation() {
             return;
         }
-        // To a device that is awake it does nothing.
+        // This has no effect on a device that is awake.
         if let Err(error) = self.device.transport.exit_low_power() {
             log::warn!("a device sleeps until it is closed: {error}");
         }
-        self.device.notes().try_remove(self.slot);
+        self.device.holders().try_remove(self.slot);
     }
 }
 

@@ -1,8 +1,8 @@
-//! Registers: places in a window that are read and written whole.
+//! Registers: values in a window that are read and written as a whole.
 //!
-//! `unsafe` is here because a register is a raw pointer with a proof made once: when it was made, its
-//! bytes lay within the window and were aligned, and the window, whose owner it shares, neither moves
-//! nor goes while the register lives.
+//! `unsafe` is here because a register is a raw pointer. The proof was made once, when the register was made:
+//! its bytes lay in the window and were aligned. The register shares ownership of the window, which therefore
+//! neither moves nor is unmapped while the register lives.
 
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
@@ -25,7 +25,7 @@ pub enum ReadWrite {}
 #[derive(Clone, Copy, Debug)]
 pub enum ReadOnly {}
 
-/// Marks registers that can be written only: what a device answers to a read means nothing.
+/// Marks registers that can be written only: a read returns no meaningful value.
 #[derive(Clone, Copy, Debug)]
 pub enum WriteOnly {}
 
@@ -71,11 +71,11 @@ pub trait Writable: Mode {}
 impl Writable for ReadWrite {}
 impl Writable for WriteOnly {}
 
-/// A register of `T` in a window, little-endian as PCI has it.
+/// A register of type `T` in a window, little-endian as in PCI.
 ///
-/// Reading and writing cost one load or store, and cannot fail: width, alignment and bounds were
-/// checked when the register was made. It keeps its window where it is: as long as a register lives,
-/// [`Window::relocate`] answers `InUse`. Clones are the same register.
+/// Reading and writing cost one load or store, and cannot fail: width, alignment and bounds were checked when
+/// the register was made. It keeps its window in place: while a register lives, [`Window::relocate`] returns
+/// `InUse`. Clones are the same register.
 pub struct Register<T: Width, M: Mode = ReadWrite> {
     at: NonNull<T>,
     /// Keeps the mapping alive and in place.
@@ -83,8 +83,8 @@ pub struct Register<T: Width, M: Mode = ReadWrite> {
     _mode: PhantomData<M>,
 }
 
-// SAFETY: a register only loads and stores whole values by single instructions; the device at the
-// other end serializes them, and no reference to its memory is ever made.
+// SAFETY: a register only loads and stores whole values by single instructions, which the device serializes,
+// and no reference to its memory is ever made.
 unsafe impl<T: Width, M: Mode> Send for Register<T, M> {}
 // SAFETY: as above.
 unsafe impl<T: Width, M: Mode> Sync for Register<T, M> {}
@@ -99,21 +99,21 @@ impl<T: Width, M: Mode> Register<T, M> {
     /// The register at an address.
     ///
     /// # Safety
-    /// `at` is aligned and lies within the window, which can be written if `M` is to be.
+    /// `at` is aligned and lies in the window. If `M` can be written, so can the window.
     pub(super) unsafe fn within(at: NonNull<T>, window: Arc<window::Inner>) -> Self {
         Self { at, _window: window, _mode: PhantomData }
     }
 }
 
 impl<T: Width, M: Readable> Register<T, M> {
-    /// Reads the register. Accesses to memory that follow are made after it.
+    /// Reads the register. Later accesses to memory happen after it.
     #[inline(always)]
     pub fn read(&self) -> T {
         // SAFETY: in bounds and aligned, and readable, since `new`; mapped while `_window` lives.
         unsafe { T::load(self.at.as_ptr()) }
     }
 
-    /// Reads the register, in no order with accesses to memory; in order with other registers.
+    /// Reads the register, unordered with accesses to memory, in order with other registers.
     #[inline(always)]
     pub fn read_relaxed(&self) -> T {
         // SAFETY: as `read`.
@@ -122,15 +122,15 @@ impl<T: Width, M: Readable> Register<T, M> {
 }
 
 impl<T: Width, M: Writable> Register<T, M> {
-    /// Writes the register, after all accesses to memory before it: a device that is told of work
-    /// finds in DMA memory what was written there.
+    /// Writes the register. Earlier accesses to memory happen before it, so a device that is notified of work
+    /// finds it in DMA memory.
     #[inline(always)]
     pub fn write(&self, value: T) {
         // SAFETY: in bounds, aligned and writable since `new`; mapped while `_window` lives.
         unsafe { T::store(self.at.as_ptr(), value) }
     }
 
-    /// Writes the register, in no order with accesses to memory; in order with other registers.
+    /// Writes the register, unordered with accesses to memory, in order with other registers.
     #[inline(always)]
     pub fn write_relaxed(&self, value: T) {
         // SAFETY: as `write`.
@@ -139,8 +139,8 @@ impl<T: Width, M: Writable> Register<T, M> {
 }
 
 impl<T: Width> Register<T, ReadWrite> {
-    /// Reads the register, and writes what `change` makes of its value. What the device, or another thread,
-    /// writes to it in between is lost.
+    /// Reads the register, changes the value by `change`, and writes it. What the device or another thread
+    /// writes in between is lost.
     #[inline(always)]
     pub fn update(&self, change: impl FnOnce(T) -> T) {
         self.write(change(self.read()));
@@ -174,11 +174,11 @@ impl<T: Width, M: Mode> Registers<T, M> {
         };
         let width = size_of::<T>();
         if count == 0 {
-            let remedy = "ask for one or more".to_owned();
-            return refuse(ErrorKind::OutOfRange, "no register is asked for", remedy);
+            let remedy = "ask for at least one register".to_owned();
+            return refuse(ErrorKind::OutOfRange, "the count is 0", remedy);
         }
         if stride < width || !stride.is_multiple_of(width) {
-            let remedy = format!("the stride is in bytes: a multiple of {width}");
+            let remedy = format!("the stride is in bytes; use a multiple of {width}");
             return refuse(ErrorKind::Unaligned, "they overlap, or are not aligned", remedy);
         }
         let Some(last) = (count - 1).checked_mul(stride).and_then(|size| size.checked_add(offset))
@@ -190,12 +190,12 @@ impl<T: Width, M: Mode> Registers<T, M> {
         Ok(Self { first: Register::new(window, offset)?, stride, count })
     }
 
-    /// How many there are.
+    /// How many registers there are.
     pub fn count(&self) -> usize {
         self.count
     }
 
-    /// The register at `index`, to keep; `None` past the last.
+    /// The register at `index`, as an object of its own; `None` past the last.
     pub fn get(&self, index: usize) -> Option<Register<T, M>> {
         (index < self.count).then(|| Register { at: self.at(index), ..self.first.clone() })
     }
@@ -203,12 +203,12 @@ impl<T: Width, M: Mode> Registers<T, M> {
     /// Reads the register at `index`, as [`Register::read`].
     ///
     /// # Panics
-    /// Where `index` is past the last, as slices do.
+    /// If `index` is past the last, as for slices.
     #[inline]
     #[track_caller]
     pub fn read(&self, index: usize) -> T {
         self.check(index);
-        // SAFETY: the first and last register are in bounds since `new`, and so are those between.
+        // SAFETY: `new` checked the first and the last register, and this one is not past the last.
         unsafe { T::load(self.at(index).as_ptr()) }
     }
 
@@ -219,10 +219,11 @@ impl<T: Width, M: Mode> Registers<T, M> {
         assert!(index < count, "register {index} of {count}");
     }
 
-    /// Where the register is; `index` is below the count.
+    /// The address of the register; `index` is below the count.
     #[inline]
     fn at(&self, index: usize) -> NonNull<T> {
-        // SAFETY: the first and last register lie in one mapping since `new`, and this one between.
+        // SAFETY: the first and the last register lie in one mapping, as `new` checked, and this one lies
+        // between.
         unsafe { self.first.at.byte_add(index * self.stride) }
     }
 }
@@ -231,12 +232,13 @@ impl<T: Width> Registers<T, ReadWrite> {
     /// Writes the register at `index`, as [`Register::write`].
     ///
     /// # Panics
-    /// Where `index` is past the last, as slices do.
+    /// If `index` is past the last, as for slices.
     #[inline]
     #[track_caller]
     pub fn write(&self, index: usize, value: T) {
         self.check(index);
-        // SAFETY: the first and last register are in bounds and writable since `new`.
+        // SAFETY: `new` checked that the first and the last register are in bounds and writable, and this one
+        // is not past the last.
         unsafe { T::store(self.at(index).as_ptr(), value) }
     }
 }
@@ -253,10 +255,10 @@ impl<T: Width, M: Mode> fmt::Debug for Registers<T, M> {
     }
 }
 
-/// A register that is reached through a window, or by reads and writes of the device's file where it
-/// cannot be mapped. Only the latter can fail.
+/// A register that is mapped (reached through a window) or trapped (reached by reads and writes of the device's
+/// file). Only trapped accesses can fail.
 ///
-/// [`Bar::trapped`](super::Bar::trapped) makes one of the second sort, `From<Register>` of the first.
+/// [`Bar::trapped`](super::Bar::trapped) makes a trapped one, `From<Register>` a mapped one.
 #[derive(Debug)]
 pub struct IoRegister<T: Width, M: Mode = ReadWrite>(Route<T, M>);
 
@@ -288,17 +290,17 @@ impl<T: Width, M: Mode> IoRegister<T, M> {
         if offset.checked_add(width).is_none_or(|end| end > size) {
             return Err(Error::new(ErrorKind::OutOfRange, "find", object())
                 .because(format!("the region has {size:#x} bytes"))
-                .remedy("offsets count from the region's first byte, not from a window's"));
+                .remedy("count offsets from the first byte of the region, not of a window"));
         }
         if !offset.is_multiple_of(width) {
             return Err(Error::new(ErrorKind::Unaligned, "find", object())
                 .because(format!("a register of {width} bytes lies at a multiple of {width}"))
-                .remedy("use a narrower register, or several"));
+                .remedy("use a narrower register, or more than one"));
         }
         Ok(Self(Route::Trapped(Trapped { device, region, offset })))
     }
 
-    /// Whether it is reached through a window.
+    /// Whether the register is mapped.
     pub fn is_mapped(&self) -> bool {
         matches!(self.0, Route::Mapped(_))
     }
@@ -308,7 +310,7 @@ impl<T: Width, M: Readable> IoRegister<T, M> {
     /// Reads the register, as [`Register::read`].
     ///
     /// # Errors
-    /// What the transport answers.
+    /// The transport's error.
     pub fn read(&self) -> Result<T> {
         match &self.0 {
             Route::Mapped(register) => Ok(register.read()),
@@ -321,7 +323,7 @@ impl<T: Width, M: Writable> IoRegister<T, M> {
     /// Writes the register, as [`Register::write`].
     ///
     /// # Errors
-    /// What the transport answers.
+    /// The transport's error.
     pub fn write(&self, value: T) -> Result<()> {
         match &self.0 {
             Route::Mapped(register) => {
@@ -334,18 +336,18 @@ impl<T: Width, M: Writable> IoRegister<T, M> {
 }
 
 impl<T: Width> IoRegister<T> {
-    /// Reads the register, and writes what `change` makes of its value. What the device, or another thread,
-    /// writes to it in between is lost.
+    /// Reads the register, changes the value by `change`, and writes it. What the device or another thread
+    /// writes in between is lost.
     ///
     /// # Errors
-    /// What the transport answers; if to the read, nothing was written.
+    /// The transport's error. If the read failed, nothing was written.
     pub fn update(&self, change: impl FnOnce(T) -> T) -> Result<()> {
         self.write(change(self.read()?))
     }
 }
 
 impl Trapped {
-    /// Reads `offset` bytes further on.
+    /// Reads at `offset` bytes past the register's place.
     pub(super) fn read<T: Width>(&self, offset: u64) -> Result<T> {
         let mut bytes = [0; 8];
         let bytes = &mut bytes[..size_of::<T>()];
@@ -355,7 +357,7 @@ impl Trapped {
         })
     }
 
-    /// Writes `offset` bytes further on.
+    /// Writes at `offset` bytes past the register's place.
     pub(super) fn write<T: Width>(&self, offset: u64, value: T) -> Result<()> {
         value.with_bytes(|bytes| {
             self.device.transport.write_at(self.region, self.offset + offset, bytes)
@@ -363,7 +365,7 @@ impl Trapped {
     }
 }
 
-/// What a read-only window answers where a register is to be written.
+/// Whether a window with access `window` allows a register with access `wanted`.
 pub(super) fn permits(window: Access, wanted: Access) -> bool {
     window == Access::ReadWrite || wanted == Access::ReadOnly
 }

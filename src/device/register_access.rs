@@ -1,8 +1,8 @@
 //! One access to a device: exactly one load or store of the declared width.
 //!
-//! Inline assembly where we know the machine: a volatile access may be torn or widened as far as its
-//! documentation goes, and is undefined behaviour where it traps; an instruction that we wrote is what
-//! it is. PCI is little-endian, and values are converted here.
+//! On known machines this is inline assembly. The documentation of volatile accesses does not exclude that one
+//! is torn or widened, and a volatile access that traps is undefined behaviour; an instruction in assembly is
+//! exactly that instruction. PCI is little-endian; values are converted here.
 
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
@@ -11,32 +11,32 @@ pub trait Width: Copy + Send + Sync + sealed::Access + 'static {}
 
 pub(super) mod sealed {
     pub trait Access: Sized {
-        /// Loads, ordered before later accesses to memory.
+        /// Loads a value. Later accesses to memory happen after it.
         ///
         /// # Safety
         /// `from` is mapped for reading and aligned.
         unsafe fn load(from: *const Self) -> Self;
-        /// Loads, in no order that the machine would have to keep at a cost.
+        /// Loads a value, without an order that costs a barrier.
         ///
         /// # Safety
         /// As `load`.
         #[inline(always)]
         unsafe fn load_relaxed(from: *const Self) -> Self {
-            // SAFETY: the caller's own contract.
+            // SAFETY: the caller keeps the same contract.
             unsafe { Self::load(from) }
         }
-        /// Stores, ordered after earlier accesses to memory.
+        /// Stores a value. Earlier accesses to memory happen before it.
         ///
         /// # Safety
         /// `to` is mapped for writing and aligned.
         unsafe fn store(to: *mut Self, value: Self);
-        /// Stores, in no order that the machine would have to keep at a cost.
+        /// Stores a value, without an order that costs a barrier.
         ///
         /// # Safety
         /// As `store`.
         #[inline(always)]
         unsafe fn store_relaxed(to: *mut Self, value: Self) {
-            // SAFETY: the caller's own contract.
+            // SAFETY: the caller keeps the same contract.
             unsafe { Self::store(to, value) }
         }
 
@@ -45,7 +45,7 @@ pub(super) mod sealed {
     }
 }
 
-/// The bytes of a value as PCI has them, for accesses that go through the transport.
+/// The bytes of a value in PCI's byte order, for accesses through the transport.
 macro_rules! bytes {
     ($type:ty) => {
         fn from_bytes(bytes: &[u8]) -> Option<Self> {
@@ -58,9 +58,9 @@ macro_rules! bytes {
     };
 }
 
-/// x86 keeps loads and stores of uncacheable and write-back memory in program order as far as drivers
-/// can tell (Intel SDM vol. 3 §9.2): only the compiler must be held, which an `asm!` that may touch
-/// memory does. Relaxed accesses would be no cheaper.
+/// x86 keeps loads and stores of uncacheable and write-back memory in program order, as far as drivers can see
+/// (Intel SDM vol. 3 §9.2). Only the compiler must not reorder, and an `asm!` that may access memory prevents
+/// that. Relaxed accesses would be no cheaper.
 #[cfg(target_arch = "x86_64")]
 macro_rules! access {
     ($type:ty, $load:literal, $store:literal, $register:ident) => {
@@ -70,7 +70,7 @@ macro_rules! access {
             #[inline(always)]
             unsafe fn load(from: *const Self) -> Self {
                 let value: Self;
-                // SAFETY: one load from a mapped, aligned address, as the caller vouches.
+                // SAFETY: one load from a mapped, aligned address, as the caller guarantees.
                 unsafe {
                     std::arch::asm!($load, v = out($register) value, p = in(reg) from,
                         options(nostack, preserves_flags));
@@ -80,7 +80,7 @@ macro_rules! access {
 
             #[inline(always)]
             unsafe fn store(to: *mut Self, value: Self) {
-                // SAFETY: one store to a mapped, aligned address, as the caller vouches.
+                // SAFETY: one store to a mapped, aligned address, as the caller guarantees.
                 unsafe {
                     std::arch::asm!($store, v = in($register) value, p = in(reg) to,
                         options(nostack, preserves_flags));
@@ -102,8 +102,8 @@ mod x86_64 {
     access!(u64, "mov {v}, qword ptr [{p}]", "mov qword ptr [{p}], {v}", reg);
 }
 
-/// aarch64 needs barriers between a device and memory that it reaches by DMA: `dmb oshld` after a load,
-/// as Linux has it in `readl`; `dmb osh` before a store, so that earlier loads are made before it, too.
+/// aarch64 needs barriers between accesses to a device and to its DMA memory: `dmb oshld` after a load, as in
+/// `readl` of Linux; `dmb osh` before a store, so that earlier loads happen before it, too.
 #[cfg(target_arch = "aarch64")]
 macro_rules! access {
     ($type:ty, $load:literal, $store:literal) => {
@@ -113,7 +113,7 @@ macro_rules! access {
             #[inline(always)]
             unsafe fn load(from: *const Self) -> Self {
                 let value: Self;
-                // SAFETY: one load from a mapped, aligned address, as the caller vouches.
+                // SAFETY: one load from a mapped, aligned address, as the caller guarantees.
                 unsafe {
                     std::arch::asm!($load, "dmb oshld", v = out(reg) value, p = in(reg) from,
                         options(nostack, preserves_flags));
@@ -134,7 +134,7 @@ macro_rules! access {
 
             #[inline(always)]
             unsafe fn store(to: *mut Self, value: Self) {
-                // SAFETY: one store to a mapped, aligned address, as the caller vouches.
+                // SAFETY: one store to a mapped, aligned address, as the caller guarantees.
                 unsafe {
                     std::arch::asm!("dmb osh", $store, v = in(reg) value.to_le(), p = in(reg) to,
                         options(nostack, preserves_flags));
@@ -165,7 +165,7 @@ mod aarch64 {
     access!(u64, "ldr {v:x}, [{p}]", "str {v:x}, [{p}]");
 }
 
-/// Elsewhere volatile accesses, which today's compilers make one instruction for these types, between
+/// Other machines use volatile accesses, which today's compilers turn into one instruction for these types, and
 /// full fences.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 macro_rules! access {
@@ -174,25 +174,25 @@ macro_rules! access {
 
         impl sealed::Access for $type {
             unsafe fn load(from: *const Self) -> Self {
-                // SAFETY: the caller's own contract.
+                // SAFETY: the caller keeps the same contract.
                 let value = unsafe { Self::load_relaxed(from) };
                 std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
                 value
             }
 
             unsafe fn load_relaxed(from: *const Self) -> Self {
-                // SAFETY: mapped and aligned, as the caller vouches.
+                // SAFETY: mapped and aligned, as the caller guarantees.
                 Self::from_le(unsafe { from.read_volatile() })
             }
 
             unsafe fn store(to: *mut Self, value: Self) {
                 std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-                // SAFETY: the caller's own contract.
+                // SAFETY: the caller keeps the same contract.
                 unsafe { Self::store_relaxed(to, value) }
             }
 
             unsafe fn store_relaxed(to: *mut Self, value: Self) {
-                // SAFETY: mapped and aligned, as the caller vouches.
+                // SAFETY: mapped and aligned, as the caller guarantees.
                 unsafe { to.write_volatile(value.to_le()) }
             }
 
@@ -208,7 +208,7 @@ mod elsewhere {
     access!(u8);
     access!(u16);
     access!(u32);
-    // Where the processor's registers are smaller, this would be two accesses.
+    // With smaller processor registers this would be two accesses.
     #[cfg(target_pointer_width = "64")]
     access!(u64);
 }

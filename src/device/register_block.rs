@@ -1,10 +1,10 @@
-//! Blocks of registers: one pointer, one proof, and one count for all registers of a device.
+//! Blocks of registers: one pointer, one proof, and one reference count for all registers of a device.
 //!
-//! `unsafe` is here because a register of a block is reached by a raw pointer. The proof has two halves:
-//! when a block was made, `SIZE` bytes lay within the window, aligned to `ALIGN`, and the window, whose
-//! owner the block shares, neither moves nor goes while the block lives; and a [`RegisterAt`] of the
-//! block's layout lies within `SIZE` and is aligned within `ALIGN`, which was checked when it was
-//! declared.
+//! `unsafe` is here because a register of a block is reached by a raw pointer. The proof has two halves. First:
+//! when the block was made, its `SIZE` bytes lay in the window, aligned to `ALIGN`; the block shares ownership
+//! of the window, which therefore neither moves nor is unmapped while the block lives. Second: a [`RegisterAt`]
+//! of the block's layout lies within `SIZE` and needs no more alignment than `ALIGN`, as was checked at its
+//! declaration.
 
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
@@ -14,27 +14,27 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::register::{Mode, ReadWrite, Readable, Register, Width, Writable};
-use super::register_layout::{About, BlockAt, BlockLayout, RegisterAt};
+use super::register_layout::{BlockAt, BlockLayout, Invariant, RegisterAt};
 use super::window::{self, Window};
-use super::{Inner, Note, Trapped};
+use super::{Holder, Inner, Trapped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
 
-/// A block of registers in a window, laid out as `L` says: see [`register_block!`](crate::register_block).
+/// A block of registers in a window, with the layout `L`: see [`register_block!`](crate::register_block).
 ///
-/// Reading and writing cost one load or store, and cannot fail: width, alignment and bounds were checked
-/// when the layout was compiled and when the block was made. A block keeps its window where it is: as
-/// long as it lives, [`Window::relocate`] answers `InUse` and names it. Clones are the same block; blocks
-/// within it are kept alive by the same count.
+/// Reading and writing cost one load or store, and cannot fail: width, alignment and bounds were checked when
+/// the layout was compiled and when the block was made. A block keeps its window in place: while it lives,
+/// [`Window::relocate`] returns `InUse` and names it. Clones are the same block. Inner blocks share its
+/// reference count.
 pub struct RegisterBlock<L, M: Mode = ReadWrite> {
     at: NonNull<u8>,
     hold: Arc<WindowHold>,
-    /// Invariant, as places are: see [`RegisterAt`].
-    _what: About<(L, M)>,
+    /// Invariant, as [`RegisterAt`] is.
+    _what: Invariant<(L, M)>,
 }
 
-// SAFETY: a block only loads and stores whole values by single instructions; the device at the other end
-// serializes them, and no reference to its memory is ever made.
+// SAFETY: a block only loads and stores whole values by single instructions, which the device serializes, and
+// no reference to its memory is ever made.
 unsafe impl<L, M: Mode> Send for RegisterBlock<L, M> {}
 // SAFETY: as above.
 unsafe impl<L, M: Mode> Sync for RegisterBlock<L, M> {}
@@ -46,29 +46,29 @@ impl<L: BlockLayout, M: Mode> RegisterBlock<L, M> {
         Ok(Self { at, hold, _what: PhantomData })
     }
 
-    /// Reads a register. Accesses to memory that follow are made after it.
+    /// Reads a register. Later accesses to memory happen after it.
     #[inline(always)]
     pub fn read<R: Width, T: From<R>, A: Readable>(&self, at: RegisterAt<L, R, T, A>) -> T {
-        // SAFETY: in bounds and aligned, as the head of the file says; readable, as all windows are; mapped
+        // SAFETY: in bounds and aligned, as the head of the file proves; readable, as all windows are; mapped
         // while `hold` lives.
         T::from(unsafe { R::load(self.pointer(at)) })
     }
 
-    /// Reads a register, in no order with accesses to memory; in order with other registers.
+    /// Reads a register, unordered with accesses to memory, in order with other registers.
     #[inline(always)]
     pub fn read_relaxed<R: Width, T: From<R>, A: Readable>(&self, at: RegisterAt<L, R, T, A>) -> T {
         // SAFETY: as `read`.
         T::from(unsafe { R::load_relaxed(self.pointer(at)) })
     }
 
-    /// A block within this one, to keep: it shares this one's count.
+    /// An inner block, as an object of its own. It shares the reference count of this one.
     pub fn block<B: BlockLayout>(&self, at: BlockAt<L, B>) -> RegisterBlock<B, M> {
         // SAFETY: a `BlockAt` of this layout lies within it, and `self.at` has `L::SIZE` bytes behind it.
         let at = unsafe { self.at.byte_add(at.offset()) };
         RegisterBlock { at, hold: self.hold.clone(), _what: PhantomData }
     }
 
-    /// The layout's name, and where the block is.
+    /// Writes the layout's name and the block's address.
     fn describe(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} at {:p}", L::NAME, self.at)
     }
@@ -81,16 +81,16 @@ impl<L: BlockLayout, M: Mode> RegisterBlock<L, M> {
 }
 
 impl<L: BlockLayout> RegisterBlock<L> {
-    /// Writes a register, after all accesses to memory before it: a device that is told of work finds in
-    /// DMA memory what was written there.
+    /// Writes a register. Earlier accesses to memory happen before it, so a device that is notified of work
+    /// finds it in DMA memory.
     #[inline(always)]
     pub fn write<R: Width + From<T>, T, A: Writable>(&self, at: RegisterAt<L, R, T, A>, value: T) {
-        // SAFETY: in bounds and aligned, as the head of the file says; writable since `new`; mapped while
-        // `hold` lives.
+        // SAFETY: in bounds and aligned, as the head of the file proves; writable, as `new` checked; mapped
+        // while `hold` lives.
         unsafe { R::store(self.pointer(at), R::from(value)) }
     }
 
-    /// Writes a register, in no order with accesses to memory; in order with other registers.
+    /// Writes a register, unordered with accesses to memory, in order with other registers.
     #[inline(always)]
     pub fn write_relaxed<R: Width + From<T>, T, A: Writable>(
         &self,
@@ -101,8 +101,8 @@ impl<L: BlockLayout> RegisterBlock<L> {
         unsafe { R::store_relaxed(self.pointer(at), R::from(value)) }
     }
 
-    /// Reads a register, and writes what `change` makes of its value. What the device, or another thread,
-    /// writes to it in between is lost.
+    /// Reads a register, changes the value by `change`, and writes it. What the device or another thread writes
+    /// in between is lost.
     #[inline(always)]
     pub fn update<R: Width + From<T>, T: From<R>>(
         &self,
@@ -112,12 +112,12 @@ impl<L: BlockLayout> RegisterBlock<L> {
         self.write(at, change(self.read(at)));
     }
 
-    /// A register by itself, to hand to those that need no more: it holds the window as others do.
+    /// One register, as an object of its own. It keeps the window mapped and in place, too.
     pub fn register<R: Width, T, A: Mode>(&self, at: RegisterAt<L, R, T, A>) -> Register<R, A> {
         // SAFETY: a `RegisterAt` of this layout lies within it, and `self.at` has `L::SIZE` bytes behind it,
-        // which can be read and written since `new`.
+        // which can be read and written, as `new` checked.
         let at = unsafe { self.at.byte_add(at.offset()) }.cast();
-        // SAFETY: in bounds and aligned, as the head of the file says; mapped while the window lives.
+        // SAFETY: in bounds and aligned, as the head of the file proves; mapped while the window lives.
         unsafe { Register::within(at, self.hold.window.clone()) }
     }
 }
@@ -136,7 +136,7 @@ impl<L: BlockLayout, M: Mode> fmt::Debug for RegisterBlock<L, M> {
     }
 }
 
-/// Keeps a window alive and in place, under a name.
+/// Keeps a window mapped and in place, and names the block in the window's list of holders.
 struct WindowHold {
     window: Arc<window::Inner>,
     slot: usize,
@@ -153,7 +153,7 @@ impl WindowHold {
 impl Drop for WindowHold {
     fn drop(&mut self) {
         if self.window.mapping.is_inherited() {
-            // A thread of the parent's may have held the lock when this process was forked.
+            // A thread of the parent may have held the lock at the time of fork.
             return;
         }
         self.window.blocks().try_remove(self.slot);
@@ -181,13 +181,13 @@ impl Window {
     /// ```
     ///
     /// # Errors
-    /// `OutOfRange` where it leaves the window, `Unaligned` where its registers would not be naturally
+    /// `OutOfRange` if the block leaves the window, `Unaligned` if its registers would not be naturally
     /// aligned, `ReadOnly` for a read-only window.
     pub fn block<L: BlockLayout>(&self, offset: usize) -> Result<RegisterBlock<L>> {
         RegisterBlock::new(self, offset)
     }
 
-    /// The block of registers at `offset` bytes into the window, for reading.
+    /// The block of registers at `offset` bytes into the window, read-only.
     ///
     /// # Errors
     /// As [`block`](Self::block).
@@ -199,12 +199,11 @@ impl Window {
     }
 }
 
-/// A block of registers that is reached through a window, or by reads and writes of the device's file
-/// where it cannot be mapped. Only the latter can fail.
+/// A block of registers that is mapped (reached through a window) or trapped (reached by reads and writes of
+/// the device's file). Only trapped accesses can fail.
 ///
-/// [`Bar::block`](super::Bar::block) makes one of whichever sort the region allows,
-/// [`Bar::trapped_block`](super::Bar::trapped_block) one of the second sort, and `From<RegisterBlock>` one
-/// of the first.
+/// [`Bar::block`](super::Bar::block) makes a mapped one if the region allows it, and a trapped one otherwise.
+/// [`Bar::trapped_block`](super::Bar::trapped_block) makes a trapped one, `From<RegisterBlock>` a mapped one.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -230,12 +229,12 @@ enum Route<L> {
     Mapped(RegisterBlock<L>),
     Trapped {
         hold: Arc<TrappedHold>,
-        /// Where the block begins, in bytes from that which is held.
+        /// The offset of this block in the outermost one, in bytes.
         offset: u64,
     },
 }
 
-/// Keeps a device open, under a name.
+/// Keeps a device open, and names the block among the holders of the device.
 struct TrappedHold {
     /// The first byte of the block.
     first: Trapped,
@@ -249,7 +248,7 @@ impl Drop for TrappedHold {
         if self.generation != fork::generation() {
             return;
         }
-        self.first.device.notes().try_remove(self.slot);
+        self.first.device.holders().try_remove(self.slot);
     }
 }
 
@@ -259,26 +258,27 @@ impl<L: BlockLayout> IoRegisterBlock<L> {
         let object = || format!("{} at {offset:#x} of {}", L::NAME, device.region_name(region));
         let Some(end) = end.filter(|end| *end <= size) else {
             return Err(Error::new(ErrorKind::OutOfRange, "find", object())
-                .because(format!("it has {:#x} bytes, and the region {size:#x}", L::SIZE))
-                .remedy("offsets count from the region's first byte, not from a window's"));
+                .because(format!("the block has {:#x} bytes, the region {size:#x}", L::SIZE))
+                .remedy("count offsets from the first byte of the region, not of a window"));
         };
         if !offset.is_multiple_of(L::ALIGN as u64) {
             return Err(Error::new(ErrorKind::Unaligned, "find", object())
                 .because(format!("its widest register has {} bytes", L::ALIGN))
-                .remedy(format!("a block lies at a multiple of {}", L::ALIGN)));
+                .remedy(format!("place the block at a multiple of {}", L::ALIGN)));
         }
-        let slot = device.notes().insert(Note::Block { name: L::NAME, region, range: offset..end });
+        let slot =
+            device.holders().insert(Holder::Block { name: L::NAME, region, range: offset..end });
         let first = Trapped { device, region, offset };
         let hold = TrappedHold { first, slot, generation: fork::generation() };
         Ok(Self(Route::Trapped { hold: Arc::new(hold), offset: 0 }))
     }
 
-    /// Whether it is reached through a window.
+    /// Whether the block is mapped.
     pub fn is_mapped(&self) -> bool {
         matches!(self.0, Route::Mapped(_))
     }
 
-    /// The block in the window; `None` where it is trapped.
+    /// The mapped block; `None` if it is trapped.
     pub fn mapped(&self) -> Option<&RegisterBlock<L>> {
         match &self.0 {
             Route::Mapped(block) => Some(block),
@@ -289,7 +289,7 @@ impl<L: BlockLayout> IoRegisterBlock<L> {
     /// Reads a register, as [`RegisterBlock::read`].
     ///
     /// # Errors
-    /// What the transport answers.
+    /// The transport's error.
     #[inline]
     pub fn read<R: Width, T: From<R>, A: Readable>(&self, at: RegisterAt<L, R, T, A>) -> Result<T> {
         match &self.0 {
@@ -303,7 +303,7 @@ impl<L: BlockLayout> IoRegisterBlock<L> {
     /// Writes a register, as [`RegisterBlock::write`].
     ///
     /// # Errors
-    /// What the transport answers.
+    /// The transport's error.
     #[inline]
     pub fn write<R: Width + From<T>, T, A: Writable>(
         &self,
@@ -321,11 +321,11 @@ impl<L: BlockLayout> IoRegisterBlock<L> {
         }
     }
 
-    /// Reads a register, and writes what `change` makes of its value. What the device, or another thread,
-    /// writes to it in between is lost.
+    /// Reads a register, changes the value by `change`, and writes it. What the device or another thread writes
+    /// in between is lost.
     ///
     /// # Errors
-    /// What the transport answers; if to the read, nothing was written.
+    /// The transport's error. If the read failed, nothing was written.
     #[inline]
     pub fn update<R: Width + From<T>, T: From<R>>(
         &self,
@@ -336,7 +336,7 @@ impl<L: BlockLayout> IoRegisterBlock<L> {
         self.write(at, change(value))
     }
 
-    /// A block within this one, to keep: it shares this one's count.
+    /// An inner block, as an object of its own. It shares the reference count of this one.
     pub fn block<B: BlockLayout>(&self, at: BlockAt<L, B>) -> IoRegisterBlock<B> {
         IoRegisterBlock(match &self.0 {
             Route::Mapped(block) => Route::Mapped(block.block(at)),

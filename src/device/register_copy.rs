@@ -1,7 +1,7 @@
-//! Copies between a window and memory, for BARs that are memory themselves.
+//! Copies between a window and memory, for BARs that hold memory.
 //!
-//! `unsafe` is here because a copy is a row of accesses to raw pointers. All of them lie in a range that was
-//! checked against the window before the first, and the window, which is borrowed, keeps it mapped.
+//! `unsafe` is here because a copy is a series of accesses by raw pointer. The whole range is checked against
+//! the window before the first access, and the window, which is borrowed, keeps it mapped.
 
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
@@ -13,14 +13,14 @@ use super::window::Window;
 use crate::error::Result;
 use crate::space::Access;
 
-/// Bulk copies. They pay for each access as registers do: reading is a round trip to the device for every
-/// eight bytes, so that a device with a DMA engine copies much faster by that.
+/// Bulk copies. Each access costs as much as that of a register: reading takes a round trip to the device for
+/// every eight bytes. A device with a DMA engine copies much faster by DMA.
 ///
-/// Accesses are made from the lowest address to the highest, in no order with others to memory: a
-/// [`Register::write`](super::Register::write) that follows tells the device of what was copied.
+/// Accesses go from the lowest address to the highest, unordered with other accesses to memory. To notify the
+/// device of the copied bytes, use [`Register::write`](super::Register::write) afterwards.
 impl Window {
-    /// Copies bytes out of the window, from `offset` on: eight at a time, by aligned accesses, and one by one
-    /// where they begin or end between.
+    /// Copies bytes out of the window, starting at `offset`: eight at a time by aligned accesses, and one by
+    /// one at an unaligned begin or end.
     ///
     /// ```
     /// # use vfio_remap::{Device, Placement, transport::MemoryDevice};
@@ -34,14 +34,14 @@ impl Window {
     /// ```
     ///
     /// # Errors
-    /// `OutOfRange` where they leave the window; nothing is copied then.
+    /// `OutOfRange` if they leave the window; nothing is copied then.
     pub fn read_bytes(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
         let at = self.place_aligned(offset, bytes.len(), 1, Access::ReadOnly)?;
         let (head, words, _) = split(at.as_ptr().addr(), bytes.len());
         let (head, rest) = bytes.split_at_mut(head);
         let (words, tail) = rest.split_at_mut(words);
-        // SAFETY: the three parts, one after the other, are the range that was checked, and the second, if
-        // there is any of it, begins at a multiple of 8.
+        // SAFETY: the three parts are adjacent and make up the checked range. The second, unless it is empty,
+        // begins at a multiple of 8, by `split`.
         unsafe {
             let at = load_all(at, head.iter_mut(), |byte, value: u8| *byte = value);
             let at = load_all(at, words.chunks_exact_mut(8), |bytes, value: u64| {
@@ -52,17 +52,18 @@ impl Window {
         Ok(())
     }
 
-    /// Copies bytes into the window, from `offset` on, as [`read_bytes`](Self::read_bytes) copies them out.
+    /// Copies bytes into the window, starting at `offset`, by the same accesses as
+    /// [`read_bytes`](Self::read_bytes).
     ///
     /// # Errors
-    /// `OutOfRange` where they leave the window, `ReadOnly` for a read-only window; nothing is copied then.
+    /// `OutOfRange` if they leave the window, `ReadOnly` for a read-only window; nothing is copied then.
     pub fn write_bytes(&self, offset: usize, bytes: &[u8]) -> Result<()> {
         let at = self.place_aligned(offset, bytes.len(), 1, Access::ReadWrite)?;
         let (head, words, _) = split(at.as_ptr().addr(), bytes.len());
         let (head, rest) = bytes.split_at(head);
         let (words, tail) = rest.split_at(words);
-        // SAFETY: the three parts, one after the other, are the range that was checked, and the second, if
-        // there is any of it, begins at a multiple of 8.
+        // SAFETY: the three parts are adjacent and make up the checked range. The second, unless it is empty,
+        // begins at a multiple of 8, by `split`.
         unsafe {
             let at = store_all(at, head.iter().copied());
             let at = store_all(at, words.chunks_exact(8).map(word));
@@ -71,28 +72,28 @@ impl Window {
         Ok(())
     }
 
-    /// Copies words out of the window, from `offset` on, each by one access: for a device that takes accesses
-    /// of one width only.
+    /// Copies words out of the window, starting at `offset`, each by one access: for a device that supports one
+    /// access width only.
     ///
     /// # Errors
-    /// `OutOfRange` where they leave the window, `Unaligned` where they are not naturally aligned; nothing is
+    /// `OutOfRange` if they leave the window, `Unaligned` if they are not naturally aligned; nothing is
     /// copied then.
     pub fn read_words<T: Width>(&self, offset: usize, words: &mut [T]) -> Result<()> {
         let at =
             self.place_aligned(offset, size_of_val(words), size_of::<T>(), Access::ReadOnly)?;
-        // SAFETY: the range that was checked, aligned.
+        // SAFETY: `place_aligned` checked the range and its alignment.
         unsafe { load_all(at, words.iter_mut(), |word, value: T| *word = value) };
         Ok(())
     }
 
-    /// Copies words into the window, from `offset` on, each by one access.
+    /// Copies words into the window, starting at `offset`, each by one access.
     ///
     /// # Errors
     /// As [`read_words`](Self::read_words); `ReadOnly` for a read-only window.
     pub fn write_words<T: Width>(&self, offset: usize, words: &[T]) -> Result<()> {
         let at =
             self.place_aligned(offset, size_of_val(words), size_of::<T>(), Access::ReadWrite)?;
-        // SAFETY: the range that was checked, aligned.
+        // SAFETY: `place_aligned` checked the range and its alignment.
         unsafe { store_all(at, words.iter().copied()) };
         Ok(())
     }
@@ -102,10 +103,10 @@ fn word(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte))
 }
 
-/// Loads a word for each of `places`, from `at` on; where the next would be.
+/// Loads a word for each of `places`, starting at `at`. Returns the address after the last one.
 ///
 /// # Safety
-/// As many words are mapped at `at`, which is aligned unless there are none.
+/// That many words are mapped at `at`. It is aligned unless there are none.
 #[inline(always)]
 unsafe fn load_all<T: Width, I: Iterator>(
     mut at: NonNull<u8>,
@@ -114,7 +115,7 @@ unsafe fn load_all<T: Width, I: Iterator>(
 ) -> NonNull<u8> {
     for place in places {
         debug_assert!(at.cast::<T>().is_aligned());
-        // SAFETY: one of the words, as the caller vouches; the next begins where it ends.
+        // SAFETY: one of the words that the caller guarantees; the next word begins where this one ends.
         unsafe {
             put(place, T::load_relaxed(at.cast().as_ptr()));
             at = at.byte_add(size_of::<T>());
@@ -123,15 +124,15 @@ unsafe fn load_all<T: Width, I: Iterator>(
     at
 }
 
-/// Stores words from `at` on; where the next would be.
+/// Stores words, starting at `at`. Returns the address after the last one.
 ///
 /// # Safety
-/// As many words are mapped for writing at `at`, which is aligned unless there are none.
+/// That many words are mapped for writing at `at`. It is aligned unless there are none.
 #[inline(always)]
 unsafe fn store_all<T: Width>(mut at: NonNull<u8>, words: impl Iterator<Item = T>) -> NonNull<u8> {
     for word in words {
         debug_assert!(at.cast::<T>().is_aligned());
-        // SAFETY: one of the words, as the caller vouches; the next begins where it ends.
+        // SAFETY: one of the words that the caller guarantees; the next word begins where this one ends.
         unsafe {
             T::store_relaxed(at.cast().as_ptr(), word);
             at = at.byte_add(size_of::<T>());
@@ -148,7 +149,7 @@ mod tests {
     use crate::transport::MemoryDevice;
     use crate::{Device, ErrorKind, Placement};
 
-    /// A window over bytes 0x10 to 0x1010 of a device, and the device's bytes by another way.
+    /// A window over bytes 0x10 to 0x1010 of a device.
     fn window() -> (Device, Window) {
         let device = Device::new(Arc::new(MemoryDevice::new(0x2000).unwrap()));
         let window = device.bar(0).unwrap().map(0x10..0x1010, Placement::Anywhere).unwrap();

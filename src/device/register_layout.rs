@@ -1,54 +1,53 @@
-//! What a block of registers consists of: its size, and where in it a register, an array of them, or
-//! another block lies.
+//! The layout of a register block: its size, and the offsets of registers, arrays and inner blocks.
 //!
-//! A place is checked once, where it is declared, and carries its offset privately from then on. Whoever
-//! holds a [`RegisterAt`] of a layout holds the proof that its bytes lie in a block of that layout.
+//! An offset is checked once, at its declaration, and is private afterwards. So a value of [`RegisterAt`] is
+//! the proof that its bytes lie in a block of its layout.
 
 use std::fmt;
 use std::marker::PhantomData;
 
 use super::register::{Mode, ReadWrite, Width};
 
-/// What a place is about, of which it has nothing. Invariant: where one layout is a subtype of another, as
-/// function pointers of different lifetimes are, a place in one is no place in the other.
-pub(super) type About<T> = PhantomData<fn(T) -> T>;
+/// Type parameters without a value of them, invariant. If one layout is a subtype of another, as function
+/// pointers of different lifetimes are, an offset in one must not become an offset in the other.
+pub(super) type Invariant<T> = PhantomData<fn(T) -> T>;
 
 /// The layout of a block of registers: implemented by [`register_block!`](crate::register_block) for the
 /// type that it declares.
 ///
-/// Nothing is taken on trust: places that do not fit a layout do not compile, and a block is checked
+/// Implementing it is safe: an offset that does not fit the layout does not compile, and a block is checked
 /// against its window when it is made.
 pub trait BlockLayout: 'static {
-    /// How errors name a block of it.
+    /// The name of the block in errors.
     const NAME: &'static str;
     /// The size in bytes.
     const SIZE: usize;
-    /// What the first byte's address is a multiple of: the width of its widest register, in bytes.
+    /// The alignment of the first byte's address: the width of the widest register, in bytes.
     const ALIGN: usize;
 }
 
-/// Where a register lies in a block of layout `L`: as wide as `R`, read and written as `T`.
+/// The offset of a register in a block of layout `L`. The register has the width of `R`; its value is a `T`.
 ///
 /// [`register_block!`](crate::register_block) declares them.
 pub struct RegisterAt<L, R, T = R, M = ReadWrite> {
     offset: usize,
-    _what: About<(L, R, T, M)>,
+    _what: Invariant<(L, R, T, M)>,
 }
 
-/// Where `count` registers lie in a block of layout `L`, `stride` bytes apart.
+/// The offsets of `count` registers in a block of layout `L`, `stride` bytes apart.
 pub struct RegisterArrayAt<L, R, T = R, M = ReadWrite> {
     first: RegisterAt<L, R, T, M>,
     stride: usize,
     count: usize,
 }
 
-/// Where a block of layout `B` lies in a block of layout `L`.
+/// The offset of a block of layout `B` in a block of layout `L`.
 pub struct BlockAt<L, B> {
     offset: usize,
-    _what: About<(L, B)>,
+    _what: Invariant<(L, B)>,
 }
 
-/// Where `count` blocks of layout `B` lie in a block of layout `L`, `stride` bytes apart.
+/// The offsets of `count` blocks of layout `B` in a block of layout `L`, `stride` bytes apart.
 pub struct BlockArrayAt<L, B> {
     first: BlockAt<L, B>,
     stride: usize,
@@ -59,7 +58,7 @@ impl<L: BlockLayout, R: Width, T, M: Mode> RegisterAt<L, R, T, M> {
     /// The register at `offset` bytes into the block.
     ///
     /// # Panics
-    /// Where it leaves the block or is not naturally aligned: when compiled, in a constant.
+    /// If it leaves the block or is not naturally aligned. In a constant this is a compile error.
     #[track_caller]
     pub const fn new(offset: usize) -> Self {
         assert!(L::ALIGN.is_power_of_two(), "a block's alignment is a power of two");
@@ -71,7 +70,7 @@ impl<L: BlockLayout, R: Width, T, M: Mode> RegisterAt<L, R, T, M> {
 }
 
 impl<L, R, T, M> RegisterAt<L, R, T, M> {
-    /// The register at an offset that was checked.
+    /// The register at a checked offset.
     const fn proven(offset: usize) -> Self {
         Self { offset, _what: PhantomData }
     }
@@ -84,11 +83,11 @@ impl<L, R, T, M> RegisterAt<L, R, T, M> {
 }
 
 impl<L: BlockLayout, R: Width, T, M: Mode> RegisterArrayAt<L, R, T, M> {
-    /// `count` registers from `offset` on, `stride` bytes apart.
+    /// `count` registers, `stride` bytes apart, the first at `offset`.
     ///
     /// # Panics
-    /// Where one of them leaves the block or is not naturally aligned, where they overlap, or there is
-    /// none: when compiled, in a constant.
+    /// If one of them leaves the block or is not naturally aligned, if they overlap, or if the count is 0. In a
+    /// constant this is a compile error.
     #[track_caller]
     pub const fn new(offset: usize, stride: usize, count: usize) -> Self {
         let width = size_of::<R>();
@@ -108,7 +107,7 @@ impl<L: BlockLayout, R: Width, T, M: Mode> RegisterArrayAt<L, R, T, M> {
 }
 
 impl<L, R, T, M> RegisterArrayAt<L, R, T, M> {
-    /// How many there are.
+    /// How many elements there are.
     pub const fn count(self) -> usize {
         self.count
     }
@@ -116,7 +115,7 @@ impl<L, R, T, M> RegisterArrayAt<L, R, T, M> {
     /// The register at `index`.
     ///
     /// # Panics
-    /// Where `index` is past the last, as slices do.
+    /// If `index` is past the last, as for slices.
     #[inline(always)]
     #[track_caller]
     pub const fn at(self, index: usize) -> RegisterAt<L, R, T, M> {
@@ -132,10 +131,10 @@ impl<L, R, T, M> RegisterArrayAt<L, R, T, M> {
 }
 
 impl<L: BlockLayout, B: BlockLayout> BlockAt<L, B> {
-    /// The block at `offset` bytes into the other.
+    /// The inner block at `offset` bytes into the outer one.
     ///
     /// # Panics
-    /// Where it leaves the other or is not aligned: when compiled, in a constant.
+    /// If it leaves the outer block or is not aligned. In a constant this is a compile error.
     #[track_caller]
     pub const fn new(offset: usize) -> Self {
         assert!(L::ALIGN.is_power_of_two(), "a block's alignment is a power of two");
@@ -189,11 +188,11 @@ impl<L, B> BlockAt<L, B> {
 }
 
 impl<L: BlockLayout, B: BlockLayout> BlockArrayAt<L, B> {
-    /// `count` blocks from `offset` on, `stride` bytes apart.
+    /// `count` blocks, `stride` bytes apart, the first at `offset`.
     ///
     /// # Panics
-    /// Where one of them leaves the other block or is not aligned, where they overlap, or there is none:
-    /// when compiled, in a constant.
+    /// If one of them leaves the outer block or is not aligned, if they overlap, or if the count is 0. In a
+    /// constant this is a compile error.
     #[track_caller]
     pub const fn new(offset: usize, stride: usize, count: usize) -> Self {
         assert!(count > 0, "an array has no blocks");
@@ -209,7 +208,7 @@ impl<L: BlockLayout, B: BlockLayout> BlockArrayAt<L, B> {
 }
 
 impl<L, B> BlockArrayAt<L, B> {
-    /// How many there are.
+    /// How many elements there are.
     pub const fn count(self) -> usize {
         self.count
     }
@@ -217,7 +216,7 @@ impl<L, B> BlockArrayAt<L, B> {
     /// The block at `index`.
     ///
     /// # Panics
-    /// Where `index` is past the last, as slices do.
+    /// If `index` is past the last, as for slices.
     #[inline(always)]
     #[track_caller]
     pub const fn at(self, index: usize) -> BlockAt<L, B> {
@@ -237,7 +236,7 @@ const fn fits(offset: usize, size: usize, all: usize) -> bool {
     matches!(offset.checked_add(size), Some(end) if end <= all)
 }
 
-/// Whether `count` times `size` bytes, the first at `offset`, lie in `all` bytes.
+/// Whether `count` pieces of `size` bytes, `stride` apart, the first at `offset`, lie in `all` bytes.
 const fn fit(offset: usize, stride: usize, count: usize, size: usize, all: usize) -> bool {
     let Some(last) = (count - 1).checked_mul(stride) else { return false };
     let Some(last) = last.checked_add(offset) else { return false };
@@ -257,7 +256,7 @@ pub const fn max_align(alignments: &[usize]) -> usize {
     max
 }
 
-/// Copies, whatever the parameters are: they say what lies there, and are not kept.
+/// Implements `Copy` for all parameters: no value of them is stored.
 macro_rules! place {
     ($place:ident<$($parameter:ident),+>) => {
         impl<$($parameter),+> Clone for $place<$($parameter),+> {

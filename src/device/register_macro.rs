@@ -1,9 +1,10 @@
 //! The macro that declares layouts of register blocks.
 
-/// Declares blocks of registers: their sizes, and the registers in them by name, width, access and place.
+/// Declares blocks of registers: the size of each block, and the name, width, access and offset of each
+/// register.
 ///
-/// The syntax is close to that of the `register!` macro of Linux (`rust/kernel/io/register.rs`, Linux 7.1):
-/// a name, its type, and its place after an `@`.
+/// The syntax is close to that of the `register!` macro of Linux (`rust/kernel/io/register.rs`, Linux 7.1): a
+/// name, its type, and its offset after an `@`.
 ///
 /// ```
 /// vfio_remap::register_block! {
@@ -11,7 +12,7 @@
 ///     pub Timer[0x100] {
 ///         /// Identification.
 ///         ID(ro u32) @ 0x00;
-///         /// What it does.
+///         /// Enables and configures the timer.
 ///         CONTROL(u32 => Control) @ 0x04 {
 ///             pub enabled: bool,
 ///             pub periodic: bool,
@@ -25,9 +26,9 @@
 ///         COUNT(ro u64) @ 0x10;
 ///         /// Four words, one after the other.
 ///         SCRATCH(u32)[4] @ 0x20;
-///         /// Two words, in every other of which lies something else.
+///         /// Two words, four bytes apart.
 ///         LIMIT(u16)[2, stride = 4] @ 0x30;
-///         /// Channels, from each to the next 0x40 bytes.
+///         /// Channels, 0x40 bytes apart.
 ///         CHANNEL(block Channel)[2, stride = 0x40] @ 0x80;
 ///     }
 ///
@@ -47,11 +48,11 @@
 /// timer.update(Timer::CONTROL, |control| control.with_enabled(true).with_prescaler(7));
 /// assert_eq!(timer.read(Timer::CONTROL).prescaler(), 7);
 ///
-/// // Elements of arrays, and registers of blocks within the block, are places as others are.
+/// // Elements of arrays and registers of inner blocks are used as other registers.
 /// timer.write(Timer::SCRATCH.at(3), 0xffff_ffff);
 /// timer.write(Timer::CHANNEL.at(1).register(Channel::MATCH), 500);
 ///
-/// // A block within the block, for whom it is enough.
+/// // An inner block on its own, for code that needs no more.
 /// let channel: RegisterBlock<Channel> = timer.block(Timer::CHANNEL.at(1));
 /// assert_eq!(channel.read(Channel::MATCH), 500);
 /// # Ok::<(), vfio_remap::Error>(())
@@ -59,7 +60,7 @@
 ///
 /// # Registers
 /// `NAME(type) @ offset;` declares an associated constant of the block, a
-/// [`RegisterAt`](crate::device::RegisterAt). It is public where the block is. Offsets are in bytes, each a
+/// [`RegisterAt`](crate::device::RegisterAt). It has the visibility of the block. An offset is in bytes: a
 /// literal, a constant, or an expression in parentheses.
 ///
 /// | type | |
@@ -67,18 +68,18 @@
 /// | `u32` | a register of 32 bits that can be read and written; `u8`, `u16` and `u64` likewise |
 /// | `ro u32` | one that can be read only |
 /// | `wo u32` | one that can be written only |
-/// | `u32 => Type` | one whose value is a `Type`: anything that is `From<u32>`, where it can be read, and for which `u32` is `From<Type>`, where it can be written |
+/// | `u32 => Type` | one whose value is a `Type`: anything that is `From<u32>`, if it can be read, and for which `u32` is `From<Type>`, if it can be written |
 /// | `block Other` | not a register but a block of layout `Other`: a [`BlockAt`](crate::device::BlockAt) |
 ///
 /// `[count]` after the type makes an array of it, whose elements touch; with `[count, stride = bytes]` they
 /// lie further apart. [`at`](crate::device::RegisterArrayAt::at) names an element.
 ///
 /// # Bit fields
-/// `Type` may be any of your own: an enumeration, a number with a unit. With fields in braces after the offset
-/// it is made here, by the crate [bitfield-struct](https://docs.rs/bitfield-struct), whose syntax they have:
-/// from the lowest bit to the highest, with `__` for those that are reserved. Fields are private unless they
-/// are `pub`. `Type` is `Copy`, `Debug`, `Default` (all bits 0) and `Eq`; for a field `enabled` it has
-/// `enabled()`, `with_enabled()` and `set_enabled()`.
+/// `Type` may be a type of yours: an enumeration, a number with a unit. Fields in braces after the offset
+/// declare `Type` here, by the crate [bitfield-struct](https://docs.rs/bitfield-struct) and in its syntax: from
+/// the lowest bit to the highest, with `__` for reserved bits. Fields are private unless they are `pub`. `Type`
+/// is `Copy`, `Debug`, `Default` (all bits 0) and `Eq`; for a field `enabled` it has `enabled()`,
+/// `with_enabled()` and `set_enabled()`.
 ///
 /// # What does not compile
 /// A register that leaves its block, or is not naturally aligned in it:
@@ -125,7 +126,7 @@ macro_rules! register_block {
             )*
         }
 
-        // Declared is checked, used or not.
+        // Checks every declared offset, used or not.
         const _: () = { $(let _ = $block::$name;)* };
 
         $($(
@@ -134,7 +135,7 @@ macro_rules! register_block {
     )+};
 }
 
-/// What [`register_block!`] makes of one register.
+/// The expansion of one register of [`register_block!`].
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __register_block {

@@ -1,4 +1,4 @@
-//! Waiting for eventfds, which whoever signals them may have spoiled: see [`sys::eventfd`].
+//! Waiting for eventfds whose flags and counter a peer may have changed: see [`sys::eventfd`].
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
@@ -15,12 +15,12 @@ pub(super) fn eventfd() -> Result<OwnedFd> {
     sys::eventfd::new().map_err(|errno| Error::os(errno, "make", "an eventfd"))
 }
 
-/// The counter of an eventfd, which is zero from then on.
+/// Reads the counter of an eventfd and resets it to zero.
 pub(super) fn take(eventfd: impl AsFd, name: impl Fn() -> String) -> Result<u64> {
     sys::eventfd::take(eventfd).map_err(|errno| Error::os(errno, "wait for", name()))
 }
 
-/// The counter of an eventfd, once it is not zero; 0 once the time is over.
+/// Waits until the counter of an eventfd is not zero, reads it and resets it; 0 after the time limit.
 pub(super) fn wait(
     eventfd: impl AsFd,
     timeout: Duration,
@@ -30,22 +30,21 @@ pub(super) fn wait(
     Ok(wait_until(eventfd.as_fd(), timeout, ready, &name)?.unwrap_or(0))
 }
 
-/// What `ready` says once it says something; it is asked whenever `fd` is readable. `None` once the time
-/// is over.
+/// Waits until `ready` returns `Some`. It is called whenever `fd` is readable. `None` after the time limit.
 pub(super) fn wait_until<T>(
     fd: BorrowedFd<'_>,
     timeout: Duration,
     ready: impl Fn() -> Result<Option<T>>,
     name: impl Fn() -> String,
 ) -> Result<Option<T>> {
-    let end = Instant::now().checked_add(timeout);
+    let deadline = Instant::now().checked_add(timeout);
     loop {
-        let said = ready()?;
-        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        if said.is_some() || left == Some(Duration::ZERO) {
-            return Ok(said);
+        let result = ready()?;
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if result.is_some() || left == Some(Duration::ZERO) {
+            return Ok(result);
         }
-        // Rounded up, so that the last millisecond is not spent in a loop.
+        // Rounded up, so that the last millisecond is not a busy loop.
         let left = left.unwrap_or(Duration::MAX).saturating_add(Duration::from_micros(999));
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) {
@@ -58,16 +57,17 @@ pub(super) fn wait_until<T>(
 /// Adds to the counter of an eventfd, without waiting.
 pub(super) fn signal(eventfd: &OwnedFd) {
     let Err(errno) = sys::eventfd::signal(eventfd) else { return };
-    // Whoever else has the eventfd can make a write wait: by a thread, then, that holds nothing but it.
+    // A peer that shares the eventfd can make a write block. Let a thread write that holds nothing else.
     log::debug!("an eventfd is signalled by a thread: {errno}");
     let Ok(eventfd) = eventfd.try_clone() else { return };
     let thread = thread::Builder::new().name("vfio-remap signal".to_owned());
     let thread = thread.spawn(move || {
-        // Who reads the counter knows that it was signalled; from zero the write does not wait.
+        // The counter that was read is not lost: the write signals again. A write to a zero counter does not
+        // block.
         let _ = sys::eventfd::take(&eventfd);
         let _ = write(&eventfd, &1u64.to_ne_bytes());
     });
     if let Err(error) = thread {
-        log::warn!("vectors that were set up again are not signalled: {error}");
+        log::warn!("cannot signal a vector that was set up again: {error}");
     }
 }

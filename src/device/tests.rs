@@ -1,4 +1,4 @@
-//! What is undone: when a set-up fails, when its owner is dropped, and not in a child of `fork(2)`.
+//! What is undone when a set-up fails or its owner is dropped, but not in a child of `fork(2)`.
 
 #![expect(unsafe_code, reason = "tests fork")]
 
@@ -12,38 +12,38 @@ use crate::space::{Access, DmaMemory};
 use crate::sys::fork;
 use crate::transport::{DmaLimits, IrqInfo, irq_index};
 
-/// A transport that notes what it is told.
+/// A transport that records its calls.
 #[derive(Debug, Default)]
-struct Told {
+struct Recorder {
     calls: Mutex<Vec<String>>,
-    /// The call that it refuses, once.
-    refuses: Mutex<Option<&'static str>>,
+    /// The call that fails once.
+    fails: Mutex<Option<&'static str>>,
     noresize: bool,
 }
 
-impl Told {
-    fn tell(&self, call: String) -> Result<()> {
-        let refuses = self.refuses.lock().unwrap().take_if(|refused| *refused == call);
+impl Recorder {
+    fn record(&self, call: String) -> Result<()> {
+        let fails = self.fails.lock().unwrap().take_if(|failing| *failing == call);
         self.calls.lock().unwrap().push(call);
-        match refuses {
+        match fails {
             Some(call) => Err(Error::new(ErrorKind::Refused, "do", call)),
             None => Ok(()),
         }
     }
 
-    fn refuse(&self, call: &'static str) {
-        *self.refuses.lock().unwrap() = Some(call);
+    fn fail(&self, call: &'static str) {
+        *self.fails.lock().unwrap() = Some(call);
     }
 
-    /// What it was told since it was last asked.
+    /// The calls since the last time.
     fn calls(&self) -> Vec<String> {
         std::mem::take(&mut self.calls.lock().unwrap())
     }
 }
 
-impl Transport for Told {
+impl Transport for Recorder {
     fn info(&self) -> DeviceInfo {
-        DeviceInfo::new("told", 0)
+        DeviceInfo::new("recorder", 0)
     }
 
     fn region(&self, index: u32) -> Result<RegionInfo> {
@@ -65,17 +65,17 @@ impl Transport for Told {
     fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
         let name = ["INTx", "MSI", "MSI-X", "errors", "requests"][index as usize];
         match fds.len() as u32 {
-            0 => self.tell(format!("disconnect {name}")),
-            count => self.tell(format!("connect {name} {start}..{}", start + count)),
+            0 => self.record(format!("disconnect {name}")),
+            count => self.record(format!("connect {name} {start}..{}", start + count)),
         }
     }
 
     fn enter_low_power(&self, _: Option<BorrowedFd<'_>>) -> Result<()> {
-        self.tell("sleep".to_owned())
+        self.record("sleep".to_owned())
     }
 
     fn exit_low_power(&self) -> Result<()> {
-        self.tell("wake".to_owned())
+        self.record("wake".to_owned())
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
@@ -83,105 +83,108 @@ impl Transport for Told {
     }
 
     fn dma_map(&self, iova: u64, _: &DmaMemory, _: Access) -> Result<()> {
-        self.tell(format!("map {iova:#x}"))
+        self.record(format!("map {iova:#x}"))
     }
 
     fn dma_unmap(&self, iova: u64, _: u64) -> Result<()> {
-        self.tell(format!("unmap {iova:#x}"))
+        self.record(format!("unmap {iova:#x}"))
     }
 }
 
-fn device(noresize: bool) -> (Arc<Told>, Device) {
-    let told = Arc::new(Told { noresize, ..Told::default() });
-    (told.clone(), Device::new(told))
+fn device(noresize: bool) -> (Arc<Recorder>, Device) {
+    let recorder = Arc::new(Recorder { noresize, ..Recorder::default() });
+    (recorder.clone(), Device::new(recorder))
 }
 
-fn closes(told: Arc<Told>, device: Device) {
-    drop(told);
+fn closes(recorder: Arc<Recorder>, device: Device) {
+    drop(recorder);
     device.close().unwrap();
 }
 
 #[test]
 fn vectors_are_disconnected_when_they_are_dropped() {
     assert_eq!(irq_index::MSIX, 2);
-    let (told, device) = device(false);
+    let (recorder, device) = device(false);
     for _ in 0..2 {
         drop(device.vectors(Interrupt::MsiX, 3).unwrap());
-        assert_eq!(told.calls(), ["connect MSI-X 0..3", "disconnect MSI-X"]);
+        assert_eq!(recorder.calls(), ["connect MSI-X 0..3", "disconnect MSI-X"]);
     }
-    closes(told, device);
+    closes(recorder, device);
 }
 
 #[test]
-fn vectors_that_are_refused_leave_nothing_connected() {
-    let (told, device) = device(false);
-    told.refuse("connect MSI 0..2");
+fn vectors_that_fail_leave_nothing_connected() {
+    let (recorder, device) = device(false);
+    recorder.fail("connect MSI 0..2");
     device.vectors(Interrupt::Msi, 2).unwrap_err();
-    assert_eq!(told.calls(), ["connect MSI 0..2", "disconnect MSI"]);
-    // Nothing is in the way of others.
+    assert_eq!(recorder.calls(), ["connect MSI 0..2", "disconnect MSI"]);
+    // Other vectors can be set up.
     drop(device.vectors(Interrupt::MsiX, 1).unwrap());
-    closes(told, device);
+    closes(recorder, device);
 }
 
 #[test]
-fn growth_that_is_refused_leaves_the_vectors_as_they_were() {
-    let (told, device) = device(true);
+fn growth_that_fails_leaves_the_vectors_as_they_were() {
+    let (recorder, device) = device(true);
     let mut vectors = device.vectors(Interrupt::Msi, 2).unwrap();
-    told.calls();
-    told.refuse("connect MSI 0..4");
+    recorder.calls();
+    recorder.fail("connect MSI 0..4");
     vectors.grow(4).unwrap_err();
     let restored = ["disconnect MSI", "connect MSI 0..4", "connect MSI 0..2"];
-    assert_eq!((told.calls(), vectors.count()), (restored.map(str::to_owned).into(), 2));
-    // Whatever came meanwhile is looked for.
+    assert_eq!((recorder.calls(), vectors.count()), (restored.map(str::to_owned).into(), 2));
+    // Each vector is signalled, for an interrupt that came meanwhile.
     assert_eq!([0, 1].map(|vector| vectors.take(vector).unwrap()), [1, 1]);
     drop(vectors);
-    closes(told, device);
+    closes(recorder, device);
 }
 
 #[test]
-fn events_that_are_refused_leave_nothing_connected() {
-    let (told, device) = device(false);
-    told.refuse("connect requests 0..1");
+fn events_that_fail_leave_nothing_connected() {
+    let (recorder, device) = device(false);
+    recorder.fail("connect requests 0..1");
     device.events().unwrap_err();
-    assert_eq!(told.calls(), ["connect errors 0..1", "connect requests 0..1", "disconnect errors"]);
+    assert_eq!(
+        recorder.calls(),
+        ["connect errors 0..1", "connect requests 0..1", "disconnect errors"]
+    );
     drop(device.events().unwrap());
-    assert_eq!(told.calls()[2..], ["disconnect errors", "disconnect requests"]);
-    closes(told, device);
+    assert_eq!(recorder.calls()[2..], ["disconnect errors", "disconnect requests"]);
+    closes(recorder, device);
 }
 
 #[test]
-fn a_sleep_that_is_refused_leaves_nothing() {
-    let (told, device) = device(false);
-    told.refuse("sleep");
+fn a_sleep_that_fails_leaves_nothing() {
+    let (recorder, device) = device(false);
+    recorder.fail("sleep");
     device.low_power().unwrap_err();
-    assert_eq!(told.calls(), ["sleep"]);
+    assert_eq!(recorder.calls(), ["sleep"]);
     drop(device.low_power().unwrap());
-    assert_eq!(told.calls(), ["sleep", "wake"]);
-    closes(told, device);
+    assert_eq!(recorder.calls(), ["sleep", "wake"]);
+    closes(recorder, device);
 }
 
 #[test]
-fn a_mapping_that_is_refused_gives_its_addresses_back() {
-    let (told, device) = device(false);
+fn a_mapping_that_fails_gives_its_addresses_back() {
+    let (recorder, device) = device(false);
     let space = device.dma().unwrap();
-    told.refuse("map 0x1000");
+    recorder.fail("map 0x1000");
     space.buffer(1).unwrap_err();
-    assert_eq!(space.mappings(), 0);
+    assert_eq!(space.mapping_count(), 0);
     drop(space.buffer(1).unwrap());
-    assert_eq!(told.calls(), ["map 0x1000", "map 0x1000", "unmap 0x1000"]);
+    assert_eq!(recorder.calls(), ["map 0x1000", "map 0x1000", "unmap 0x1000"]);
     drop(space);
-    closes(told, device);
+    closes(recorder, device);
 }
 
-/// All of it is the parent's, by files that both have.
+/// Everything belongs to the parent; both processes share the files.
 #[test]
 fn a_child_undoes_nothing_of_its_parents() {
-    let (told, device) = device(false);
+    let (recorder, device) = device(false);
     let mut vectors = Some(device.vectors(Interrupt::Msi, 1).unwrap());
     let mut events = Some(device.events().unwrap());
     let mut low_power = Some(device.low_power().unwrap());
     let mut buffer = Some(device.dma().unwrap().buffer(1).unwrap());
-    told.calls();
+    recorder.calls();
     let mut drops: [(&str, &mut dyn FnMut()); 4] = [
         ("vectors", &mut || drop(vectors.take())),
         ("events", &mut || drop(events.take())),
@@ -189,21 +192,21 @@ fn a_child_undoes_nothing_of_its_parents() {
         ("a mapping", &mut || drop(buffer.take())),
     ];
     for (what, drops) in &mut drops {
-        let told_nothing = || {
+        let no_calls = || {
             drops();
-            told.calls().is_empty()
+            recorder.calls().is_empty()
         };
-        // SAFETY: no other thread knows of this device, and so holds none of its locks.
-        assert!(unsafe { fork::holds_in_child(told_nothing) }, "{what}");
+        // SAFETY: no other thread uses this device, so none holds its locks.
+        assert!(unsafe { fork::holds_in_child(no_calls) }, "{what}");
     }
     for (_, drops) in &mut drops {
         drops();
     }
     assert_eq!(
-        told.calls(),
+        recorder.calls(),
         ["disconnect MSI", "disconnect errors", "disconnect requests", "wake", "unmap 0x1000"]
     );
-    closes(told, device);
+    closes(recorder, device);
 }
 
 #[test]
@@ -219,6 +222,6 @@ fn a_buffer_without_address_space_names_the_limit() {
             && error.to_string().contains("may have 4294967296 (RLIMIT_AS)")
             && error.advice().contains("--as=")
     };
-    // SAFETY: no other thread knows of this device, and so holds none of its locks.
+    // SAFETY: no other thread uses this device, so none holds its locks.
     assert!(unsafe { fork::holds_in_child(named) });
 }

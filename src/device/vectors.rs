@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::signals::{eventfd, signal, take, wait};
-use super::{Device, Inner, Note};
+use super::{Device, Holder, Inner};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
 use crate::transport::{IrqInfo, irq_index};
@@ -16,8 +16,8 @@ use crate::transport::{IrqInfo, irq_index};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Interrupt {
-    /// The legacy interrupt: level-triggered and masked when it fires, to be unmasked when the cause
-    /// is gone.
+    /// The legacy interrupt: level-triggered. VFIO masks it when it fires; unmask it after the cause is
+    /// removed.
     Intx,
     /// Message-signalled interrupts (PCI 3.0 §6.8.1): up to 32 vectors.
     Msi,
@@ -39,34 +39,34 @@ impl Interrupt {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Growth {
-    /// Beside those in use, which went on firing (MSI-X on Linux 6.5 and newer).
+    /// The vectors in use were not disturbed (MSI-X on Linux 6.5 and newer).
     InPlace,
-    /// All vectors were taken out of use and set up again. What fired meanwhile was lost, so every
-    /// vector was signalled once: look for work at each.
-    Rearmed,
+    /// All vectors were disabled and enabled again. Interrupts in between were lost, so every vector was
+    /// signalled once: look for work at each.
+    Reenabled,
 }
 
-/// Vectors of a device, each signalling an eventfd. Dropping them takes the interrupt out of use.
+/// Vectors of a device, each with an eventfd that it signals. Dropping them disables the interrupt.
 ///
-/// MSI and MSI-X are writes that the device starts: without
-/// [`Config::set_bus_mastering`](super::Config::set_bus_mastering) none ever comes, and nothing says so. INTx does not need bus
-/// mastering.
+/// MSI and MSI-X are writes that the device starts. Without
+/// [`Config::set_bus_mastering`](super::Config::set_bus_mastering) they never arrive, and no error is reported.
+/// INTx does not need bus mastering.
 pub struct Vectors {
     device: Arc<Inner>,
     kind: Interrupt,
     info: IrqInfo,
     slots: Vec<Slot>,
-    /// What unmasks an INTx, beside [`set_masked`](Self::set_masked).
+    /// The eventfd that unmasks an INTx.
     resample: Option<OwnedFd>,
     slot: usize,
     /// The process that set them up: see [`fork::generation`].
     generation: u32,
 }
 
-/// A vector's eventfd, which stays the same as long as there is the vector.
+/// A vector's eventfd, which stays the same while the vector exists.
 struct Slot {
     eventfd: Arc<OwnedFd>,
-    /// Not set up, otherwise: a hole.
+    /// False for a hole: the vector is not set up.
     enabled: bool,
 }
 
@@ -80,13 +80,13 @@ impl Slot {
     }
 }
 
-/// One vector, to be waited for wherever it suits: in a thread of its own, or by an event loop, for which
-/// its descriptor is readable once the vector has fired (`man 2 eventfd`).
+/// One vector, for a thread or an event loop of its own. Its descriptor is readable once the vector has fired
+/// (`man 2 eventfd`).
 ///
-/// It keeps neither the device nor its [`Vectors`], which may grow meanwhile. Once those are dropped, it
-/// does not fire any more. Clones are the same vector: what one of them takes, the others do not.
+/// It holds neither the device nor its [`Vectors`], which may grow meanwhile. Once those are dropped, it does
+/// not fire any more. Clones are the same vector and share its counter.
 ///
-/// With tokio it is what `AsyncFd` takes; the example `async_interrupts` shows it.
+/// tokio's `AsyncFd` accepts it; the example `async_interrupts` shows how.
 #[derive(Clone)]
 pub struct Vector {
     eventfd: Arc<OwnedFd>,
@@ -94,16 +94,16 @@ pub struct Vector {
 }
 
 impl Vector {
-    /// Waits until it has fired: how often since it was last asked, 0 when the time is over.
+    /// Waits until it has fired. Returns how often it has fired since the last call, 0 after the time limit.
     ///
     /// # Errors
-    /// `Os` where the kernel refuses to read the eventfd.
+    /// `Os` if the eventfd cannot be read.
     pub fn wait(&self, timeout: Duration) -> Result<u64> {
         wait(&*self.eventfd, timeout, || self.name.to_string())
     }
 
-    /// How often it has fired since it was last asked, without waiting. Its descriptor is not readable
-    /// from then on, until it fires again.
+    /// How often it has fired since the last call. Does not wait. Afterwards its descriptor is not readable
+    /// until it fires again.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -131,10 +131,10 @@ impl fmt::Debug for Vector {
 }
 
 impl Device {
-    /// What a kind of interrupt offers; a count of 0 where the device has none of it.
+    /// What the device offers for a kind of interrupt; a count of 0 if it has none.
     ///
     /// # Errors
-    /// `Unsupported` where the transport has no interrupts; what it answers.
+    /// `Unsupported` if the transport has no interrupts; the transport's error.
     pub fn interrupt(&self, kind: Interrupt) -> Result<IrqInfo> {
         self.transport().irq(kind.index())
     }
@@ -142,18 +142,18 @@ impl Device {
     /// Sets up the first `count` vectors.
     ///
     /// # Errors
-    /// `OutOfRange` where the device has fewer, or none of that kind, or the machine has fewer to give
-    /// (MSI without interrupt remapping: one), and says how many; what the kernel answers where another kind
-    /// is in use.
+    /// `OutOfRange` with the largest possible count, if the device has fewer, or none of that kind, or the
+    /// machine offers fewer (MSI without interrupt remapping: one); the kernel's error if another kind is in
+    /// use.
     pub fn vectors(&self, kind: Interrupt, count: usize) -> Result<Vectors> {
         let info = self.interrupt(kind)?;
         check(kind, &info, count, self.name())?;
         let slots = (0..count).map(|_| Slot::new()).collect::<Result<Vec<_>>>()?;
-        let slot = self.inner.only(Note::Vectors { kind, count })?;
+        let slot = self.inner.insert_exclusive(Holder::Vectors { kind, count })?;
         if let Err(error) = self.transport().set_irqs(kind.index(), 0, &borrowed(&slots)) {
-            // A transport that does it in parts may have connected some.
+            // A transport that connects in parts may have connected some.
             let _ = self.transport().set_irqs(kind.index(), 0, &[]);
-            self.inner.notes().try_remove(slot);
+            self.inner.holders().try_remove(slot);
             return Err(error);
         }
         let generation = fork::generation();
@@ -163,22 +163,22 @@ impl Device {
 }
 
 impl Inner {
-    /// Notes what there can be one of: vectors of any kind, events, a low power state.
-    pub(super) fn only(&self, note: Note) -> Result<usize> {
-        let mut notes = self.notes();
-        let alike = notes
+    /// Adds a holder that there can be only one of: vectors of any kind, events, a low power state.
+    pub(super) fn insert_exclusive(&self, holder: Holder) -> Result<usize> {
+        let mut holders = self.holders();
+        let alike = holders
             .iter()
-            .find(|(_, other)| std::mem::discriminant(*other) == std::mem::discriminant(&note));
+            .find(|(_, other)| std::mem::discriminant(*other) == std::mem::discriminant(&holder));
         match alike {
-            None => Ok(notes.insert(note)),
+            None => Ok(holders.insert(holder)),
             Some((_, other)) => {
-                let (wanted, there) = (self.describe(&note), self.describe(other));
+                let (wanted, there) = (self.describe(&holder), self.describe(other));
                 Err(Error::new(
                     ErrorKind::InUse,
                     "set up",
                     format!("{wanted} of {}", self.info.name),
                 )
-                .because(format!("there are {there}"))
+                .because(format!("it already has {there}"))
                 .remedy("drop those first"))
             }
         }
@@ -193,7 +193,7 @@ fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()
     match info.count as usize {
         0 => refuse(
             format!("the device has no {kind:?}"),
-            "use another kind: Device::interrupt reports what it has".to_owned(),
+            "use another kind; Device::interrupt reports which the device has".to_owned(),
         ),
         most if count == 0 || count > most => {
             refuse(format!("the device has {most}"), format!("ask for 1 to {most}"))
@@ -210,36 +210,37 @@ fn borrowed(slots: &[Slot]) -> Vec<Option<BorrowedFd<'_>>> {
 }
 
 impl Vectors {
-    /// How many there are, holes included.
+    /// How many vectors there are, including holes.
     pub fn count(&self) -> usize {
         self.slots.len()
     }
 
-    /// Which kind they are.
+    /// The kind of interrupt.
     pub fn kind(&self) -> Interrupt {
         self.kind
     }
 
-    /// The eventfd of a vector, to be watched by poll or epoll: readable once it has fired. `None` for a
-    /// hole, and past the last.
+    /// The eventfd of a vector, for poll or epoll: readable once the vector has fired. `None` for a hole, and
+    /// past the last.
     pub fn fd(&self, vector: usize) -> Option<BorrowedFd<'_>> {
         self.slots.get(vector)?.fd()
     }
 
-    /// A vector to be waited for elsewhere.
+    /// A vector as an object of its own.
     ///
     /// # Errors
-    /// `OutOfRange` past the last. That of a hole fires once the vector has been put back in.
+    /// `OutOfRange` past the last. The vector of a hole fires once it is enabled.
     pub fn vector(&self, vector: usize) -> Result<Vector> {
         self.one(vector, "hand out")?;
         let eventfd = self.slots[vector].eventfd.clone();
         Ok(Vector { eventfd, name: self.name(vector).into() })
     }
 
-    /// Waits until a vector has fired: how often since it was last asked, 0 when the time is over.
+    /// Waits until a vector has fired. Returns how often it has fired since the last call, 0 after the time
+    /// limit.
     ///
-    /// It waits no longer than `timeout`, whatever else has the eventfd: a server of a vfio-user device may
-    /// change its status flags and its counter. (`preadv2(2)` with `RWF_NOWAIT`, Linux 5.8.)
+    /// It waits no longer than `timeout`, even if a vfio-user server, which shares the eventfd, changes its
+    /// status flags or its counter (`preadv2(2)` with `RWF_NOWAIT`, Linux 5.8).
     ///
     /// # Errors
     /// `OutOfRange` for a hole, and past the last.
@@ -247,7 +248,7 @@ impl Vectors {
         wait(self.eventfd(vector)?, timeout, || self.name(vector))
     }
 
-    /// How often a vector has fired since it was last asked, without waiting.
+    /// How often a vector has fired since the last call. Does not wait.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -258,8 +259,8 @@ impl Vectors {
     /// Adds vectors up to `count`.
     ///
     /// # Errors
-    /// `OutOfRange` where the device or the machine has fewer, or there are as many already. Where vectors
-    /// had to be set up again and that failed, the old ones are set up again.
+    /// `OutOfRange` if the device or the machine has fewer, or there are that many already. If all vectors have
+    /// to be set up again and that fails, the old ones are set up again.
     pub fn grow(&mut self, count: usize) -> Result<Growth> {
         check(self.kind, &self.info, count, &self.device.info.name)?;
         let before = self.count();
@@ -276,7 +277,7 @@ impl Vectors {
             let result = transport.set_irqs(index, 0, &all);
             if let Err(error) = result {
                 let restored = transport.set_irqs(index, 0, &borrowed(&self.slots));
-                // Whoever waits looks for work, whether or not more will be told.
+                // Waiting threads look for work, even if no more interrupts follow.
                 self.signal_all();
                 return Err(match restored {
                     Ok(()) => error,
@@ -285,25 +286,25 @@ impl Vectors {
                     }
                 });
             }
-            Growth::Rearmed
+            Growth::Reenabled
         } else {
             transport.set_irqs(index, before as u32, &borrowed(&added))?;
             Growth::InPlace
         };
         self.slots.extend(added);
-        if growth == Growth::Rearmed {
+        if growth == Growth::Reenabled {
             self.signal_all();
         }
-        if let Some(note) = self.device.notes().get_mut(self.slot) {
-            *note = Note::Vectors { kind: self.kind, count };
+        if let Some(holder) = self.device.holders().get_mut(self.slot) {
+            *holder = Holder::Vectors { kind: self.kind, count };
         }
         Ok(growth)
     }
 
-    /// Takes a vector out, which leaves a hole, or puts it back in. What it has fired before is forgotten.
+    /// Enables a vector, or disables it, which leaves a hole. Enabling clears its counter.
     ///
     /// # Errors
-    /// `OutOfRange` past the last; what the kernel answers.
+    /// `OutOfRange` past the last; the kernel's error.
     pub fn set_enabled(&mut self, vector: usize, enabled: bool) -> Result<()> {
         self.one(vector, "set up")?;
         let slot = &self.slots[vector];
@@ -319,26 +320,30 @@ impl Vectors {
         Ok(())
     }
 
-    /// Masks a vector, or unmasks it. An INTx is masked when it fires.
+    /// Masks a vector, or unmasks it. VFIO masks an INTx when it fires.
     ///
     /// # Errors
-    /// What the transport answers: VFIO masks INTx only.
+    /// The transport's error: VFIO can mask INTx only.
     pub fn set_masked(&self, vector: usize, masked: bool) -> Result<()> {
         let vectors = self.one(vector, "mask")?;
         self.device.transport.mask_irqs(self.kind.index(), vectors, masked)
     }
 
-    /// Has an INTx unmasked whenever an eventfd is written, in place of [`set_masked`](Self::set_masked):
+    /// Makes an eventfd that unmasks the INTx when it is written, instead of [`set_masked`](Self::set_masked):
     /// see [`resample_fd`](Self::resample_fd).
     ///
     /// # Errors
-    /// `Unsupported` where vectors are not masked when they fire, as MSI and MSI-X are not, or the
-    /// transport cannot do it.
+    /// `Unsupported` for MSI and MSI-X, which are not masked when they fire, or if the transport does not offer
+    /// it.
     pub fn enable_resample(&mut self) -> Result<()> {
         if !self.info.automasked {
-            return Err(Error::new(ErrorKind::Unsupported, "unmask by an eventfd", self.name(0))
-                .because("it is not masked when it fires")
-                .remedy("nothing needs to be done between one interrupt and the next"));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "use an eventfd to unmask",
+                self.name(0),
+            )
+            .because("it is not masked when it fires")
+            .remedy("no unmasking is needed between interrupts"));
         }
         if self.resample.is_none() {
             let eventfd = eventfd()?;
@@ -350,29 +355,29 @@ impl Vectors {
     }
 
     /// The eventfd that unmasks the INTx when it is written; `None` before
-    /// [`enable_resample`](Self::enable_resample). A hypervisor gives it to KVM with that of the vector,
-    /// as `resamplefd` of `KVM_IRQFD`: its guest's end of interrupt then unmasks the device's, and what
-    /// is still asserted fires again.
+    /// [`enable_resample`](Self::enable_resample). A hypervisor passes it to KVM together with the vector's, as
+    /// `resamplefd` of `KVM_IRQFD`. The guest's end of interrupt then unmasks the INTx, which fires again if it
+    /// is still asserted.
     pub fn resample_fd(&self) -> Option<BorrowedFd<'_>> {
         self.resample.as_ref().map(AsFd::as_fd)
     }
 
-    /// Fires a vector as the device would: for tests.
+    /// Fires a vector as the device would. For tests.
     ///
     /// # Errors
-    /// What the transport answers.
+    /// The transport's error.
     pub fn trigger(&self, vector: usize) -> Result<()> {
         let vectors = self.one(vector, "trigger")?;
         self.device.transport.trigger_irqs(self.kind.index(), vectors)
     }
 
-    /// One vector as a range, of those that there are.
+    /// One vector as a range, after a check that it exists.
     fn one(&self, vector: usize, operation: &'static str) -> Result<Range<u32>> {
         if vector < self.count() {
             return Ok(vector as u32..vector as u32 + 1);
         }
         Err(Error::new(ErrorKind::OutOfRange, operation, self.name(vector))
-            .because(format!("there are {}", self.count()))
+            .because(format!("there are {} vectors", self.count()))
             .remedy("vectors are numbered from 0; Vectors::grow adds more if the device has them"))
     }
 
@@ -382,7 +387,7 @@ impl Vectors {
         slot.enabled.then_some(&*slot.eventfd).ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "wait for", self.name(vector))
                 .because("it is not set up (a hole)")
-                .remedy("put it back in: Vectors::set_enabled")
+                .remedy("enable it: Vectors::set_enabled")
         })
     }
 
@@ -403,7 +408,7 @@ impl Drop for Vectors {
         if let Err(error) = self.device.transport.set_irqs(self.kind.index(), 0, &[]) {
             log::warn!("interrupts stay set up until the device is closed: {error}");
         }
-        self.device.notes().try_remove(self.slot);
+        self.device.holders().try_remove(self.slot);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Windows: mapped ranges of a region, and the verbs on them.
+//! Windows: mapped ranges of a region, and what can be done with them.
 
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use slab::Slab;
 
 use super::register::{ReadOnly, ReadWrite, Register, Registers, Width, permits};
-use super::{Inner as DeviceInner, Note};
+use super::{Holder, Inner as DeviceInner};
 use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::space::{
     Access, Backing, DmaMemory, Failed, Mapping, Placement, Relocation, Report, Request,
@@ -18,38 +18,36 @@ use crate::space::{
 };
 use crate::sys;
 
-/// A range of a region, mapped: loads and stores reach the device.
+/// A mapped range of a region. Loads and stores reach the device.
 ///
 /// Clones are the same window. It is unmapped when the last clone and the last register made from it
 /// are dropped, and keeps its device open until then.
 ///
 /// # Raw pointers
-/// [`as_ptr`](Self::as_ptr) is for handing the window to something else: a hypervisor's memory slot, a
-/// C library. What it points to is mapped as long as the window, a clone or a register of it lives,
-/// and until [`relocate`](Self::relocate) succeeds: from then on the old range reaches nothing, and an
-/// access there raises SIGSEGV. Accesses must be single, aligned and volatile; never make a reference
-/// or a slice of it, and never pass it to `read(2)` or `write(2)`, which would copy to or from the
-/// device by any width. Never unmap, cover or protect a part of it: Linux 6.12 to 7.3 may hold it by 1 GiB
-/// page-table entries, which they cannot split. A memory slot that was made from it is to be removed before the window is
-/// relocated or dropped.
+/// [`as_ptr`](Self::as_ptr) is for other users of the window: a hypervisor's memory slot, a C library. The
+/// pointer is valid while the window, a clone or a register of it lives, and until [`relocate`](Self::relocate)
+/// succeeds; after that an access to the old range raises SIGSEGV. Accesses must be single, aligned and
+/// volatile. Never make a reference or a slice of it. Never pass it to `read(2)` or `write(2)`, which copy by
+/// any width. Never unmap, cover or protect a part of it: Linux 6.12 to 7.3 may map it by 1 GiB page-table
+/// entries, which they cannot split. Remove a memory slot that uses it before you relocate or drop the window.
 ///
 /// # Children
-/// A child of `fork(2)` has a hole where the window is (`MADV_DONTFORK`), and anything may come to lie
-/// there. Part of the contract of calling `fork`, which is `unsafe`: the child does not touch the window
-/// or its registers; it may drop them, call `exec`, or exit.
+/// A child of `fork(2)` does not inherit the mapping (`MADV_DONTFORK`), and anything may be mapped at its
+/// addresses. `fork` is `unsafe`, and this is a part of its contract: the child does not access the window or
+/// its registers. It may drop them, call `exec`, or exit.
 #[derive(Clone)]
 pub struct Window {
     pub(super) inner: Arc<Inner>,
 }
 
-/// What clones of a window and its registers share.
+/// The state that a window shares with its clones and registers.
 pub(super) struct Inner {
     pub(super) mapping: Mapping,
     region: u32,
-    /// Where the window begins within its first page, in bytes.
+    /// The offset of the window in its first page, in bytes.
     skip: usize,
     size: usize,
-    /// Where the device has noted the window.
+    /// The window's key among the holders of the device.
     slot: usize,
     /// The names of the register blocks that hold the window.
     blocks: Mutex<Slab<&'static str>>,
@@ -58,15 +56,15 @@ pub(super) struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // In a child the notes may be locked for good, by a thread that only the parent has.
+        // In a child of fork, the lock may be held for ever by a thread that only the parent has.
         if !self.mapping.is_inherited() {
-            self.device.notes().try_remove(self.slot);
+            self.device.holders().try_remove(self.slot);
         }
     }
 }
 
 impl Window {
-    /// Maps `range` of a region, page-rounded. The bar has checked that all of it can be mapped.
+    /// Maps `range` of a region, rounded to pages. `Bar` has checked that all of it can be mapped.
     pub(super) fn map(
         device: &Arc<DeviceInner>,
         region: u32,
@@ -82,8 +80,8 @@ impl Window {
         let too_large = || {
             let object = device.range_name(region, &range);
             Error::new(ErrorKind::OutOfRange, "map", object)
-                .because("there is no such address space")
-                .remedy("map parts of it, as windows of their own")
+                .because("it exceeds the address space")
+                .remedy("map parts of it as windows of their own")
         };
         let len = pages.and_then(|len| usize::try_from(len).ok()).ok_or_else(too_large)?;
         let mapping = Mapping::new(backing.clone(), offset, len, access, placement)?;
@@ -102,11 +100,11 @@ impl Window {
         let blocks = Mutex::default();
         let mut inner =
             Inner { mapping, region, skip, size, slot: 0, blocks, device: device.clone() };
-        inner.slot = device.notes().insert(inner.note());
+        inner.slot = device.holders().insert(inner.holder());
         Self { inner: Arc::new(inner) }
     }
 
-    /// The bytes of the region that it shows.
+    /// The bytes of the region that the window covers.
     pub fn region_range(&self) -> Range<u64> {
         self.inner.region_range()
     }
@@ -121,13 +119,12 @@ impl Window {
         self.inner.size
     }
 
-    /// The addresses that its pages take: from the page that holds its first byte to the end of the
-    /// page that holds its last.
+    /// The addresses of its pages, from the page of its first byte to the end of the page of its last.
     pub fn addresses(&self) -> Range<usize> {
         self.inner.mapping.range()
     }
 
-    /// Whether it can be written.
+    /// Whether the window can be written.
     pub fn access(&self) -> Access {
         self.inner.mapping.access()
     }
@@ -140,8 +137,8 @@ impl Window {
     /// The register of `T` at `offset` bytes into the window.
     ///
     /// # Errors
-    /// `OutOfRange` where it leaves the window, `Unaligned` where it is not naturally aligned in the
-    /// region, `ReadOnly` for a read-only window.
+    /// `OutOfRange` if it leaves the window, `Unaligned` if it is not naturally aligned in the region,
+    /// `ReadOnly` for a read-only window.
     pub fn register<T: Width>(&self, offset: usize) -> Result<Register<T>> {
         Register::new(self, offset)
     }
@@ -180,12 +177,12 @@ impl Window {
         Registers::new(self, offset, stride, count)
     }
 
-    /// Makes a second window over the same bytes. Both live; registers of this one go on working.
+    /// Makes a second window over the same bytes. This window and its registers keep working.
     ///
     /// # Errors
-    /// `Refused` with what each strategy was answered, `Hazard`, `UnsuitablePlacement`,
-    /// `AddressTaken`, `TooManyMappings`, `AddressSpace`, `LockedMemory`. This window is as it was, and a
-    /// reservation comes back with the failure.
+    /// `Refused` with the kernel's error for each strategy, `Hazard`, `UnsuitablePlacement`, `AddressTaken`,
+    /// `TooManyMappings`, `AddressSpace`, `LockedMemory`. This window is unchanged, and the failure returns a
+    /// reservation that was passed.
     pub fn duplicate(
         &self,
         request: impl Into<Request>,
@@ -214,16 +211,15 @@ impl Window {
         Ok((Self::of(mapping, device, *region, *skip, *size), report))
     }
 
-    /// Takes the window to another address. Its old addresses come back as a [`Reservation`]; at no
-    /// instant is either range a hole that another `mmap` could take (but for [`Strategy::Move`],
-    /// which is never taken unasked).
+    /// Relocates the window to another address. Returns its old addresses as a [`Reservation`]. Another `mmap`
+    /// cannot take either range at any instant, except with [`Strategy::Move`], which is used only on request.
     ///
     /// [`Strategy::Move`]: crate::space::Strategy::Move
     ///
     /// # Errors
-    /// `InUse` while a clone or a register of it lives: their addresses cannot change under them. A
-    /// driver that runs hands over by [`duplicate`](Self::duplicate), switching, and dropping the old
-    /// window. Otherwise as `duplicate`. The window is as it was.
+    /// `InUse` while a clone or a register of it lives, because their addresses cannot change. A running driver
+    /// calls [`duplicate`](Self::duplicate), switches to the new window, and drops the old one. Otherwise as
+    /// `duplicate`. The window is unchanged.
     pub fn relocate(
         &mut self,
         request: impl Into<Request>,
@@ -235,18 +231,19 @@ impl Window {
             return Err(Failed::new(error, reservation_of(placement)));
         };
         let relocation = inner.mapping.relocate(Request { placement, strategies, pinned })?;
-        if let Some(note) = inner.device.notes().get_mut(inner.slot) {
-            *note = inner.note();
+        if let Some(holder) = inner.device.holders().get_mut(inner.slot) {
+            *holder = inner.holder();
         }
         Ok(relocation)
     }
 
-    /// Unmaps the window and gives its addresses back, reserved: they are no hole for an instant.
+    /// Unmaps the window and returns its addresses as a reservation. Another `mmap` cannot take them at any
+    /// instant.
     ///
     /// # Errors
-    /// The window, with `InUse` while a clone or a register of it lives, or with what the kernel
-    /// answered. No window only with `ReservationLost`: a failing call may have unmapped it, and what is
-    /// mapped there now is another's, or cannot be told from another's and is left alone.
+    /// The window, with `InUse` while a clone or a register of it lives, or with the kernel's error. With
+    /// `ReservationLost` there is no window: the failed call may have unmapped it, and what is mapped there now
+    /// may belong to somebody else and is left alone.
     pub fn into_reservation(self) -> std::result::Result<Reservation, StillMapped> {
         let users = Arc::strong_count(&self.inner) - 1;
         let mut inner = match Arc::try_unwrap(self.inner) {
@@ -262,25 +259,26 @@ impl Window {
         })
     }
 
-    /// The window as memory that another device may reach: peer-to-peer.
+    /// The window as memory for the DMA of another device: peer-to-peer.
     ///
-    /// Type 1 containers map it by page frame: the mapping goes on reaching this device whatever
-    /// becomes of the window, so unmap it before this device is reset. iommufd refuses it.
+    /// Type 1 containers map it by page frame. The DMA mapping reaches this device even after the window is
+    /// dropped, so remove it before you reset this device. iommufd rejects such memory.
     pub fn dma_memory(&self) -> DmaMemory {
         let addresses = self.addresses();
-        // SAFETY: mapped while the window's shared part lives, which it is given; no reference to
-        // device memory is ever made.
+        // SAFETY: the range is mapped while the window's shared state lives, and the memory holds that; no
+        // reference to device memory is ever made.
         let memory =
             unsafe { DmaMemory::new(addresses.start, addresses.len(), None, self.inner.clone()) };
         if self.inner.mapping.is_shared_memory() { memory } else { memory.of_device() }
     }
 
-    /// Where a register of `size` bytes at `offset` lies, naturally aligned and within the window.
+    /// The address of a register of `size` bytes at `offset`, after a check that it is naturally aligned and in
+    /// the window.
     pub(super) fn place(&self, offset: usize, size: usize, wanted: Access) -> Result<NonNull<u8>> {
         self.place_aligned(offset, size, size, wanted)
     }
 
-    /// Where `size` bytes at `offset` lie, aligned and within the window.
+    /// The address of `size` bytes at `offset`, after a check that they are aligned and in the window.
     pub(super) fn place_aligned(
         &self,
         offset: usize,
@@ -299,7 +297,7 @@ impl Window {
             return Err(Error::new(ErrorKind::OutOfRange, "find", object())
                 .because("it leaves the window")
                 .remedy(format!(
-                    "offsets count from the window's first byte, of {all:#x}; map a larger range"
+                    "count offsets from the first byte of the window, which has {all:#x} bytes, or map a larger range"
                 )));
         }
         let address = mapping.range().start + skip + offset;
@@ -308,7 +306,7 @@ impl Window {
                 format!("a register of {alignment} bytes lies at a multiple of {alignment}");
             let error = Error::new(ErrorKind::Unaligned, "find", object()).because(reason);
             return Err(if alignment == size {
-                error.remedy("use a narrower register, or several")
+                error.remedy("use a narrower register, or more than one")
             } else {
                 error.remedy(format!("place the block at a multiple of {alignment}"))
             });
@@ -338,7 +336,7 @@ fn in_use(operation: &'static str, inner: &Inner, users: usize) -> Error {
     }
     Error::new(ErrorKind::InUse, operation, object)
         .because(format!("it is held by {}", holders.join(", ")))
-        .remedy("drop them; or duplicate the window, switch over, and drop this one")
+        .remedy("drop them; or duplicate the window, switch to the duplicate, and drop this one")
 }
 
 impl Inner {
@@ -351,15 +349,15 @@ impl Inner {
         start..start + self.size as u64
     }
 
-    fn note(&self) -> Note {
+    fn holder(&self) -> Holder {
         let (region, range) = (self.region, self.region_range());
-        Note::Window { region, range, address: self.mapping.range().start }
+        Holder::Window { region, range, address: self.mapping.range().start }
     }
 }
 
 /// A window that could not be unmapped, and why.
 ///
-/// Converts into its [`Error`] with `?`; the window is then dropped.
+/// `?` converts it into its [`Error`] and drops the window.
 #[derive(Debug)]
 pub struct StillMapped {
     error: Error,
@@ -367,12 +365,12 @@ pub struct StillMapped {
 }
 
 impl StillMapped {
-    /// Why it is mapped.
+    /// Why it is still mapped.
     pub fn error(&self) -> &Error {
         &self.error
     }
 
-    /// The window, as it was; `None` where it was lost
+    /// The window, unchanged; `None` if it was lost
     /// ([`ErrorKind::ReservationLost`](crate::ErrorKind::ReservationLost)).
     pub fn into_window(self) -> Option<Window> {
         self.window
@@ -400,10 +398,10 @@ mod tests {
     fn a_child_drops_a_window_without_its_devices_lock() {
         let device = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
         let mut window = Some(device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap());
-        let notes = device.inner.notes();
-        // SAFETY: the child takes no lock, which is what the test shows.
+        let holders = device.inner.holders();
+        // SAFETY: the child takes no lock: the test fails if it does.
         let dropped = unsafe { fork::holds_in_child(|| window.take().map(drop).is_some()) };
-        drop(notes);
+        drop(holders);
         assert!(dropped);
         assert!(window.is_some_and(|window| window.register::<u32>(0).is_ok()));
     }

@@ -123,7 +123,7 @@ fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
             mappings.pop();
             mappings.push(map().unwrap());
         }
-        assert_eq!(space.mappings(), MOST as usize);
+        assert_eq!(space.mapping_count(), MOST as usize);
     });
 }
 

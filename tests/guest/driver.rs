@@ -76,11 +76,11 @@ fn ten_thousand_msix_interrupts_in_lockstep_lose_none_while_vectors_are_added() 
         if round == 5_000 {
             let growth = vectors.grow(5).unwrap();
             let expected = match lab::kernel().as_str() {
-                "5.10" | "6.1" => Growth::Rearmed,
+                "5.10" | "6.1" => Growth::Reenabled,
                 _ => Growth::InPlace,
             };
             assert_eq!(growth, expected);
-            if growth == Growth::Rearmed {
+            if growth == Growth::Reenabled {
                 // Each was signalled once, so that nobody misses what fired meanwhile.
                 for vector in 0..5 {
                     assert_eq!(vectors.take(vector).unwrap(), 1);
@@ -262,9 +262,9 @@ fn sixty_thousand_mappings_live_at_once() {
     let mappings: Vec<_> = (0..60_000)
         .map(|_| space.map(memory.clone(), IovaPlacement::default(), Access::ReadOnly).unwrap())
         .collect();
-    assert_eq!(space.mappings(), 60_001);
+    assert_eq!(space.mapping_count(), 60_001);
     drop(mappings);
-    assert_eq!(space.mappings(), 1);
+    assert_eq!(space.mapping_count(), 1);
 }
 
 /// A line of the kernel's log that a test provokes, announced to the lab while this lives.

@@ -147,13 +147,13 @@ fn without_iommu_memory_is_where_it_is_and_a_wish_for_another_place_is_refused()
             )
             .unwrap();
         assert_eq!(again.iova(), page.iova());
-        assert_eq!(space.mappings(), 2);
+        assert_eq!(space.mapping_count(), 2);
         drop(again);
         let refused = |request: BufferRequest, kind, words: &str| {
             let error = leftovers::none_of(|| space.buffer_with(request).unwrap_err());
             assert_eq!(error.kind(), kind, "{error}");
             assert!(error.to_string().contains(words), "{error}");
-            assert_eq!(space.mappings(), 1);
+            assert_eq!(space.mapping_count(), 1);
         };
         let placed = |placement| BufferRequest::new(4096).placement(placement);
         // The first page of all is the firmware's.

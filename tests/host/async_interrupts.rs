@@ -45,7 +45,7 @@ async fn a_vector_in_use_lets_others_be_added() {
             (first, count)
         });
         let growth = vectors.grow(3).unwrap();
-        assert_eq!(growth, if noresize { Growth::Rearmed } else { Growth::InPlace });
+        assert_eq!(growth, if noresize { Growth::Reenabled } else { Growth::InPlace });
         interrupts.fire(irq_index::MSIX, 0);
         let (first, count) = task.await.unwrap();
         assert!(count >= 1);

@@ -28,7 +28,7 @@ fn memory_that_is_unmapped_short_stays_the_devices() {
     drop(buffer);
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     assert!(maps.contains(&format!("{address:x}-")), "the device may still write to it");
-    assert_eq!(space.mappings(), 1);
+    assert_eq!(space.mapping_count(), 1);
     let again = space.buffer_with(BufferRequest::new(4096).placement(here));
     assert_eq!(again.unwrap_err().kind(), ErrorKind::AddressTaken);
     // Others come and go as ever.
@@ -47,7 +47,7 @@ fn memory_elsewhere_that_stays_mapped_keeps_its_addresses() {
     let elsewhere = IovaPlacement::At(Iova(0x10_0000));
     let refused = space.buffer_with(BufferRequest::new(4096).placement(elsewhere)).unwrap_err();
     assert!(refused.to_string().contains("the memory is at"), "{refused}");
-    assert_eq!((transport.mapped().len(), space.mappings()), (1, 1));
+    assert_eq!((transport.mapped().len(), space.mapping_count()), (1, 1));
     let buffer = space.buffer(4096).unwrap();
     assert_eq!(transport.mapped().len(), 2, "at addresses of its own");
 
@@ -55,7 +55,7 @@ fn memory_elsewhere_that_stays_mapped_keeps_its_addresses() {
     let words = "held by 2 DMA mappings at IOVA 0x100000000..=0x100001fff, its DMA space";
     assert!(held.to_string().contains(words), "{held}");
     drop(buffer);
-    assert_eq!((transport.mapped().len(), space.mappings()), (1, 1));
+    assert_eq!((transport.mapped().len(), space.mapping_count()), (1, 1));
 }
 
 /// Where nothing translates a device's addresses, memory is where it is.
@@ -71,7 +71,7 @@ fn memory_that_wraps_past_the_last_address_is_refused() {
         let request = BufferRequest::new(8192).placement(placement);
         let error = space.buffer_with(request).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
-        assert_eq!((transport.mapped(), space.mappings()), (vec![], 0));
+        assert_eq!((transport.mapped(), space.mapping_count()), (vec![], 0));
     }
     let (first, second) = space.buffer(4096).unwrap().split_at(4095).unwrap();
     assert_eq!((first.iova(), second.iova()), (Iova(last_page), Iova(u64::MAX)));
@@ -92,11 +92,11 @@ fn devices_of_one_address_space_take_from_one_stock() {
         assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
         let theirs = second.buffer(4096).unwrap();
         assert!(one.mapped().iter().all(|(iova, _)| *iova != theirs.iova().0), "{theirs:?}");
-        assert_eq!((first.mappings(), second.mappings()), (2000, 1));
+        assert_eq!((first.mapping_count(), second.mapping_count()), (2000, 1));
         let [first_device, second_device] = devices;
         let held_by = second_device.close().unwrap_err();
         let words =
-            "1 of the DMA mappings at IOVA 0x100000000..=0x1007d0fff, where other devices are, too";
+            "1 of the DMA mappings at IOVA 0x100000000..=0x1007d0fff, which other devices share";
         assert!(held_by.to_string().contains(words), "{held_by}");
         drop((held, theirs, first, second, one, other));
         first_device.close().unwrap();
@@ -248,7 +248,7 @@ fn buffers_keep_no_descriptors_that_no_transport_wants() {
         let transport = Arc::new(Scripted::with_limits(limits));
         let space = Device::new(transport.clone()).dma().unwrap();
         let buffers: Vec<_> = (0..2000).map(|_| space.buffer(4096).unwrap()).collect();
-        assert_eq!(space.mappings(), buffers.len());
+        assert_eq!(space.mapping_count(), buffers.len());
         assert!(transport.files().iter().all(Option::is_none));
         assert!(buffers[0].memory().file().is_none());
     });
@@ -317,7 +317,7 @@ fn placements_that_make_no_sense_do_not_reach_the_transport() {
         let error = space.map(page.memory().clone(), placement, Access::ReadWrite).unwrap_err();
         assert_eq!(error.kind(), kind, "{placement:?}: {error}");
         assert!(!error.advice().is_empty(), "{error}");
-        assert_eq!((transport.mapped(), space.mappings()), (taken.clone(), 1));
+        assert_eq!((transport.mapped(), space.mapping_count()), (taken.clone(), 1));
     }
     assert_ne!(page.iova(), Iova(0), "devices take that for none");
     for size in [0, usize::MAX, isize::MAX as usize] {
@@ -431,7 +431,7 @@ fn a_search_for_free_addresses_has_a_time_limit() {
     let space = Device::new(transport.clone()).dma().unwrap();
     let error = space.buffer(4096).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
-    assert_eq!(space.mappings(), 0);
+    assert_eq!(space.mapping_count(), 0);
     // All would be 256, in 26 seconds.
     let asked = transport.asked.load(Ordering::Relaxed);
     assert!((2..=25).contains(&asked), "it was asked {asked} times");

@@ -88,7 +88,7 @@ fn a_reset_ends_decoding_and_bus_mastering_but_no_mapping() {
         config.set_bus_mastering(true).unwrap();
         device.reset().unwrap();
         assert!(!config.memory_decoding().unwrap() && !config.bus_mastering().unwrap());
-        assert_eq!(space.mappings(), 1);
+        assert_eq!(space.mapping_count(), 1);
     }
     drop(buffer);
 }

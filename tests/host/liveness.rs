@@ -56,7 +56,7 @@ fn growing_ends_where_every_eventfd_is_full() {
     in_time(|| {
         let device = Device::new(Arc::new(Interrupts::spoiled(FULL).with_noresize(true)));
         let mut vectors = device.vectors(Interrupt::MsiX, 1).unwrap();
-        assert_eq!(vectors.grow(2).unwrap(), Growth::Rearmed);
+        assert_eq!(vectors.grow(2).unwrap(), Growth::Reenabled);
         assert!(vectors.take(0).unwrap() >= FULL);
     });
 }

@@ -193,18 +193,18 @@ pub static MUTANTS: &[Mutant] = &[
         name: "vectors-half-connected",
         file: "src/device/vectors.rs",
         before: "            let _ = self.transport().set_irqs(kind.index(), 0, &[]);
-            self.inner.notes().try_remove(slot);",
-        after: "            self.inner.notes().try_remove(slot);",
-        killer: Host("--lib -- device::tests::vectors_that_are_refused_leave_nothing_connected"),
+            self.inner.holders().try_remove(slot);",
+        after: "            self.inner.holders().try_remove(slot);",
+        killer: Host("--lib -- device::tests::vectors_that_fail_leave_nothing_connected"),
     },
     Mutant {
         name: "vectors-noted-after-failure",
         file: "src/device/vectors.rs",
-        before: "            self.inner.notes().try_remove(slot);
+        before: "            self.inner.holders().try_remove(slot);
             return Err(error);",
         after: "            let _ = slot;
             return Err(error);",
-        killer: Host("--lib -- device::tests::vectors_that_are_refused_leave_nothing_connected"),
+        killer: Host("--lib -- device::tests::vectors_that_fail_leave_nothing_connected"),
     },
     Mutant {
         name: "events-half-connected",
@@ -217,7 +217,7 @@ pub static MUTANTS: &[Mutant] = &[
                 return Err(error);
             }
         };",
-        killer: Host("--lib -- device::tests::events_that_are_refused_leave_nothing_connected"),
+        killer: Host("--lib -- device::tests::events_that_fail_leave_nothing_connected"),
     },
     Mutant {
         name: "binding-half-made",
@@ -231,11 +231,11 @@ pub static MUTANTS: &[Mutant] = &[
     Mutant {
         name: "low-power-noted-after-failure",
         file: "src/device/power.rs",
-        before: "            self.inner.notes().try_remove(slot);
+        before: "            self.inner.holders().try_remove(slot);
             return Err(error);",
         after: "            let _ = slot;
             return Err(error);",
-        killer: Host("--lib -- device::tests::a_sleep_that_is_refused_leaves_nothing"),
+        killer: Host("--lib -- device::tests::a_sleep_that_fails_leaves_nothing"),
     },
     // The Linux transport, on a real kernel.
     Mutant {

@@ -38,7 +38,7 @@ pub fn is_reached_whole_or_not_at_all(device: Device) {
     let error = space.map_guest(&memory, Access::ReadWrite).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
     assert!(error.to_string().contains(&format!("{HIGH:#x}")), "{error}");
-    assert_eq!(space.mappings(), 2);
+    assert_eq!(space.mapping_count(), 2);
     drop((obstacle, buffer));
 
     let mapping = space.map_guest(&memory, Access::ReadWrite).unwrap();
@@ -56,7 +56,7 @@ pub fn is_reached_whole_or_not_at_all(device: Device) {
     drop(memory);
     edu.transfer(0x4_0000, LOW, 4096, Direction::ToMemory).unwrap();
     drop(mapping);
-    assert_eq!(space.mappings(), 1, "the driver's own buffer is left");
+    assert_eq!(space.mapping_count(), 1, "the driver's own buffer is left");
     drop(space);
     edu.close().unwrap();
 }

@@ -67,5 +67,5 @@ pub fn io_addresses_are_shared(one: &Device, other: &Device) {
     assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
     assert_eq!(error.errno(), Some(libc::EEXIST), "{error}");
     assert!(!error.advice().is_empty(), "{error}");
-    assert_eq!(other.mappings(), 1, "the address that was taken is given back");
+    assert_eq!(other.mapping_count(), 1, "the address that was taken is given back");
 }
