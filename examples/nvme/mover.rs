@@ -231,7 +231,7 @@ mod tests {
                     Ok(())
                 })
                 .unwrap();
-            assert_eq!((seen, faults.left()), (last, 0), "command {struck}");
+            assert_eq!((seen, faults.remaining()), (last, 0), "command {struck}");
             assert_eq!(session.controller.generation(), 1, "command {struck}");
             drop(mover);
             session.close().unwrap();

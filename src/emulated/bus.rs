@@ -1,4 +1,4 @@
-//! What a model reaches: its mapped memory, the driver's memory, and interrupts.
+//! What a model can access: its mapped memory, the driver's memory, and interrupts.
 
 use std::fmt;
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::thread::Thread;
 
 use nix::errno::Errno;
 
-use super::irq::Line;
+use super::irq::Irq;
 use super::memory::Memory;
 use super::server::wire::Wire;
 use super::user::User;
@@ -16,11 +16,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
 use crate::transport::vfio_user::protocol::dma::{self, DmaTable, Piece, Rights};
 
-/// A model's way to the rest of the machine.
+/// A model's access to the rest of the machine.
 pub struct Bus {
     name: String,
     memories: Box<[Option<Memory>]>,
-    lines: Mutex<Box<[Line]>>,
+    irqs: Mutex<Box<[Irq]>>,
     dma: Mutex<DmaTable<Mapping>>,
     worker: OnceLock<Thread>,
 }
@@ -32,43 +32,43 @@ struct Mapping {
     target: Target,
 }
 
-/// Where it lies.
+/// The place of mapped memory.
 #[derive(Clone)]
 pub(super) enum Target {
     /// In this process.
     Here(DmaMemory),
-    /// In a file that its owner may cut short at any time: read and written, never mapped.
+    /// In a file that its user may truncate at any time. It is read and written, never mapped.
     File(Arc<File>, u64),
-    /// With a client that must be asked, at this address.
+    /// In a client that has to be asked by messages, at this address.
     Client(Arc<Wire>, u64),
 }
 
 impl Bus {
-    pub(super) fn new(name: String, memories: Box<[Option<Memory>]>, lines: Box<[Line]>) -> Self {
+    pub(super) fn new(name: String, memories: Box<[Option<Memory>]>, irqs: Box<[Irq]>) -> Self {
         Self {
             name,
             memories,
-            lines: Mutex::new(lines),
+            irqs: Mutex::new(irqs),
             // Each user has a limit of its own.
             dma: Mutex::new(DmaTable::new(u32::MAX)),
             worker: OnceLock::new(),
         }
     }
 
-    /// The memory of a region, where parts of it are mapped.
+    /// The memory of a region; `None` if no part of it is mapped.
     pub fn memory(&self, region: u32) -> Option<&Memory> {
         self.memories.get(region as usize)?.as_ref()
     }
 
-    /// Reads memory that the driver has mapped for DMA: `data.len()` bytes at the I/O virtual address
-    /// `address`.
+    /// Reads DMA memory of the driver: `data.len()` bytes at the IOVA `address`.
     ///
     /// # Errors
-    /// Where not all of it is mapped, or not for reading, or a client does not give it.
+    /// `OutOfRange` if a part of it is not mapped, or not for reading; the error of a client that has the
+    /// memory.
     pub fn dma_read(&self, address: u64, data: &mut [u8]) -> Result<()> {
-        // Held while copying: what the driver unmaps is not reached afterwards.
+        // Locked while copying, so that memory is not accessed after the driver unmapped it.
         let table = self.dma();
-        // A client that must be asked has one time for all of it: others wait for the table.
+        // One deadline for all messages to a client, because others wait for the table.
         let mut deadline = None;
         let failed = |errno| self.dma_error(errno, "read", address, data.len());
         for piece in table.find(address, data.len(), Rights::READ).map_err(failed)? {
@@ -89,10 +89,10 @@ impl Bus {
         Ok(())
     }
 
-    /// Writes memory that the driver has mapped for DMA, as [`dma_read`](Self::dma_read) reads.
+    /// Writes DMA memory of the driver: `data` at the IOVA `address`.
     ///
     /// # Errors
-    /// As `dma_read`; where it fails half way, the first bytes are written.
+    /// As [`dma_read`](Self::dma_read). After an error, the first bytes may be written.
     pub fn dma_write(&self, address: u64, data: &[u8]) -> Result<()> {
         let table = self.dma();
         let mut deadline = None;
@@ -118,32 +118,31 @@ impl Bus {
         self.dma().find(address, len, Rights::WRITE).is_ok()
     }
 
-    /// Fires a vector, as a message-signalled interrupt does. A vector that does not exist or is
-    /// connected to nothing does nothing; one that is masked fires when it is unmasked.
+    /// Fires a vector, as a message-signalled interrupt does. A vector that does not exist or is not connected
+    /// is ignored. A masked vector fires when it is unmasked.
     pub fn fire(&self, index: u32, vector: u32) {
-        if let (Some(line), Some(end)) =
-            (self.lines().get_mut(index as usize), vector.checked_add(1))
+        if let (Some(irq), Some(end)) = (self.irqs().get_mut(index as usize), vector.checked_add(1))
         {
-            // A vector that does not exist.
-            let _ = line.fire(vector..end);
+            // The error means that the vector does not exist.
+            let _ = irq.fire(vector..end);
         }
     }
 
-    /// Asserts an interrupt of one vector that is level-triggered, or takes that back.
+    /// Asserts or deasserts a level-triggered interrupt with one vector.
     pub fn set_level(&self, index: u32, asserted: bool) {
-        if let Some(line) = self.lines().get_mut(index as usize) {
-            // An interrupt of no vector.
-            let _ = line.set_level(0, asserted);
+        if let Some(irq) = self.irqs().get_mut(index as usize) {
+            // The error means that the interrupt has no vector.
+            let _ = irq.set_level(0, asserted);
         }
     }
 
-    /// Whether the driver has connected any vector of an interrupt: what VFIO knows of MSI and MSI-X
-    /// being enabled.
+    /// Whether the driver has connected any vector of an interrupt. VFIO enables MSI and MSI-X when vectors are
+    /// connected.
     pub fn is_connected(&self, index: u32) -> bool {
-        self.lines().get(index as usize).is_some_and(Line::is_connected)
+        self.irqs().get(index as usize).is_some_and(Irq::is_connected)
     }
 
-    /// Has [`Model::poll`](super::Model::poll) called, soon and by another thread.
+    /// Makes the device's thread call [`Model::poll`](super::Model::poll) soon.
     pub fn wake(&self) {
         if let Some(thread) = self.worker.get() {
             thread.unpark();
@@ -154,16 +153,16 @@ impl Bus {
         self.worker.get_or_init(|| thread);
     }
 
-    pub(super) fn lines(&self) -> MutexGuard<'_, Box<[Line]>> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn irqs(&self) -> MutexGuard<'_, Box<[Irq]>> {
+        self.irqs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn dma(&self) -> MutexGuard<'_, DmaTable<Mapping>> {
         self.dma.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Maps memory of a user's for DMA. EINVAL where the range is empty or wraps around, EEXIST where it
-    /// overlaps another, whoever's; ENOSPC or EMFILE past the user's limits.
+    /// Maps memory of a user for DMA. EINVAL if the range is empty or wraps around, EEXIST if it overlaps a
+    /// mapping of any user; ENOSPC or EMFILE past the user's limits.
     pub(super) fn map(
         &self,
         user: &Arc<User>,
@@ -179,7 +178,7 @@ impl Bus {
         table.insert(iova, size, rights, mapping).inspect_err(|_| user.remove_mapping(with_file))
     }
 
-    /// ENOENT where no mapping of this user's is exactly this one.
+    /// Unmaps memory of a user. ENOENT if the user has no mapping of exactly this range.
     pub(super) fn unmap(
         &self,
         user: &Arc<User>,
@@ -192,7 +191,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Unmaps all that a user has mapped.
+    /// Unmaps all memory of a user.
     pub(super) fn unmap_all(&self, user: &Arc<User>) {
         self.dma().retain(|mapping| {
             let theirs = Arc::ptr_eq(&mapping.user, user);
@@ -203,17 +202,17 @@ impl Bus {
         });
     }
 
-    /// A user has left: nothing of it is reached any more.
+    /// Disconnects the eventfds and unmaps the memory of a user that has left.
     pub(super) fn detach(&self, user: &Arc<User>) {
-        self.lines().iter_mut().for_each(|line| line.disconnect_user(user));
+        self.irqs().iter_mut().for_each(|irq| irq.disconnect_user(user));
         self.unmap_all(user);
     }
 
     fn dma_error(&self, errno: Errno, operation: &'static str, address: u64, len: usize) -> Error {
-        let object = format!("{len} bytes at I/O address {address:#x} for {}", self.name);
+        let object = format!("{len} bytes at IOVA {address:#x} for {}", self.name);
         let reason = match errno {
             Errno::EFAULT => "not all of it is mapped for DMA",
-            Errno::EACCES => "it is not mapped for that",
+            Errno::EACCES => "it is not mapped for this access",
             _ => return Error::os(errno, operation, object),
         };
         Error::new(ErrorKind::OutOfRange, operation, object).because(reason)
@@ -226,7 +225,7 @@ impl Target {
     }
 }
 
-/// A file that ends too early is memory that is not there.
+/// EFAULT if the file ends too early: the memory does not exist.
 fn of(done: std::io::Result<()>) -> std::result::Result<(), Errno> {
     done.map_err(|error| error.raw_os_error().map_or(Errno::EFAULT, Errno::from_raw))
 }

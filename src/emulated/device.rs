@@ -1,4 +1,4 @@
-//! A model as a device: its transport within this process.
+//! A model in this process, as a transport.
 
 use std::fmt;
 use std::ops::Range;
@@ -11,10 +11,10 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::bus::{Bus, Target};
-use super::irq::{Line, may_be_eventfd};
+use super::irq::{Irq, may_be_eventfd};
 use super::memory::Memory;
 use super::model::{Activity, Model, Shape};
-use super::stage::Stage;
+use super::model_cell::ModelCell;
 use super::user::User;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
@@ -23,7 +23,7 @@ use crate::transport::dma_error::map_refused;
 use crate::transport::vfio_user::protocol::dma::Rights;
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
-/// How often a thread that watches looks without sleeping, and how long it sleeps at most.
+/// How often the thread of a watching model polls before it sleeps, and its longest sleep.
 const EAGER: u32 = 64;
 const NAP: Duration = Duration::from_millis(1);
 /// Most vectors of an interrupt (PCIe 5.0 §7.7.2.2).
@@ -33,16 +33,16 @@ const MAX_VECTORS: u32 = 2048;
 #[derive(Clone)]
 pub struct Emulated {
     pub(super) core: Arc<Core>,
-    /// Ends the model's thread with the last clone.
+    /// Ends the model's thread when the last clone is dropped.
     _worker: Arc<Worker>,
 }
 
-/// What the device's users and its thread share.
+/// The state that the device's users and its thread share.
 pub(super) struct Core {
     info: DeviceInfo,
     regions: Box<[RegionInfo]>,
     pub(super) bus: Bus,
-    model: Stage,
+    model: ModelCell,
     /// The program that it is in.
     user: Arc<User>,
     stop: AtomicBool,
@@ -55,12 +55,12 @@ struct Worker {
 }
 
 impl Emulated {
-    /// Brings a model to life, reset, with a thread of its own.
+    /// Resets a model and starts its thread.
     ///
     /// # Errors
-    /// `Os` where the kernel has no memory or thread to give; `OutOfRange` where the model's regions
-    /// have mapped parts that leave them, or an interrupt has more than 2048 vectors; `Malformed` where
-    /// its name has a NUL in it; `Gone` where its reset panics.
+    /// `Os` if the kernel has no memory or no thread left; `OutOfRange` if a mapped part leaves its region, or
+    /// an interrupt has more than 2048 vectors; `Malformed` if the name has a NUL; `Gone` if the model's reset
+    /// panics.
     pub fn new(model: impl Model + 'static) -> Result<Self> {
         let core = Core::new(model)?;
         let thread = thread::Builder::new().name(core.info.name.clone());
@@ -74,8 +74,8 @@ impl Emulated {
         Ok(Self::with_thread(core, Some(thread)))
     }
 
-    /// Brings a model to life, reset, without a thread: its work is done in [`poll`](Self::poll), when
-    /// the caller says so. For measurements and tests that want nothing to happen meanwhile.
+    /// Resets a model, without a thread: [`poll`](Self::poll) does its work. For measurements and tests that
+    /// must not be disturbed by a thread.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -90,23 +90,22 @@ impl Emulated {
         Self { core, _worker: worker }
     }
 
-    /// Has the model do what is to be done now, in this thread ([`Model::poll`]), whether or not it has
-    /// one of its own.
+    /// Calls [`Model::poll`] in this thread, whether or not the model has a thread.
     ///
     /// # Errors
-    /// `Gone` where the model has panicked, now or before; `InUse` where it calls its own device.
+    /// `Gone` if the model panics or has panicked; `InUse` if it calls its own device.
     pub fn poll(&self) -> Result<Activity> {
         self.core.poll()
     }
 }
 
-/// Refuses what no device can have, before anything is made of it.
+/// Checks what no device can have.
 fn check(shape: &Shape) -> Result<()> {
     let error = |kind, reason: String| {
         Err(Error::new(kind, "create", format!("the device {:?}", shape.name)).because(reason))
     };
     if shape.name.contains('\0') {
-        return error(ErrorKind::Malformed, "its name has a NUL in it".to_owned());
+        return error(ErrorKind::Malformed, "its name has a NUL".to_owned());
     }
     if let Some(irq) = shape.irqs.iter().find(|irq| irq.count > MAX_VECTORS) {
         let reason = format!("{} vectors are more than the {MAX_VECTORS} of MSI-X", irq.count);
@@ -133,19 +132,19 @@ impl Core {
         let memories = shape.regions.iter().enumerate().map(|(index, region)| {
             check_areas(region).then_some(()).ok_or_else(|| {
                 Error::new(ErrorKind::OutOfRange, "create", info.region_name(index as u32))
-                    .because("a mapped part of it lies outside of it")
+                    .because("a mapped part lies outside the region")
             })?;
-            // One of no bytes is vacant.
+            // A region of size 0 does not exist.
             let memory = region.mappable && region.size > 0;
             memory.then(|| Memory::new(region.size)).transpose()
         });
         let memories = memories.collect::<Result<_>>()?;
-        let lines = shape.irqs.into_iter().map(Line::new).collect();
+        let irqs = shape.irqs.into_iter().map(Irq::new).collect();
         let core = Arc::new(Core {
-            bus: Bus::new(info.name.clone(), memories, lines),
+            bus: Bus::new(info.name.clone(), memories, irqs),
             info,
             regions: shape.regions.into(),
-            model: Stage::new(model),
+            model: ModelCell::new(model),
             user: User::new(0),
             stop: AtomicBool::new(false),
         });
@@ -153,7 +152,7 @@ impl Core {
         Ok(core)
     }
 
-    /// Has the model do something.
+    /// Calls the model.
     fn call<R>(
         &self,
         operation: &'static str,
@@ -162,7 +161,7 @@ impl Core {
     ) -> Result<R> {
         self.model
             .call(|model| act(model, &self.bus))
-            .map_err(|refused| refused.error(operation, object))
+            .map_err(|error| error.error(operation, object))
     }
 
     fn poll(&self) -> Result<Activity> {
@@ -181,12 +180,12 @@ impl Core {
         }
     }
 
-    /// `Gone` where the model has panicked.
+    /// `Gone` if the model has panicked.
     fn check(&self, operation: &'static str, object: impl fmt::Display) -> Result<()> {
-        self.model.check().map_err(|refused| refused.error(operation, object))
+        self.model.check().map_err(|error| error.error(operation, object))
     }
 
-    /// Polls the model, as often as it asks for, until the device goes.
+    /// Polls the model, as often as it wants, until the device is dropped.
     fn work(&self) {
         let mut idle = 0;
         while !self.stop.load(Ordering::Relaxed) {
@@ -202,7 +201,7 @@ impl Core {
                 }
                 Activity::Watching => {
                     idle = idle.saturating_add(1);
-                    // Twice as long each time.
+                    // Each sleep is twice as long as the last.
                     let nap = Duration::from_micros(16 << (idle - EAGER).min(6));
                     thread::park_timeout(nap.min(NAP));
                 }
@@ -219,7 +218,7 @@ impl Core {
         })
     }
 
-    /// The memory that an access goes to; `None` where it is the model's.
+    /// The memory of an access; `None` if the model serves it.
     fn locate(
         &self,
         index: u32,
@@ -231,13 +230,14 @@ impl Core {
         let object = || self.info.region_name(index);
         let end = offset.checked_add(len as u64).filter(|&end| end <= region.size);
         let end = end.ok_or_else(|| {
-            let reason = format!("{len} bytes at {offset:#x} leave its {:#x} bytes", region.size);
+            let reason =
+                format!("{len} bytes at {offset:#x} leave the region of {:#x} bytes", region.size);
             Error::new(ErrorKind::OutOfRange, operation, object()).because(reason)
         })?;
         if operation == "write" && !region.writable {
             return Err(Error::new(ErrorKind::ReadOnly, operation, object()));
         }
-        // Memory goes on, but nobody looks at it.
+        // The memory could still be accessed, but no model looks at it.
         self.check(operation, object())?;
         let mapped = match &region.areas {
             Some(areas) => areas.iter().any(|area| area.start <= offset && end <= area.end),
@@ -260,32 +260,31 @@ impl Core {
         let object = format!("interrupt {index} of {}", self.info.name);
         let (kind, reason) = match errno {
             Errno::EINVAL => {
-                (ErrorKind::OutOfRange, "it has no such vectors, or they were given no eventfds")
+                (ErrorKind::OutOfRange, "it has no such vectors, or a file is not an eventfd")
             }
             _ => (ErrorKind::NotFound, "the device has no such interrupt"),
         };
         Error::new(kind, operation, object).because(reason)
     }
 
-    /// ENOENT where there is no such interrupt.
-    pub(super) fn with_line<R>(
+    /// Calls `f` with an interrupt. ENOENT if there is none at this index.
+    pub(super) fn with_irq<R>(
         &self,
         index: u32,
         operation: &'static str,
-        f: impl FnOnce(&mut Line) -> std::result::Result<R, Errno>,
+        f: impl FnOnce(&mut Irq) -> std::result::Result<R, Errno>,
     ) -> Result<R> {
-        let mut lines = self.bus.lines();
-        lines
-            .get_mut(index as usize)
+        let mut irqs = self.bus.irqs();
+        irqs.get_mut(index as usize)
             .ok_or(Errno::ENOENT)
             .and_then(f)
             .map_err(|errno| self.irq_error(errno, operation, index))
     }
 
-    /// Takes the vectors out of use that a user has connected.
+    /// Disconnects the vectors that a user has connected.
     pub(super) fn disconnect(&self, user: &Arc<User>, index: u32) -> Result<()> {
-        self.with_line(index, "disconnect", |line| {
-            line.disconnect_user(user);
+        self.with_irq(index, "disconnect", |irq| {
+            irq.disconnect_user(user);
             Ok(())
         })
     }
@@ -299,13 +298,12 @@ impl Core {
         fds: Vec<Option<OwnedFd>>,
     ) -> Result<()> {
         self.check("connect", format_args!("interrupt {index} of {}", self.info.name))?;
-        // Looking at foreign files, and closing them, may take its time: not while others wait.
+        // Looking at a user's files and closing them may take long, so no lock is held.
         if fds.iter().flatten().any(|fd| !may_be_eventfd(fd)) {
             return Err(self.irq_error(Errno::EINVAL, "connect", index));
         }
         let mut fds = fds.into_iter().map(|fd| fd.map(Arc::new)).collect::<Vec<_>>();
-        let displaced =
-            self.with_line(index, "connect", |line| line.connect(user, start, &mut fds));
+        let displaced = self.with_irq(index, "connect", |irq| irq.connect(user, start, &mut fds));
         displaced.map(drop)
     }
 }
@@ -341,7 +339,7 @@ impl Transport for Emulated {
         self.core.find(region, "map")?;
         let memory = self.core.bus.memory(region).ok_or_else(|| {
             Error::new(ErrorKind::NotMappable, "map", self.core.info.region_name(region))
-                .because("all of it is trapped by the model")
+                .because("the model traps all of it")
         })?;
         memory.file()
     }
@@ -351,7 +349,7 @@ impl Transport for Emulated {
     }
 
     fn irq(&self, index: u32) -> Result<IrqInfo> {
-        self.core.with_line(index, "query", |line| Ok(line.info()))
+        self.core.with_irq(index, "query", |irq| Ok(irq.info()))
     }
 
     fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
@@ -367,25 +365,24 @@ impl Transport for Emulated {
 
     fn mask_irqs(&self, index: u32, vectors: Range<u32>, masked: bool) -> Result<()> {
         let what = if masked { "mask" } else { "unmask" };
-        self.core.with_line(index, what, |line| line.mask(vectors, masked))
+        self.core.with_irq(index, what, |irq| irq.mask(vectors, masked))
     }
 
     fn trigger_irqs(&self, index: u32, vectors: Range<u32>) -> Result<()> {
-        self.core.with_line(index, "trigger", |line| line.fire(vectors))
+        self.core.with_irq(index, "trigger", |irq| irq.fire(vectors))
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
-        let available_mappings = Some(self.core.user.room());
+        let available_mappings = Some(self.core.user.available_mappings());
         let page_size = sys::page_size() as u64;
         let limits = DmaLimits::new(vec![0..=u64::MAX], page_size);
-        // The model reaches memory of this process by its address.
+        // The model accesses memory of this process by its address.
         Ok(DmaLimits { available_mappings, by_file: false, ..limits })
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
         let size = memory.size() as u64;
-        let object =
-            || format!("{size:#x} bytes at I/O address {iova:#x} of {}", self.core.info.name);
+        let object = || format!("{size:#x} bytes at IOVA {iova:#x} of {}", self.core.info.name);
         self.core.check("map for DMA", object())?;
         let target = Target::Here(memory.clone());
         self.core
@@ -397,7 +394,7 @@ impl Transport for Emulated {
     fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
         self.core.bus.unmap(&self.core.user, iova, size).map_err(|errno| {
             let name = &self.core.info.name;
-            Error::os(errno, "unmap", format!("{size:#x} bytes at I/O address {iova:#x} of {name}"))
+            Error::os(errno, "unmap", format!("{size:#x} bytes at IOVA {iova:#x} of {name}"))
         })
     }
 }
@@ -406,19 +403,19 @@ impl Drop for Worker {
     fn drop(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         if self.generation != fork::generation() {
-            // A child of fork(2) has not the thread.
+            // The thread does not exist in a child of fork(2).
             return std::mem::forget(thread);
         }
         self.core.stop.store(true, Ordering::Relaxed);
         thread.thread().unpark();
-        // The model itself may have held the last clone: then this is its thread, which ends by itself.
+        // The model itself may have held the last clone: then this is the model's thread, which ends by itself.
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
             log::error!("the thread of {} has panicked", self.core.info.name);
         }
     }
 }
 
-/// Made into text only where there is an error.
+/// The name of a region, formatted only for an error.
 struct RegionName<'a>(&'a DeviceInfo, u32);
 
 impl fmt::Display for RegionName<'_> {

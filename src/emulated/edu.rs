@@ -1,4 +1,4 @@
-//! The educational device of QEMU (`docs/specs/edu.rst`), with a mapped part of its own.
+//! The educational device of QEMU (`docs/specs/edu.rst`), with mapped parts in addition.
 
 use super::bus::Bus;
 use super::memory::Memory;
@@ -21,7 +21,7 @@ const DMA_DONE: u32 = 0x100;
 const DMA_RUN: u64 = 1;
 const DMA_TO_MEMORY: u64 = 2;
 const DMA_INTERRUPTS: u64 = 4;
-/// The device drives 28 address lines.
+/// The device has 28 address bits.
 const DMA_MASK: u64 = (1 << 28) - 1;
 
 /// The mapped parts are as large as any machine's pages.
@@ -33,17 +33,17 @@ const BUFFER_SIZE: u64 = 4096;
 /// The device `1234:11e8`: identification, liveness, factorials, interrupts, and a DMA engine with a
 /// buffer, as QEMU documents it in `docs/specs/edu.rst`.
 ///
-/// Two parts of its BAR are mapped, which QEMU's are not, so that a driver has something to map on any
-/// machine; both are 64 KiB, the largest page:
+/// In addition to QEMU's device, two parts of the BAR are mapped, so that a driver can map something. Each has
+/// 64 KiB, the largest page size of any machine:
 ///
 /// | offset | |
 /// |---|---|
 /// | 0x10000 | identification, as at 0 |
-/// | 0x10004 | liveness, asked: the driver writes what it likes |
-/// | 0x10008 | liveness, answered: the inverse of it, within some milliseconds |
+/// | 0x10004 | liveness request: the driver writes any value |
+/// | 0x10008 | liveness reply: the inverse of the request, after some milliseconds |
 /// | 0x40000 | the DMA engine's buffer, 4096 bytes |
 ///
-/// Bus mastering must be on for DMA and MSI, as with real devices; memory decoding need not.
+/// DMA and MSI need bus mastering, as with real devices. Memory decoding is not needed.
 #[derive(Debug)]
 pub struct Edu {
     config: PciConfig,
@@ -66,8 +66,8 @@ struct Dma {
 /// The registers of the mapped part that the model watches.
 #[derive(Debug)]
 struct Mailbox {
-    asked: Register<u32>,
-    answered: Register<u32>,
+    request: Register<u32>,
+    reply: Register<u32>,
 }
 
 impl Default for Edu {
@@ -77,7 +77,7 @@ impl Default for Edu {
 }
 
 impl Edu {
-    /// The device as it is after power on.
+    /// The device after power on.
     pub fn new() -> Self {
         Self {
             config: PciConfig::new(256, 0x1234, 0x11e8, 0x00_ff00, 0x10)
@@ -162,7 +162,7 @@ impl Edu {
         }
     }
 
-    /// Does a transfer. One that leaves the buffer, or memory that is mapped, transfers nothing.
+    /// Does a DMA transfer. If it leaves the buffer or the mapped memory, nothing is transferred.
     fn transfer(&mut self, bus: &Bus) {
         if let Err(error) = self.try_transfer(bus) {
             log::debug!("edu: {error}");
@@ -223,21 +223,21 @@ impl Mailbox {
     fn new(memory: &Memory) -> Result<Self> {
         let register = |offset: u64| memory.register::<u32>((MAILBOX + offset) as usize);
         register(0)?.write(ID);
-        Ok(Self { asked: register(4)?, answered: register(8)? })
+        Ok(Self { request: register(4)?, reply: register(8)? })
     }
 
-    /// Answers; whether there was something to answer.
-    fn answer(&self) -> bool {
-        let answer = !self.asked.read();
-        let late = self.answered.read() != answer;
+    /// Writes the reply. Returns whether there was a new request.
+    fn serve(&self) -> bool {
+        let inverse = !self.request.read();
+        let late = self.reply.read() != inverse;
         if late {
-            self.answered.write(answer);
+            self.reply.write(inverse);
         }
         late
     }
 }
 
-/// In 32 bits: from 34 on nothing of it is left.
+/// n! modulo 2^32, which is 0 from 34 upwards.
 fn factorial(n: u32) -> u32 {
     if n < 34 { (1..=n).fold(1, u32::wrapping_mul) } else { 0 }
 }
@@ -300,7 +300,7 @@ impl Model for Edu {
         if transferring {
             self.transfer(bus);
         }
-        let answered = self.mailbox.as_ref().is_some_and(Mailbox::answer);
-        if computing || transferring || answered { Activity::Busy } else { Activity::Watching }
+        let served = self.mailbox.as_ref().is_some_and(Mailbox::serve);
+        if computing || transferring || served { Activity::Busy } else { Activity::Watching }
     }
 }

@@ -1,4 +1,4 @@
-//! Interrupts of a model: which eventfd each vector signals, and what waits behind a mask.
+//! Interrupts of a model: the eventfd of each vector, and masked interrupts.
 
 use std::fs;
 use std::ops::Range;
@@ -11,13 +11,13 @@ use nix::sys::stat::{SFlag, fstat};
 use super::user::User;
 use crate::transport::IrqInfo;
 
-/// An interrupt index.
-pub(super) struct Line {
+/// An interrupt index and its vectors.
+pub(super) struct Irq {
     info: IrqInfo,
     vectors: Vec<Vector>,
 }
 
-/// The eventfd that a vector signals, and whose that is.
+/// The eventfd that a vector signals, and the user that connected it.
 pub(super) type Connection = (Arc<OwnedFd>, Arc<User>);
 
 #[derive(Default)]
@@ -30,7 +30,7 @@ struct Vector {
     asserted: bool,
 }
 
-impl Line {
+impl Irq {
     pub(super) fn new(info: IrqInfo) -> Self {
         let vectors = std::iter::repeat_with(Vector::default).take(info.count as usize).collect();
         Self { info, vectors }
@@ -40,7 +40,7 @@ impl Line {
         self.info
     }
 
-    /// Whether any vector has an eventfd: the driver uses this interrupt.
+    /// Whether any vector has an eventfd, so that the driver uses this interrupt.
     pub(super) fn is_connected(&self) -> bool {
         self.vectors.iter().any(|vector| vector.eventfd.is_some())
     }
@@ -49,8 +49,8 @@ impl Line {
         self.vectors.get_mut(vectors.start as usize..vectors.end as usize).ok_or(Errno::EINVAL)
     }
 
-    /// Connects the vectors from `start` on to a user's eventfds, which are taken. What was connected there
-    /// before; EINVAL where they are more than the vectors.
+    /// Connects the vectors from `start` upwards to a user's eventfds and takes those out of `fds`. Returns the
+    /// previous connections. EINVAL if there are more eventfds than vectors.
     pub(super) fn connect(
         &mut self,
         user: &Arc<User>,
@@ -66,10 +66,10 @@ impl Line {
         Ok(vectors.iter_mut().zip(fds).map(connect).collect())
     }
 
-    /// Takes the vectors out of use that a user has connected, and unmasks them.
+    /// Disconnects and unmasks the vectors that a user has connected.
     pub(super) fn disconnect_user(&mut self, user: &Arc<User>) {
         for vector in &mut self.vectors {
-            if vector.eventfd.as_ref().is_some_and(|(_, owner)| Arc::ptr_eq(owner, user)) {
+            if vector.eventfd.as_ref().is_some_and(|(_, connected)| Arc::ptr_eq(connected, user)) {
                 vector.disconnect();
             }
         }
@@ -93,7 +93,7 @@ impl Line {
         Ok(())
     }
 
-    /// Asserts a vector, which fires, or takes that back.
+    /// Asserts a vector, which fires it, or deasserts it.
     pub(super) fn set_level(&mut self, vector: u32, asserted: bool) -> Result<(), Errno> {
         let automasked = self.info.automasked;
         let end = vector.checked_add(1).ok_or(Errno::EINVAL)?;
@@ -125,8 +125,9 @@ impl Vector {
     }
 }
 
-/// By the name that `/proc` has for it: asking the file itself may take as long as whoever serves its file
-/// system likes. Without `/proc`, by its mode, which names no type; pipes, sockets and files have one.
+/// Whether a descriptor may be an eventfd, by its name in `/proc`. A call on the file itself could block for as
+/// long as the server of its file system wants. Without `/proc` the mode decides: an eventfd has no file type;
+/// pipes, sockets and files have one.
 pub(super) fn may_be_eventfd(fd: &OwnedFd) -> bool {
     match fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
         Ok(name) => name.as_os_str() == "anon_inode:[eventfd]",
@@ -139,64 +140,64 @@ mod tests {
     use super::*;
     use crate::sys::eventfd;
 
-    /// A line of two vectors, and how often each has fired since asked last.
-    fn line(automasked: bool) -> (Line, impl Fn() -> [u64; 2]) {
+    /// An interrupt with two vectors, and a function that returns how often each has fired since its last call.
+    fn irq(automasked: bool) -> (Irq, impl Fn() -> [u64; 2]) {
         let info = IrqInfo { maskable: true, automasked, ..IrqInfo::eventfds(2) };
-        let mut line = Line::new(info);
+        let mut irq = Irq::new(info);
         let events = [0; 2].map(|_| eventfd::new().unwrap());
         let fds = events.iter().map(|event| Some(Arc::new(event.try_clone().unwrap())));
-        line.connect(&User::new(0), 0, &mut fds.collect::<Vec<_>>()).unwrap();
-        (line, move || [0, 1].map(|index: usize| eventfd::take(&events[index]).unwrap()))
+        irq.connect(&User::new(0), 0, &mut fds.collect::<Vec<_>>()).unwrap();
+        (irq, move || [0, 1].map(|index: usize| eventfd::take(&events[index]).unwrap()))
     }
 
     #[test]
     fn a_masked_vector_fires_when_it_is_unmasked() {
-        let (mut line, fired) = line(false);
-        line.mask(1..2, true).unwrap();
-        line.fire(0..2).unwrap();
-        line.fire(1..2).unwrap();
+        let (mut irq, fired) = irq(false);
+        irq.mask(1..2, true).unwrap();
+        irq.fire(0..2).unwrap();
+        irq.fire(1..2).unwrap();
         assert_eq!(fired(), [1, 0]);
-        line.mask(0..2, false).unwrap();
-        assert_eq!(fired(), [0, 1], "once, however often it fired");
+        irq.mask(0..2, false).unwrap();
+        assert_eq!(fired(), [0, 1], "once, although it fired twice");
     }
 
     #[test]
-    fn an_asserted_line_fires_again_at_each_unmasking_until_it_is_served() {
-        let (mut line, fired) = line(true);
-        line.set_level(0, true).unwrap();
-        line.set_level(0, true).unwrap();
+    fn an_asserted_vector_fires_again_at_each_unmasking_until_it_is_deasserted() {
+        let (mut irq, fired) = irq(true);
+        irq.set_level(0, true).unwrap();
+        irq.set_level(0, true).unwrap();
         assert_eq!(fired(), [1, 0]);
-        line.mask(0..1, false).unwrap();
+        irq.mask(0..1, false).unwrap();
         assert_eq!(fired(), [1, 0]);
-        line.set_level(0, false).unwrap();
-        line.mask(0..1, false).unwrap();
+        irq.set_level(0, false).unwrap();
+        irq.mask(0..1, false).unwrap();
         assert_eq!(fired(), [0, 0]);
     }
 
     #[test]
-    fn vectors_that_do_not_exist_and_files_that_are_no_eventfds_are_refused() {
-        let (mut line, fired) = line(false);
-        assert_eq!(line.fire(1..3), Err(Errno::EINVAL));
-        assert_eq!(line.mask(Range { start: 2, end: 1 }, true), Err(Errno::EINVAL));
+    fn vectors_that_do_not_exist_and_files_other_than_eventfds_are_refused() {
+        let (mut irq, fired) = irq(false);
+        assert_eq!(irq.fire(1..3), Err(Errno::EINVAL));
+        assert_eq!(irq.mask(Range { start: 2, end: 1 }, true), Err(Errno::EINVAL));
         let user = User::new(0);
         for start in [1, u32::MAX] {
-            let refused = line.connect(&user, start, &mut [None, None]);
+            let refused = irq.connect(&user, start, &mut [None, None]);
             assert_eq!(refused.map(drop), Err(Errno::EINVAL));
         }
         let (_reader, writer) = std::io::pipe().unwrap();
         assert!(!may_be_eventfd(&writer.into()) && may_be_eventfd(&eventfd::new().unwrap()));
-        line.fire(0..2).unwrap();
+        irq.fire(0..2).unwrap();
         assert_eq!(fired(), [1, 1], "nothing has changed");
     }
 
     #[test]
-    fn a_user_that_leaves_takes_its_own_vectors_only() {
-        let (mut line, fired) = line(false);
+    fn a_user_that_leaves_disconnects_its_own_vectors_only() {
+        let (mut irq, fired) = irq(false);
         let other = User::new(0);
         let event = eventfd::new().unwrap();
-        line.connect(&other, 1, &mut [Some(Arc::new(event.try_clone().unwrap()))]).unwrap();
-        line.disconnect_user(&other);
-        line.fire(0..2).unwrap();
+        irq.connect(&other, 1, &mut [Some(Arc::new(event.try_clone().unwrap()))]).unwrap();
+        irq.disconnect_user(&other);
+        irq.fire(0..2).unwrap();
         assert_eq!((fired(), eventfd::take(event)), ([1, 0], Ok(0)));
     }
 }

@@ -1,4 +1,4 @@
-//! The mapped parts of a region: memory that model and driver share.
+//! The mapped parts of a region: memory that the model and the driver share.
 
 use std::fmt;
 use std::fs::File;
@@ -14,18 +14,17 @@ use crate::error::{Error, Result};
 use crate::space::Placement;
 use crate::transport::{DeviceInfo, RegionFile, RegionInfo, Transport};
 
-/// The memory of a region. Drivers map its file; the model reads and writes it through registers of
-/// its own.
+/// The memory of a region. Drivers map its file; the model accesses it by its own registers.
 ///
-/// Whoever gets the file may write to all of it at any time, but cannot change its size (it is
-/// sealed), so that an access of the model's never faults.
+/// A driver that has the file may write all of it at any time, but cannot change its size (it is sealed). So an
+/// access of the model never faults.
 pub struct Memory {
     window: Window,
     sealed: Arc<Sealed>,
 }
 
 impl Memory {
-    /// `size` bytes, all zero; untouched pages cost nothing.
+    /// `size` bytes, all zero. Pages are allocated at the first access.
     pub(super) fn new(size: u64) -> Result<Self> {
         let sealed = Arc::new(Sealed::new(size)?);
         let window = Device::new(sealed.clone())
@@ -43,25 +42,26 @@ impl Memory {
         self.window.register(offset)
     }
 
-    /// Reads `data.len()` bytes at `offset`, by accesses of no certain width.
+    /// Reads `data.len()` bytes at `offset`, by accesses of any width.
     ///
     /// # Errors
-    /// What the kernel answers where they leave the region.
+    /// The kernel's error if they leave the region.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<()> {
         let done = self.sealed.file.read_exact_at(data, offset);
         done.map_err(|error| Error::io(&error, "read", "the memory of a model"))
     }
 
-    /// Writes `data` at `offset`, by accesses of no certain width.
+    /// Writes `data` at `offset`, by accesses of any width.
     ///
     /// # Errors
-    /// What the kernel answers where they leave the region.
+    /// The kernel's error if they leave the region.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
         let done = self.sealed.file.write_all_at(data, offset);
         done.map_err(|error| Error::io(&error, "write", "the memory of a model"))
     }
 
-    /// Reads as a driver's trapped access does: what is a register's width, and aligned, is one load.
+    /// Reads for a trapped access of a driver. If the access is aligned and has a register's width, it is one
+    /// load.
     pub(super) fn load(&self, offset: u64, data: &mut [u8]) -> Result<()> {
         fn one<T: Width, const N: usize>(
             memory: &Memory,
@@ -81,7 +81,7 @@ impl Memory {
         }
     }
 
-    /// Writes as a driver's trapped access does.
+    /// Writes for a trapped access of a driver, as [`load`](Self::load) reads.
     pub(super) fn store(&self, offset: u64, data: &[u8]) -> Result<()> {
         let at = offset as usize;
         match *data {
@@ -112,7 +112,7 @@ impl fmt::Debug for Memory {
     }
 }
 
-/// A memory file that keeps its size.
+/// A memory file of fixed size.
 #[derive(Debug)]
 struct Sealed {
     file: File,

@@ -1,5 +1,5 @@
-//! Devices that are programs: a [`Model`] in this process, used as a [`Transport`](crate::Transport)
-//! ([`Emulated`]), or served to other processes by the vfio-user protocol ([`Server`]).
+//! Emulated devices: a [`Model`] in this process, used as a [`Transport`](crate::Transport) ([`Emulated`]), or
+//! served to other processes by the vfio-user protocol ([`Server`]).
 
 mod bus;
 mod device;
@@ -7,11 +7,11 @@ mod edu;
 mod irq;
 mod memory;
 mod model;
+mod model_cell;
 mod nvme;
 mod pci;
 mod server;
 mod signal;
-mod stage;
 mod user;
 
 pub use bus::Bus;

@@ -1,30 +1,29 @@
-//! What a program must do to be a device.
+//! The trait for device models.
 
 use super::bus::Bus;
 use crate::error::Result;
 use crate::transport::{IrqInfo, RegionInfo};
 
-/// A device as a program: what its registers do.
+/// A device model: the behaviour of a device's registers.
 ///
-/// Its regions have parts that are mapped and parts that are trapped
-/// ([`RegionInfo::areas`]). A mapped part is memory: the driver's loads and stores go there without
-/// anybody's notice, and the model looks for what it wants to know ([`poll`](Self::poll),
-/// [`Bus::memory`]). A trapped part is whatever [`read`](Self::read) and [`write`](Self::write) make of
-/// it. One call is made at a time.
+/// Its regions have mapped parts and trapped parts ([`RegionInfo::areas`]). A mapped part is memory: the model
+/// gets no notice of the driver's loads and stores, and looks for changes itself ([`poll`](Self::poll),
+/// [`Bus::memory`]). Accesses to a trapped part call [`read`](Self::read) and [`write`](Self::write). There is
+/// one call at a time.
 ///
-/// Whoever drives the device is not trusted: addresses, values and lengths may be anything.
+/// Drivers are not trusted: addresses, values and lengths may be anything.
 ///
-/// A model that panics is a device that has gone: whoever called it gets `Gone`, and so does every later
-/// call but those that unmap and disconnect. A model that calls its own device, through an
-/// [`Emulated`](super::Emulated) that it holds, gets `InUse`; it must not wait for another thread that
-/// does, which nobody can see, and which waits for the model.
+/// If a model panics, the device is gone: that call fails with `Gone`, and so does every later call except
+/// those that unmap and disconnect. A model that calls its own device, through an [`Emulated`](super::Emulated)
+/// that it holds, gets `InUse`. A model must not wait for another thread that calls the device: that thread
+/// waits for the model, and the deadlock cannot be detected.
 ///
 /// ```
 /// use vfio_remap::emulated::{Bus, Emulated, Model, Shape};
 /// use vfio_remap::transport::RegionInfo;
 /// use vfio_remap::{Device, Result};
 ///
-/// /// A device of one register that counts how often it is read.
+/// /// A device with one register that counts its reads.
 /// struct Counter(u32);
 ///
 /// impl Model for Counter {
@@ -56,73 +55,74 @@ use crate::transport::{IrqInfo, RegionInfo};
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
 pub trait Model: Send {
-    /// What the device looks like: asked once, when it is made.
+    /// The regions and interrupts of the device. Called once, when the device is made.
     fn shape(&self) -> Shape;
 
-    /// Reads a trapped part of a region: `data.len()` bytes at `offset`, which lie within the region
-    /// but need be neither aligned nor of a register's width.
+    /// Reads a trapped part of a region: `data.len()` bytes at `offset`. They lie in the region, but may be
+    /// unaligned and of any length.
     ///
     /// # Errors
-    /// Reach the driver. A real device has none to give: it reads all ones where nothing is.
+    /// An error is returned to the driver. A real device has no errors: it reads all ones if there is no
+    /// register.
     fn read(&mut self, bus: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()>;
 
-    /// Writes a trapped part of a region, as [`read`](Self::read) reads.
+    /// Writes a trapped part of a region: `data` at `offset`, as for [`read`](Self::read).
     ///
     /// # Errors
-    /// Reach the driver. A real device has none to give: it ignores what makes no sense.
+    /// An error is returned to the driver. A real device has no errors: it ignores invalid writes.
     fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()>;
 
-    /// Puts registers, and the mapped parts, into the state of a device that was just made.
+    /// Puts the registers and the mapped parts into their initial state.
     fn reset(&mut self, bus: &Bus);
 
-    /// A client of a [`Server`](super::Server) has left, and the memory that it had mapped for DMA is out
-    /// of reach. Work that nobody else waits for ends here.
+    /// A client of a [`Server`](super::Server) has left, and its DMA memory can no longer be reached. Ends the
+    /// work that only this client waits for.
     fn client_left(&mut self, bus: &Bus) {
         let _ = bus;
     }
 
-    /// Does what is to be done besides answering: looks at mapped parts, finishes what takes time.
-    /// Called by a thread of the device's own, as often as its answers ask for. No access to a trapped
-    /// part is answered meanwhile: what takes long is done in parts, a few milliseconds each.
+    /// Does background work: looks at mapped parts, completes long operations. The device's thread calls it as
+    /// often as the returned [`Activity`] says. Trapped accesses wait meanwhile, so do long work in parts of a
+    /// few milliseconds.
     fn poll(&mut self, bus: &Bus) -> Activity {
         let _ = bus;
         Activity::Asleep
     }
 }
 
-/// When a model wants to be polled again.
+/// When a model has to be polled again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activity {
-    /// At once: there was something to do, and there may be more.
+    /// At once: there was work, and there may be more.
     Busy,
-    /// Soon, within a millisecond: it watches memory that a driver writes to unasked.
+    /// Within a millisecond: it watches memory that a driver writes.
     Watching,
-    /// When it calls [`Bus::wake`].
+    /// After a call of [`Bus::wake`].
     Asleep,
 }
 
-/// What a device looks like to those who drive it.
+/// The regions and interrupts of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Shape {
-    /// How errors, logs and its thread name it: without a NUL.
+    /// The name in errors and logs, and of its thread. It has no NUL.
     pub name: String,
-    /// Whether its regions and interrupts are those of a PCI device.
+    /// Whether regions and interrupts have the indexes of a PCI device.
     pub pci: bool,
-    /// Its regions by index; those of size 0 are vacant.
+    /// The regions by index. A size of 0 means that there is no such region.
     pub regions: Vec<RegionInfo>,
-    /// Its interrupts by index; those of no vectors are vacant.
+    /// The interrupts by index. A count of 0 means that there is no such interrupt.
     pub irqs: Vec<IrqInfo>,
 }
 
 impl Shape {
-    /// A device of these regions, without interrupts.
+    /// A device with these regions, without interrupts.
     pub fn new(name: impl Into<String>, regions: Vec<RegionInfo>) -> Self {
         Self { name: name.into(), pci: false, regions, irqs: Vec::new() }
     }
 
-    /// A PCI device of nothing but `config` bytes of configuration space: nine regions and five
-    /// interrupts, as Linux VFIO has them, the others to be filled in.
+    /// A PCI device with `config` bytes of configuration space. It has the nine regions and five interrupts of
+    /// Linux VFIO; the others are empty and can be filled in.
     pub fn pci(name: impl Into<String>, config: u64) -> Self {
         let mut regions = vec![RegionInfo::default(); 9];
         regions[7] = RegionInfo::trapped(config);

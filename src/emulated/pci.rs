@@ -15,22 +15,22 @@ const HAS_CAPABILITIES: u16 = 1 << 4;
 const MSI: u8 = 0x05;
 const MSIX: u8 = 0x11;
 
-/// Configuration space: what it holds, and which of its bits can be written. BARs answer with their
-/// size where all ones are written, as PCI has it.
+/// Configuration space: its bytes, and which bits can be written. A BAR returns its size after all ones were
+/// written, as PCI specifies.
 #[derive(Clone, Debug)]
 pub struct PciConfig {
     bytes: Vec<u8>,
     writable: Vec<u8>,
     initial: Vec<u8>,
-    /// Where the next capability goes.
+    /// The offset of the next capability.
     next: usize,
-    /// Where that is to be noted.
+    /// The offset of the pointer to the next capability.
     link: usize,
 }
 
 impl PciConfig {
-    /// `size` bytes (256, or 4096 for any larger number) that describe a device of this vendor, device,
-    /// class (24 bits) and revision, without BARs.
+    /// `size` bytes (256, or 4096 for any larger number) of a device with this vendor ID, device ID, class (24
+    /// bits) and revision, without BARs.
     pub fn new(size: usize, vendor: u16, device: u16, class: u32, revision: u8) -> Self {
         let size = if size > 256 { 4096 } else { 256 };
         let mut config = Self {
@@ -48,15 +48,14 @@ impl PciConfig {
         config.sealed()
     }
 
-    /// Names the subsystem.
+    /// Sets the subsystem IDs.
     #[must_use]
     pub fn subsystem(mut self, vendor: u16, device: u16) -> Self {
         self.set(SUBSYSTEM, &(u32::from(device) << 16 | u32::from(vendor)).to_le_bytes());
         self.sealed()
     }
 
-    /// A memory BAR of 32 bits, and `size` bytes: a power of two, 16 at least. Indexes above 5 are
-    /// ignored.
+    /// Adds a 32-bit memory BAR of `size` bytes: a power of two, at least 16. Indexes above 5 are ignored.
     #[must_use]
     pub fn bar32(mut self, index: usize, size: u32) -> Self {
         if index < 6 {
@@ -65,8 +64,8 @@ impl PciConfig {
         self.sealed()
     }
 
-    /// A memory BAR of 64 bits, and `size` bytes: a power of two, 16 at least; it takes the index that
-    /// follows, too. Indexes above 4 are ignored.
+    /// Adds a 64-bit memory BAR of `size` bytes: a power of two, at least 16. It takes the next index, too.
+    /// Indexes above 4 are ignored.
     #[must_use]
     pub fn bar64(mut self, index: usize, size: u64) -> Self {
         if index < 5 {
@@ -76,15 +75,15 @@ impl PciConfig {
         self.sealed()
     }
 
-    /// The device has INTA#.
+    /// Adds INTA#.
     #[must_use]
     pub fn intx(mut self) -> Self {
         self.set(INTERRUPT + 1, &[1]);
         self.sealed()
     }
 
-    /// One message-signalled interrupt, with an address of 64 bits (PCI 3.0 §6.8.1). A function has one such
-    /// capability: asking for it again changes nothing.
+    /// Adds MSI with one vector and a 64-bit address (PCI 3.0 §6.8.1). A function has one MSI capability: a
+    /// second call changes nothing.
     #[must_use]
     pub fn msi(mut self) -> Self {
         let at = self.capability(MSI, 14);
@@ -95,12 +94,12 @@ impl PciConfig {
         self.sealed()
     }
 
-    /// `vectors` of MSI-X (1 to 2048), their table and pending bits at these offsets of BARs
-    /// (PCIe 5.0 §7.7.2). A function has one such capability: the last call counts.
+    /// Adds MSI-X with `count` vectors (1 to 2048), and the table and the pending bits at these offsets of BARs
+    /// (PCIe 5.0 §7.7.2). A function has one MSI-X capability: the last call counts.
     #[must_use]
-    pub fn msix(mut self, vectors: u16, table: (u8, u32), pending: (u8, u32)) -> Self {
+    pub fn msix(mut self, count: u16, table: (u8, u32), pending: (u8, u32)) -> Self {
         let at = self.capability(MSIX, 12);
-        self.set(at + 2, &(vectors.clamp(1, 2048) - 1).to_le_bytes());
+        self.set(at + 2, &(count.clamp(1, 2048) - 1).to_le_bytes());
         self.allow(at + 2, &0xc000u16.to_le_bytes());
         for (place, (bar, offset)) in [(at + 4, table), (at + 8, pending)] {
             self.set(place, &((offset & !7) | u32::from(bar & 7)).to_le_bytes());
@@ -108,8 +107,8 @@ impl PciConfig {
         self.sealed()
     }
 
-    /// The capability `id`, appended with `size` bytes if it is not there yet. Each is there at most once,
-    /// so all that are made here fit in the first 256 bytes.
+    /// The offset of the capability `id`. It is appended with `size` bytes if it does not exist. There is at
+    /// most one of each, so they fit into the first 256 bytes.
     fn capability(&mut self, id: u8, size: usize) -> usize {
         if let Some(at) = self.find(id) {
             return at;
@@ -151,7 +150,7 @@ impl PciConfig {
         }
     }
 
-    /// Writes what of `data` can be written.
+    /// Writes the writable bits of `data` at `offset`.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         let Ok(offset) = usize::try_from(offset) else { return };
         let bytes = self.bytes.iter_mut().zip(&self.writable).skip(offset);
@@ -160,12 +159,12 @@ impl PciConfig {
         }
     }
 
-    /// Whether the device may start accesses of its own, DMA and MSI.
+    /// Whether the device may start transactions: DMA and MSI.
     pub fn bus_mastering(&self) -> bool {
         u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]]) & BUS_MASTER != 0
     }
 
-    /// As after a reset: nothing that was written is left.
+    /// Restores the initial values, as a reset does.
     pub fn reset(&mut self) {
         self.bytes.clone_from(&self.initial);
     }
@@ -216,7 +215,7 @@ mod tests {
             config = config.msi().msix(vectors, (1, 0x4000), (1, 0x5000));
         }
         assert_eq!(read_u32(&config, 0x40), 0x0080_5005);
-        // The last, of 19 vectors, whose table is at 0x4000 of BAR 1.
+        // The last one, with 19 vectors and its table at 0x4000 of BAR 1.
         assert_eq!([0x50, 0x54, 0x58].map(|at| read_u32(&config, at)), [0x12_0011, 0x4001, 0x5001]);
         assert_eq!(read_u32(&config, 0x5c), 0, "there is no third");
         let size = |wanted| PciConfig::new(wanted, 0, 0, 0, 0).bytes.len();

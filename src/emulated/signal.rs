@@ -1,4 +1,4 @@
-//! Signals a user's eventfds, and never waits for that.
+//! Signals a user's eventfds without waiting.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -10,14 +10,14 @@ use nix::unistd::write;
 
 use crate::sys::eventfd;
 
-/// How long a thread that is stuck is helped, in milliseconds.
-const HELP: u32 = 1000;
+/// The time limit for the end of a thread that is stuck, in milliseconds.
+const END_LIMIT_MS: u32 = 1000;
 
-/// How one user's eventfds are signalled.
+/// Signals the eventfds of one user.
 ///
-/// Directly ([`eventfd::signal`]), or, where the kernel does not offer that, by a thread that writes
-/// them. A user can make a write wait by filling the counter, so the thread is this user's alone, it
-/// holds no lock while it writes, and what it has to write is at most each eventfd once.
+/// It signals directly ([`eventfd::signal`]). If the kernel does not offer that, a thread writes them. A user
+/// can make a write block by filling the counter. So each user has its own thread, which holds no lock while it
+/// writes, and each eventfd is in its queue at most once.
 pub(super) struct Signaller {
     direct: fn(&OwnedFd) -> Result<(), Errno>,
     writer: OnceLock<Option<Writer>>,
@@ -76,7 +76,7 @@ impl Queue {
         }
     }
 
-    /// Writes what is pending, until no more is to come.
+    /// Writes pending eventfds until the queue ends.
     fn work(&self) {
         let mut state = self.state();
         loop {
@@ -120,19 +120,20 @@ impl Drop for Writer {
             state.pending.clear();
             self.queue.changed.notify_one();
         }
-        // A write that waits goes on once the counter has been read. The user has left, or is about to.
-        for _ in 0..HELP {
+        // Reading the counter unblocks the write. The user has left or is leaving, so the counter's value does
+        // not matter.
+        for _ in 0..END_LIMIT_MS {
             if thread.is_finished() {
                 return drop(thread.join());
             }
             if let Some(eventfd) = &self.queue.state().writing {
-                // Whatever it holds.
+                // The value does not matter.
                 let _ = eventfd::take(eventfd);
             }
             thread::sleep(Duration::from_millis(1));
         }
         log::warn!(
-            "a thread waits for a peer that fills an eventfd again and again; it is left behind"
+            "a peer keeps an eventfd full, and a thread that writes to it cannot end; the thread is left behind"
         );
     }
 }
@@ -169,9 +170,9 @@ mod tests {
         }
     }
 
-    /// The user has made it blocking, and filled it.
+    /// The user made the eventfd blocking and filled its counter.
     #[test]
-    fn a_full_eventfd_holds_up_nobody_and_is_let_go() {
+    fn a_full_eventfd_blocks_no_caller_and_its_thread_ends() {
         use nix::fcntl::{FcntlArg, OFlag, fcntl};
         let signaller = indirect();
         let full = Arc::new(eventfd::new().unwrap());
@@ -184,7 +185,7 @@ mod tests {
         until("it writes", || queue.state().writing.is_some());
         assert!(queue.state().pending.len() <= 1);
         drop(signaller);
-        // The thread has ended, and with it its share.
+        // The thread has ended and dropped its reference.
         assert_eq!(Arc::strong_count(&queue), 1);
     }
 }

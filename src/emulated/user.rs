@@ -1,5 +1,5 @@
-//! Who uses a device: the program that it is in, or a client of a server. Several may at once, and what
-//! one has mapped and connected is its own.
+//! Users of a device: the program that it is in, and clients of a server. A device may have several at once;
+//! each has its own mappings and eventfds.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -10,14 +10,14 @@ use nix::errno::Errno;
 use super::signal::Signaller;
 use crate::transport::vfio_user::protocol::version::MAX_DMA_MAPS;
 
-/// One user of a device, and what it may still have.
+/// One user of a device, and its limits.
 pub(super) struct User {
     signaller: Signaller,
     mappings: Allowance,
     files: Allowance,
 }
 
-/// How many more of something there may be.
+/// How many more of something a user may have.
 struct Allowance(AtomicU32);
 
 impl Allowance {
@@ -25,7 +25,7 @@ impl Allowance {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Whether there was one left to take.
+    /// Takes one; false if none is left.
     fn take(&self) -> bool {
         let less = |left: u32| left.checked_sub(1);
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
@@ -37,7 +37,7 @@ impl Allowance {
 }
 
 impl User {
-    /// One that may have `files` of its mappings' files open here.
+    /// A user whose mappings may keep `files` files open here.
     pub(super) fn new(files: u32) -> Arc<Self> {
         Arc::new(Self {
             signaller: Signaller::new(),
@@ -46,12 +46,12 @@ impl User {
         })
     }
 
-    /// How many more mappings for DMA it may have.
-    pub(super) fn room(&self) -> u32 {
+    /// How many more DMA mappings it may have.
+    pub(super) fn available_mappings(&self) -> u32 {
         self.mappings.left()
     }
 
-    /// Counts a mapping, with a file or without: ENOSPC or EMFILE where it has too many.
+    /// Counts a mapping, with a file or without. ENOSPC or EMFILE if there are too many.
     pub(super) fn add_mapping(&self, with_file: bool) -> Result<(), Errno> {
         if !self.mappings.take() {
             return Err(Errno::ENOSPC);
@@ -70,7 +70,7 @@ impl User {
         }
     }
 
-    /// Signals an eventfd of this user's, without waiting.
+    /// Signals an eventfd of this user, without waiting.
     pub(super) fn signal(&self, eventfd: &Arc<OwnedFd>) {
         self.signaller.signal(eventfd);
     }

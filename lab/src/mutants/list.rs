@@ -164,7 +164,7 @@ pub static MUTANTS: &[Mutant] = &[
         name: "child-drops-emulated",
         file: "src/emulated/device.rs",
         before: "if self.generation != fork::generation() {
-            // A child of fork(2) has not the thread.",
+            // The thread does not exist in a child of fork(2).",
         after: "if false {",
         killer: Host("--test host -- children::a_child_leaves_an_emulated_device"),
     },

@@ -6,18 +6,18 @@ use super::queue::{CompletionQueue, SubmissionQueue};
 use super::{MAX_ENTRIES, MAX_EVENTS, Nvme, QUEUES, VECTORS, identify};
 use crate::emulated::Bus;
 
-/// The feature that switches the volatile write cache.
+/// The feature Volatile Write Cache.
 pub(super) const WRITE_CACHE: u8 = 0x06;
 const QUEUE_COUNT: u8 = 0x07;
-/// How many queues there are, both counts of zero on.
+/// The count of submission and of completion queues, both zero-based.
 const QUEUE_COUNTS: u32 = (QUEUES as u32 - 1) << 16 | (QUEUES as u32 - 1);
 
-/// The features there are, with what they are unless set.
+/// The default of a feature; `None` if it does not exist.
 fn default(feature: u8) -> Option<u32> {
     Some(match feature {
         // Arbitration, power management, error recovery, interrupt coalescing, write atomicity, events.
         0x01 | 0x02 | 0x05 | 0x08 | 0x0a | 0x0b => 0,
-        // The temperature that is too high, in kelvins.
+        // The temperature threshold, in kelvins.
         0x04 => 343,
         WRITE_CACHE => 1,
         QUEUE_COUNT => QUEUE_COUNTS,
@@ -57,7 +57,7 @@ impl Nvme {
         Ok(0)
     }
 
-    /// The place and size of a queue that is to be created, and its number.
+    /// The address, the size and the number of a queue to create.
     fn new_queue(&self, command: &Command) -> Result<(u64, u16, u16), Status> {
         let (id, last) = (command.dword(10) as u16, (command.dword(10) >> 16) as u16);
         let [base, _] = command.prps();
@@ -109,7 +109,7 @@ impl Nvme {
         Ok(0)
     }
 
-    /// Bit 0 says that the command was not aborted: it is not known, or done already.
+    /// Bit 0 of the result means that the command was not aborted: it is unknown or has completed.
     fn abort_command(&mut self, bus: &Bus, command: &Command) -> Outcome {
         let (queue, id) = (command.dword(10) as u16, (command.dword(10) >> 16) as u16);
         let aborted = self.abort(bus, queue, id).map_err(|_| Status::INTERNAL_ERROR)?;
@@ -119,7 +119,7 @@ impl Nvme {
     fn delete_submissions(&mut self, command: &Command) -> Outcome {
         let id = command.dword(10) as u16;
         let deleted = if id == 0 { None } else { self.submissions.remove(&id) };
-        // Its commands end with it, and without a word (NVMe 1.4 §5.6).
+        // Its commands end without a completion (NVMe 1.4 §5.6).
         self.long.retain(|long| long.completion.queue != id);
         deleted.map(|_| 0).ok_or(Status::INVALID_QUEUE_ID)
     }
@@ -160,7 +160,7 @@ impl Nvme {
         let offset = u64::from(command.dword(12)) | u64::from(command.dword(13)) << 32;
         let rest = usize::try_from(offset).ok().and_then(|offset| page.get(offset..));
         let rest = rest.filter(|_| offset.is_multiple_of(4)).ok_or(Status::INVALID_FIELD)?;
-        // Past the end of the page nothing is said.
+        // Nothing is transferred past the end of the page.
         let len = usize::try_from((words + 1) * 4).unwrap_or(usize::MAX).min(rest.len());
         self.send(bus, command, &rest[..len])
     }
@@ -171,7 +171,7 @@ impl Nvme {
         match command.dword(10) >> 8 & 7 {
             0 => Ok(self.features.get(&feature).copied().unwrap_or(initial)),
             1 | 2 => Ok(initial),
-            // It can be changed, for all namespaces at once.
+            // Changeable, for all namespaces together.
             3 => Ok(1 << 2),
             _ => Err(Status::INVALID_FIELD),
         }
@@ -187,7 +187,7 @@ impl Nvme {
             QUEUE_COUNT if value & 0xffff == 0xffff || value >> 16 == 0xffff => {
                 return Err(Status::INVALID_FIELD);
             }
-            // As many as there are, whatever is asked for.
+            // All queues, independent of the request.
             QUEUE_COUNT => return Ok(QUEUE_COUNTS),
             WRITE_CACHE if value & 1 == 0 => self.flush_all(),
             _ => {}

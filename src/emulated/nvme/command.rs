@@ -1,6 +1,6 @@
 //! Commands, completions and status codes (NVMe Base 2.0 §3.3.3, NVMe 1.4 §4.2, §4.6).
 
-/// How long a command and a completion are, in bytes.
+/// The size of a command and of a completion, in bytes.
 pub(super) const COMMAND: usize = 64;
 pub(super) const COMPLETION: usize = 16;
 
@@ -31,7 +31,7 @@ impl Command {
         (self.dword(0) >> 16) as u16
     }
 
-    /// Whether it is one of a fused pair, or describes its data by a scatter-gather list.
+    /// Whether it belongs to a fused pair, or uses a scatter-gather list.
     pub(super) fn is_fused_or_sgl(&self) -> bool {
         self.dword(0) & 0xc300 != 0
     }
@@ -50,7 +50,7 @@ impl Command {
     }
 }
 
-/// What became of a command: status code type and status code.
+/// The status of a completion: status code type and status code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Status(pub(super) u16);
 
@@ -73,11 +73,11 @@ impl Status {
     pub(super) const INVALID_QUEUE_DELETION: Self = Self(0x10c);
     pub(super) const NOT_SAVEABLE: Self = Self(0x10d);
 
-    /// Bits 31:17 of a completion's last double word: errors are final, retrying would not help.
+    /// Bits 31:17 of the last double word of a completion. An error has the bit Do Not Retry.
     pub(super) fn field(self) -> u16 {
         if self == Self::SUCCESS { 0 } else { self.0 | 0x4000 }
     }
 }
 
-/// A command's result, double word 0 of its completion, or why there is none.
+/// The result of a command, double word 0 of its completion, or the error status.
 pub(super) type Outcome = Result<u32, Status>;

@@ -1,4 +1,4 @@
-//! What an NVMe controller can be made to do wrong, for tests of drivers.
+//! Fault injection for the NVMe controller, for tests of drivers.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -9,36 +9,33 @@ use super::{BAR, DOORBELLS, FATAL, Namespace, Nvme};
 use crate::emulated::{Bus, Model};
 use crate::error::Result;
 
-/// What goes wrong when the controller takes a command.
+/// A fault that happens when the controller takes a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Fault {
-    /// The controller sets CSTS.CFS (NVMe 1.4 §3.1.6) and takes no command until it is reset, this one
-    /// included.
+    /// The controller sets CSTS.CFS (NVMe 1.4 §3.1.6). It does not carry out this command, and takes no other
+    /// until it is reset.
     FatalStatus,
-    /// The command is carried out, and its completion is never posted.
+    /// The command is carried out, but its completion is never posted.
     LostCompletion,
-    /// The command's completion is posted after that of a later command, or when there is no other
-    /// left to take.
+    /// The command's completion is posted after that of a later command, or when no command is left.
     LateCompletion,
-    /// Before the command's completion there is one of a command that was never submitted: its identifier
-    /// is inverted.
+    /// The command's completion follows one for a command that was never submitted: its identifier is inverted.
     SpuriousCompletion,
     /// The command's completion is posted twice, one after the other.
     DuplicateCompletion,
-    /// Somebody resets the function (PCIe 5.0 §6.6.2): registers, queues and configuration space are as
-    /// after power on, this command and those that wait are lost, what was written stays.
+    /// A function level reset (PCIe 5.0 §6.6.2): registers, queues and configuration space are as after power
+    /// on. This command and all pending ones are lost. Written data stays.
     Reset,
-    /// As [`Reset`](Self::Reset), but what was written and not flushed is lost: see [`Power`](super::Power).
+    /// As [`Reset`](Self::Reset), but data that was not flushed is lost: see [`Power`](super::Power).
     PowerLoss,
-    /// The controller is pulled, with what [`PowerLoss`](Self::PowerLoss) loses: registers and
-    /// configuration space read all ones, and nothing happens any more, until
-    /// [`Faults::plug_in`].
+    /// The controller is removed, with the losses of [`PowerLoss`](Self::PowerLoss). Registers and
+    /// configuration space read all ones, and commands do nothing, until [`Faults::plug_in`].
     Removal,
 }
 
 impl Fault {
-    /// Each of them.
+    /// All faults.
     pub const ALL: [Self; 8] = [
         Self::FatalStatus,
         Self::LostCompletion,
@@ -51,11 +48,11 @@ impl Fault {
     ];
 }
 
-/// Faults that strike an [`Nvme`] at commands that are known beforehand: with a driver that always
-/// submits the same, all is repeatable.
+/// Faults that are injected into an [`Nvme`] at commands with given numbers. If the driver always submits the
+/// same commands, the faults are reproducible.
 ///
-/// Commands count from zero in the order in which the controller takes them from its queues, those of
-/// the admin queue among them, so that a driver's recovery is struck as well. Clones are the same plan.
+/// Commands are numbered from zero, in the order in which the controller takes them from all queues. Admin
+/// commands count, too, so faults also happen during a driver's recovery. Clones share one plan.
 ///
 /// ```
 /// use vfio_remap::emulated::{Emulated, Fault, Faults, Namespace, Nvme};
@@ -64,7 +61,7 @@ impl Fault {
 /// let nvme = Nvme::new(vec![Namespace::memory(1 << 20, 512)?]).with_faults(&faults);
 /// let device = Emulated::new(nvme)?;
 /// // No driver, no commands, no faults.
-/// assert_eq!((faults.struck().len(), faults.left()), (0, 100));
+/// assert_eq!((faults.injected().len(), faults.remaining()), (0, 100));
 /// # drop(device);
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
@@ -74,24 +71,24 @@ pub struct Faults(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     plan: BTreeMap<u64, Fault>,
-    struck: Vec<(u64, Fault)>,
+    injected: Vec<(u64, Fault)>,
     /// How many commands the controller has taken.
     taken: u64,
     plug_in: bool,
 }
 
 impl Faults {
-    /// Faults, each at the command of that number.
+    /// Faults, each at the command with its number.
     pub fn new(plan: impl IntoIterator<Item = (u64, Fault)>) -> Self {
         let state = State { plan: plan.into_iter().collect(), ..State::default() };
         Self(Arc::new(Mutex::new(state)))
     }
 
-    /// `count` faults of these kinds, as many commands `apart` as the generator says; the same ones for
-    /// the same arguments, always. None where there are no kinds.
-    pub fn seeded(seed: u64, kinds: &[Fault], count: usize, apart: RangeInclusive<u64>) -> Self {
+    /// `count` pseudorandom faults of these kinds, with pseudorandom distances in `interval` commands. The same
+    /// arguments always give the same faults. No faults if there are no kinds.
+    pub fn seeded(seed: u64, kinds: &[Fault], count: usize, interval: RangeInclusive<u64>) -> Self {
         let mut state = seed;
-        let (low, high) = (*apart.start(), *apart.end());
+        let (low, high) = (*interval.start(), *interval.end());
         let span = high.saturating_sub(low).saturating_add(1);
         let mut command = 0u64;
         let plan = (0..count).map_while(|_| {
@@ -102,29 +99,29 @@ impl Faults {
         Self::new(plan)
     }
 
-    /// The faults that have struck, with the numbers of their commands.
-    pub fn struck(&self) -> Vec<(u64, Fault)> {
-        self.state().struck.clone()
+    /// The faults that were injected, with the numbers of their commands.
+    pub fn injected(&self) -> Vec<(u64, Fault)> {
+        self.state().injected.clone()
     }
 
-    /// How many have not struck yet.
-    pub fn left(&self) -> usize {
+    /// How many faults have not been injected yet.
+    pub fn remaining(&self) -> usize {
         self.state().plan.len()
     }
 
-    /// Puts a controller that was pulled back in, as after power on, before it next answers. Nothing
-    /// where it is in place.
+    /// Plugs a removed controller in. It is as after power on before the next access. No effect if it is not
+    /// removed.
     pub fn plug_in(&self) {
         self.state().plug_in = true;
     }
 
-    /// Counts a command; what is to go wrong with it.
-    fn strike(&self) -> Option<Fault> {
+    /// Counts a command and returns its fault.
+    fn inject(&self) -> Option<Fault> {
         let mut state = self.state();
         let command = state.taken;
         state.taken += 1;
         let fault = state.plan.remove(&command)?;
-        state.struck.push((command, fault));
+        state.injected.push((command, fault));
         Some(fault)
     }
 
@@ -142,7 +139,7 @@ fn next(state: &mut u64) -> u64 {
     z ^ z >> 31
 }
 
-/// A completion that is to be posted, to the completion queue `to`.
+/// A completion for the completion queue `to`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Completion {
     pub(super) to: u16,
@@ -152,42 +149,42 @@ pub(super) struct Completion {
     pub(super) status: Status,
 }
 
-/// What becomes of the completion of a command.
+/// How the completion of a command is posted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
+pub(super) enum Delivery {
     Posted,
     Lost,
     Late,
-    /// Posted, after one that is of no command.
+    /// Posted after a completion for no command.
     AfterSpurious,
     Twice,
-    /// There is none, since the controller has stopped.
+    /// Not posted, because the controller has stopped.
     Stopped,
 }
 
 impl Nvme {
-    /// Lets faults strike this controller.
+    /// Injects faults into this controller.
     #[must_use]
     pub fn with_faults(mut self, faults: &Faults) -> Self {
         self.faults = Some(faults.clone());
         self
     }
 
-    /// Counts a command that was taken, and has the fault strike that is due.
-    pub(super) fn strike(&mut self, bus: &Bus) -> Fate {
-        let Some(faults) = &self.faults else { return Fate::Posted };
-        match faults.strike() {
-            None => return Fate::Posted,
-            Some(Fault::LostCompletion) => return Fate::Lost,
-            Some(Fault::LateCompletion) => return Fate::Late,
-            Some(Fault::SpuriousCompletion) => return Fate::AfterSpurious,
-            Some(Fault::DuplicateCompletion) => return Fate::Twice,
+    /// Counts a taken command and injects its fault, if any.
+    pub(super) fn inject(&mut self, bus: &Bus) -> Delivery {
+        let Some(faults) = &self.faults else { return Delivery::Posted };
+        match faults.inject() {
+            None => return Delivery::Posted,
+            Some(Fault::LostCompletion) => return Delivery::Lost,
+            Some(Fault::LateCompletion) => return Delivery::Late,
+            Some(Fault::SpuriousCompletion) => return Delivery::AfterSpurious,
+            Some(Fault::DuplicateCompletion) => return Delivery::Twice,
             Some(Fault::FatalStatus) => self.status |= FATAL,
             Some(Fault::Reset) => self.reset(bus),
             Some(Fault::PowerLoss) => self.lose_power(bus),
-            Some(Fault::Removal) => self.pull(bus),
+            Some(Fault::Removal) => self.remove(bus),
         }
-        Fate::Stopped
+        Delivery::Stopped
     }
 
     pub(super) fn lose_power(&mut self, bus: &Bus) {
@@ -195,9 +192,9 @@ impl Nvme {
         self.reset(bus);
     }
 
-    fn pull(&mut self, bus: &Bus) {
+    fn remove(&mut self, bus: &Bus) {
         self.lose_power(bus);
-        self.pulled = true;
+        self.removed = true;
         if let Some(memory) = bus.memory(BAR)
             && let Err(error) = memory.write(DOORBELLS, &[0xff; 0x1000])
         {
@@ -208,17 +205,17 @@ impl Nvme {
         }
     }
 
-    /// Whether it is pulled still.
-    pub(super) fn is_pulled(&mut self, bus: &Bus) -> bool {
-        if self.pulled && self.faults.as_ref().is_some_and(|faults| faults.state().plug_in) {
-            self.pulled = false;
+    /// Whether the controller is removed.
+    pub(super) fn is_removed(&mut self, bus: &Bus) -> bool {
+        if self.removed && self.faults.as_ref().is_some_and(|faults| faults.state().plug_in) {
+            self.removed = false;
             self.reset(bus);
         }
-        self.pulled
+        self.removed
     }
 
-    /// Posts the completions that are late, as far as their queues have room. Whether any was.
-    pub(super) fn catch_up(&mut self, bus: &Bus) -> Result<bool> {
+    /// Posts late completions, as far as their queues have room. Returns whether there were any.
+    pub(super) fn post_late(&mut self, bus: &Bus) -> Result<bool> {
         let late = std::mem::take(&mut self.late);
         let mut any = false;
         for completion in late {
@@ -245,7 +242,7 @@ mod tests {
         };
         assert_eq!(plan(1), plan(1));
         assert_ne!(plan(1), plan(2));
-        // As they were when this test was written, and a kind was added last: seeds are told in bug reports.
+        // These values must not change: bug reports name seeds.
         let first: Vec<_> = plan(1).into_iter().take(3).collect();
         let expected =
             [(5, Fault::Removal), (9, Fault::SpuriousCompletion), (17, Fault::FatalStatus)];
@@ -254,7 +251,10 @@ mod tests {
         assert!(commands.windows(2).all(|pair| (3..=9).contains(&(pair[1] - pair[0]))));
         let kinds: std::collections::HashSet<_> = plan(4).into_values().collect();
         assert_eq!(kinds.len(), Fault::ALL.len());
-        assert_eq!(Faults::seeded(1, &[], 50, 3..=9).left(), 0);
-        assert!(Faults::seeded(1, &Fault::ALL, 5, 0..=u64::MAX).left() > 0, "far, and no overflow");
+        assert_eq!(Faults::seeded(1, &[], 50, 3..=9).remaining(), 0);
+        assert!(
+            Faults::seeded(1, &Fault::ALL, 5, 0..=u64::MAX).remaining() > 0,
+            "far, and no overflow"
+        );
     }
 }

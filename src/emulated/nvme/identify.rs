@@ -1,16 +1,16 @@
-//! What the controller says of itself and its namespaces (NVMe 1.4 §5.15), and its logs (§5.14).
+//! The data of Identify (NVMe 1.4 §5.15) and of Get Log Page (§5.14).
 
 use super::storage::Namespace;
 use super::{MAX_EVENTS, MAX_TRANSFER_PAGES, VENDOR, VERSION};
 
-/// How long a data structure of Identify is, in bytes.
+/// The size of a data structure of Identify, in bytes.
 pub(super) const SIZE: usize = 4096;
 
 fn put(data: &mut [u8], at: usize, bytes: &[u8]) {
     data[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
-/// Text, padded by spaces as the specification has it.
+/// Writes text, padded with spaces as specified.
 fn text(data: &mut [u8], at: usize, len: usize, text: &str) {
     data[at..at + len].fill(b' ');
     put(data, at, text.as_bytes());
@@ -27,21 +27,21 @@ pub(super) fn controller(namespaces: u32) -> Vec<u8> {
     put(&mut data, 80, &VERSION.to_le_bytes());
     // An I/O controller.
     data[111] = 1;
-    // Four commands can be aborted at once, as many event requests wait, and one firmware slot is
-    // read-only; the counts are of zero on.
+    // At most four Abort commands and four event requests at once (both zero-based), and one read-only firmware
+    // slot.
     data[258] = 3;
     data[259] = MAX_EVENTS as u8 - 1;
     data[260] = 1 << 1 | 1;
-    // Composite temperatures of concern, in kelvins.
+    // The warning and the critical composite temperature, in kelvins.
     put(&mut data, 266, &343u16.to_le_bytes());
     put(&mut data, 268, &353u16.to_le_bytes());
-    // Entries are 64 and 16 bytes, at least and at most.
+    // The minimum and the maximum entry size: 64 and 16 bytes.
     data[512] = 0x66;
     data[513] = 0x44;
     put(&mut data, 516, &namespaces.to_le_bytes());
     // Dataset Management, Write Zeroes.
     put(&mut data, 520, &(1u16 << 2 | 1 << 3).to_le_bytes());
-    // A volatile write cache, and flushes of all namespaces at once.
+    // A volatile write cache; a flush may name all namespaces at once.
     data[525] = 0b111;
     put(&mut data, 768, b"nqn.2024-01.io.github.vfio-remap:emulated");
     data
@@ -52,9 +52,9 @@ pub(super) fn namespace(namespace: &Namespace) -> Vec<u8> {
     for at in [0, 8, 16] {
         put(&mut data, at, &namespace.blocks().to_le_bytes());
     }
-    // Deallocated blocks read zeros.
+    // Deallocated blocks read as zeros.
     data[33] = 1;
-    // One format: no metadata, and the block's size as a power of two.
+    // One format without metadata, and the binary logarithm of its block size.
     data[130] = namespace.shift() as u8;
     data
 }
@@ -69,7 +69,7 @@ pub(super) fn list(count: u32, after: u32) -> Vec<u8> {
     data
 }
 
-/// What the namespace is known by: an EUI-64.
+/// The identifiers of a namespace: an EUI-64.
 pub(super) fn descriptors(id: u32) -> Vec<u8> {
     let mut data = vec![0; SIZE];
     put(&mut data, 0, &[1, 8, 0, 0]);
@@ -78,13 +78,13 @@ pub(super) fn descriptors(id: u32) -> Vec<u8> {
     data
 }
 
-/// A log page, as long as it is; `None` where there is no such.
+/// The bytes of a log page; `None` if it does not exist.
 pub(super) fn log(page: u32) -> Option<Vec<u8>> {
     let mut data = vec![0; 512];
     match page {
         // No errors.
         1 => data.truncate(64),
-        // Health: 300 kelvins, all of the spare left, below which there is cause for concern.
+        // Health: 300 kelvins, 100 % spare, a spare threshold of 10 %.
         2 => put(&mut data, 1, &[44, 1, 100, 10]),
         // The firmware of slot 1 is active.
         3 => {

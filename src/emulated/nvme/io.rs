@@ -19,7 +19,7 @@ impl Nvme {
             return Err(Status::INVALID_FIELD);
         }
         let page = self.page();
-        // Without the cache every write lasts.
+        // If the cache is disabled, every write is durable.
         let uncached = self.features.get(&admin::WRITE_CACHE).is_some_and(|value| value & 1 == 0);
         let failed = |_| Status::INTERNAL_ERROR;
         if (command.opcode(), command.namespace()) == (0x00, u32::MAX) {
@@ -31,7 +31,7 @@ impl Nvme {
         let (block, control) = (command.block(), command.dword(12));
         let count = u64::from(control & 0xffff) + 1;
         let len = (count << namespace.shift()) as usize;
-        let lasting = uncached || control & 1 << 30 != 0;
+        let durable = uncached || control & 1 << 30 != 0;
         match command.opcode() {
             0x00 => namespace.flush().map_err(failed)?,
             0x01 | 0x02 => {
@@ -42,7 +42,7 @@ impl Nvme {
                 let mut data = vec![0; len];
                 if command.opcode() == 0x01 {
                     gather(bus, command, page, &mut data)?;
-                    namespace.write(block, &data, lasting).map_err(failed)?;
+                    namespace.write(block, &data, durable).map_err(failed)?;
                 } else {
                     namespace.read(block, &mut data).map_err(failed)?;
                     scatter(bus, command, page, &data)?;
@@ -51,13 +51,13 @@ impl Nvme {
             0x08 => {
                 namespace.check(block, count)?;
                 let ranges = [(block, count)].into();
-                return Ok(Progress::Takes(Zeros { namespace: id, ranges, lasting }));
+                return Ok(Progress::Long(Zeros { namespace: id, ranges, durable }));
             }
             0x09 => {
                 let mut ranges = vec![0; 16 * (command.dword(10) as usize % 256 + 1)];
                 gather(bus, command, page, &mut ranges)?;
                 let (ranges, _) = ranges.as_chunks::<16>();
-                // Other attributes than to deallocate are hints.
+                // All attributes but Deallocate are hints.
                 let deallocate = command.dword(11) & 1 << 2 != 0;
                 let ranges = ranges.iter().filter(|_| deallocate).map(|range| {
                     let [low, block] = [0, 8].map(|at| {
@@ -69,7 +69,7 @@ impl Nvme {
                 });
                 let ranges: VecDeque<_> = ranges.collect::<std::result::Result<_, _>>()?;
                 let ranges = ranges.into_iter().filter(|(_, count)| *count > 0).collect();
-                return Ok(Progress::Takes(Zeros { namespace: id, ranges, lasting }));
+                return Ok(Progress::Long(Zeros { namespace: id, ranges, durable }));
             }
             _ => return Err(Status::INVALID_OPCODE),
         }

@@ -1,55 +1,55 @@
-//! Commands that take long: zeros, in parts, between the turns of other commands.
+//! Long commands, which write zeros in parts, so that other commands proceed meanwhile.
 
 use std::collections::VecDeque;
 
 use super::command::{COMPLETION, Status};
-use super::fault::{Completion, Fate};
-use super::{Nvme, TURN};
+use super::fault::{Completion, Delivery};
+use super::{COMMANDS_PER_POLL, Nvme};
 use crate::emulated::Bus;
 use crate::error::Result;
 
-/// What these commands may cost in a turn, in bytes that are written.
+/// The cost limit of these commands for each poll, in written bytes.
 const BUDGET: u64 = 1 << 20;
 
-/// A command that makes blocks read zeros.
+/// A command that makes blocks read as zeros.
 #[derive(Debug)]
 pub(super) struct Long {
     pub(super) zeros: Zeros,
     pub(super) completion: Completion,
-    pub(super) fate: Fate,
+    pub(super) delivery: Delivery,
 }
 
 #[derive(Debug)]
 pub(super) struct Zeros {
     pub(super) namespace: u32,
-    /// What is left: the first blocks, and how many from there on. They are there.
+    /// The remaining ranges: first block and count. All blocks exist.
     pub(super) ranges: VecDeque<(u64, u64)>,
-    /// Whether they are to last when the command ends.
-    pub(super) lasting: bool,
+    /// Whether the blocks must be durable when the command completes.
+    pub(super) durable: bool,
 }
 
 impl Nvme {
-    /// Carries on with these commands, each in its turn. Whether there were any.
-    pub(super) fn carry_on(&mut self, bus: &Bus) -> Result<bool> {
+    /// Continues these commands, one part of each in turn. Returns whether there were any.
+    pub(super) fn continue_long(&mut self, bus: &Bus) -> Result<bool> {
         let any = !self.long.is_empty();
         let mut budget = BUDGET;
-        for _ in 0..TURN {
+        for _ in 0..COMMANDS_PER_POLL {
             if budget == 0 {
                 break;
             }
             let Some(mut long) = self.long.pop_front() else { break };
             match self.zero(&mut long.zeros, &mut budget) {
                 Ok(false) => self.long.push_back(long),
-                Ok(true) => self.finish(bus, long.fate, long.completion)?,
+                Ok(true) => self.finish(bus, long.delivery, long.completion)?,
                 Err(status) => {
-                    self.finish(bus, long.fate, Completion { status, ..long.completion })?;
+                    self.finish(bus, long.delivery, Completion { status, ..long.completion })?;
                 }
             }
         }
         Ok(any)
     }
 
-    /// Does a part of a command; whether it was the last.
+    /// Does a part of a command. Returns whether it was the last part.
     fn zero(&mut self, zeros: &mut Zeros, budget: &mut u64) -> std::result::Result<bool, Status> {
         let failed = |_| Status::INTERNAL_ERROR;
         let namespace = self.namespace(zeros.namespace)?;
@@ -63,13 +63,13 @@ impl Nvme {
         if !zeros.ranges.is_empty() {
             return Ok(false);
         }
-        if zeros.lasting {
+        if zeros.durable {
             namespace.sync().map_err(failed)?;
         }
         Ok(true)
     }
 
-    /// Ends a command of a submission queue before its time, if it is one of these.
+    /// Aborts a command of a submission queue. Returns false if it is not one of these.
     pub(super) fn abort(&mut self, bus: &Bus, queue: u16, id: u16) -> Result<bool> {
         let aborted = |long: &Long| (long.completion.queue, long.completion.id) == (queue, id);
         let Some(long) = self.long.iter().position(aborted).and_then(|at| self.long.remove(at))
@@ -77,11 +77,11 @@ impl Nvme {
             return Ok(false);
         };
         let completion = Completion { status: Status::ABORT_REQUESTED, ..long.completion };
-        self.finish(bus, long.fate, completion)?;
+        self.finish(bus, long.delivery, completion)?;
         Ok(true)
     }
 
-    /// Drops what cannot be completed any more, since the memory of its completion queue is not there.
+    /// Drops commands that cannot complete, because the memory of their completion queue is not mapped.
     pub(super) fn drop_unreachable(&mut self, bus: &Bus) {
         let completions = &self.completions;
         self.long.retain(|long| {

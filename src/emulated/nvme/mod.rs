@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::command::Status;
-use self::fault::{Completion, Fate};
+use self::fault::{Completion, Delivery};
 pub use self::fault::{Fault, Faults};
 use self::long::{Long, Zeros};
 use self::queue::{CompletionQueue, SubmissionQueue};
@@ -37,17 +37,17 @@ const VENDOR: u16 = 0x1b36;
 const DEVICE: u16 = 0x0010;
 /// 1.4.0
 const VERSION: u32 = 0x0001_0400;
-/// I/O queues of each sort, each with a vector, and one for the admin queues.
+/// I/O submission queues, and I/O completion queues, each with a vector. The admin queues have one more.
 const QUEUES: u16 = 16;
 const VECTORS: u16 = QUEUES + 1;
-/// Entries of a queue.
+/// Most entries of a queue.
 const MAX_ENTRIES: u16 = 1024;
-/// Of 4 KiB.
+/// In pages of 4 KiB.
 const MAX_TRANSFER_PAGES: usize = 32;
 const MAX_EVENTS: usize = 4;
-/// Commands that are taken in a turn, after which registers can be reached.
-const TURN: usize = 32;
-/// Commands that have been taken and not completed: with as many, no more are taken from I/O queues.
+/// Most commands for each poll, so that accesses to registers do not wait long.
+const COMMANDS_PER_POLL: usize = 32;
+/// Most commands that are taken and not completed. At this limit, no more are taken from I/O queues.
 const MAX_PENDING: usize = 256;
 
 /// Queues contiguous, ten seconds to become ready, the NVM command set, pages of 4 to 64 KiB
@@ -58,17 +58,16 @@ const READY: u32 = 1;
 const FATAL: u32 = 2;
 const SHUT_DOWN: u32 = 2 << 2;
 
-/// A controller with up to 16 pairs of I/O queues and any number of [`Namespace`]s: registers at page 0
-/// are trapped, doorbells at page 1 are mapped and polled.
+/// A controller with up to 16 pairs of I/O queues and any number of [`Namespace`]s. The registers in page 0 are
+/// trapped, the doorbells in page 1 are mapped and polled.
 ///
 /// Admin commands: Identify, creation and deletion of queues, Get and Set Features, Get Log Page, Abort,
-/// Asynchronous Event Request. I/O commands: Read, Write, Flush, Write Zeroes, Dataset Management
-/// (Deallocate). Data by PRP lists, interrupts by MSI-X. Others are answered with the specification's
-/// status codes.
+/// Asynchronous Event Request. I/O commands: Read, Write, Flush, Write Zeroes, Dataset Management (Deallocate).
+/// Data by PRP lists, interrupts by MSI-X. Other commands complete with the status codes of the specification.
 ///
-/// Write Zeroes and Deallocate punch holes into a namespace's file where its file system has them. They
-/// are done in parts, so that other commands and registers have their turns meanwhile; a reset, or the
-/// leaving of the client that waits for them, ends them half way.
+/// Write Zeroes and Deallocate punch holes into a namespace's file if its file system supports that. They are
+/// done in parts, so that other commands and accesses to registers proceed meanwhile. A reset ends them half
+/// way, and so does the end of the client that waits for them.
 #[derive(Debug)]
 pub struct Nvme {
     namespaces: Vec<Namespace>,
@@ -84,33 +83,34 @@ pub struct Nvme {
     submissions: BTreeMap<u16, SubmissionQueue>,
     completions: BTreeMap<u16, CompletionQueue>,
     features: BTreeMap<u8, u32>,
-    /// Commands that wait for events.
+    /// The identifiers of Asynchronous Event Requests.
     events: Vec<u16>,
-    /// Of submission and completion queues by turns.
+    /// Alternately of a submission and a completion queue.
     doorbells: Vec<Register<u32>>,
     power_lost: Arc<AtomicBool>,
     faults: Option<Faults>,
-    pulled: bool,
+    removed: bool,
     late: Vec<Completion>,
     /// Commands that are done in parts.
     long: VecDeque<Long>,
-    /// The queue whose turn is next.
+    /// The next queue to serve.
     next: u16,
 }
 
-/// Takes a controller's power away for an instant: see [`Nvme::power`].
+/// The power supply of a controller: see [`Nvme::power`].
 #[derive(Clone, Debug)]
 pub struct Power(Arc<AtomicBool>);
 
 impl Power {
-    /// What was cached is lost, and the controller is as after power on, before it next does anything.
+    /// Turns the power off and on. Cached data is lost, and the controller is as after power on before its next
+    /// action.
     pub fn cycle(&self) {
         self.0.store(true, Ordering::Release);
     }
 }
 
 impl Nvme {
-    /// A controller of these namespaces, numbered from one on.
+    /// A controller with these namespaces, numbered from 1.
     pub fn new(namespaces: Vec<Namespace>) -> Self {
         let config = PciConfig::new(256, VENDOR, DEVICE, 0x01_0802, 1).bar64(0, BAR_SIZE).msix(
             VECTORS,
@@ -134,14 +134,14 @@ impl Nvme {
             doorbells: Vec::new(),
             power_lost: Arc::default(),
             faults: None,
-            pulled: false,
+            removed: false,
             late: Vec::new(),
             long: VecDeque::new(),
             next: 0,
         }
     }
 
-    /// The switch of its power.
+    /// The controller's power supply.
     pub fn power(&self) -> Power {
         Power(self.power_lost.clone())
     }
@@ -183,7 +183,7 @@ impl Nvme {
         }
     }
 
-    /// CC was written: the controller is enabled, disabled, or told to shut down (NVMe 1.4 §3.1.5).
+    /// Handles a write of CC: enable, disable or shutdown (NVMe 1.4 §3.1.5).
     fn configure(&mut self, bus: &Bus, value: u32) {
         let was = std::mem::replace(&mut self.configuration, value & 0x00ff_fff1);
         let (enabled, enable) = (was & 1 != 0, value & 1 != 0);
@@ -210,7 +210,7 @@ impl Nvme {
             self.status |= FATAL;
             return;
         }
-        // Doorbells of an earlier life are no work of this one.
+        // Doorbell values from before the reset are not valid any more.
         self.doorbells.iter().for_each(|doorbell| doorbell.write(0));
         let base = self.admin_submissions;
         let queue = SubmissionQueue { base, size: submissions, head: 0, completions: 0 };
@@ -221,7 +221,7 @@ impl Nvme {
         bus.wake();
     }
 
-    /// What a controller reset does; the admin queues' registers stay (NVMe 1.4 §7.3.2).
+    /// A controller reset; the registers of the admin queues stay (NVMe 1.4 §7.3.2).
     fn disable(&mut self, bus: &Bus) {
         self.submissions.clear();
         self.completions.clear();
@@ -241,7 +241,7 @@ impl Nvme {
     fn flush_all(&mut self) {
         for namespace in &mut self.namespaces {
             if let Err(error) = namespace.flush() {
-                log::error!("nvme: what was written may not last: {error}");
+                log::error!("nvme: written data may not be durable: {error}");
             }
         }
     }
@@ -256,7 +256,7 @@ impl Nvme {
         self.doorbells.get(usize::from(index)).map_or(0, Register::read)
     }
 
-    /// Takes `most` commands from a queue, or fewer if there are; how many there were.
+    /// Takes at most `most` commands from a queue. Returns how many.
     fn serve(&mut self, bus: &Bus, id: u16, most: usize) -> Result<usize> {
         for taken in 0..most {
             let Some(queue) = self.submissions.get_mut(&id) else { return Ok(taken) };
@@ -272,8 +272,8 @@ impl Nvme {
             }
             let Some(queue) = self.submissions.get_mut(&id) else { return Ok(taken) };
             let command = queue.pop(bus)?;
-            let fate = self.strike(bus);
-            if fate == Fate::Stopped {
+            let delivery = self.inject(bus);
+            if delivery == Delivery::Stopped {
                 return Ok(taken + 1);
             }
             let outcome = match id {
@@ -286,42 +286,42 @@ impl Nvme {
             let completion = Completion { to, result: 0, queue: id, id: command.id(), status };
             match outcome {
                 Ok(Progress::Waits) => {}
-                Ok(Progress::Takes(zeros)) => {
-                    self.long.push_back(Long { zeros, completion, fate });
+                Ok(Progress::Long(zeros)) => {
+                    self.long.push_back(Long { zeros, completion, delivery });
                 }
                 Ok(Progress::Done(result)) => {
-                    self.finish(bus, fate, Completion { result, ..completion })?;
+                    self.finish(bus, delivery, Completion { result, ..completion })?;
                 }
-                Err(_) => self.finish(bus, fate, completion)?,
+                Err(_) => self.finish(bus, delivery, completion)?,
             }
         }
         Ok(most)
     }
 
-    /// A command has ended: posts its completion, as its fate has it, when there is room for it.
-    fn finish(&mut self, bus: &Bus, fate: Fate, completion: Completion) -> Result<()> {
-        match fate {
-            Fate::Lost | Fate::Stopped => return Ok(()),
-            Fate::Late => {
+    /// Posts the completion of a command as `delivery` says, once its queue has room.
+    fn finish(&mut self, bus: &Bus, delivery: Delivery, completion: Completion) -> Result<()> {
+        match delivery {
+            Delivery::Lost | Delivery::Stopped => return Ok(()),
+            Delivery::Late => {
                 self.late.push(completion);
                 return Ok(());
             }
-            Fate::AfterSpurious | Fate::Twice if !self.is_full(completion.to) => {
-                let id = if fate == Fate::Twice { completion.id } else { !completion.id };
+            Delivery::AfterSpurious | Delivery::Twice if !self.is_full(completion.to) => {
+                let id = if delivery == Delivery::Twice { completion.id } else { !completion.id };
                 self.complete(bus, Completion { id, ..completion })?;
             }
-            Fate::AfterSpurious | Fate::Twice | Fate::Posted => {}
+            Delivery::AfterSpurious | Delivery::Twice | Delivery::Posted => {}
         }
-        // It comes before those that are late.
+        // It comes before late ones.
         if self.is_full(completion.to) {
             self.late.push(completion);
         } else {
             self.complete(bus, completion)?;
         }
-        self.catch_up(bus).map(drop)
+        self.post_late(bus).map(drop)
     }
 
-    /// Whether a completion queue has no room, or is not there.
+    /// Whether a completion queue has no room or does not exist.
     fn is_full(&self, id: u16) -> bool {
         let queue = self.completions.get(&id);
         queue.is_none_or(|queue| queue.is_full(self.doorbell(2 * id + 1)))
@@ -339,7 +339,7 @@ impl Nvme {
     }
 
     fn cannot_reach(&mut self, error: &crate::Error) {
-        log::debug!("nvme: a queue cannot be reached: {error}");
+        log::debug!("nvme: cannot access a queue: {error}");
         self.status |= FATAL;
     }
 
@@ -349,14 +349,14 @@ impl Nvme {
     }
 }
 
-/// How far a command is that was taken.
+/// The progress of a taken command.
 enum Progress {
-    /// With this result.
+    /// It is done, with this result.
     Done(u32),
-    /// For an event.
+    /// It waits for an event.
     Waits,
-    /// Its time: it is done in parts.
-    Takes(Zeros),
+    /// It takes long, and is done in parts.
+    Long(Zeros),
 }
 
 impl Model for Nvme {
@@ -372,7 +372,7 @@ impl Model for Nvme {
 
     fn read(&mut self, bus: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
         self.check_power(bus);
-        if self.is_pulled(bus) {
+        if self.is_removed(bus) {
             data.fill(0xff);
             return Ok(());
         }
@@ -394,7 +394,7 @@ impl Model for Nvme {
 
     fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
         self.check_power(bus);
-        if self.is_pulled(bus) {
+        if self.is_removed(bus) {
             return Ok(());
         }
         if region == CONFIG {
@@ -413,7 +413,7 @@ impl Model for Nvme {
         Ok(())
     }
 
-    /// Function level: what was written stays, cached or not.
+    /// A function level reset: written data stays, cached or not.
     fn reset(&mut self, bus: &Bus) {
         self.disable(bus);
         self.config.reset();
@@ -437,9 +437,9 @@ impl Model for Nvme {
         if !self.config.bus_mastering() {
             return Activity::Watching;
         }
-        let mut left = TURN;
+        let mut left = COMMANDS_PER_POLL;
         for _ in 0..=QUEUES {
-            // A fault may have stopped it.
+            // A fault may have stopped the controller.
             if self.status & (READY | FATAL) != READY {
                 return Activity::Asleep;
             }
@@ -450,14 +450,14 @@ impl Model for Nvme {
                 Err(error) => self.cannot_reach(&error),
             }
         }
-        let mut busy = left < TURN;
-        match self.carry_on(bus) {
-            Ok(carried_on) => busy |= carried_on,
+        let mut busy = left < COMMANDS_PER_POLL;
+        match self.continue_long(bus) {
+            Ok(continued) => busy |= continued,
             Err(error) => self.cannot_reach(&error),
         }
         if !busy && !self.late.is_empty() {
-            match self.catch_up(bus) {
-                Ok(caught_up) => busy = caught_up,
+            match self.post_late(bus) {
+                Ok(posted) => busy = posted,
                 Err(error) => self.cannot_reach(&error),
             }
         }

@@ -1,4 +1,4 @@
-//! Queues, and the data that commands point to.
+//! Queues, and the data pointers of commands.
 
 use super::command::{COMMAND, COMPLETION, Command, Status};
 use crate::emulated::Bus;
@@ -9,7 +9,7 @@ pub(super) struct SubmissionQueue {
     pub(super) base: u64,
     pub(super) size: u16,
     pub(super) head: u16,
-    /// Where its completions go.
+    /// The completion queue.
     pub(super) completions: u16,
 }
 
@@ -29,7 +29,7 @@ pub(super) struct CompletionQueue {
     pub(super) size: u16,
     pub(super) tail: u16,
     pub(super) phase: bool,
-    /// The vector that it fires, if it does.
+    /// The vector; `None` if interrupts are disabled.
     pub(super) vector: Option<u16>,
 }
 
@@ -38,7 +38,7 @@ impl CompletionQueue {
         Self { base, size, tail: 0, phase: true, vector }
     }
 
-    /// Whether the driver, who has read as far as `head`, must read on first.
+    /// Whether the queue has no room, for a driver that has read up to `head`.
     pub(super) fn is_full(&self, head: u32) -> bool {
         head >= u32::from(self.size) || u32::from(next(self.tail, self.size)) == head
     }
@@ -73,8 +73,8 @@ fn next(index: u16, size: u16) -> u16 {
     if index + 1 >= size { 0 } else { index + 1 }
 }
 
-/// Where `len` bytes of data lie that two PRP entries describe, in pages of `page` bytes
-/// (NVMe 1.4 §4.3): parts of memory by address and length.
+/// The address and length of each part of the `len` bytes that two PRP entries describe, in pages of `page`
+/// bytes (NVMe 1.4 §4.3).
 pub(super) fn parts(
     bus: &Bus,
     prps: [u64; 2],
@@ -99,7 +99,7 @@ pub(super) fn parts(
         parts.push((aligned(second)?, rest));
         return Ok(parts);
     }
-    // A list, whose last entry on a page leads to the next page where more are needed.
+    // A PRP list. If more entries are needed, the last entry of a page points to the next page of the list.
     let mut list = second;
     if !list.is_multiple_of(8) {
         return Err(Status::INVALID_PRP_OFFSET);

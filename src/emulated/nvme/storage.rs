@@ -1,4 +1,4 @@
-//! Namespaces: blocks on a file, behind a volatile write cache.
+//! Namespaces: the blocks of a file, with a volatile write cache.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,39 +11,38 @@ use super::command::Status;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file;
 
-/// The cache is written back when it holds more than this, in bytes.
+/// The size of the cache in bytes. A larger one is written back.
 const CACHE: usize = 1 << 20;
-/// Punching a hole costs as much as to write a part of it: this is one of so many.
+/// Punching a hole costs as much as writing 1/`HOLE_SHARE` of it.
 const HOLE_SHARE: u64 = 16;
-/// What a call costs at least, in bytes that are written.
+/// The least cost of a call, in written bytes.
 const CALL: u64 = 4096;
 
-/// A namespace: logical blocks of 512 or 4096 bytes, in memory or in a file. What is written is cached
-/// until a flush, a write with forced unit access, a shutdown, or until the cache is full; a loss of
-/// power loses it.
+/// A namespace: logical blocks of 512 or 4096 bytes, in memory or in a file. Written data is cached until a
+/// flush, a write with forced unit access, a shutdown, or until the cache is full. A power loss drops cached
+/// data.
 #[derive(Debug)]
 pub struct Namespace {
     file: File,
     shift: u32,
     blocks: u64,
     cache: BTreeMap<u64, Box<[u8]>>,
-    /// Whether holes can be punched into the file, as far as is known.
+    /// False once punching a hole into the file has failed as unsupported.
     has_holes: bool,
 }
 
 impl Namespace {
-    /// `size` bytes of memory, all zero, in blocks of `block_size` bytes.
+    /// A namespace of `size` bytes of memory, all zero, in blocks of `block_size` bytes.
     ///
     /// # Errors
-    /// `Unaligned` where the size is no multiple of the block's, or that is not 512 or 4096; what the
-    /// kernel answers.
+    /// `Unaligned` if the block size is not 512 or 4096, or does not divide the size; the kernel's error.
     pub fn memory(size: u64, block_size: u32) -> Result<Self> {
         let failed = |errno| Error::os(errno, "create", "a namespace");
         let file = file::memory_file("vfio-remap-namespace", size).map_err(failed)?;
         Self::file(file.into(), block_size)
     }
 
-    /// All of a file, open for reading and writing, in blocks of `block_size` bytes.
+    /// A namespace on a file that is open for reading and writing, in blocks of `block_size` bytes.
     ///
     /// # Errors
     /// As [`memory`](Self::memory).
@@ -63,7 +62,7 @@ impl Namespace {
         self.blocks
     }
 
-    /// The block's size as a power of two.
+    /// The binary logarithm of the block size.
     pub(super) fn shift(&self) -> u32 {
         self.shift
     }
@@ -75,7 +74,7 @@ impl Namespace {
         }
     }
 
-    /// Reads whole blocks, which are there.
+    /// Reads whole blocks. [`check`](Self::check) has found that they exist.
     pub(super) fn read(&self, block: u64, data: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(data, block << self.shift)?;
         let parts = data.chunks_exact_mut(1 << self.shift);
@@ -87,10 +86,10 @@ impl Namespace {
         Ok(())
     }
 
-    /// Writes whole blocks, which are there: past the cache where they must last.
-    pub(super) fn write(&mut self, block: u64, data: &[u8], lasting: bool) -> io::Result<()> {
+    /// Writes whole blocks, not to the cache if `durable`. [`check`](Self::check) has found that they exist.
+    pub(super) fn write(&mut self, block: u64, data: &[u8], durable: bool) -> io::Result<()> {
         let parts = data.chunks_exact(1 << self.shift).zip(block..);
-        if lasting {
+        if durable {
             self.file.write_all_at(data, block << self.shift)?;
             parts.for_each(|(_, block)| drop(self.cache.remove(&block)));
             return self.file.sync_data();
@@ -101,8 +100,8 @@ impl Namespace {
         if self.cache.len() << self.shift > CACHE { self.flush() } else { Ok(()) }
     }
 
-    /// Makes blocks from `block` on read zeros: as many of `count` as the `budget` is enough for, which is
-    /// in bytes that are written, and one at least. How many that were; it may last, or not.
+    /// Makes at most `count` blocks, starting at `block`, read as zeros. The `budget`, in written bytes, limits
+    /// how many; at least one is done. Returns how many. They may be durable or not.
     pub(super) fn zero(&mut self, block: u64, count: u64, budget: &mut u64) -> io::Result<u64> {
         let share = if self.has_holes { HOLE_SHARE } else { 1 };
         let count = count.min(((*budget * share) >> self.shift).max(1));
@@ -126,7 +125,7 @@ impl Namespace {
         Ok(count)
     }
 
-    /// What was written before will last.
+    /// Makes everything that was written durable.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         while let Some((block, data)) = self.cache.first_key_value() {
             self.file.write_all_at(data, block << self.shift)?;
@@ -135,12 +134,12 @@ impl Namespace {
         self.sync()
     }
 
-    /// What the file has been given will last.
+    /// Makes everything that was written to the file durable.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
 
-    /// Power is lost, and with it what was cached.
+    /// Drops the cache, as a power loss does.
     pub(super) fn lose_power(&mut self) {
         self.cache.clear();
     }
@@ -151,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeros_are_written_in_parts_where_no_holes_can_be_punched() {
+    fn zeros_are_written_in_parts_if_holes_are_unsupported() {
         for has_holes in [true, false] {
             let mut namespace = Namespace::memory(1 << 20, 512).unwrap();
             namespace.has_holes = has_holes;

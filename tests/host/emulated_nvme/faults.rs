@@ -16,7 +16,7 @@ fn faulty(fault: Fault) -> (Driver, Faults) {
     let mut driver = Driver::new(Arc::new(Emulated::new(nvme).unwrap()));
     driver.put(1, 512);
     driver.io(0x01, 1, 1, 0).unwrap();
-    assert_eq!((faults.struck().len(), faults.left()), (0, 1));
+    assert_eq!((faults.injected().len(), faults.remaining()), (0, 1));
     (driver, faults)
 }
 
@@ -24,7 +24,7 @@ fn faulty(fault: Fault) -> (Driver, Faults) {
 fn struck(driver: &mut Driver, faults: &Faults) {
     driver.put(2, 512);
     driver.submit(1, 0x01, 1, [IOVA + DATA as u64, 0], [2, 0, 0]);
-    watch::until("the fault", || faults.struck().len() == 1 && faults.left() == 0);
+    watch::until("the fault", || faults.injected().len() == 1 && faults.remaining() == 0);
 }
 
 fn posted(driver: &Driver, queue: usize, index: usize) -> u16 {
@@ -46,7 +46,7 @@ fn a_lost_completion_is_of_a_command_that_was_carried_out() {
     let (mut driver, faults) = faulty(Fault::LostCompletion);
     struck(&mut driver, &faults);
     assert!(driver.holds(1, 2, 2, 512), "the completion of the read is the next");
-    assert_eq!(faults.struck(), [(3, Fault::LostCompletion)]);
+    assert_eq!(faults.injected(), [(3, Fault::LostCompletion)]);
 }
 
 #[test]

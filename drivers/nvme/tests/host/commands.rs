@@ -215,7 +215,7 @@ fn a_completion_of_no_command_resets_an_idle_controller() {
         };
         assert!(done_before.status.is_success());
         let buffer = done_before.buffer.unwrap();
-        assert_eq!((faults.left(), queue.room(), queue.generation()), (0, 0, 0));
+        assert_eq!((faults.remaining(), queue.room(), queue.generation()), (0, 0, 0));
         // Whatever is asked of the queue next, what is acknowledged after that is of a new generation.
         if flush {
             queue.flush(&namespace, 1).unwrap();
@@ -247,7 +247,7 @@ fn a_completion_that_comes_twice_ends_no_other_command() {
     queue.write(&namespace, 0, buffer, 1).unwrap();
     queue.ring();
     while model.poll().unwrap() == Activity::Busy {}
-    assert_eq!((faults.left(), queue.pop().unwrap().tag), (0, 1));
+    assert_eq!((faults.remaining(), queue.pop().unwrap().tag), (0, 1));
     // The controller does not know of this one, which may have got the identifier again.
     queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 2).unwrap();
     assert!(queue.pop().is_none(), "the completion that is there twice is of the write");

@@ -119,7 +119,7 @@ impl Run {
     /// Works until all faults have struck, takes the power away, and looks at what is left.
     pub fn perform(mut self) -> Outcome {
         let (controller, namespace, mut queue) = self.open();
-        while self.faults.left() > 0 {
+        while self.faults.remaining() > 0 {
             self.step(&controller, &namespace, &mut queue);
         }
         while self.pending.iter().any(Option::is_some) {
@@ -154,7 +154,7 @@ impl Run {
         assert_eq!(self.checked.get(), BLOCKS, "seed {seed}: not all blocks could be read");
         drop(queue);
         controller.close().unwrap();
-        let struck = self.faults.struck().into_iter().map(|(_, fault)| fault).collect();
+        let struck = self.faults.injected().into_iter().map(|(_, fault)| fault).collect();
         Outcome { struck, longest: self.longest.get() }
     }
 
@@ -359,7 +359,7 @@ impl Run {
 
     /// How often the controller has lost what was not flushed.
     fn losses(&self) -> usize {
-        let struck = self.faults.struck();
+        let struck = self.faults.injected();
         let losses = [Fault::PowerLoss, Fault::Removal];
         struck.iter().filter(|(_, fault)| losses.contains(fault)).count()
     }

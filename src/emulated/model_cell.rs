@@ -1,4 +1,4 @@
-//! Where a model acts: one call at a time, and what it does wrong stays there.
+//! Calls a model: one call at a time, and a panic does not get out.
 
 use std::any::Any;
 use std::fmt;
@@ -9,32 +9,32 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use super::model::Model;
 use crate::error::{Error, ErrorKind};
 
-pub(super) struct Stage {
+pub(super) struct ModelCell {
     model: Mutex<Box<dyn Model>>,
-    /// Held by whoever is next to have the model. The thread of a model that is busy gives it back and takes
-    /// it again at once, for which a mutex alone lets it pass those who wait.
+    /// Held by the thread that gets the model next. The thread of a busy model unlocks it and locks it again at
+    /// once; a single mutex would let it overtake all other threads.
     next: Mutex<()>,
-    /// The thread that is in the model, by its [`mark`]; 0 for none.
+    /// The [`thread_id`] of the thread that is in the model; 0 for none.
     inside: AtomicUsize,
-    /// What the model said when it panicked.
+    /// The message of the model's panic.
     panic: OnceLock<String>,
 }
 
-/// Why a model was not called, or did not come to an end.
-pub(super) enum Refused {
+/// Why a model was not called, or did not return.
+pub(super) enum CallError {
     /// The caller is the model itself.
     Reentrant,
     /// It has panicked.
     Panicked(String),
 }
 
-/// A number of this thread's own, while it lives; not 0.
-fn mark() -> usize {
+/// A number that is unique to this thread while it lives; not 0.
+fn thread_id() -> usize {
     thread_local!(static MARK: u8 = const { 0 });
     MARK.with(|mark| (mark as *const u8).addr())
 }
 
-impl Stage {
+impl ModelCell {
     pub(super) fn new(model: impl Model + 'static) -> Self {
         Self {
             model: Mutex::new(Box::new(model)),
@@ -45,31 +45,31 @@ impl Stage {
     }
 
     /// Whether the model can still be called.
-    pub(super) fn check(&self) -> Result<(), Refused> {
+    pub(super) fn check(&self) -> Result<(), CallError> {
         match self.panic.get() {
-            Some(message) => Err(Refused::Panicked(message.clone())),
+            Some(message) => Err(CallError::Panicked(message.clone())),
             None => Ok(()),
         }
     }
 
-    pub(super) fn call<R>(&self, act: impl FnOnce(&mut dyn Model) -> R) -> Result<R, Refused> {
-        // Only this thread can have put its own mark there.
-        if self.inside.load(Ordering::Relaxed) == mark() {
-            return Err(Refused::Reentrant);
+    pub(super) fn call<R>(&self, act: impl FnOnce(&mut dyn Model) -> R) -> Result<R, CallError> {
+        // Only this thread stores its own ID there.
+        if self.inside.load(Ordering::Relaxed) == thread_id() {
+            return Err(CallError::Reentrant);
         }
         let next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let mut model = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         drop(next);
         self.check()?;
-        self.inside.store(mark(), Ordering::Relaxed);
-        // A model that has panicked is never called again, so nobody sees what it has left half done.
+        self.inside.store(thread_id(), Ordering::Relaxed);
+        // A model that has panicked is never called again, so its broken state is never seen.
         let result = catch_unwind(AssertUnwindSafe(|| act(&mut **model)));
         self.inside.store(0, Ordering::Relaxed);
         result.map_err(|payload| {
-            let said = self.panic.get_or_init(|| message(&*payload)).clone();
-            // What it carries may panic again when it is dropped.
+            let text = self.panic.get_or_init(|| message(&*payload)).clone();
+            // The payload may panic again when it is dropped.
             std::mem::forget(payload);
-            Refused::Panicked(said)
+            CallError::Panicked(text)
         })
     }
 }
@@ -81,15 +81,15 @@ fn message(payload: &(dyn Any + Send)) -> String {
         .to_owned()
 }
 
-impl Refused {
+impl CallError {
     pub(super) fn error(self, operation: &'static str, object: impl fmt::Display) -> Error {
         match self {
             Self::Reentrant => Error::new(ErrorKind::InUse, operation, object)
                 .because("the device's model is calling its own device")
-                .remedy("do it inside the model, through its Bus"),
+                .remedy("use the Bus inside the model"),
             Self::Panicked(message) => Error::new(ErrorKind::Gone, operation, object)
                 .because(format!("the device's model has panicked: {message}"))
-                .remedy("fix the model, and create the device again"),
+                .remedy("fix the model and create the device again"),
         }
     }
 }
