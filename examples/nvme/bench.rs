@@ -13,7 +13,7 @@ use crate::histogram::Latencies;
 use crate::mover::Mover;
 use crate::options::{Bench, Options};
 use crate::session::Session;
-use vfio_remap_nvme::{Done, IoQueue, Namespace, Settings};
+use vfio_remap_nvme::{Completion, IoQueue, Namespace, Settings};
 
 /// Of so many requests of a thread, the latency of one is taken.
 pub const SAMPLE: u64 = 256;
@@ -176,7 +176,7 @@ impl Worker {
             queue,
             namespace,
             blocks,
-            places: namespace.blocks / blocks,
+            places: namespace.block_count / blocks,
             reads_below: (u64::from(bench.read_percent) << 32) / 100,
             submitted: 0,
             since: vec![None; depth],
@@ -196,7 +196,7 @@ impl Worker {
         while now - start < time {
             // What has come is taken, and as much submitted, before the controller is told.
             let mut done = self.queue.wait();
-            while let Some(Done { tag, status, buffer, .. }) = done {
+            while let Some(Completion { tag, status, buffer, .. }) = done {
                 status.check("read or write", || format!("namespace {}", self.namespace.id))?;
                 operations += 1;
                 if let Some(since) = self.since[tag as usize].take() {

@@ -6,7 +6,7 @@ use vfio_remap::device::DmaBuffer;
 use vfio_remap::{Error, ErrorKind, Result};
 
 use crate::session::Session;
-use vfio_remap_nvme::{Done, IoQueue, Namespace};
+use vfio_remap_nvme::{Completion, IoQueue, Namespace};
 
 /// Requests that are with the controller at a time, and their size unless it takes less.
 const DEPTH: usize = 16;
@@ -98,7 +98,7 @@ impl Mover {
                 }
                 self.submit(work, part, buffer)?;
             }
-            let Some(Done { tag: block, status, buffer, .. }) = self.queue.wait() else {
+            let Some(Completion { tag: block, status, buffer, .. }) = self.queue.wait() else {
                 if next == blocks.end {
                     return Ok(());
                 }
@@ -133,7 +133,7 @@ impl Mover {
     /// `false` where a reset has ended it.
     fn flush(&mut self) -> Result<bool> {
         self.queue.flush(&self.namespace, 0)?;
-        let Some(Done { status, .. }) = self.queue.wait() else { return Ok(false) };
+        let Some(Completion { status, .. }) = self.queue.wait() else { return Ok(false) };
         if status.is_undecided() {
             return Ok(false);
         }

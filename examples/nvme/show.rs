@@ -33,9 +33,9 @@ fn as_json(
     let namespaces: Vec<Value> = namespaces
         .iter()
         .map(|namespace| match namespace {
-            Ok(Namespace { id, blocks, .. }) => {
+            Ok(Namespace { id, block_count, .. }) => {
                 let block_size = namespace.as_ref().map_or(0, Namespace::block_size);
-                json!({"id": id, "blocks": blocks, "block_size": block_size})
+                json!({"id": id, "blocks": block_count, "block_size": block_size})
             }
             Err(error) => json!({"error": error.to_string()}),
         })
@@ -82,7 +82,7 @@ fn print(
             Ok(namespace) => println!(
                 "  namespace {}: {} blocks of {} bytes, {:.1} MiB",
                 namespace.id,
-                namespace.blocks,
+                namespace.block_count,
                 namespace.block_size(),
                 namespace.size() as f64 / f64::from(1 << 20)
             ),

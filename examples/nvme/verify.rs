@@ -65,7 +65,7 @@ pub fn run(options: &Options, verify: &Verify) -> Result<()> {
     let mut state = State::begin(verify, &session)?;
     guard::permit(&options.common, &session, &mut mover)?;
     if state.written > 0 && !options.common.json {
-        println!("going on after {} of {} blocks", state.written, session.namespace.blocks);
+        println!("going on after {} of {} blocks", state.written, session.namespace.block_count);
     }
     let start = Instant::now();
     write(options, verify, &session, &mut mover, &mut state)?;
@@ -94,7 +94,7 @@ fn write(
     let namespace = session.namespace;
     let progress = Progress::new(&options.common, "writing", namespace.size());
     let seed = state.seed;
-    for part in segments(state.written..namespace.blocks, SEGMENT >> namespace.block_shift) {
+    for part in segments(state.written..namespace.block_count, SEGMENT >> namespace.block_shift) {
         let end = part.end;
         mover.write(part, |first, bytes| {
             let blocks = bytes.chunks_exact_mut(namespace.block_size());
@@ -121,7 +121,7 @@ fn check(
     let mut faults = Faults::default();
     let mut room = vec![0; namespace.block_size()];
     let seed = state.seed;
-    for part in segments(state.checked..namespace.blocks, SEGMENT >> namespace.block_shift) {
+    for part in segments(state.checked..namespace.block_count, SEGMENT >> namespace.block_shift) {
         let end = part.end;
         mover.read(part, |first, bytes| {
             let blocks = bytes.chunks_exact(namespace.block_size());
@@ -145,7 +145,7 @@ fn check(
 
 fn report(options: &Options, session: &Session, state: &State, faults: &Faults, start: Instant) {
     let seconds = start.elapsed().as_secs_f64();
-    let (blocks, bytes) = (session.namespace.blocks, session.namespace.size());
+    let (blocks, bytes) = (session.namespace.block_count, session.namespace.size());
     if options.common.json {
         println!(
             "{}",
@@ -175,7 +175,7 @@ impl State {
             identity.model,
             identity.serial,
             namespace.id,
-            namespace.blocks,
+            namespace.block_count,
             namespace.block_size()
         );
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
@@ -198,7 +198,7 @@ impl State {
         if verify.seed.is_some_and(|seed| seed != found.seed) {
             return Err(refuse(format!("its seed is {}", found.seed)));
         }
-        if found.written > namespace.blocks || found.checked > found.written {
+        if found.written > namespace.block_count || found.checked > found.written {
             return Err(refuse("it has come further than there are blocks".to_owned()));
         }
         Ok(found)

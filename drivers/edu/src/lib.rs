@@ -1,8 +1,7 @@
-//! A driver for QEMU's educational device ([docs/specs/edu][spec] of QEMU): what to read after the README.
+//! A driver for QEMU's educational device ([docs/specs/edu][spec] of QEMU). Read it after the README.
 //!
-//! The device computes factorials, copies memory by DMA, and interrupts when either is done. A driver for it
-//! is what any driver is: registers, memory that the device reaches, interrupts, and an order in which
-//! they are set up and let go.
+//! The device computes factorials, copies memory by DMA, and raises an interrupt when either is done. The
+//! driver has what every driver has: registers, DMA memory, interrupts, and an order for set-up and release.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -11,7 +10,7 @@
 //! use vfio_remap::emulated::{self, Emulated};
 //! use vfio_remap_edu::Edu;
 //!
-//! // A real one: Device::open("0000:00:03.0".parse()?)
+//! // A real one: Device::open("0000:00:03.0")?
 //! let device = Device::new(Arc::new(Emulated::new(emulated::Edu::new())?));
 //! let edu = Edu::new(device, Interrupt::Msi)?;
 //! assert_eq!(edu.factorial(10)?, 3_628_800);
@@ -30,45 +29,45 @@ use vfio_remap::device::{
 };
 use vfio_remap::{Device, Error, ErrorKind, Result, register_block, try_poll_until};
 
-/// Where the device keeps 4096 bytes of its own, as DMA transfers address them.
+/// The address of the device's own buffer of 4096 bytes, for DMA transfers.
 pub const DEVICE_BUFFER: u64 = 0x4_0000;
 
-/// How long the device is waited for.
+/// The time limit for each wait.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-// The registers: names, widths, what may be done with them, where they are. An access that the data sheet
-// does not allow (a write to ID, a read of RAISE) does not compile.
+// The registers: name, access mode, width, offset. An access that the data sheet does not allow (a write to ID,
+// a read of RAISE) does not compile.
 register_block! {
     Registers[0x100] {
         /// 0xRRrr00ed: the device's major and minor version.
         ID(ro u32) @ 0x00;
-        /// Reads as the inverse of what was written: is anybody there?
+        /// Reads as the inverse of the written value: a check that the device responds.
         LIVENESS(u32) @ 0x04;
-        /// Takes a number; holds its factorial once that is computed.
+        /// Takes a number; holds its factorial after the computation.
         FACTORIAL(u32) @ 0x08;
         STATUS(u32 => Status) @ 0x20 {
             pub computing: bool,
             #[bits(6)]
             __: u8,
-            /// An interrupt is wanted when a factorial is computed.
+            /// Enables the interrupt at the end of a computation.
             pub interrupt: bool,
             #[bits(24)]
             __: u32,
         }
-        /// Why the device interrupts.
+        /// The causes of the interrupt.
         CAUSES(ro u32) @ 0x24;
-        /// Interrupts with the causes that are written.
+        /// Raises an interrupt with the written causes.
         RAISE(wo u32) @ 0x60;
-        /// Takes causes back.
+        /// Clears the written causes.
         ACKNOWLEDGE(wo u32) @ 0x64;
         SOURCE(u64) @ 0x80;
         DESTINATION(u64) @ 0x88;
         COUNT(u64) @ 0x90;
         TRANSFER(u64 => Transfer) @ 0x98 {
             pub start: bool,
-            /// From the device to memory.
+            /// The direction is from the device to memory.
             pub to_memory: bool,
-            /// An interrupt is wanted at the end.
+            /// Enables the interrupt at the end of the transfer.
             pub interrupt: bool,
             #[bits(61)]
             __: u64,
@@ -76,11 +75,11 @@ register_block! {
     }
 }
 
-/// Causes of interrupts. The device has no names for others: software raises them.
+/// Causes of interrupts that the device raises. Software raises the others.
 const COMPUTED: u32 = 1;
 const TRANSFERRED: u32 = 0x100;
 
-/// Which way a transfer goes.
+/// The direction of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From memory to the device's buffer.
@@ -89,7 +88,7 @@ pub enum Direction {
     ToMemory,
 }
 
-/// The driver: it holds what of the device it uses.
+/// The driver, with the parts of the device that it uses.
 pub struct Edu {
     device: Device,
     registers: IoRegisterBlock<Registers>,
@@ -98,17 +97,17 @@ pub struct Edu {
 }
 
 impl Edu {
-    /// Brings the device up.
+    /// Initializes the device.
     ///
     /// # Errors
-    /// What the device or the kernel refuses, by name: see each step of [`Device`].
+    /// The errors of the methods of [`Device`] that it calls.
     pub fn new(device: Device, interrupt: Interrupt) -> Result<Self> {
-        // The device has 28 address bits: its memory must lie where those reach.
+        // The device has 28 address bits, so its memory must have low addresses.
         let buffer = BufferRequest::new(8192).placement(IovaPlacement::below_bits(28));
         Self::with_buffer(device, interrupt, buffer)
     }
 
-    /// The same, with a buffer of at least 8192 bytes that is asked for so.
+    /// As [`new`](Self::new), with a buffer of at least 8192 bytes that the caller specifies.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -117,27 +116,27 @@ impl Edu {
         interrupt: Interrupt,
         buffer: BufferRequest,
     ) -> Result<Self> {
-        // VFIO gives a device with both off. Without the first there are no registers; without the second
-        // there is neither DMA nor MSI, and nothing says so.
+        // Both are off in a device that VFIO opens. The registers need memory decoding. DMA and MSI need bus
+        // mastering; without it they do nothing, and no error is reported.
         let config = device.config()?;
         config.set_memory_decoding(true)?;
         config.set_bus_mastering(true)?;
-        // Mapped where the BAR can be mapped, and else by system calls.
+        // Mapped if the BAR can be mapped, otherwise reached by system calls.
         let registers = device.bar(0)?.block(0)?;
         let buffer = device.dma()?.buffer_with(buffer)?;
         let vectors = device.vectors(interrupt, 1)?;
         Ok(Self { device, registers, buffer, vectors })
     }
 
-    /// The memory that driver and device share.
+    /// The memory that the driver and the device share.
     pub fn buffer(&self) -> &DmaBuffer {
         &self.buffer
     }
 
-    /// Where other memory is mapped for the device.
+    /// The device's IOVA space, to map other memory.
     ///
     /// # Errors
-    /// What the transport answers.
+    /// The transport's error.
     pub fn dma(&self) -> Result<DmaSpace> {
         self.device.dma()
     }
@@ -150,12 +149,12 @@ impl Edu {
     /// The device's identification.
     ///
     /// # Errors
-    /// Here and below: what the transport answers where the registers are trapped.
+    /// Here and below: the transport's error, if the registers are trapped.
     pub fn id(&self) -> Result<u32> {
         self.registers.read(Registers::ID)
     }
 
-    /// The inverse of `value`, from the device.
+    /// The inverse of `value`, computed by the device.
     ///
     /// # Errors
     /// As [`id`](Self::id).
@@ -164,10 +163,10 @@ impl Edu {
         self.registers.read(Registers::LIVENESS)
     }
 
-    /// `n`! modulo 2^32, by reading the status until it is there.
+    /// `n`! modulo 2^32, by polling the status.
     ///
     /// # Errors
-    /// `TimedOut` where it is not in ten seconds.
+    /// `TimedOut` after ten seconds.
     pub fn factorial_polled(&self, n: u32) -> Result<u32> {
         self.registers.write(Registers::STATUS, Status::new())?;
         self.registers.write(Registers::FACTORIAL, n)?;
@@ -179,7 +178,7 @@ impl Edu {
     /// `n`! modulo 2^32, by interrupt.
     ///
     /// # Errors
-    /// `TimedOut` where none comes in ten seconds.
+    /// `TimedOut` if no interrupt arrives within ten seconds.
     pub fn factorial(&self, n: u32) -> Result<u32> {
         self.registers.write(Registers::STATUS, Status::new().with_interrupt(true))?;
         self.registers.write(Registers::FACTORIAL, n)?;
@@ -187,7 +186,7 @@ impl Edu {
         self.registers.read(Registers::FACTORIAL)
     }
 
-    /// Has the device interrupt, and waits for that.
+    /// Makes the device raise an interrupt, and waits for it.
     ///
     /// # Errors
     /// As [`factorial`](Self::factorial).
@@ -197,7 +196,7 @@ impl Edu {
         self.serve(RUNG)
     }
 
-    /// Copies `size` bytes of the buffer from `from` on to the device, and back to `to`.
+    /// Copies `size` bytes at `from` in the buffer to the device, and back to `to`.
     ///
     /// # Errors
     /// As [`factorial`](Self::factorial).
@@ -207,11 +206,11 @@ impl Edu {
         self.transfer(DEVICE_BUFFER, base + to, size, Direction::ToMemory)
     }
 
-    /// One transfer of `size` bytes, until the device says that it is done. One of the addresses is an IOVA,
-    /// the other in [`DEVICE_BUFFER`].
+    /// Transfers `size` bytes and waits for the end. One address is an IOVA, the other lies in
+    /// [`DEVICE_BUFFER`].
     ///
     /// # Errors
-    /// As [`factorial`](Self::factorial). The device does not report a transfer that the IOMMU refuses.
+    /// As [`factorial`](Self::factorial). The device does not report a transfer that the IOMMU blocks.
     pub fn transfer(
         &self,
         source: u64,
@@ -224,12 +223,12 @@ impl Edu {
         self.registers.write(Registers::COUNT, size)?;
         let to_memory = direction == Direction::ToMemory;
         let go = Transfer::new().with_start(true).with_interrupt(true).with_to_memory(to_memory);
-        // A write to a register comes after all writes to memory before it: the device finds them there.
+        // Earlier writes to memory happen before a write to a register, so the device sees them.
         self.registers.write(Registers::TRANSFER, go)?;
         self.serve(TRANSFERRED)
     }
 
-    /// Waits for the interrupt with this cause, acknowledges it, and lets the next one come.
+    /// Waits for the interrupt with this cause, acknowledges it, and unmasks the next one.
     fn serve(&self, cause: u32) -> Result<()> {
         loop {
             if self.vectors.wait(0, TIMEOUT)? == 0 {
@@ -240,7 +239,7 @@ impl Edu {
             let causes = self.registers.read(Registers::CAUSES)?;
             self.registers.write(Registers::ACKNOWLEDGE, causes)?;
             if self.vectors.kind() == Interrupt::Intx {
-                // The kernel masks an INTx when it comes, since other devices may share the line.
+                // The kernel masks an INTx when it fires, because other devices may share it.
                 self.vectors.set_masked(0, false)?;
             }
             if causes & cause != 0 {
@@ -249,10 +248,10 @@ impl Edu {
         }
     }
 
-    /// Lets go of everything, the device last.
+    /// Releases everything, the device last.
     ///
     /// # Errors
-    /// `InUse`, with the name of what still holds the device.
+    /// `InUse`, with what still holds the device.
     pub fn close(self) -> Result<()> {
         let Self { device, registers, buffer, vectors } = self;
         drop((registers, buffer, vectors));

@@ -1,4 +1,4 @@
-//! The admin queue: one command at a time, and answers of a page at most.
+//! The admin queue: one command at a time, with at most a page of data.
 
 use std::time::{Duration, Instant};
 
@@ -7,41 +7,41 @@ use vfio_remap::{Device, Error, ErrorKind, Result};
 
 use super::command::{Command, admin, feature};
 use super::doorbells::Doorbells;
-use super::pair::{Done, QueuePair, Shape};
+use super::pair::{Completion, QueuePair, QueueShape};
 use super::status::Status;
 
-/// Entries of the admin queues. The controller's limit (CAP.MQES) is one for the others: up to 4096 are
-/// allowed here (NVMe Base 1.4 §3.1.8).
+/// Entries of the admin queues. The controller's limit (CAP.MQES) is for I/O queues; admin queues may have up
+/// to 4096 (NVMe Base 1.4 §3.1.8).
 const ENTRIES: u16 = 32;
-/// Bytes of what commands answer with.
+/// The size of the data of a command, in bytes.
 pub const PAGE: usize = 4096;
-/// How many requests for events are left with the controller, if it takes so many.
+/// How many Asynchronous Event Requests are outstanding, if the controller allows that many.
 const EVENT_REQUESTS: usize = 4;
-/// Tags: a request for events, and a command that somebody waits for.
+/// The tag of Asynchronous Event Requests. Other commands have smaller tags.
 const EVENT: u64 = u64::MAX;
 
 pub struct Admin {
     name: String,
     pair: QueuePair,
-    /// With the controller, or lost to it, while it is not here.
+    /// The data page; `None` while the controller has it, or if the controller never returned it.
     page: Option<DmaBuffer>,
     timeout: Duration,
-    /// Counts commands: one that comes after its time is told from the next.
+    /// Counts commands, so that a late completion is not taken for that of the next command.
     next: u64,
-    /// What events there were: double word 0 of their completions.
+    /// The events: double word 0 of the completions.
     events: Vec<u32>,
-    /// Requests for events that the controller holds.
+    /// How many Asynchronous Event Requests are outstanding.
     waiting: usize,
     space: DmaSpace,
 }
 
-/// What a command that the controller answers to is.
+/// A command of the admin queue.
 #[derive(Clone, Copy)]
-pub struct Question {
-    /// For errors, as a verb.
+pub struct AdminCommand {
+    /// The verb for errors.
     pub operation: &'static str,
     pub command: Command,
-    /// Whether it answers by data, a page of which it is given.
+    /// Whether it transfers data, and gets the page for it.
     pub with_data: bool,
 }
 
@@ -54,7 +54,7 @@ impl Admin {
         timeout: Duration,
     ) -> Result<Self> {
         let shape =
-            Shape { entries: ENTRIES, page_shift, max_transfer: PAGE, acknowledge_after: 1 };
+            QueueShape { entries: ENTRIES, page_shift, max_transfer: PAGE, acknowledge_after: 1 };
         Ok(Self {
             name: device.name().to_owned(),
             pair: QueuePair::new(space, Doorbells::new(device, 0, stride)?, &shape)?,
@@ -67,13 +67,13 @@ impl Admin {
         })
     }
 
-    /// Entries and places of the queues, for the registers.
+    /// The entries and the addresses of the queues, for the registers.
     pub fn place(&self) -> (u32, u64, u64) {
-        let (submissions, completions) = self.pair.places();
+        let (submissions, completions) = self.pair.addresses();
         (u32::from(self.pair.entries()), submissions, completions)
     }
 
-    /// After a reset of the controller: empty queues.
+    /// Empties the queues after a reset of the controller.
     pub fn reset(&mut self) -> Result<()> {
         self.pair.end_all(true, |_| {});
         self.pair.reset();
@@ -84,33 +84,33 @@ impl Admin {
         Ok(())
     }
 
-    /// What the controller was told of: see [`QueuePair::remains`].
-    pub fn remains(&mut self) -> Vec<DmaBuffer> {
-        let mut remains = self.pair.remains();
+    /// Takes all memory that the controller knows: see [`QueuePair::take_memory`].
+    pub fn take_memory(&mut self) -> Vec<DmaBuffer> {
+        let mut remains = self.pair.take_memory();
         remains.extend(self.page.take());
         remains
     }
 
-    /// Nothing that the controller answers is trusted until it is reset.
+    /// Stops submissions until the controller is reset.
     pub fn break_off(&mut self) {
         self.pair.break_off();
     }
 
-    /// Whether a command was not answered in time, or with nonsense.
+    /// Whether a command timed out, or a completion was malformed.
     pub fn is_broken(&self) -> bool {
         self.pair.is_broken()
     }
 
-    /// Sends a command and waits for its end: its status and result. Data lies in the [page](Self::data)
-    /// afterwards.
-    pub fn ask(&mut self, question: &Question) -> Result<(Status, u32)> {
-        let Question { operation, command, with_data } = *question;
+    /// Sends a command and waits for its completion. Returns its status and result; its data is in the
+    /// [page](Self::data).
+    pub fn send(&mut self, request: &AdminCommand) -> Result<(Status, u32)> {
+        let AdminCommand { operation, command, with_data } = *request;
         self.next += 1;
         let tag = self.next;
         let page = if with_data { self.page.take() } else { None };
         if let Err(refused) = self.pair.submit(command, page, tag) {
             self.page = self.page.take().or(refused.buffer);
-            return Err(self.error(operation, "its admin queue does not work"));
+            return Err(self.error(operation, "its admin queue has failed"));
         }
         self.pair.ring();
         let start = Instant::now();
@@ -122,13 +122,12 @@ impl Admin {
                 }
             }
             if self.pair.is_broken() {
-                return Err(self.error(operation, "it has answered with nonsense"));
+                return Err(self.error(operation, "it has posted a malformed completion"));
             }
             let waited = start.elapsed();
             if waited > self.timeout {
                 self.pair.break_off();
-                let seconds = self.timeout.as_secs_f64();
-                return Err(self.error(operation, format!("no answer in {seconds:.1} seconds")));
+                return Err(self.error(operation, format!("no answer within {:?}", self.timeout)));
             }
             if waited > Duration::from_micros(100) {
                 std::thread::sleep(Duration::from_micros(50));
@@ -136,53 +135,53 @@ impl Admin {
         }
     }
 
-    /// As [`ask`](Self::ask); an error unless it succeeds, and the result otherwise.
-    pub fn execute(&mut self, question: &Question) -> Result<u32> {
-        let (status, result) = self.ask(question)?;
-        status.check(question.operation, || self.name.clone())?;
+    /// As [`send`](Self::send), but returns the result, or an error unless the command succeeds.
+    pub fn execute(&mut self, request: &AdminCommand) -> Result<u32> {
+        let (status, result) = self.send(request)?;
+        status.check(request.operation, || self.name.clone())?;
         Ok(result)
     }
 
-    /// What the controller answers to Identify (NVMe Base 1.4 §5.15), or with which status it refuses.
+    /// The data of Identify (NVMe Base 1.4 §5.15), or the error status.
     pub fn identify(
         &mut self,
         structure: u32,
         namespace: u32,
     ) -> Result<std::result::Result<[u8; PAGE], Status>> {
         let command = Command::new(admin::IDENTIFY, namespace).dwords_10(structure, 0);
-        // What an earlier command has left there is no answer.
+        // The data of an earlier command must not be taken for this one's.
         self.clear_data();
-        let question = Question { operation: "identify", command, with_data: true };
-        match self.ask(&question)? {
+        let request = AdminCommand { operation: "identify", command, with_data: true };
+        match self.send(&request)? {
             (status, _) if status.is_success() => Ok(Ok(self.data()?)),
             (status, _) => Ok(Err(status)),
         }
     }
 
-    /// How errors name the controller.
+    /// The name of the controller in errors.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The data of the last command that had some.
+    /// The data of the last command that transferred some.
     pub fn data(&self) -> Result<[u8; PAGE]> {
         let mut data = [0; PAGE];
         match &self.page {
             Some(page) => page.read(0, &mut data),
-            None => return Err(self.error("read from", "it still holds the memory for its answer")),
+            None => return Err(self.error("read from", "it still has the memory for its data")),
         }
         Ok(data)
     }
 
-    /// Zeros, where a command may answer with less than a page.
+    /// Writes zeros to the page, because a command may transfer less than a page.
     pub fn clear_data(&mut self) {
         if let Some(page) = &self.page {
             page.write(0, &[0; PAGE]);
         }
     }
 
-    /// What has ended: an event, which is kept, or the end of a command.
-    fn take(&mut self, done: Done) -> Option<Done> {
+    /// Handles a completion: keeps an event, returns the completion of another command.
+    fn take(&mut self, done: Completion) -> Option<Completion> {
         if done.tag == EVENT {
             self.waiting -= 1;
             if done.status.is_success() {
@@ -190,19 +189,19 @@ impl Admin {
             }
             return None;
         }
-        let Done { tag, status, result, buffer } = done;
+        let Completion { tag, status, result, buffer } = done;
         self.page = buffer.or(self.page.take());
-        Some(Done { tag, status, result, buffer: None })
+        Some(Completion { tag, status, result, buffer: None })
     }
 
-    /// Leaves requests for events with the controller, which takes `limit`, and says which it is to
-    /// tell of (NVMe Base 1.4 §5.2, §5.21.1.11): all warnings about its health, changed namespaces.
+    /// Enables events (NVMe Base 1.4 §5.21.1.11), all health warnings and changed namespaces, and sends
+    /// Asynchronous Event Requests (§5.2), at most `limit`.
     pub fn request_events(&mut self, limit: usize) -> Result<()> {
         let command = Command::new(admin::SET_FEATURES, 0)
             .dwords_10(feature::ASYNCHRONOUS_EVENTS.into(), 0x11f);
-        let question = Question { operation: "ask for events of", command, with_data: false };
-        // Some of them may be unknown to it, which then tells of fewer.
-        self.ask(&question)?;
+        let request = AdminCommand { operation: "enable the events of", command, with_data: false };
+        // The controller may not support all of them; an error status is ignored.
+        self.send(&request)?;
         while self.waiting < limit.min(EVENT_REQUESTS) {
             let command = Command::new(admin::ASYNCHRONOUS_EVENT_REQUEST, 0);
             self.pair.submit(command, None, EVENT).map_err(Error::from)?;
@@ -212,10 +211,10 @@ impl Admin {
         Ok(())
     }
 
-    /// Events that have come, oldest first.
+    /// The events since the last call, oldest first.
     pub fn events(&mut self) -> Vec<u32> {
         while let Some(done) = self.pair.pop() {
-            // A command that nobody waits for any more.
+            // A completion of a command that timed out is dropped.
             let _ = self.take(done);
         }
         self.pair.ring();

@@ -1,4 +1,4 @@
-//! Commands as the controller reads them: 64 bytes (NVMe Base 1.4 §4.2), here eight words of 64 bits.
+//! Commands: 64 bytes (NVMe Base 1.4 §4.2), here as eight words of 64 bits.
 
 /// Opcodes of admin commands (NVMe Base 1.4 §5).
 pub mod admin {
@@ -30,7 +30,7 @@ pub mod feature {
     pub const ASYNCHRONOUS_EVENTS: u8 = 0x0b;
 }
 
-/// A command, but for its identifier and the place of its data, which the queue knows.
+/// A command without its identifier and its data pointer, which the queue adds.
 #[derive(Clone, Copy, Debug)]
 pub struct Command([u64; 8]);
 
@@ -40,14 +40,14 @@ impl Command {
         Self([opcode as u64 | (namespace as u64) << 32, 0, 0, 0, 0, 0, 0, 0])
     }
 
-    /// Double words 10 and 11.
+    /// Sets double words 10 and 11.
     #[inline]
     pub const fn dwords_10(mut self, low: u32, high: u32) -> Self {
         self.0[5] = low as u64 | (high as u64) << 32;
         self
     }
 
-    /// Which blocks it is about: `count` from `first` on, one at least.
+    /// Sets the blocks: `count`, at least one, starting with `first`.
     #[inline]
     pub const fn blocks(mut self, first: u64, count: u64) -> Self {
         self.0[5] = first;
@@ -55,14 +55,14 @@ impl Command {
         self
     }
 
-    /// What is not data but has an address: a queue.
+    /// Sets the address of a queue.
     #[inline]
     pub const fn address(mut self, iova: u64) -> Self {
         self.0[3] = iova;
         self
     }
 
-    /// The entry for a submission queue. Both PRP entries are zero where the command has no data.
+    /// The submission queue entry. Both PRP entries are zero if the command has no data.
     #[inline]
     pub const fn finish(self, id: u16, prps: [u64; 2]) -> [u64; 8] {
         let mut words = self.0;

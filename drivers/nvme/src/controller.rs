@@ -1,4 +1,4 @@
-//! A controller: what there is one of, whichever threads do I/O with it.
+//! A controller, which all threads that do I/O with it share.
 
 mod namespaces;
 mod queues;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use vfio_remap::device::{BufferRequest, DmaBuffer, DmaSpace, Interrupt, IovaPlacement, Vectors};
 use vfio_remap::{Device, Error, ErrorKind, Result};
 
-use super::admin::{Admin, PAGE, Question};
+use super::admin::{Admin, AdminCommand, PAGE};
 use super::bring_up::Hardware;
 use super::command::{Command, admin, feature};
 use super::doorbells;
@@ -20,41 +20,40 @@ use super::log_page::{ERROR_ENTRY, ERRORS, ErrorEntry, HEALTH, Health};
 use super::pair::MOST_ENTRIES;
 use super::queue::IoQueue;
 
-/// How long a shutdown may take at least, as not all controllers say (NVMe Base 1.4 §7.6.2 leaves it to
-/// us), and at most, whatever they say.
+/// The least and the greatest time limit of a shutdown. Not all controllers state one (NVMe Base 1.4 §7.6.2).
 const SHUTDOWN: Duration = Duration::from_secs(10);
 const LONGEST_SHUTDOWN: Duration = Duration::from_secs(60);
-/// Everywhere that a namespace's number may mean all of them.
+/// The namespace ID that means all namespaces.
 const ALL: u32 = u32::MAX;
 
-/// How a controller is to be used.
+/// The settings of a controller.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// I/O queues to ask for: one for each thread.
+    /// How many I/O queues to request: one for each thread.
     pub queues: u16,
-    /// Entries of an I/O queue, of which all but one can be used at a time: 2 to 16384, or fewer where the
-    /// controller has less (CAP.MQES). What is outside is taken for the nearest.
+    /// Entries of an I/O queue, of which one is always unused: 2 to 16384, or fewer if the controller has a
+    /// lower limit (CAP.MQES). Other values are clamped.
     pub entries: u16,
-    /// Whether completions are waited for by MSI-X, rather than by polling.
+    /// Whether to wait for completions by MSI-X instead of polling.
     pub interrupts: bool,
-    /// After which a command is aborted.
+    /// The time limit of a command, after which it is aborted.
     pub timeout: Duration,
-    /// What it gets to end in after that, before the controller is reset.
+    /// The time limit of the abort, after which the controller is reset.
     pub grace: Duration,
-    /// After which a command of the admin queue has failed.
+    /// The time limit of a command of the admin queue.
     pub admin_timeout: Duration,
-    /// How long the controller's registers cannot be read, or must not be, after it was disabled. The
-    /// driver leaves them alone for this time after each disable. [`Controller::new`], which may come
-    /// after a disable by somebody else, waits as long for them to answer. Most controllers need none.
-    /// Linux gives some of them 2.3 seconds (`NVME_QUIRK_DELAY_BEFORE_CHK_RDY`).
+    /// How long the controller's registers cannot or must not be read after it was disabled. The driver does
+    /// not access them for this time after each disable. [`Controller::new`] may follow a disable by another
+    /// program, so it waits this long for the registers to respond. Most controllers need no delay. Linux uses
+    /// 2.3 seconds for some (`NVME_QUIRK_DELAY_BEFORE_CHK_RDY`).
     ///
-    /// Without it, registers that read all ones after a disable are waited for until the time in CAP.TO
-    /// is over, as long as the configuration space answers.
+    /// If it is zero and registers read all ones after a disable, the driver waits for them for the time in
+    /// CAP.TO, while configuration space responds.
     pub disable_delay: Duration,
 }
 
 impl Settings {
-    /// One queue of 256 entries, polled. A command may take ten seconds.
+    /// One polled queue of 256 entries, and a time limit of ten seconds for commands.
     pub const DEFAULT: Self = Self {
         queues: 1,
         entries: 256,
@@ -72,16 +71,16 @@ impl Default for Settings {
     }
 }
 
-/// An NVMe controller, ready. Threads share it and have an [`IoQueue`] each.
+/// An NVMe controller that is ready. Threads share it; each has its own [`IoQueue`].
 ///
-/// When it fails, or a command is lost, the queue that notices first resets it. The others see a new
-/// [generation](Self::generation), and have the controller make their queues again.
+/// When it fails or loses a command, the queue that notices first resets it. The other queues see a new
+/// [generation](Self::generation) and are created again.
 pub struct Controller {
-    /// Left quiet before anything that it was told of goes.
+    /// Dropped first, which disables the controller before its DMA memory is freed.
     hardware: Hardware,
     identity: Identity,
     settings: Settings,
-    /// Queues that can be made.
+    /// How many I/O queues there can be.
     queues: u16,
     vectors: Option<Vectors>,
     space: DmaSpace,
@@ -92,28 +91,28 @@ pub struct Controller {
 
 struct State {
     admin: Admin,
-    /// Numbers of queues that are not in use.
+    /// The numbers of unused queues.
     free: Vec<u16>,
-    /// Those that the controller knows.
+    /// The numbers of the queues that the controller has.
     attached: Vec<u16>,
-    /// What was asked for the write cache: a reset forgets it.
+    /// The setting of the write cache, to restore it after a reset.
     write_cache: Option<bool>,
-    /// Why the controller could not be brought up again.
+    /// Why the controller could not be initialized again.
     failed: Option<Error>,
-    /// What it was told of in generations below this it cannot reach any more: it was disabled since.
+    /// The controller was disabled after all generations below this one, so it cannot reach their memory.
     quiet_below: u32,
-    /// Memory of queues that are gone, which it may reach until a reset of it is quiet.
+    /// Memory of deleted queues that the controller may reach until it is disabled.
     kept: Vec<DmaBuffer>,
 }
 
-/// What a controller that was brought up has.
-struct Found {
+/// The properties of an initialized controller.
+struct Properties {
     identity: Identity,
     queues: u16,
     vectors: Option<Vectors>,
 }
 
-/// What a queue finds after a reset.
+/// The state of the controller for a queue after a reset.
 pub(super) struct Condition {
     pub generation: u32,
     pub quiet: bool,
@@ -121,11 +120,11 @@ pub(super) struct Condition {
 }
 
 impl Controller {
-    /// Brings a controller up, whatever state it is in.
+    /// Initializes a controller, in any state.
     ///
     /// # Errors
-    /// Where the device is none, does not become ready, or says what makes no sense. It is then left
-    /// disabled.
+    /// `Unsupported` if the device is not an NVMe controller that this driver supports, `Malformed` if its
+    /// registers or data are invalid, `TimedOut` if it does not answer. It is then left disabled.
     pub fn new(device: Device, settings: Settings) -> Result<Arc<Self>> {
         let hardware = Hardware::find(device, settings.disable_delay)?;
         let capabilities = hardware.capabilities;
@@ -133,7 +132,7 @@ impl Controller {
         let space = hardware.device.dma()?;
         let timeout = settings.admin_timeout;
         let mut admin = Admin::new(&hardware.device, &space, stride, page_shift, timeout)?;
-        let Found { identity, queues, vectors } =
+        let Properties { identity, queues, vectors } =
             match Self::bring_up(&hardware, &mut admin, &settings) {
                 Ok(found) => found,
                 Err(error) => {
@@ -162,8 +161,8 @@ impl Controller {
         }))
     }
 
-    /// Brings a controller up for the first time.
-    fn bring_up(hardware: &Hardware, admin: &mut Admin, settings: &Settings) -> Result<Found> {
+    /// Initializes a controller for the first time.
+    fn bring_up(hardware: &Hardware, admin: &mut Admin, settings: &Settings) -> Result<Properties> {
         let device = &hardware.device;
         let stride = hardware.capabilities.doorbell_stride();
         hardware.bring_up(admin, &mut false)?;
@@ -173,14 +172,14 @@ impl Controller {
         if room == 0 {
             return Err(doorbells::outside(device, 1, stride, device.bar(0)?.size()));
         }
-        let mut queues = queue_count(device, admin, settings.queues.max(1))?.min(room);
+        let mut queues = request_queues(device, admin, settings.queues.max(1))?.min(room);
         let vectors = if settings.interrupts {
-            // One for the admin queue, though it is polled, and one for each of the others.
+            // One for the admin queue, although it is polled, and one for each I/O queue.
             let there = device.interrupt(Interrupt::MsiX)?.count.min(u16::MAX.into()) as u16;
             if there == 0 {
                 return Err(Error::new(ErrorKind::Unsupported, "use interrupts of", device.name())
                     .because("it has no MSI-X vectors")
-                    .remedy("poll its queues instead (Settings::interrupts)"));
+                    .remedy("poll its queues instead: Settings::interrupts"));
             }
             queues = queues.min(there.saturating_sub(1).max(1));
             Some(device.vectors(Interrupt::MsiX, usize::from(queues + 1).min(there.into()))?)
@@ -188,30 +187,30 @@ impl Controller {
             None
         };
         admin.request_events(identity.event_limit)?;
-        Ok(Found { identity, queues, vectors })
+        Ok(Properties { identity, queues, vectors })
     }
 
-    /// How errors and logs name it.
+    /// The name of the controller in errors and logs.
     pub fn name(&self) -> &str {
         self.hardware.device.name()
     }
 
-    /// What it says of itself.
+    /// The identity of the controller.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    /// How it is used.
+    /// The settings of the controller.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
     /// How many I/O queues there can be.
-    pub fn queues(&self) -> u16 {
+    pub fn queue_count(&self) -> u16 {
         self.queues
     }
 
-    /// The version of the specification that it follows, as in "1.4".
+    /// The version of the specification that it implements, such as "1.4".
     pub fn version(&self) -> Result<String> {
         let version = self.hardware.registers.version()?;
         let (major, minor, rest) = (version.major(), version.minor(), version.tertiary());
@@ -221,14 +220,14 @@ impl Controller {
         })
     }
 
-    /// From one doorbell to the next, in bytes; and how many pairs of queues share a page for theirs.
+    /// The distance of two doorbells in bytes, and how many pairs of queues have their doorbells on one page.
     pub fn doorbells(&self) -> (u64, u64) {
         let stride = self.hardware.capabilities.doorbell_stride();
         let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten();
         (stride, doorbells::pairs_sharing_a_page(stride, page.unwrap_or(4096) as u64))
     }
 
-    /// Entries of an I/O queue, and the controller's page size as a power of two.
+    /// The entries of an I/O queue, and the binary logarithm of the controller's page size.
     pub(super) fn queue_shape(&self) -> (u16, u32) {
         let capabilities = self.hardware.capabilities;
         let most = capabilities.entries().min(MOST_ENTRIES.into()) as u16;
@@ -247,7 +246,7 @@ impl Controller {
         self.hardware.capabilities.doorbell_stride()
     }
 
-    /// Memory for data, at the beginning of a page.
+    /// A buffer for data, at the beginning of a page.
     pub fn buffer(&self, size: usize) -> Result<DmaBuffer> {
         let alignment = 1 << self.hardware.capabilities.page_shift();
         let placement = IovaPlacement::Anywhere { alignment, limit: u64::MAX };
@@ -258,7 +257,7 @@ impl Controller {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The admin queue, of a controller that has not failed.
+    /// Calls `f` with the admin queue, unless the controller has failed.
     fn admin<T>(&self, f: impl FnOnce(&mut Admin) -> Result<T>) -> Result<T> {
         let mut state = self.state();
         match &state.failed {
@@ -267,27 +266,27 @@ impl Controller {
         }
     }
 
-    /// Its health, of all namespaces together.
+    /// The health of the controller and all namespaces.
     pub fn health(&self) -> Result<Health> {
         let page = self.admin(|admin| read_log(admin, HEALTH, 512))?;
         Ok(Health::parse(&page))
     }
 
-    /// The errors that it has noted, the latest first.
+    /// The error log, the latest error first.
     pub fn errors(&self) -> Result<Vec<ErrorEntry>> {
         let len = (self.identity.error_entries * ERROR_ENTRY).min(PAGE);
         let page = self.admin(|admin| read_log(admin, ERRORS, len))?;
         Ok(ErrorEntry::parse(&page, len))
     }
 
-    /// What the controller has told unasked since this was called last. It tells the next of a kind once
-    /// that is done.
+    /// The asynchronous events since the last call. The controller reports the next event of a type only after
+    /// this call.
     pub fn events(&self) -> Result<Vec<AsyncEvent>> {
         let limit = self.identity.event_limit;
         self.admin(|admin| {
             let events: Vec<_> = admin.events().into_iter().map(AsyncEvent::new).collect();
             for event in &events {
-                // Reading the page is what lets the next one come; there may be none to read.
+                // Reading the page allows the next event. The page may not exist.
                 if let Err(error) = read_log(admin, event.log_page, 512) {
                     log::info!("nvme: after {event}: {error}");
                 }
@@ -299,38 +298,38 @@ impl Controller {
         })
     }
 
-    /// Switches the volatile write cache, and again whenever the controller was reset.
+    /// Enables or disables the volatile write cache. The setting is restored after a reset of the controller.
     ///
     /// # Errors
-    /// `Unsupported` where it has none; what the controller answers.
+    /// `Unsupported` if it has none; the controller's error.
     pub fn set_write_cache(&self, on: bool) -> Result<()> {
         if !self.identity.has_write_cache {
-            return Err(Error::new(ErrorKind::Unsupported, "switch", "the write cache")
+            return Err(Error::new(ErrorKind::Unsupported, "set", "the write cache")
                 .because(format!("{} has none", self.name())));
         }
         let mut state = self.state();
         if let Some(error) = &state.failed {
             return Err(error.clone());
         }
-        // No reset comes in between.
+        // The lock is held, so no reset comes in between.
         set_write_cache(&mut state.admin, on)?;
         state.write_cache = Some(on);
         Ok(())
     }
 
-    /// Whether the volatile write cache is on.
+    /// Whether the volatile write cache is enabled.
     pub fn write_cache(&self) -> Result<bool> {
         let command =
             Command::new(admin::GET_FEATURES, 0).dwords_10(feature::VOLATILE_WRITE_CACHE.into(), 0);
         let operation = "get the features of";
-        let question = Question { operation, command, with_data: false };
-        Ok(self.identity.has_write_cache && self.admin(|admin| admin.execute(&question))? & 1 != 0)
+        let request = AdminCommand { operation, command, with_data: false };
+        Ok(self.identity.has_write_cache && self.admin(|admin| admin.execute(&request))? & 1 != 0)
     }
 
-    /// A pair of queues for I/O, and the doorbells that go with it, for one thread.
+    /// A pair of I/O queues with its doorbells, for one thread.
     ///
     /// # Errors
-    /// `InUse` where there are as many as there can be; what the controller answers.
+    /// `InUse` if all queues are in use; the controller's error.
     pub fn queue(self: &Arc<Self>) -> Result<IoQueue> {
         self.admin(|_| Ok(()))?;
         let id = self.state().free.pop().ok_or_else(|| {
@@ -340,7 +339,7 @@ impl Controller {
         IoQueue::new(self.clone(), id).inspect_err(|_| self.state().free.push(id))
     }
 
-    /// The vector of a queue; `None` where it is polled.
+    /// The vector of a queue; `None` if it is polled.
     pub(super) fn vector(&self, queue: u16) -> Option<usize> {
         let vectors = self.vectors.as_ref()?;
         Some(usize::from(queue).min(vectors.count() - 1))
@@ -350,15 +349,15 @@ impl Controller {
         self.vectors.as_ref().map_or(Ok(0), |vectors| vectors.wait(vector, time))
     }
 
-    /// Asks for a command to be aborted (NVMe Base 1.4 §5.1). It may end otherwise all the same.
+    /// Requests the abort of a command (NVMe Base 1.4 §5.1). The command may still complete normally.
     pub(super) fn abort(&self, queue: u16, command: u16) -> Result<()> {
         let which = u32::from(command) << 16 | u32::from(queue);
         let command = Command::new(admin::ABORT, 0).dwords_10(which, 0);
-        let question = Question { operation: "abort a command of", command, with_data: false };
-        self.admin(|admin| admin.execute(&question)).map(drop)
+        let request = AdminCommand { operation: "abort a command of", command, with_data: false };
+        self.admin(|admin| admin.execute(&request)).map(drop)
     }
 
-    /// An error where the controller does not work any more.
+    /// Checks that the controller works.
     pub(super) fn check(&self) -> Result<()> {
         self.hardware.registers.check()
     }
@@ -369,14 +368,14 @@ impl Controller {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// For a queue that generation `seen` knew.
+    /// The condition for a queue that was created in generation `seen`.
     pub(super) fn condition(&self, seen: u32) -> Condition {
         let state = self.state();
         let (quiet, failed) = (seen < state.quiet_below, state.failed.clone());
         Condition { generation: self.generation(), quiet, failed }
     }
 
-    /// Resets the controller, unless that was done since generation `seen`.
+    /// Resets the controller, unless it was reset since generation `seen`.
     pub(super) fn recover(&self, seen: u32) {
         let mut state = self.state();
         if self.generation() == seen
@@ -386,11 +385,12 @@ impl Controller {
         }
     }
 
-    /// Resets the controller, and brings it up again: also one that has failed to be, such as a card
-    /// that was gone and is back. Commands that are with it end as aborted by the host.
+    /// Resets the controller and initializes it again. This also works after an earlier attempt has failed, for
+    /// example for a card that was removed and plugged in. Outstanding commands complete as aborted by the
+    /// host.
     ///
     /// # Errors
-    /// What it fails of. The controller cannot be used until this succeeds.
+    /// The error of the failed step. The controller cannot be used until this succeeds.
     pub fn reset(&self) -> Result<()> {
         self.reset_locked(&mut self.state())
     }
@@ -411,18 +411,21 @@ impl Controller {
         result
     }
 
-    /// What is said to a controller that was brought up again.
+    /// Sets up a controller that was initialized again.
     fn prepare(&self, state: &mut State) -> Result<()> {
         let error = |reason: String| {
-            Err(Error::new(ErrorKind::Gone, "go on with", self.name()).because(reason))
+            Err(Error::new(ErrorKind::Gone, "continue to use", self.name()).because(reason))
         };
         let found = identify(&self.hardware, &mut state.admin)?;
         if (&found.model, &found.serial) != (&self.identity.model, &self.identity.serial) {
-            return error(format!("another one is there: {} {}", found.model, found.serial));
+            return error(format!(
+                "the device is another controller: {} {}",
+                found.model, found.serial
+            ));
         }
-        let queues = queue_count(&self.hardware.device, &mut state.admin, self.queues)?;
+        let queues = request_queues(&self.hardware.device, &mut state.admin, self.queues)?;
         if queues < self.queues {
-            return error(format!("it has {queues} queues now, and had {}", self.queues));
+            return error(format!("it has {queues} queues now, but had {}", self.queues));
         }
         if let Some(on) = state.write_cache {
             set_write_cache(&mut state.admin, on)?;
@@ -430,16 +433,15 @@ impl Controller {
         state.admin.request_events(found.event_limit)
     }
 
-    /// Shuts the controller down in good order, so that all that was written lasts, and closes the
-    /// device.
+    /// Shuts the controller down, so that all written data is durable, and closes the device.
     ///
     /// # Errors
-    /// `InUse` while queues are alive; what the controller fails of. It is left quiet anyway.
+    /// `InUse` while queues exist; the controller's error, after which it is disabled anyway.
     pub fn close(self: Arc<Self>) -> Result<()> {
         let name = self.name().to_owned();
         let controller = Arc::try_unwrap(self).map_err(|_| {
             Error::new(ErrorKind::InUse, "shut down", &name)
-                .because("queues of it are alive")
+                .because("it still has queues")
                 .remedy("drop them first")
         })?;
         let device = controller.hardware.device.clone();
@@ -447,7 +449,7 @@ impl Controller {
         let shut_down = controller.hardware.registers.shut_down(time);
         drop(controller);
         shut_down?;
-        // Nobody else has been given it.
+        // Nothing else holds the device.
         Arc::into_inner(device).map_or(Ok(()), |device| Ok(device.close()?))
     }
 }
@@ -455,7 +457,7 @@ impl Controller {
 impl Drop for Controller {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let told = (state.admin.remains(), std::mem::take(&mut state.kept));
+        let told = (state.admin.take_memory(), std::mem::take(&mut state.kept));
         self.hardware.give_up(told);
     }
 }
@@ -466,15 +468,15 @@ fn identify(hardware: &Hardware, admin: &mut Admin) -> Result<Identity> {
     Identity::parse(&page, hardware.device.name(), capabilities, 1 << capabilities.page_shift())
 }
 
-/// Asks for I/O queues (NVMe Base 1.4 §5.21.1.7): how many of both sorts there are.
-fn queue_count(device: &Device, admin: &mut Admin, wanted: u16) -> Result<u16> {
+/// Requests I/O queues (NVMe Base 1.4 §5.21.1.7). Returns how many pairs there are.
+fn request_queues(device: &Device, admin: &mut Admin, wanted: u16) -> Result<u16> {
     let last = u32::from(wanted - 1);
     let command = Command::new(admin::SET_FEATURES, 0)
         .dwords_10(feature::NUMBER_OF_QUEUES.into(), last << 16 | last);
-    let operation = "ask for I/O queues of";
-    let result = admin.execute(&Question { operation, command, with_data: false })?;
+    let operation = "request I/O queues of";
+    let result = admin.execute(&AdminCommand { operation, command, with_data: false })?;
     let (submission, completion) = (result as u16, (result >> 16) as u16);
-    // Counted from zero on; the specification has no 65536.
+    // The counts are zero-based; the specification does not allow 65536.
     match submission.min(completion).checked_add(1) {
         Some(count) if submission.max(completion) != u16::MAX => Ok(count.min(wanted)),
         _ => Err(Error::new(ErrorKind::Malformed, operation, device.name()).because(format!(
@@ -486,17 +488,17 @@ fn queue_count(device: &Device, admin: &mut Admin, wanted: u16) -> Result<u16> {
 fn set_write_cache(admin: &mut Admin, on: bool) -> Result<()> {
     let command = Command::new(admin::SET_FEATURES, 0)
         .dwords_10(feature::VOLATILE_WRITE_CACHE.into(), on.into());
-    let operation = "switch the write cache of";
-    admin.execute(&Question { operation, command, with_data: false }).map(drop)
+    let operation = "set the write cache of";
+    admin.execute(&AdminCommand { operation, command, with_data: false }).map(drop)
 }
 
-/// Reads the first `len` bytes of a log page, of which there may be fewer: the rest is zero.
+/// Reads the first `len` bytes of a log page. If the page is shorter, the rest is zero.
 fn read_log(admin: &mut Admin, page: u8, len: usize) -> Result<[u8; PAGE]> {
     let words = (len.min(PAGE) / 4) as u32;
     let command =
         Command::new(admin::GET_LOG_PAGE, ALL).dwords_10((words - 1) << 16 | u32::from(page), 0);
     let operation = "read a log page of";
     admin.clear_data();
-    admin.execute(&Question { operation, command, with_data: true })?;
+    admin.execute(&AdminCommand { operation, command, with_data: true })?;
     admin.data()
 }

@@ -1,4 +1,4 @@
-//! A queue pair's doorbells, in a window of their own.
+//! The doorbells of a queue pair, in a window of their own.
 
 use vfio_remap::{Device, Error, ErrorKind, IoRegister, Placement, Result, Window};
 
@@ -7,9 +7,8 @@ use super::registers::DOORBELLS;
 /// The doorbells of one pair of queues (NVMe Base 1.4 §3.1.24): the submission queue's tail and the
 /// completion queue's head.
 ///
-/// The window shows these eight bytes and, where the stride is larger than four, what lies between.
-/// Whoever holds it can make registers of no others. What the processor maps is the page that they lie
-/// on: see [`pairs_sharing_a_page`].
+/// The window covers these eight bytes and, with a stride larger than four, the bytes between. So its holder
+/// can make registers for no other doorbells. The processor maps the whole page: see [`pairs_sharing_a_page`].
 #[derive(Debug)]
 pub struct Doorbells {
     pub tail: IoRegister<u32>,
@@ -32,7 +31,7 @@ impl Doorbells {
                 window: Some(window),
             }),
             Err(failed) => {
-                // A page that also holds the MSI-X table, for instance.
+                // For example, a page that also holds the MSI-X table.
                 log::info!("doorbells by system calls: {}", Error::from(failed));
                 let register = |offset| bar.trapped(offset);
                 Ok(Self { tail: register(start)?, head: register(start + stride)?, window: None })
@@ -40,21 +39,21 @@ impl Doorbells {
         }
     }
 
-    /// The bytes of BAR 0 that the window shows; `None` where they could not be mapped.
+    /// The bytes of BAR 0 that the window covers; `None` if they could not be mapped.
     pub fn range(&self) -> Option<std::ops::Range<u64>> {
         self.window.as_ref().map(Window::region_range)
     }
 }
 
-/// How many pairs' doorbells fit in a BAR of `size` bytes.
+/// How many pairs of doorbells fit into a BAR of `size` bytes.
 pub fn room(stride: u64, size: u64) -> u64 {
-    // The last one needs no space behind it.
+    // The last doorbell needs no space after it.
     (size.saturating_sub(DOORBELLS) + stride).saturating_sub(4) / (2 * stride)
 }
 
-/// How many pairs have their doorbells on one page of `page` bytes. A thread whose queue's window maps
-/// that page could reach the others by a stray pointer, though not by a register: hardware that has one
-/// pair a page (CAP.DSTRD of 9 for pages of 4 KiB) draws the border there, too.
+/// How many pairs of doorbells lie on one page of `page` bytes. A thread can reach the other doorbells of the
+/// page by a wrong pointer, but not by a register. With one pair on each page (CAP.DSTRD of 9 for pages of 4
+/// KiB), it cannot reach them at all.
 pub fn pairs_sharing_a_page(stride: u64, page: u64) -> u64 {
     (page / (2 * stride)).max(1)
 }

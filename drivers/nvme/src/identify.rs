@@ -1,4 +1,4 @@
-//! What Identify answers (NVMe Base 1.4 §5.15.2), checked before anything is computed from it.
+//! The data of Identify (NVMe Base 1.4 §5.15.2), checked before use.
 
 use std::time::Duration;
 
@@ -7,15 +7,15 @@ use vfio_remap::{Error, ErrorKind, Result};
 use super::admin::PAGE;
 use super::registers::Capabilities;
 
-/// Offset 0 to 4095.
+/// The bytes 0 to 4095.
 type Data = [u8; PAGE];
 
-/// The largest transfer where the controller states none.
+/// The largest transfer if the controller states none.
 const UNLIMITED: usize = 1 << 20;
-/// A command has 65536 blocks at most, and no block is smaller than 512 bytes.
+/// The largest transfer of any driver: a command has at most 65536 blocks, and this counts them with 512 bytes.
 const MOST_BYTES: usize = 65536 * 512;
 
-/// What the controller says of itself.
+/// The identity of a controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Identity {
@@ -29,38 +29,39 @@ pub struct Identity {
     pub firmware: String,
     /// The largest transfer of a command, in bytes.
     pub max_transfer: usize,
-    /// The highest number of a namespace.
-    pub namespaces: u32,
-    /// What was written and not flushed is lost with the power, while this is on.
+    /// The highest namespace ID.
+    pub max_namespace_id: u32,
+    /// Whether there is a volatile write cache. While it is enabled, a power loss loses data that was not
+    /// flushed.
     pub has_write_cache: bool,
-    /// The command Write Zeroes.
+    /// Whether the controller has the command Write Zeroes.
     pub has_write_zeroes: bool,
-    /// Deallocate, of the Dataset Management command.
+    /// Whether the controller has Deallocate, of the command Dataset Management.
     pub has_deallocate: bool,
-    /// How long a shutdown may take (RTD3E, NVMe Base 1.4 §5.15.2.2); zero where it does not say.
+    /// The time limit of a shutdown (RTD3E, NVMe Base 1.4 §5.15.2.2); zero if the controller states none.
     pub shutdown_time: Duration,
-    /// How many requests for events it holds.
+    /// How many Asynchronous Event Requests can be outstanding.
     pub event_limit: usize,
-    /// How many errors its log holds.
+    /// How many entries the error log has.
     pub error_entries: usize,
 }
 
 impl Identity {
-    /// From the data structure of a controller, where `page` is the driver's page size in bytes.
+    /// Parses the data structure of a controller. `page` is the driver's page size in bytes.
     pub(super) fn parse(
         data: &Data,
         name: &str,
         capabilities: Capabilities,
         page: usize,
     ) -> Result<Self> {
-        let nonsense = |reason: String| {
+        let malformed = |reason: String| {
             Err(Error::new(ErrorKind::Malformed, "identify", name).because(reason))
         };
         for (what, at, size) in [("submission", 512, 6), ("completion", 513, 4)] {
             let (least, most) = (data[at] & 0xf, data[at] >> 4);
             if !(least..=most).contains(&size) {
-                return nonsense(format!(
-                    "it wants {what} queue entries of 2^{least} to 2^{most} bytes, and not of 2^{size}"
+                return malformed(format!(
+                    "it requires {what} queue entries of 2^{least} to 2^{most} bytes; the driver uses 2^{size}"
                 ));
             }
         }
@@ -79,7 +80,7 @@ impl Identity {
             model: text(&data[24..64]),
             firmware: text(&data[64..72]),
             max_transfer: max_transfer.min(super::pair::LIST * page).min(MOST_BYTES),
-            namespaces: u32_at(data, 516),
+            max_namespace_id: u32_at(data, 516),
             has_write_cache: data[525] & 1 != 0,
             has_write_zeroes: optional & 1 << 3 != 0,
             has_deallocate: optional & 1 << 2 != 0,
@@ -90,28 +91,28 @@ impl Identity {
     }
 }
 
-/// A namespace: blocks, numbered from zero on.
+/// A namespace: blocks, numbered from zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    /// Its number (NSID).
+    /// The namespace ID (NSID).
     pub id: u32,
     /// How many blocks there are.
-    pub blocks: u64,
-    /// A block's size as a power of two, in bytes.
+    pub block_count: u64,
+    /// The binary logarithm of the block size in bytes.
     pub block_shift: u32,
-    /// Whether deallocated blocks read zeros (DLFEAT), as far as it says.
+    /// Whether the namespace states that deallocated blocks read as zeros (DLFEAT).
     pub deallocated_reads_zeros: bool,
 }
 
 impl Namespace {
-    /// From the data structure of namespace `id`.
+    /// Parses the data structure of namespace `id`.
     pub(super) fn parse(data: &Data, id: u32, name: &str, max_transfer: usize) -> Result<Self> {
         let error = |kind, reason: String| {
             let object = format!("namespace {id} of {name}");
             Err(Error::new(kind, "identify", object).because(reason))
         };
         let blocks = u64::from_le_bytes(bytes(data, 0));
-        // FLBAS: bits 6:5 are the higher ones where there are more than 16 formats (NVMe Base 2.0).
+        // FLBAS: bits 6:5 are the upper ones if there are more than 16 formats (NVMe Base 2.0).
         let (formats, in_use) = (usize::from(data[25]) + 1, data[26]);
         let format = match formats {
             ..=16 => in_use & 0xf,
@@ -120,7 +121,7 @@ impl Namespace {
         if usize::from(format) >= formats.min(64) {
             return error(
                 ErrorKind::Malformed,
-                format!("its format is number {format} of {formats}, counted from zero"),
+                format!("its format has the zero-based number {format}, but there are {formats}"),
             );
         }
         let format = u32_at(data, 128 + 4 * usize::from(format));
@@ -130,26 +131,26 @@ impl Namespace {
         {
             return error(
                 ErrorKind::Malformed,
-                format!("{blocks} blocks of 2^{shift} bytes make no sense"),
+                format!("{blocks} blocks of 2^{shift} bytes are impossible"),
             );
         }
         if 1usize << shift > max_transfer {
             return error(
                 ErrorKind::Unsupported,
-                format!("a block has 2^{shift} bytes, and a transfer {max_transfer} at most"),
+                format!("a block has 2^{shift} bytes, but a transfer has at most {max_transfer}"),
             );
         }
         if metadata != 0 || data[29] & 7 != 0 {
             return error(
                 ErrorKind::Unsupported,
-                format!("{metadata} bytes of metadata belong to each block, or protect it"),
+                format!("its blocks have protection information or {metadata} bytes of metadata"),
             );
         }
         let deallocated_reads_zeros = data[33] & 7 == 1;
-        Ok(Self { id, blocks, block_shift: shift, deallocated_reads_zeros })
+        Ok(Self { id, block_count: blocks, block_shift: shift, deallocated_reads_zeros })
     }
 
-    /// A block's size in bytes.
+    /// The block size in bytes.
     #[inline]
     pub fn block_size(&self) -> usize {
         1 << self.block_shift
@@ -157,12 +158,12 @@ impl Namespace {
 
     /// The size in bytes.
     pub fn size(&self) -> u64 {
-        self.blocks << self.block_shift
+        self.block_count << self.block_shift
     }
 }
 
-/// The numbers in a list of namespaces above `after`, up to `most`: in order, and zeros behind them. `None`
-/// where the data are no such list.
+/// The IDs in a list of namespaces: above `after`, up to `most`, in order, followed by zeros. `None` if the
+/// data is not such a list.
 pub(super) fn list(data: &Data, after: u32, most: u32) -> Option<Vec<u32>> {
     let (words, _) = data.as_chunks::<4>();
     let ids: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
@@ -175,7 +176,7 @@ pub(super) fn list(data: &Data, after: u32, most: u32) -> Option<Vec<u32>> {
     is_list.then(|| ids.to_vec())
 }
 
-/// Whether a namespace has blocks: the data of one that is not attached are zeros.
+/// Whether a namespace has blocks. The data of a namespace that is not attached is zeros.
 pub(super) fn is_there(data: &Data) -> bool {
     data[..8].iter().any(|byte| *byte != 0)
 }
@@ -192,7 +193,7 @@ pub(super) fn u32_at(data: &Data, at: usize) -> u32 {
     u32::from_le_bytes(bytes(data, at))
 }
 
-/// Text, which is ASCII and padded with spaces; anything else shows as a dot.
+/// ASCII text, padded with spaces. Other bytes become a dot.
 fn text(bytes: &[u8]) -> String {
     let shown = |byte: &u8| if (b' '..=b'~').contains(byte) { char::from(*byte) } else { '.' };
     let end = bytes.iter().rposition(|byte| ![b' ', 0].contains(byte)).map_or(0, |last| last + 1);

@@ -1,9 +1,9 @@
 //! A driver for NVMe controllers (NVM Express Base 1.0 to 2.0), in user space and in safe Rust.
 //!
-//! It drives any [`Device`](vfio_remap::Device) that is an NVMe controller: one that is bound to vfio-pci
-//! ([`Vfio`](https://docs.rs/vfio-remap/latest/vfio_remap/transport/struct.Vfio.html)), one that a
-//! vfio-user server emulates, or one in this process. This program reads a block of the latter; with
-//! `Vfio::open("0000:00:03.0")?` in the place of `Emulated::new(model)?` it reads one of a disk.
+//! It works with any [`Device`](vfio_remap::Device) that is an NVMe controller: one that is bound to vfio-pci
+//! ([`Vfio`](https://docs.rs/vfio-remap/latest/vfio_remap/transport/struct.Vfio.html)), one of a vfio-user
+//! server, or one that is emulated in this process. This program reads a block of an emulated one. Replace
+//! `Emulated::new(model)?` with `Vfio::open("0000:00:03.0")?` to read a block of a disk.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -21,12 +21,12 @@
 //!     let namespace = controller.namespace(1)?;
 //!     let mut queue = controller.queue()?;
 //!
-//!     // The buffer is the controller's until the command is done, and comes back with it.
+//!     // The controller owns the buffer until the command completes. The completion returns it.
 //!     let buffer = controller.buffer(namespace.block_size())?;
 //!     queue.read(&namespace, 7, buffer, 0)?;
-//!     let done = queue.wait().expect("a command is outstanding");
-//!     done.status.check("read", || "block 7".to_owned())?;
-//!     let buffer = done.buffer.expect("the command has succeeded");
+//!     let completion = queue.wait().expect("a command is outstanding");
+//!     completion.status.check("read", || "block 7".to_owned())?;
+//!     let buffer = completion.buffer.expect("the command has succeeded");
 //!
 //!     let mut block = vec![0xff; namespace.block_size()];
 //!     buffer.read(0, &mut block);
@@ -39,22 +39,21 @@
 //!
 //! # Threads and queues
 //!
-//! Threads share a [`Controller`], and have an [`IoQueue`] each, with a doorbell window of its own. On the
-//! path of a request nothing is allocated, no system call is made, and no data is copied: 4 KiB are read
-//! by some two hundred instructions. [`IoQueue::wait`] polls, or sleeps until an interrupt
-//! ([`Settings::interrupts`]).
+//! Threads share a [`Controller`]. Each has its own [`IoQueue`] with its own doorbell window. A command needs
+//! no allocation, no system call and no copy of data: reading 4 KiB takes some two hundred instructions.
+//! [`IoQueue::wait`] polls, or sleeps until an interrupt ([`Settings::interrupts`]).
 //!
-//! # When something goes wrong
+//! # Errors
 //!
-//! A command that is late is aborted; a controller that has failed, or answers nonsense, is reset. Each
-//! request comes back in bounded time, with its buffer unless the controller may still reach that.
-//! [`Controller::generation`] counts resets: what was written and not flushed before one may be lost.
-//! Nothing that a controller answers is trusted.
+//! An overdue command is aborted. A controller that has failed, or posts a malformed completion, is reset. Each
+//! command completes in bounded time, with its buffer unless the controller may still reach that.
+//! [`Controller::generation`] counts resets: a reset may lose data that was written but not flushed. The driver
+//! does not trust anything that a controller sends.
 //!
 //! # What it does not do
 //!
-//! Metadata and protection information, scatter-gather lists, fused commands, and command sets other
-//! than NVM. Namespaces and controllers that need them are refused by name.
+//! Metadata and protection information, scatter-gather lists, fused commands, and command sets other than NVM.
+//! Namespaces and controllers that need them are `Unsupported`.
 
 #![forbid(unsafe_code)]
 
@@ -76,6 +75,6 @@ pub use controller::{Controller, Settings};
 pub use events::AsyncEvent;
 pub use identify::{Identity, Namespace};
 pub use log_page::{ErrorEntry, Health};
-pub use pair::{Done, Refused};
+pub use pair::{Completion, SubmitError};
 pub use queue::IoQueue;
 pub use status::Status;

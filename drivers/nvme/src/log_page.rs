@@ -4,39 +4,39 @@ use super::admin::PAGE;
 use super::identify::{bytes, u16_at, u32_at};
 use super::status::Status;
 
-/// Errors, and health.
+/// The error log, and the health log.
 pub const ERRORS: u8 = 0x01;
 pub const HEALTH: u8 = 0x02;
 
 /// Bytes of an entry of the error log.
 pub const ERROR_ENTRY: usize = 64;
 
-/// How the controller is (SMART / Health Information, log page 02h).
+/// The health of the controller (SMART / Health Information, log page 02h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Health {
-    /// Each bit is a reason for concern: 0 spare, 1 temperature, 2 reliability, 3 read-only, 4 backup of
-    /// the volatile memory.
+    /// Critical warnings, one for each bit: 0 spare, 1 temperature, 2 reliability, 3 read-only, 4 backup of the
+    /// volatile memory.
     pub warnings: u8,
-    /// In kelvins.
+    /// The temperature in kelvins.
     pub temperature: u16,
-    /// Spare blocks that are left, in per cent.
+    /// The remaining spare blocks, in per cent.
     pub spare: u8,
-    /// Fewer spare blocks, in per cent, are a reason for concern.
+    /// The warning threshold for spare blocks, in per cent.
     pub spare_threshold: u8,
-    /// Of its expected life, in per cent; may exceed 100.
+    /// The used part of the expected life, in per cent; may exceed 100.
     pub used: u8,
-    /// What was read, in thousands of 512 bytes.
+    /// The data that was read, in thousands of 512 bytes.
     pub units_read: u128,
-    /// What was written, in thousands of 512 bytes.
+    /// The data that was written, in thousands of 512 bytes.
     pub units_written: u128,
     /// How often it was powered on.
     pub power_cycles: u128,
-    /// How long it was powered, in hours.
+    /// The time with power, in hours.
     pub power_on_hours: u128,
     /// How often power was lost without a shutdown.
     pub unsafe_shutdowns: u128,
-    /// Errors of the media that it could not correct.
+    /// Media errors that the controller could not correct.
     pub media_errors: u128,
 }
 
@@ -59,15 +59,15 @@ impl Health {
     }
 }
 
-/// An error that the controller has noted (log page 01h).
+/// An entry of the error log (log page 01h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ErrorEntry {
-    /// Which error it is, counted from one over the controller's life.
+    /// The number of the error, counted from one over the controller's life.
     pub number: u64,
     /// The submission queue of the command.
     pub queue: u16,
-    /// The command's identifier; FFFFh where the error is of no command.
+    /// The command's identifier; FFFFh if the error belongs to no command.
     pub command: u16,
     /// The command's status.
     pub status: Status,
@@ -78,7 +78,7 @@ pub struct ErrorEntry {
 }
 
 impl ErrorEntry {
-    /// The entries of a page of which `len` bytes were asked for; those of number zero are vacant.
+    /// The entries in the first `len` bytes of a page. Entries with the number zero are unused.
     pub(super) fn parse(data: &[u8; PAGE], len: usize) -> Vec<Self> {
         let entries = (0..len.min(PAGE) / ERROR_ENTRY).map(|index| index * ERROR_ENTRY);
         entries

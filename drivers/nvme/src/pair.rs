@@ -1,8 +1,8 @@
-//! A pair of queues, and the path that every command takes.
+//! A pair of queues: submission and completion of commands.
 //!
-//! From submission to completion nothing is allocated, no system call is made, and no data is copied:
-//! entries are stored into a ring that the controller reads, completions are found by the phase bit in
-//! a ring that it writes, and the doorbells are rung once for a batch.
+//! This path allocates nothing, makes no system call and copies no data. It stores entries into a ring that the
+//! controller reads, finds completions by the phase bit in a ring that the controller writes, and rings the
+//! doorbells once for a batch.
 
 use vfio_remap::device::{BufferRequest, DmaArray, DmaBuffer, DmaSpace, IovaPlacement};
 use vfio_remap::{Error, ErrorKind, Result};
@@ -11,41 +11,41 @@ use super::command::Command;
 use super::doorbells::Doorbells;
 use super::status::Status;
 
-/// No command's identifier: the slot is free.
+/// Not an identifier of a command: the slot is free.
 const FREE: u32 = 1 << 16;
 /// The slot is never used.
 const RESERVED: u32 = FREE + 1;
-/// Most pages of a transfer that its list describes: one list never leaves a page of 4 KiB.
+/// Most pages in the PRP list of a transfer, so that a list never leaves a page of 4 KiB.
 pub const LIST: usize = 512;
 
-/// Most entries of a queue, so that identifiers have room for a slot and a generation.
+/// Most entries of a queue, so that an identifier holds the index of a slot and a counter.
 pub const MOST_ENTRIES: u16 = 1 << 14;
 
-/// How a pair of queues is to be made.
+/// The parameters of a pair of queues.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    /// Of each queue: 2 to [`MOST_ENTRIES`].
+pub struct QueueShape {
+    /// Entries of each queue: 2 to [`MOST_ENTRIES`].
     pub entries: u16,
-    /// The controller's page size, as a power of two.
+    /// The binary logarithm of the controller's page size.
     pub page_shift: u32,
-    /// The largest transfer in bytes: [`LIST`] pages at most.
+    /// The largest transfer in bytes: at most [`LIST`] pages.
     pub max_transfer: usize,
-    /// After how many completions the controller is told that their entries are free again. One, where
-    /// it fires an interrupt for each batch; where they are polled for, half a queue is as good.
+    /// After how many completions the head doorbell is rung. One if the controller fires an interrupt for each
+    /// batch; with polling, half a queue is enough.
     pub acknowledge_after: u16,
 }
 
-/// A command that is with the controller, or room for one.
+/// An outstanding command, or room for one.
 ///
-/// Identifiers are counted: the lower bits are the index of the command's slot, and those above them are
-/// another one for the slot's next command. An identifier whose slot is in use is passed over. So a
-/// completion that comes twice, or late, is of no other command until 65536 identifiers later.
+/// Identifiers are counted: the lower bits are the index of the command's slot, the upper bits differ for the
+/// slot's next command. Identifiers whose slot is in use are skipped. So a duplicate or late completion cannot
+/// match another command until 65536 identifiers later.
 #[derive(Debug)]
 struct Slot {
-    /// The controller's until it completes the command or can reach no memory any more.
+    /// The controller owns it until it completes the command or is disabled.
     buffer: Option<DmaBuffer>,
     tag: u64,
-    /// When it was first seen to be with the controller, in milliseconds of the queue's clock.
+    /// When the command was first seen outstanding, in milliseconds of the queue's clock.
     since: u32,
     /// The identifier of the command; [`FREE`], or [`RESERVED`].
     id: u32,
@@ -53,7 +53,7 @@ struct Slot {
 }
 
 impl Slot {
-    /// Whether a command in it is with the controller.
+    /// Whether the slot has an outstanding command.
     fn is_busy(&self) -> bool {
         self.id < FREE
     }
@@ -61,10 +61,10 @@ impl Slot {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Submitted; nobody has looked at the clock since.
+    /// Submitted; the clock has not been read since.
     New,
     Busy,
-    /// Late, and asked to be aborted.
+    /// Overdue; its abort was requested.
     Aborting,
 }
 
@@ -77,60 +77,60 @@ pub struct QueuePair {
     lists: DmaArray<u64, 1>,
     list_len: usize,
     doorbells: Doorbells,
-    /// Twice as many as commands, at least, so that a free one is soon found. A power of two.
+    /// At least twice as many as commands, so that a free one is found quickly. A power of two.
     slots: Box<[Slot]>,
     /// The next identifier, if its slot is free.
     next_id: u16,
-    /// How many more commands the queue takes.
+    /// How many more commands can be submitted.
     free: usize,
     entries: usize,
     tail: usize,
-    /// The tail that the controller knows.
-    told: usize,
+    /// The last value of the tail doorbell.
+    rung_tail: usize,
     head: usize,
-    /// What the phase bit of a new completion is.
+    /// The phase bit of a new completion.
     phase: u64,
-    /// The head that the controller knows.
-    acknowledged: usize,
+    /// The last value of the head doorbell.
+    rung_head: usize,
     acknowledge_after: usize,
     page: u64,
     broken: bool,
-    /// A part of the memory of both queues and the lists: none of it goes while this is there.
+    /// A part of the memory of both queues and the lists. It keeps all of it allocated.
     anchor: Option<DmaBuffer>,
 }
 
-/// A command that has ended.
+/// The completion of a command.
 #[derive(Debug)]
 #[must_use]
-pub struct Done {
-    /// What it was submitted with.
+pub struct Completion {
+    /// The tag of the submission.
     pub tag: u64,
-    /// Whether it has succeeded, and why not.
+    /// Whether the command has succeeded, or why not.
     pub status: Status,
     /// Double word 0 of the completion.
     pub result: u32,
-    /// The buffer again. Where the controller might still reach it, it stays with the queue.
+    /// The buffer. If the controller may still reach it, it stays with the queue.
     pub buffer: Option<DmaBuffer>,
 }
 
-/// A command that was not submitted.
+/// The error for a command that was not submitted.
 #[derive(Debug)]
-pub struct Refused {
-    /// Why.
+pub struct SubmitError {
+    /// The reason.
     pub error: Error,
-    /// The buffer again.
+    /// The buffer.
     pub buffer: Option<DmaBuffer>,
 }
 
-impl From<Refused> for Error {
-    fn from(refused: Refused) -> Self {
+impl From<SubmitError> for Error {
+    fn from(refused: SubmitError) -> Self {
         refused.error
     }
 }
 
 impl QueuePair {
-    pub fn new(space: &DmaSpace, doorbells: Doorbells, shape: &Shape) -> Result<Self> {
-        let Shape { entries, page_shift, max_transfer, acknowledge_after } = *shape;
+    pub fn new(space: &DmaSpace, doorbells: Doorbells, shape: &QueueShape) -> Result<Self> {
+        let QueueShape { entries, page_shift, max_transfer, acknowledge_after } = *shape;
         let page = 1u64 << page_shift;
         let list_len = (max_transfer >> page_shift).clamp(1, LIST).next_power_of_two();
         let entries = usize::from(entries);
@@ -152,10 +152,10 @@ impl QueuePair {
             free: 0,
             entries,
             tail: 0,
-            told: 0,
+            rung_tail: 0,
             head: 0,
             phase: 1,
-            acknowledged: 0,
+            rung_head: 0,
             acknowledge_after: acknowledge_after.into(),
             page,
             broken: false,
@@ -165,8 +165,8 @@ impl QueuePair {
         Ok(pair)
     }
 
-    /// Where the controller finds the submission queue and the completion queue.
-    pub fn places(&self) -> (u64, u64) {
+    /// The addresses of the submission queue and of the completion queue.
+    pub fn addresses(&self) -> (u64, u64) {
         (self.submissions.iova(0).0, self.completions.iova(0).0)
     }
 
@@ -178,13 +178,13 @@ impl QueuePair {
         &self.doorbells
     }
 
-    /// Commands that may be with the controller.
+    /// How many commands are outstanding.
     #[inline]
     pub fn outstanding(&self) -> usize {
         self.depth() - self.free
     }
 
-    /// A queue is full with one entry less than it has.
+    /// How many commands the queue can hold: one less than its entries.
     fn depth(&self) -> usize {
         self.entries - 1
     }
@@ -195,30 +195,30 @@ impl QueuePair {
         usize::from(id) & (self.slots.len() - 1)
     }
 
-    /// How many more commands there is room for.
+    /// How many more commands can be submitted.
     #[inline]
     pub fn room(&self) -> usize {
         if self.broken { 0 } else { self.free }
     }
 
-    /// Whether the controller has answered with nonsense, or a doorbell could not be rung.
+    /// Whether the controller has posted a malformed completion, or a doorbell could not be rung.
     pub fn is_broken(&self) -> bool {
         self.broken
     }
 
-    /// Nothing can be submitted until [`reset`](Self::reset).
+    /// Stops submissions until [`reset`](Self::reset).
     pub fn break_off(&mut self) {
         self.broken = true;
     }
 
-    /// Puts a command into the queue, for [`ring`](Self::ring) to tell the controller of. The buffer is
-    /// the controller's until the command is [done](Self::pop).
+    /// Puts a command into the queue. [`ring`](Self::ring) notifies the controller. The controller owns the
+    /// buffer until the command [completes](Self::pop).
     pub fn submit(
         &mut self,
         command: Command,
         buffer: Option<DmaBuffer>,
         tag: u64,
-    ) -> std::result::Result<(), Refused> {
+    ) -> std::result::Result<(), SubmitError> {
         if self.room() == 0 {
             return Err(full(buffer));
         }
@@ -226,8 +226,8 @@ impl QueuePair {
         Ok(())
     }
 
-    /// [Submits](Self::submit) a command where there is [room](Self::room). Its buffer is described by PRP
-    /// entries (NVMe Base 1.4 §4.3), a list of which belongs to each slot.
+    /// Puts a command into the queue, which must have [room](Self::room). PRP entries (NVMe Base 1.4 §4.3)
+    /// describe the buffer; each slot has a PRP list.
     #[inline]
     pub fn put(&mut self, command: Command, buffer: Option<DmaBuffer>, tag: u64) {
         let mut id = self.next_id;
@@ -241,7 +241,7 @@ impl QueuePair {
             Some(buffer) => self.describe(index, buffer.iova().0, buffer.size()),
         };
         let slot = &mut self.slots[index];
-        // A free slot has no buffer, so that there is none to drop.
+        // A free slot has no buffer to drop.
         std::mem::forget(std::mem::replace(&mut slot.buffer, buffer));
         slot.tag = tag;
         slot.state = State::New;
@@ -251,7 +251,7 @@ impl QueuePair {
         self.free -= 1;
     }
 
-    /// The two PRP entries for `size` bytes from `iova` on, which lie at consecutive I/O addresses.
+    /// The two PRP entries for the `size` bytes at `iova`.
     #[inline]
     fn describe(&self, slot: usize, iova: u64, size: usize) -> [u64; 2] {
         let first = self.page - (iova & (self.page - 1));
@@ -263,7 +263,7 @@ impl QueuePair {
         }
     }
 
-    /// A list of the pages from `page` on that hold `rest` bytes.
+    /// Writes the PRP list for the `rest` bytes at `page`. Returns its address.
     fn list(&self, slot: usize, page: u64, rest: u64) -> u64 {
         let start = slot * self.list_len;
         let pages = (page..page + rest).step_by(self.page as usize);
@@ -273,11 +273,11 @@ impl QueuePair {
         self.lists.iova(start).0
     }
 
-    /// The next command that has ended, if one has.
+    /// The next completion, if there is one.
     #[inline]
-    pub fn pop(&mut self) -> Option<Done> {
-        // One load gives all that says so: submission queue and its head, identifier, phase, status. What
-        // is loaded later was written before.
+    pub fn pop(&mut self) -> Option<Completion> {
+        // This load contains the submission queue and its head, the identifier, the phase and the status. Later
+        // loads see what the controller wrote before it.
         let word = self.completions.load(self.head, 1);
         if word >> 48 & 1 != self.phase {
             return None;
@@ -292,55 +292,55 @@ impl QueuePair {
         let index = self.index(id);
         let slot = &mut self.slots[index];
         if slot.id != u32::from(id) {
-            self.nonsense(id);
+            self.malformed(id);
             return None;
         }
         slot.id = FREE;
         let (tag, buffer) = (slot.tag, slot.buffer.take());
         self.free += 1;
-        Some(Done { tag, status: Status::from_field((word >> 49) as u16), result, buffer })
+        Some(Completion { tag, status: Status::from_field((word >> 49) as u16), result, buffer })
     }
 
     #[cold]
-    fn nonsense(&mut self, id: u16) {
-        log::warn!("nvme: a completion of command {id}, which is not outstanding");
+    fn malformed(&mut self, id: u16) {
+        log::warn!("nvme: a completion for command {id}, which is not outstanding");
         self.break_off();
     }
 
-    /// Tells the controller of all that was submitted, by one write, and every so often of the
-    /// completions that were taken, by another.
+    /// Rings the tail doorbell for all submitted commands, and the head doorbell if enough completions were
+    /// taken.
     #[inline]
     pub fn ring(&mut self) {
-        if self.tail != self.told {
-            self.told = self.tail;
+        if self.tail != self.rung_tail {
+            self.rung_tail = self.tail;
             let rung = self.doorbells.tail.write(self.tail as u32);
-            self.rung(rung);
+            self.check_doorbell(rung);
         }
         self.acknowledge();
     }
 
-    /// Tells the controller of the completions that were taken, if they are
-    /// [so many](Shape::acknowledge_after) that it may have no room for more.
+    /// Rings the head doorbell if [enough](QueueShape::acknowledge_after) completions were taken since the last
+    /// time.
     #[inline]
     pub fn acknowledge(&mut self) {
-        let wrapped = if self.head < self.acknowledged { self.entries } else { 0 };
-        if self.head + wrapped - self.acknowledged >= self.acknowledge_after {
-            self.acknowledged = self.head;
+        let wrapped = if self.head < self.rung_head { self.entries } else { 0 };
+        if self.head + wrapped - self.rung_head >= self.acknowledge_after {
+            self.rung_head = self.head;
             let rung = self.doorbells.head.write(self.head as u32);
-            self.rung(rung);
+            self.check_doorbell(rung);
         }
     }
 
     #[inline]
-    fn rung(&mut self, rung: Result<()>) {
+    fn check_doorbell(&mut self, rung: Result<()>) {
         if let Err(error) = rung {
             log::warn!("nvme: {error}");
             self.break_off();
         }
     }
 
-    /// A command that has been with the controller for `limit` milliseconds, or longer, where it is `now`.
-    /// That counts from when this was first asked: submission reads no clock.
+    /// A command that has been outstanding for at least `limit` milliseconds, at the time `now`. The time
+    /// counts from the first call of this, because submission reads no clock.
     pub fn overdue(&mut self, now: u32, limit: u32) -> Option<u16> {
         let mut late = None;
         for slot in self.slots.iter_mut().filter(|slot| slot.is_busy()) {
@@ -355,54 +355,54 @@ impl QueuePair {
         late
     }
 
-    /// A command that is late is to be aborted, and gets `grace` milliseconds more where `limit` were
-    /// allowed; `false` where that was said before.
+    /// Marks an overdue command as aborting and extends its `limit` by `grace` milliseconds. `false` if it was
+    /// marked before.
     pub fn abort(&mut self, id: u16, now: u32, limit: u32, grace: u32) -> bool {
         let Some(slot) = self.slots.get_mut(self.index(id)) else { return false };
         slot.since = now.wrapping_sub(limit.saturating_sub(grace));
         std::mem::replace(&mut slot.state, State::Aborting) != State::Aborting
     }
 
-    /// Ends all commands, in order of their slots. Their buffers come along where the controller can reach
-    /// no memory any more (`quiet`), and stay here otherwise.
-    pub fn end_all(&mut self, quiet: bool, mut done: impl FnMut(Done)) {
+    /// Ends all commands, in the order of their slots. If the controller cannot reach memory any more
+    /// (`quiet`), the completions return the buffers; otherwise the buffers stay here.
+    pub fn end_all(&mut self, quiet: bool, mut done: impl FnMut(Completion)) {
         for slot in self.slots.iter_mut().filter(|slot| slot.is_busy()) {
             slot.id = FREE;
             let buffer = if quiet { slot.buffer.take() } else { None };
-            done(Done { tag: slot.tag, status: Status::ABORTED_BY_HOST, result: 0, buffer });
+            done(Completion { tag: slot.tag, status: Status::ABORTED_BY_HOST, result: 0, buffer });
         }
         self.free = self.depth();
         self.break_off();
     }
 
-    /// What the controller was told of: where it may still reach that when the queues go, it is to be
-    /// held until it cannot any more. Nothing can be submitted afterwards.
-    pub fn remains(&mut self) -> Vec<DmaBuffer> {
+    /// Takes all memory that the controller knows. The caller must hold it until the controller cannot reach it
+    /// any more. Nothing can be submitted afterwards.
+    pub fn take_memory(&mut self) -> Vec<DmaBuffer> {
         self.break_off();
         let buffers = self.slots.iter_mut().filter_map(|slot| slot.buffer.take());
         buffers.chain(self.anchor.take()).collect()
     }
 
-    /// Empties both queues, for a controller that knows of neither and reaches no memory, after
-    /// [`end_all`](Self::end_all).
+    /// Empties both queues after [`end_all`](Self::end_all). The controller must not have the queues, and must
+    /// not reach their memory.
     pub fn reset(&mut self) {
         self.submissions.clear();
         self.completions.clear();
-        (self.tail, self.told, self.head, self.acknowledged, self.phase) = (0, 0, 0, 0, 1);
+        (self.tail, self.rung_tail, self.head, self.rung_head, self.phase) = (0, 0, 0, 0, 1);
         self.slots.iter_mut().for_each(|slot| slot.buffer = None);
         (self.free, self.broken) = (self.depth(), false);
     }
 }
 
 #[cold]
-fn full(buffer: Option<DmaBuffer>) -> Refused {
+fn full(buffer: Option<DmaBuffer>) -> SubmitError {
     let error = Error::new(ErrorKind::InUse, "submit", "a command")
-        .because("the queue is full, or has ended")
+        .because("the queue is full, or has failed")
         .remedy("take completions first");
-    Refused { error, buffer }
+    SubmitError { error, buffer }
 }
 
-/// DMA memory in parts of these sizes, each of which begins at a page of the controller's; and a rest.
+/// DMA memory in parts of these sizes, each at the beginning of a page of the controller, and a rest.
 fn memory<const N: usize>(
     space: &DmaSpace,
     sizes: [usize; N],

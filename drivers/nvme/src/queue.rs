@@ -1,4 +1,4 @@
-//! What a thread does its I/O with.
+//! I/O queues.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,50 +8,50 @@ use vfio_remap::{Error, Result};
 
 use super::controller::{Condition, Controller};
 use super::doorbells::Doorbells;
-use super::pair::{Done, QueuePair, Shape};
+use super::pair::{Completion, QueuePair, QueueShape};
 
-/// Empty polls after which a polled queue looks at the clock, which may cost as much as many of them; and
-/// how many of these a batch counts for.
-const LOOK: u32 = 1 << 14;
-const BATCH: u32 = 1 << 4;
-/// How often commands that are late are looked for.
-const SCAN: Duration = Duration::from_millis(10);
-/// How long an interrupt is waited for before the queue looks whether all is well, and how often it asks
-/// the controller.
-const WATCH: Duration = Duration::from_millis(50);
-/// How often a controller is reset in a row before it is given up.
-const RESETS: u32 = 3;
+/// A polled queue reads the clock after this many empty polls, because the clock costs as much as many polls;
+/// and how many polls a batch counts for.
+const POLLS_PER_CHECK: u32 = 1 << 14;
+const POLLS_PER_BATCH: u32 = 1 << 4;
+/// The interval between two searches for overdue commands.
+const SCAN_INTERVAL: Duration = Duration::from_millis(10);
+/// The time limit of a wait for an interrupt, after which the queue is checked; and the interval between two
+/// checks of the controller.
+const CHECK_INTERVAL: Duration = Duration::from_millis(50);
+/// How often a controller is reset in a row before the queue fails.
+const MAX_RESETS: u32 = 3;
 
-/// A pair of queues of a [`Controller`], for one thread; dropped, the controller forgets it.
+/// A pair of queues of a [`Controller`], for one thread. Dropping it deletes the queues of the controller.
 ///
-/// Requests are put into the queue ([`read`](Self::read), [`write`](Self::write), …), the controller is
-/// told of them once for all ([`ring`](Self::ring)), and they come back when they are done, in any order
-/// ([`pop`](Self::pop), [`wait`](Self::wait)). A request holds its buffer until then.
+/// [`read`](Self::read), [`write`](Self::write) and others put commands into the queue. [`ring`](Self::ring)
+/// notifies the controller of all of them at once. [`pop`](Self::pop) and [`wait`](Self::wait) return
+/// completions, in any order. The queue holds a command's buffer until then.
 ///
-/// A command that does not end within [`Settings::timeout`](super::Settings::timeout) is aborted, and if
-/// that is in vain, or the controller has failed, the controller is reset. All commands that were with
-/// it end as [aborted by the host](super::Status::ABORTED_BY_HOST), and the queue goes on. Whatever
-/// happens, [`wait`](Self::wait) gives an answer within that time, the grace for the abort, the time-out of
-/// the admin queue, twice, and three times what a reset may take (six times CAP.TO, and
-/// [`Settings::disable_delay`](super::Settings::disable_delay), twice).
+/// A command that does not complete within [`Settings::timeout`](super::Settings::timeout) is aborted. If that
+/// has no effect, or the controller has failed, the controller is reset. All outstanding commands then complete
+/// with [`ABORTED_BY_HOST`](super::Status::ABORTED_BY_HOST), and the queue can be used again.
+/// [`wait`](Self::wait) always returns within the sum of that time, the grace for the abort, twice the time
+/// limit of the admin queue, and three times the limit of a reset (six times CAP.TO, and twice
+/// [`Settings::disable_delay`](super::Settings::disable_delay)).
 pub struct IoQueue {
     pub(super) pair: QueuePair,
-    /// Commands that a reset has ended.
-    ended: VecDeque<Done>,
+    /// Completions of commands that a reset has ended.
+    ended: VecDeque<Completion>,
     pub(super) controller: Arc<Controller>,
     pub(super) max_transfer: usize,
     id: u16,
     vector: Option<usize>,
-    /// The generation of the controller that knows the queue.
+    /// The generation of the controller in which the queue was created.
     generation: u32,
     /// Why the queue could not be created again.
     pub(super) failed: Option<Error>,
-    born: Instant,
-    /// Since the clock was looked at.
+    created: Instant,
+    /// Polls since the clock was read.
     polls: u32,
-    /// When commands that are late were looked for.
+    /// When overdue commands were last searched, in milliseconds since the queue was made.
     scanned: u32,
-    /// When the controller was asked how it is, in milliseconds since the queue was made.
+    /// When the controller was last checked, in milliseconds since the queue was made.
     checked: u32,
 }
 
@@ -60,9 +60,9 @@ impl IoQueue {
         let (entries, page_shift) = controller.queue_shape();
         let max_transfer = controller.identity().max_transfer;
         let vector = controller.vector(id);
-        // An interrupt may be held back until what it told of before is acknowledged.
+        // The controller may hold the next interrupt back until the completions before it are acknowledged.
         let acknowledge_after = if vector.is_some() { 1 } else { entries.div_ceil(2) };
-        let shape = Shape { entries, page_shift, max_transfer, acknowledge_after };
+        let shape = QueueShape { entries, page_shift, max_transfer, acknowledge_after };
         let doorbells = Doorbells::new(controller.device(), id, controller.stride())?;
         let mut pair = QueuePair::new(controller.space(), doorbells, &shape)?;
         let attached = controller.attach(&pair, id);
@@ -76,7 +76,7 @@ impl IoQueue {
             vector,
             generation,
             failed: None,
-            born: Instant::now(),
+            created: Instant::now(),
             polls: 0,
             scanned: 0,
             checked: 0,
@@ -88,119 +88,119 @@ impl IoQueue {
         self.id
     }
 
-    /// The controller that it belongs to.
+    /// The controller.
     pub fn controller(&self) -> &Arc<Controller> {
         &self.controller
     }
 
-    /// The bytes of BAR 0 that this queue's window shows; `None` where doorbells are no memory.
+    /// The bytes of BAR 0 that this queue's window covers; `None` if the doorbells are trapped.
     pub fn doorbell_range(&self) -> Option<std::ops::Range<u64>> {
         self.pair.doorbells().range()
     }
 
-    /// Which generation of the controller knows the queue: another one than before means that what was
-    /// written since the last flush may be lost.
+    /// The generation of the controller in which the queue was created. If it changes, data that was written
+    /// since the last flush may be lost.
     pub fn generation(&self) -> u32 {
         self.generation
     }
 
-    /// How many commands can be with the controller at a time.
+    /// How many commands can be outstanding at once.
     pub fn depth(&self) -> usize {
         usize::from(self.pair.entries()) - 1
     }
 
-    /// Commands that have not come back.
+    /// How many commands have not completed.
     #[inline]
     pub fn outstanding(&self) -> usize {
         self.pair.outstanding() + self.ended.len()
     }
 
-    /// How many more can be submitted.
+    /// How many more commands can be submitted.
     #[inline]
     pub fn room(&self) -> usize {
         self.pair.room()
     }
 
-    /// Tells the controller of all that was submitted.
+    /// Notifies the controller of all submitted commands.
     #[inline]
     pub fn ring(&mut self) {
         if self.generation == self.controller.generation() {
             self.pair.ring();
         }
-        self.polls += BATCH;
-        if self.polls >= LOOK {
-            self.look();
+        self.polls += POLLS_PER_BATCH;
+        if self.polls >= POLLS_PER_CHECK {
+            self.check();
         }
     }
 
-    /// The next command that is done, if one is. Like [`wait`](Self::wait), it looks now and then whether
-    /// all is well, and may then take as long.
+    /// The next completion, if there is one. It checks the queue and the controller from time to time, and may
+    /// then take as long as [`wait`](Self::wait).
     #[inline]
-    pub fn pop(&mut self) -> Option<Done> {
+    pub fn pop(&mut self) -> Option<Completion> {
         if let Some(done) = self.pair.pop() {
             return Some(done);
         }
         if self.idle() { self.ended.pop_front() } else { None }
     }
 
-    /// Nothing was completed: the controller may wait for room to complete more. Whether a reset has ended
-    /// commands.
+    /// Handles a poll without a completion: the controller may wait for room in the completion queue. Returns
+    /// whether a reset has ended commands.
     #[inline(never)]
     fn idle(&mut self) -> bool {
         if self.generation == self.controller.generation() {
             self.pair.acknowledge();
         }
         self.polls += 1;
-        if self.polls >= LOOK {
-            self.look();
+        if self.polls >= POLLS_PER_CHECK {
+            self.check();
         }
         !self.ended.is_empty()
     }
 
-    /// The next command that is done; `None` if none is outstanding. Rings the doorbells. A failed queue has been
-    /// created again if possible, and has room.
+    /// Waits for the next completion; `None` if no command is outstanding. Rings the doorbells. A failed queue
+    /// is created again if possible, and then has room.
     #[inline]
-    pub fn wait(&mut self) -> Option<Done> {
+    pub fn wait(&mut self) -> Option<Completion> {
         self.ring();
         loop {
             if let Some(done) = self.pop() {
                 return Some(done);
             }
             if self.outstanding() == 0 {
-                self.mend();
+                self.recreate_if_broken();
                 return None;
             }
             self.pause();
         }
     }
 
-    /// A queue that was broken by the last completion is created again, although nothing waits for that.
+    /// Creates a queue again that the last completion broke.
     #[cold]
-    fn mend(&mut self) {
+    fn recreate_if_broken(&mut self) {
         if self.pair.is_broken() && self.failed.is_none() {
-            self.look();
+            self.check();
         }
     }
 
-    /// Nothing was done: polls on, or sleeps until an interrupt.
+    /// Waits between two polls, or for an interrupt.
     #[inline]
     fn pause(&mut self) {
         if let Some(vector) = self.vector {
             self.sleep(vector);
             return;
         }
-        // `pop` has just looked.
+        // `pop` has just checked the queue.
         if self.polls == 0 {
             self.pair.ring();
-            // Others may need the processor to get on: an emulated controller, for one.
+            // Other threads may need the processor, for example an emulated controller.
             std::thread::yield_now();
         }
     }
 
     fn sleep(&mut self, vector: usize) {
         self.pair.ring();
-        match self.controller.wait(vector, WATCH) {
-            Ok(0) => self.look(),
+        match self.controller.wait(vector, CHECK_INTERVAL) {
+            Ok(0) => self.check(),
             Ok(_) => {}
             Err(error) => {
                 log::warn!("nvme: polling instead: {error}");
@@ -209,14 +209,14 @@ impl IoQueue {
         }
     }
 
-    /// Whether all is well: no command late, the controller working and the same as before.
+    /// Checks the queue: no command is overdue, and the controller works and was not reset.
     #[cold]
     #[inline(never)]
-    pub(super) fn look(&mut self) {
+    pub(super) fn check(&mut self) {
         self.polls = 0;
-        let now = self.born.elapsed().as_millis() as u32;
+        let now = self.created.elapsed().as_millis() as u32;
         if self.generation != self.controller.generation() {
-            return self.rebuild();
+            return self.recreate();
         }
         if self.failed.is_some() {
             return;
@@ -224,15 +224,15 @@ impl IoQueue {
         if self.pair.is_broken() {
             return self.recover();
         }
-        if now.wrapping_sub(self.scanned) < millis(SCAN) {
+        if now.wrapping_sub(self.scanned) < millis(SCAN_INTERVAL) {
             return;
         }
         self.scanned = now;
         let limit = millis(self.controller.settings().timeout);
         if let Some(command) = self.pair.overdue(now, limit) {
-            return self.late(command, now, limit);
+            return self.abort_overdue(command, now, limit);
         }
-        if now.wrapping_sub(self.checked) >= millis(WATCH) {
+        if now.wrapping_sub(self.checked) >= millis(CHECK_INTERVAL) {
             self.checked = now;
             if self.pair.outstanding() > 0
                 && let Err(error) = self.controller.check()
@@ -243,11 +243,11 @@ impl IoQueue {
         }
     }
 
-    /// A command is late: it is aborted, and if it was before, the controller is reset.
-    fn late(&mut self, command: u16, now: u32, limit: u32) {
+    /// Aborts an overdue command. If that was done before, resets the controller.
+    fn abort_overdue(&mut self, command: u16, now: u32, limit: u32) {
         let grace = millis(self.controller.settings().grace);
         let first = self.pair.abort(command, now, limit, grace);
-        log::warn!("nvme: command {command} of queue {} is late", self.id);
+        log::warn!("nvme: command {command} of queue {} is overdue", self.id);
         if !first {
             return self.recover();
         }
@@ -259,12 +259,12 @@ impl IoQueue {
 
     fn recover(&mut self) {
         self.controller.recover(self.generation);
-        self.rebuild();
+        self.recreate();
     }
 
-    /// The controller was reset: all commands have ended, and the queue is created again.
-    fn rebuild(&mut self) {
-        for _ in 0..RESETS {
+    /// After a reset of the controller: ends all commands and creates the queue again.
+    fn recreate(&mut self) {
+        for _ in 0..MAX_RESETS {
             let Condition { generation, quiet, failed } =
                 self.controller.condition(self.generation);
             self.pair.end_all(quiet, |done| self.ended.push_back(done));

@@ -1,35 +1,35 @@
-//! Requests: what can be asked of a namespace (NVMe Base 1.4 §6).
+//! I/O commands for a namespace (NVMe Base 1.4 §6).
 
 use vfio_remap::device::DmaBuffer;
 use vfio_remap::{Error, ErrorKind};
 
 use super::command::{Command, io};
 use super::identify::Namespace;
-use super::pair::Refused;
+use super::pair::SubmitError;
 use super::queue::IoQueue;
 
-type Submitted = std::result::Result<(), Refused>;
+type Submitted = std::result::Result<(), SubmitError>;
 
 /// Attributes of the Dataset Management command: the ranges are deallocated.
 const DEALLOCATE: u32 = 1 << 2;
-/// Bytes of a range for that command.
+/// The size of a range for that command, in bytes.
 const RANGE: usize = 16;
 /// Most blocks of a command that has no data.
 const MOST_BLOCKS: u64 = 1 << 16;
 
 impl IoQueue {
-    /// Reads blocks from `block` on, as many as the buffer has room for.
+    /// Reads blocks into the buffer, as many as fit, starting with `block`.
     ///
     /// # Errors
-    /// `Unaligned` where that is no whole number of blocks, or the buffer does not begin at a multiple of
-    /// four bytes; `OutOfRange` where they leave the namespace, or are more than one command transfers;
-    /// `InUse` where the queue is full; why the queue does not work any more. The buffer comes back.
+    /// `Unaligned` if the buffer is not a whole number of blocks or does not begin at a multiple of four bytes;
+    /// `OutOfRange` if the blocks leave the namespace or exceed the largest transfer; `InUse` if the queue is
+    /// full; the error that made the queue fail. The error returns the buffer.
     #[inline]
     pub fn read(&mut self, of: &Namespace, block: u64, buffer: DmaBuffer, tag: u64) -> Submitted {
         self.transfer(io::READ, of, block, buffer, tag)
     }
 
-    /// Writes all of the buffer to the blocks from `block` on. Done does not mean that it lasts: see
+    /// Writes the whole buffer to the blocks that start with `block`. A completed write may not be durable: see
     /// [`flush`](Self::flush).
     ///
     /// # Errors
@@ -53,8 +53,8 @@ impl IoQueue {
         let fits = size & (namespace.block_size() - 1) == 0
             && size.wrapping_sub(1) < self.max_transfer
             && buffer.iova().0 & 3 == 0
-            && count <= namespace.blocks
-            && block <= namespace.blocks - count
+            && count <= namespace.block_count
+            && block <= namespace.block_count - count
             && self.pair.room() > 0;
         if !fits {
             return self.refuse(opcode, namespace, block, buffer, tag);
@@ -64,25 +64,25 @@ impl IoQueue {
         Ok(())
     }
 
-    /// Makes all that was written, and done, before last.
+    /// Makes all completed writes durable.
     ///
     /// # Errors
-    /// `InUse` where the queue is full; why it does not work any more.
+    /// `InUse` if the queue is full; the error that made the queue fail.
     pub fn flush(&mut self, namespace: &Namespace, tag: u64) -> Submitted {
         self.submit(Command::new(io::FLUSH, namespace.id), None, tag)
     }
 
-    /// Makes blocks read zeros, without a transfer.
+    /// Makes blocks read as zeros, without a transfer.
     ///
     /// # Errors
-    /// `Unsupported` where the controller does not offer it; `OutOfRange` for blocks that leave the
-    /// namespace, none, or more than 65536; as [`flush`](Self::flush).
+    /// `Unsupported` if the controller does not offer it; `OutOfRange` if the blocks leave the namespace, or
+    /// are none or more than 65536; as [`flush`](Self::flush).
     pub fn write_zeroes(&mut self, of: &Namespace, block: u64, count: u64, tag: u64) -> Submitted {
         if !self.controller.identity().has_write_zeroes {
             return Err(unsupported("write zeroes to", of, None));
         }
         if !within(of, block, count) || count > MOST_BLOCKS {
-            return Err(Refused {
+            return Err(SubmitError {
                 error: outside("write zeroes to", of, block, count),
                 buffer: None,
             });
@@ -90,54 +90,54 @@ impl IoQueue {
         self.submit(Command::new(io::WRITE_ZEROES, of.id).blocks(block, count), None, tag)
     }
 
-    /// Tells the controller that blocks hold nothing of worth any more. What they then read is zeros, ones,
-    /// or what was there. `scrap` is 16 bytes at least for the command to point to.
+    /// Tells the controller that the data of blocks is not needed any more. They then read as zeros, ones, or
+    /// the old data. `scratch` is memory for the command, at least 16 bytes.
     ///
     /// # Errors
-    /// As [`write_zeroes`](Self::write_zeroes), of up to 2^32 - 1 blocks; `OutOfRange` for a scrap that is
-    /// too small.
+    /// As [`write_zeroes`](Self::write_zeroes), but for up to 2^32 - 1 blocks; `OutOfRange` if `scratch` is too
+    /// small.
     pub fn deallocate(
         &mut self,
         of: &Namespace,
         block: u64,
         count: u64,
-        scrap: DmaBuffer,
+        scratch: DmaBuffer,
         tag: u64,
     ) -> Submitted {
         if !self.controller.identity().has_deallocate {
-            return Err(unsupported("deallocate blocks of", of, Some(scrap)));
+            return Err(unsupported("deallocate blocks of", of, Some(scratch)));
         }
-        let fits = scrap.size() >= RANGE && scrap.iova().0 & 3 == 0;
+        let fits = scratch.size() >= RANGE && scratch.iova().0 & 3 == 0;
         let (true, true, Ok(len)) = (fits, within(of, block, count), u32::try_from(count)) else {
             let error = outside("deallocate blocks of", of, block, count);
-            return Err(Refused { error, buffer: Some(scrap) });
+            return Err(SubmitError { error, buffer: Some(scratch) });
         };
         // Attributes of the range, its length, its first block.
         for (at, word) in [0, len, block as u32, (block >> 32) as u32].into_iter().enumerate() {
-            scrap.write(4 * at, &word.to_le_bytes());
+            scratch.write(4 * at, &word.to_le_bytes());
         }
-        // One range, counted from zero.
+        // One range; the count is zero-based.
         let command = Command::new(io::DATASET_MANAGEMENT, of.id).dwords_10(0, DEALLOCATE);
-        self.submit(command, Some(scrap), tag)
+        self.submit(command, Some(scratch), tag)
     }
 
     fn submit(&mut self, command: Command, buffer: Option<DmaBuffer>, tag: u64) -> Submitted {
-        self.revive();
+        self.recreate_if_failed();
         self.pair.submit(command, buffer, tag).map_err(|refused| match &self.failed {
-            Some(error) => Refused { error: error.clone(), ..refused },
+            Some(error) => SubmitError { error: error.clone(), ..refused },
             None => refused,
         })
     }
 
-    /// A queue that failed is created again if the controller could be reset; one that is
-    /// broken in any case: what it still takes to be outstanding ends then.
-    fn revive(&mut self) {
+    /// Creates a failed queue again if the controller could be reset, and a broken queue in any case. Its
+    /// outstanding commands end then.
+    fn recreate_if_failed(&mut self) {
         if self.failed.is_some() || self.pair.is_broken() {
-            self.look();
+            self.check();
         }
     }
 
-    /// Says what is wrong with a transfer, or makes it after all where the queue has come back to life.
+    /// Makes the error of a transfer, or does the transfer if the queue was created again.
     #[cold]
     #[inline(never)]
     fn refuse(
@@ -148,7 +148,7 @@ impl IoQueue {
         buffer: DmaBuffer,
         tag: u64,
     ) -> Submitted {
-        self.revive();
+        self.recreate_if_failed();
         let operation = if opcode == io::READ { "read" } else { "write" };
         let (size, block_size) = (buffer.size(), namespace.block_size());
         let object = || format!("{size} bytes at block {block} of namespace {}", namespace.id);
@@ -163,11 +163,11 @@ impl IoQueue {
             error(ErrorKind::Unaligned, format!("a block has {block_size} bytes"))
         } else if size > self.max_transfer {
             let most = self.max_transfer;
-            error(ErrorKind::OutOfRange, format!("a command transfers {most} bytes at most"))
+            error(ErrorKind::OutOfRange, format!("a command transfers at most {most} bytes"))
         } else if !within(namespace, block, count) {
             outside(operation, namespace, block, count)
         } else if buffer.iova().0 & 3 != 0 {
-            error(ErrorKind::Unaligned, "data begin at a multiple of four bytes".to_owned())
+            error(ErrorKind::Unaligned, "its address is not a multiple of four".to_owned())
         } else {
             match &self.failed {
                 Some(error) => error.clone(),
@@ -175,27 +175,28 @@ impl IoQueue {
                     .remedy("take completions first"),
             }
         };
-        Err(Refused { error, buffer: Some(buffer) })
+        Err(SubmitError { error, buffer: Some(buffer) })
     }
 }
 
 fn within(namespace: &Namespace, block: u64, count: u64) -> bool {
-    count > 0 && block.checked_add(count).is_some_and(|end| end <= namespace.blocks)
+    count > 0 && block.checked_add(count).is_some_and(|end| end <= namespace.block_count)
 }
 
 fn outside(operation: &'static str, namespace: &Namespace, block: u64, count: u64) -> Error {
-    let Namespace { id, blocks, .. } = namespace;
+    let Namespace { id, block_count, .. } = namespace;
     let object = format!("{count} blocks from {block} of namespace {id}");
-    Error::new(ErrorKind::OutOfRange, operation, object).because(format!("it has {blocks} blocks"))
+    Error::new(ErrorKind::OutOfRange, operation, object)
+        .because(format!("it has {block_count} blocks"))
 }
 
 fn unsupported(
     operation: &'static str,
     namespace: &Namespace,
     buffer: Option<DmaBuffer>,
-) -> Refused {
+) -> SubmitError {
     let error =
         Error::new(ErrorKind::Unsupported, operation, format!("namespace {}", namespace.id))
             .because("the controller does not offer it (ONCS)");
-    Refused { error, buffer }
+    SubmitError { error, buffer }
 }

@@ -1,4 +1,4 @@
-//! What became of a command (NVMe Base 1.4 §4.6.1).
+//! The status of a command (NVMe Base 1.4 §4.6.1).
 
 use std::fmt;
 
@@ -13,19 +13,20 @@ impl Status {
     pub const SUCCESS: Self = Self(0);
     /// The controller does not have this command.
     pub const INVALID_OPCODE: Self = Self(0x001);
-    /// A field of the command has a value that is reserved or not supported.
+    /// A field of the command has a reserved or unsupported value.
     pub const INVALID_FIELD: Self = Self(0x002);
     /// Invalid namespace or format.
     pub const INVALID_NAMESPACE: Self = Self(0x00b);
-    /// It was aborted because we asked for that.
+    /// The command was aborted by an Abort command.
     pub const ABORT_REQUESTED: Self = Self(0x007);
-    /// Its queue was deleted, which is what a reset begins with.
+    /// The submission queue was deleted, which is the first step of a reset.
     pub const QUEUE_DELETED: Self = Self(0x008);
-    /// We have ended it: the controller was reset, or has gone (NVMe Base 2.0 §3.3.3.2.1, figure 100).
+    /// The driver has ended the command, because the controller was reset or removed (NVMe Base 2.0 §3.3.3.2.1,
+    /// figure 100).
     pub const ABORTED_BY_HOST: Self = Self(0x371);
 
-    /// From bits 63:49 of a completion's last quarter words, where two more bits say whether there is more
-    /// in the error log, and whether trying again is in vain.
+    /// From bits 63:49 of a completion's last two double words. Its other bits (More, Do Not Retry) are
+    /// dropped.
     #[inline]
     pub fn from_field(field: u16) -> Self {
         Self(field & 0x7ff)
@@ -37,17 +38,17 @@ impl Status {
         self == Self::SUCCESS
     }
 
-    /// Whether nobody knows if the command was carried out, so that it is to be asked again.
+    /// Whether it is unknown if the command was carried out, so that it has to be submitted again.
     pub fn is_undecided(self) -> bool {
         [Self::ABORTED_BY_HOST, Self::ABORT_REQUESTED, Self::QUEUE_DELETED].contains(&self)
     }
 
-    /// An error that says what was tried on which object, unless it is a success.
+    /// An error with this operation and object, unless the command has succeeded.
     pub fn check(self, operation: &'static str, object: impl FnOnce() -> String) -> Result<()> {
         if self.is_success() { Ok(()) } else { Err(self.error(operation, object())) }
     }
 
-    /// An error that says what was tried on which object.
+    /// An error with this operation and object.
     pub fn error(self, operation: &'static str, object: impl fmt::Display) -> Error {
         let kind = match self.0 {
             0x001 => ErrorKind::Unsupported,
@@ -66,7 +67,7 @@ impl Status {
             0x004 => "data transfer error",
             0x005 => "aborted: power loss",
             0x006 => "internal error",
-            0x007 => "aborted at our request",
+            0x007 => "aborted by the driver",
             0x008 => "aborted: the submission queue was deleted",
             0x00b => "invalid namespace or format",
             0x00c => "command sequence error",
@@ -91,13 +92,13 @@ impl Status {
             0x285 => "compare failure",
             0x286 => "access denied",
             0x287 => "block deallocated or never written",
-            0x371 => "ended by the driver: the controller was reset or has gone",
+            0x371 => "ended by the driver: the controller was reset or removed",
             _ => match self.0 >> 8 {
                 0 => "generic error",
                 1 => "error of this command",
                 2 => "media error",
                 3 => "path error",
-                _ => "vendor's error",
+                _ => "vendor-specific error",
             },
         }
     }

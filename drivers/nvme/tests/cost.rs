@@ -13,7 +13,7 @@ use allocation_counter::measure;
 use vfio_remap::Device;
 use vfio_remap::device::DmaBuffer;
 use vfio_remap::emulated::{Activity, Emulated, Namespace as Storage, Nvme};
-use vfio_remap_nvme::{Controller, Done, IoQueue, Namespace, Settings};
+use vfio_remap_nvme::{Completion, Controller, IoQueue, Namespace, Settings};
 
 const DEPTH: usize = 32;
 const SIZE: usize = 4096;
@@ -64,7 +64,7 @@ fn counted_submission(
     for (tag, buffer) in buffers.iter_mut().enumerate() {
         let Some(buffer) = buffer.take() else { continue };
         // Apart, so that blocks are not consecutive.
-        let block = (tag as u64).wrapping_mul(0x9e37_79b9) % of.blocks;
+        let block = (tag as u64).wrapping_mul(0x9e37_79b9) % of.block_count;
         queue.read(of, block, buffer, tag as u64).unwrap();
     }
     queue.ring();
@@ -74,7 +74,7 @@ fn counted_submission(
 #[inline(never)]
 fn counted_completion(queue: &mut IoQueue, buffers: &mut [Option<DmaBuffer>; DEPTH]) {
     for _ in 0..DEPTH {
-        let Some(Done { tag, status, buffer, .. }) = queue.pop() else { return };
+        let Some(Completion { tag, status, buffer, .. }) = queue.pop() else { return };
         assert!(status.is_success());
         buffers[tag as usize] = buffer;
     }

@@ -1,4 +1,4 @@
-//! Which namespaces a controller has.
+//! The namespaces of a controller.
 
 use vfio_remap::{Error, ErrorKind, Result};
 
@@ -10,21 +10,21 @@ use super::{ALL, Controller};
 /// Data structures of Identify (NVMe Base 1.4, figure 244).
 const NAMESPACE: u32 = 0x00;
 const LIST: u32 = 0x02;
-/// The version of NVMe Base that has lists of namespaces, major and minor number.
+/// The first version of NVMe Base with lists of namespaces: major and minor number.
 const HAS_LISTS: (u16, u8) = (1, 1);
-/// Most namespaces that a list may have.
+/// Most namespaces in a list.
 const MOST: usize = 1 << 16;
-/// Where there is no list, namespaces up to this number are tried.
+/// The highest namespace ID that is tried without a list.
 const TRIED: u32 = 1024;
 
 impl Controller {
-    /// The numbers of the namespaces that can be used.
+    /// The IDs of the usable namespaces.
     ///
-    /// A controller that has no list of them is asked for each namespace up to number 1024. It may
-    /// follow an early version (NVMe Base 1.0), refuse the question, or answer what is no list.
+    /// If the controller has no valid list, each ID up to 1024 is tried. Such a controller implements an early
+    /// version (NVMe Base 1.0), rejects the command, or returns an invalid list.
     ///
     /// # Errors
-    /// What the controller answers; `Unsupported` for more than 65536 namespaces.
+    /// The controller's error; `Unsupported` for more than 65536 namespaces.
     pub fn namespaces(&self) -> Result<Vec<u32>> {
         match self.listed()? {
             Some(ids) => Ok(ids),
@@ -35,8 +35,8 @@ impl Controller {
     /// A namespace.
     ///
     /// # Errors
-    /// `NotFound` where there is none of this number, naming those that there are; `Malformed` and
-    /// `Unsupported` for one that makes no sense or has metadata.
+    /// `NotFound` with the existing IDs, if there is no such namespace; `Malformed` if its data is invalid;
+    /// `Unsupported` if it has metadata or blocks larger than a transfer.
     pub fn namespace(&self, id: u32) -> Result<Namespace> {
         let page = self.identify_namespace(id)?;
         let object = || format!("namespace {id} of {}", self.name());
@@ -51,10 +51,9 @@ impl Controller {
         Namespace::parse(&page, id, self.name(), self.identity.max_transfer)
     }
 
-    /// What the controller says of a namespace. `None` where it does not know the number, or has no
-    /// namespace for it now.
+    /// The data of a namespace. `None` if the ID does not exist or is not attached.
     fn identify_namespace(&self, id: u32) -> Result<Option<[u8; PAGE]>> {
-        if !(1..=self.identity.namespaces).contains(&id) || id == ALL {
+        if !(1..=self.identity.max_namespace_id).contains(&id) || id == ALL {
             return Ok(None);
         }
         match self.admin(|admin| admin.identify(NAMESPACE, id))? {
@@ -66,7 +65,7 @@ impl Controller {
         }
     }
 
-    /// The namespaces that the controller lists; `None` where it has no list that makes sense.
+    /// The namespaces that the controller lists; `None` if it has no valid list.
     fn listed(&self) -> Result<Option<Vec<u32>>> {
         let version = self.hardware.registers.version()?;
         if (version.major(), version.minor()) < HAS_LISTS {
@@ -82,7 +81,7 @@ impl Controller {
                 }
                 Err(status) => return Err(status.error("list the namespaces of", self.name())),
             };
-            let Some(more) = identify::list(&page, after, self.identity.namespaces) else {
+            let Some(more) = identify::list(&page, after, self.identity.max_namespace_id) else {
                 return Ok(None);
             };
             ids.extend(&more);
@@ -95,18 +94,18 @@ impl Controller {
                 .because(format!("it has more than {MOST} namespaces")));
             }
             if more.len() < PAGE / 4 {
-                // One that does not know the question may answer it by nothing.
+                // A controller that does not support lists may transfer nothing.
                 return Ok(Some(ids).filter(|ids| !ids.is_empty()));
             }
         }
     }
 
-    /// The namespaces that answer, of those that are tried.
+    /// The namespaces that exist, among the IDs that are tried.
     fn tried(&self) -> Result<Vec<u32>> {
-        let most = self.identity.namespaces;
+        let most = self.identity.max_namespace_id;
         if most > TRIED {
             log::warn!(
-                "nvme: {} may have {most} namespaces, of which {TRIED} are tried",
+                "nvme: {} may have {most} namespaces; the first {TRIED} are tried",
                 self.name()
             );
         }

@@ -1,17 +1,16 @@
-//! Which pairs of queues a controller knows, and what becomes of the memory of those that it may still
-//! reach.
+//! Creating and deleting pairs of queues, and the memory of queues that the controller may still reach.
 
 use vfio_remap::{Error, Result};
 
-use super::super::admin::{Admin, Question};
+use super::super::admin::{Admin, AdminCommand};
 use super::super::command::{Command, admin};
 use super::super::pair::QueuePair;
 use super::{Controller, State};
 
 impl Controller {
-    /// Tells the controller of a pair of queues (NVMe Base 1.4 §5.3, §5.4). The generation that knows it.
+    /// Creates a pair of queues in the controller (NVMe Base 1.4 §5.3, §5.4). Returns the current generation.
     ///
-    /// Where nobody can say whether the controller knows it, the controller is reset.
+    /// If it is unknown whether the controller has created them, the controller is reset.
     pub(in super::super) fn attach(&self, pair: &QueuePair, id: u16) -> Result<u32> {
         let mut state = self.state();
         if let Some(error) = &state.failed {
@@ -27,13 +26,12 @@ impl Controller {
         Ok(self.generation())
     }
 
-    /// Has the controller make a pair of queues. The admin queue is broken where it may have made one
-    /// that it should not have.
+    /// Creates a pair of queues. The admin queue is broken if the controller may be left with one of them.
     fn create(&self, admin: &mut Admin, pair: &QueuePair, id: u16) -> Result<()> {
-        let (submissions, completions) = pair.places();
+        let (submissions, completions) = pair.addresses();
         let size = u32::from(pair.entries() - 1) << 16 | u32::from(id);
         let interrupt = self.vector(id).map_or(0, |vector| (vector as u32) << 16 | 1 << 1);
-        let create = |opcode, iova, flags| Question {
+        let create = |opcode, iova, flags| AdminCommand {
             operation: "create a queue of",
             command: Command::new(opcode, 0).address(iova).dwords_10(size, flags | 1),
             with_data: false,
@@ -49,8 +47,8 @@ impl Controller {
         })
     }
 
-    /// Has the controller forget a pair of queues, if it has not been reset meanwhile: if it does not say
-    /// that it has, by a reset.
+    /// Deletes a pair of queues, unless the controller was reset meanwhile. If the deletion fails, the
+    /// controller is reset.
     pub(in super::super) fn detach(&self, id: u16, generation: u32, pair: &mut QueuePair) {
         let mut state = self.state();
         state.attached.retain(|attached| *attached != id);
@@ -65,8 +63,8 @@ impl Controller {
         self.keep(&mut state, pair);
     }
 
-    /// Has a controller that still answers end what it has begun, queue by queue, as Linux does before a
-    /// reset: QEMU (10.0 at least) may crash where commands are on their way when it is disabled.
+    /// Deletes the submission queues of a controller that still answers, as Linux does before a reset: QEMU
+    /// (10.0 at least) may crash if it is disabled with outstanding commands.
     pub(super) fn stop_queues(&self, state: &mut State) {
         for id in std::mem::take(&mut state.attached) {
             let answers = state.failed.is_none() && !state.admin.is_broken();
@@ -79,16 +77,16 @@ impl Controller {
         }
     }
 
-    /// Gives up a pair of queues that could not be attached.
+    /// Handles the memory of a pair of queues that could not be attached.
     pub(in super::super) fn discard(&self, pair: &mut QueuePair) {
         self.keep(&mut self.state(), pair);
     }
 
-    /// Keeps the memory of a pair of queues, and what is in its slots, where the controller may still
-    /// reach it: its I/O addresses would be given to others at once.
+    /// Keeps the memory of a pair of queues and the buffers in its slots if the controller may still reach
+    /// them. Otherwise their IOVAs could be reused at once.
     fn keep(&self, state: &mut State, pair: &mut QueuePair) {
         if state.quiet_below < self.generation() {
-            state.kept.extend(pair.remains());
+            state.kept.extend(pair.take_memory());
         }
     }
 
@@ -100,12 +98,12 @@ impl Controller {
     }
 }
 
-/// Has the controller forget queues, in the order of `opcodes`.
+/// Deletes queues, in the order of `opcodes`.
 fn delete(admin: &mut Admin, opcodes: &[u8], id: u16) -> Result<()> {
     for opcode in opcodes {
         let command = Command::new(*opcode, 0).dwords_10(id.into(), 0);
         let operation = "delete a queue of";
-        admin.execute(&Question { operation, command, with_data: false })?;
+        admin.execute(&AdminCommand { operation, command, with_data: false })?;
     }
     Ok(())
 }

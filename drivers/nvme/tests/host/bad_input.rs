@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind, Result};
-use vfio_remap_nvme::{Controller, Done, Refused, Settings, Status};
+use vfio_remap_nvme::{Completion, Controller, Settings, Status, SubmitError};
 
 use crate::scripted::{HONEST, Script, ScriptedController};
 
@@ -110,8 +110,8 @@ fn a_controller_that_is_refused_is_named_and_left_quiet() {
             "completion",
         ),
         (with(|script| script.queues = u32::MAX), ErrorKind::Malformed, "not counts of queues"),
-        (with(|script| script.silent = Some(0x06)), ErrorKind::Os, "no answer in 0.5 seconds"),
-        (with(|script| script.id = 1), ErrorKind::Os, "answered with nonsense"),
+        (with(|script| script.silent = Some(0x06)), ErrorKind::Os, "no answer within 500ms"),
+        (with(|script| script.id = 1), ErrorKind::Os, "malformed completion"),
     ];
     for (script, kind, words) in cases {
         let subject = Subject::new(script);
@@ -139,12 +139,12 @@ fn a_namespace_that_makes_no_sense_is_refused_alone() {
         (|data| data[130] = 8, ErrorKind::Malformed, "2^8 bytes"),
         (|data| data[130] = 63, ErrorKind::Malformed, "2^63 bytes"),
         (|data| data[130] = 255, ErrorKind::Malformed, "2^255 bytes"),
-        (|data| data[..8].fill(0xff), ErrorKind::Malformed, "make no sense"),
+        (|data| data[..8].fill(0xff), ErrorKind::Malformed, "are impossible"),
         (|data| data[..8].fill(0), ErrorKind::NotFound, "it has no blocks"),
-        (|data| data[26] = 1, ErrorKind::Malformed, "number 1 of 1"),
-        (|data| data[130] = 25, ErrorKind::Unsupported, "a transfer 1048576 at most"),
+        (|data| data[26] = 1, ErrorKind::Malformed, "zero-based number 1, but there are 1"),
+        (|data| data[130] = 25, ErrorKind::Unsupported, "a transfer has at most 1048576"),
         (|data| data[128] = 8, ErrorKind::Unsupported, "8 bytes of metadata"),
-        (|data| data[29] = 1, ErrorKind::Unsupported, "protect it"),
+        (|data| data[29] = 1, ErrorKind::Unsupported, "protection information"),
     ];
     for (namespace, kind, words) in cases {
         subject.say(Script { namespace, ..HONEST });
@@ -168,7 +168,7 @@ fn a_command_without_answer_ends_in_time_with_its_buffer() {
         let iova = buffer.iova();
         queue.read(&namespace, 0, buffer, 5).unwrap();
         let start = Instant::now();
-        let Done { tag, status, buffer, .. } = queue.wait().unwrap();
+        let Completion { tag, status, buffer, .. } = queue.wait().unwrap();
         assert!(start.elapsed() >= Duration::from_millis(300), "limit and grace were waited for");
         assert_eq!((tag, status), (5, Status::ABORTED_BY_HOST));
         assert_eq!(buffer.unwrap().iova(), iova, "the controller is disabled: it cannot reach it");
@@ -187,10 +187,10 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
     queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 5).unwrap();
     // It cannot be disabled any more, by whatever reset.
     subject.say(Script { stays_ready: true, ..HONEST });
-    let Done { status, buffer, .. } = queue.wait().unwrap();
+    let Completion { status, buffer, .. } = queue.wait().unwrap();
     assert_eq!((status, buffer.is_none()), (Status::ABORTED_BY_HOST, true));
     assert!(queue.wait().is_none());
-    let Refused { error: reason, buffer } =
+    let SubmitError { error: reason, buffer } =
         queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 6).unwrap_err();
     assert!(buffer.is_some());
     drop(buffer);
@@ -296,7 +296,7 @@ fn usable(script: Script) -> Subject {
     let subject = Subject::new(script);
     let controller = subject.open().unwrap();
     assert_eq!(controller.namespaces().unwrap(), [1]);
-    assert_eq!(controller.namespace(1).unwrap().blocks, 1000);
+    assert_eq!(controller.namespace(1).unwrap().block_count, 1000);
     controller.close().unwrap();
     subject
 }
@@ -348,7 +348,7 @@ fn without_a_list_namespaces_are_tried_one_by_one() {
     for (what, script) in cases {
         let controller = Subject::new(script).open().unwrap();
         assert_eq!(controller.namespaces().unwrap(), THERE, "{what}");
-        assert_eq!(controller.namespace(3).unwrap().blocks, 1000, "{what}");
+        assert_eq!(controller.namespace(3).unwrap().block_count, 1000, "{what}");
         error(controller.namespace(2), ErrorKind::NotFound, "there are [1, 3]");
         error(controller.namespace(5), ErrorKind::NotFound, "there are [1, 3]");
         controller.close().unwrap();
@@ -358,7 +358,7 @@ fn without_a_list_namespaces_are_tried_one_by_one() {
     let script = Script { version: 0, there: &[1, 0xffff_fffe], controller: most, ..HONEST };
     let controller = Subject::new(script).open().unwrap();
     assert_eq!(controller.namespaces().unwrap(), [1], "of those up to 1024");
-    assert_eq!(controller.namespace(0xffff_fffe).unwrap().blocks, 1000);
+    assert_eq!(controller.namespace(0xffff_fffe).unwrap().block_count, 1000);
     controller.close().unwrap();
     let controller = Subject::new(Script { there: &[], ..HONEST }).open().unwrap();
     assert!(controller.namespaces().unwrap().is_empty());

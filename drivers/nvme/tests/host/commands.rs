@@ -7,7 +7,7 @@ use vfio_remap::device::DmaBuffer;
 use vfio_remap::emulated::{Activity, Emulated, Fault, Faults, Namespace as Storage, Nvme, Power};
 use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind};
-use vfio_remap_nvme::{Controller, Done, IoQueue, Namespace, Settings, Status};
+use vfio_remap_nvme::{Completion, Controller, IoQueue, Namespace, Settings, Status};
 
 const SETTINGS: Settings = Settings {
     queues: 4,
@@ -34,7 +34,7 @@ fn controller(model: &Emulated, settings: Settings) -> Arc<Controller> {
 }
 
 /// Waits for the one request that is outstanding.
-fn done(queue: &mut IoQueue) -> Done {
+fn done(queue: &mut IoQueue) -> Completion {
     let done = queue.wait().unwrap();
     assert_eq!(queue.outstanding(), 0);
     done
@@ -42,14 +42,14 @@ fn done(queue: &mut IoQueue) -> Done {
 
 fn write(queue: &mut IoQueue, to: &Namespace, block: u64, buffer: DmaBuffer) -> DmaBuffer {
     queue.write(to, block, buffer, 7).unwrap();
-    let Done { tag, status, buffer, .. } = done(queue);
+    let Completion { tag, status, buffer, .. } = done(queue);
     assert_eq!((tag, status), (7, Status::SUCCESS));
     buffer.unwrap()
 }
 
 fn read(queue: &mut IoQueue, of: &Namespace, block: u64, buffer: DmaBuffer) -> DmaBuffer {
     queue.read(of, block, buffer, 8).unwrap();
-    let Done { tag, status, buffer, .. } = done(queue);
+    let Completion { tag, status, buffer, .. } = done(queue);
     assert_eq!((tag, status), (8, Status::SUCCESS));
     buffer.unwrap()
 }
@@ -171,7 +171,7 @@ fn a_loss_of_power_ends_commands_and_keeps_what_was_flushed() {
             power.cycle();
         }
         let mut back = Vec::new();
-        while let Some(Done { tag, status, buffer, .. }) = queue.wait() {
+        while let Some(Completion { tag, status, buffer, .. }) = queue.wait() {
             if !status.is_success() {
                 assert_eq!(status, Status::ABORTED_BY_HOST);
                 aborted += 1;
@@ -253,7 +253,7 @@ fn a_completion_that_comes_twice_ends_no_other_command() {
     assert!(queue.pop().is_none(), "the completion that is there twice is of the write");
     assert_eq!(queue.outstanding(), 1);
     working(&model, || {
-        let Done { tag, status, buffer, .. } = queue.wait().unwrap();
+        let Completion { tag, status, buffer, .. } = queue.wait().unwrap();
         assert!(tag == 2 && (status.is_success() || status == Status::ABORTED_BY_HOST));
         let buffer = buffer.unwrap();
         assert!(!status.is_success() || buffer.load::<u8>(4095) == 0x5a, "it was read");
@@ -374,8 +374,8 @@ fn requests_that_make_no_sense_give_the_buffer_back() {
         (whole(4096), 2041, ErrorKind::OutOfRange, "it has 2048 blocks"),
         (whole(4096), u64::MAX, ErrorKind::OutOfRange, "it has 2048 blocks"),
         (part(8, 100), 0, ErrorKind::Unaligned, "a block has 512 bytes"),
-        (part(2, 512), 0, ErrorKind::Unaligned, "multiple of four bytes"),
-        (whole(132 << 10), 0, ErrorKind::OutOfRange, "131072 bytes at most"),
+        (part(2, 512), 0, ErrorKind::Unaligned, "not a multiple of four"),
+        (whole(132 << 10), 0, ErrorKind::OutOfRange, "at most 131072 bytes"),
     ] {
         let (iova, size) = (buffer.iova(), buffer.size());
         let refused = queue.write(&namespace, block, buffer, 1).unwrap_err();
@@ -400,7 +400,7 @@ fn requests_that_make_no_sense_give_the_buffer_back() {
         assert!(done.status.is_success());
     }
     // What the controller refuses says why: the driver's view of a namespace may be old.
-    let larger = Namespace { blocks: 4096, ..namespace };
+    let larger = Namespace { block_count: 4096, ..namespace };
     queue.read(&larger, 3000, whole(4096), 1).unwrap();
     let error = done(&mut queue).status.check("read", || "block 3000".to_owned()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfRange);
@@ -490,7 +490,7 @@ fn a_controller_says_what_it_is_and_how_it_fares() {
     assert_eq!((health.warnings, health.temperature, health.spare), (0, 300, 100));
     assert_eq!(controller.errors().unwrap(), []);
     let namespace = controller.namespace(2).unwrap();
-    assert_eq!((namespace.blocks, namespace.size()), (1024, 4 << 20));
+    assert_eq!((namespace.block_count, namespace.size()), (1024, 4 << 20));
     let error = controller.namespace(3).unwrap_err();
     assert!(error.to_string().contains("there are [1, 2]"), "{error}");
     // Each queue has a window over its own doorbells.

@@ -13,7 +13,7 @@ use vfio_remap::emulated::Namespace as Storage;
 use vfio_remap::emulated::{Emulated, Fault, Faults, Nvme, Power};
 use vfio_remap::{Device, Result};
 
-use vfio_remap_nvme::{Controller, Done, IoQueue, Namespace, Settings};
+use vfio_remap_nvme::{Completion, Controller, IoQueue, Namespace, Settings};
 
 const BLOCK: usize = 512;
 const BLOCKS: u64 = 48;
@@ -299,7 +299,7 @@ impl Run {
     }
 
     /// A command has ended, or was not even submitted.
-    fn end(&mut self, slot: usize, done: Option<Done>, queue: &IoQueue) {
+    fn end(&mut self, slot: usize, done: Option<Completion>, queue: &IoQueue) {
         let pending = self.pending[slot].take();
         let pending = pending.unwrap_or_else(|| panic!("seed {}: ended twice", self.seed));
         let done = done.filter(|done| {
