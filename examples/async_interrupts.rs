@@ -1,7 +1,7 @@
-//! Interrupts in an asynchronous program: a vector is what tokio's `AsyncFd` takes.
+//! Interrupts in an asynchronous program: tokio's `AsyncFd` accepts a vector.
 //!
-//! `cargo run --release --example async_interrupts` computes factorials on an emulated edu device, which says by
-//! interrupt when one is done.
+//! `cargo run --release --example async_interrupts` computes factorials on an emulated edu device, which raises
+//! an interrupt when one is done.
 
 #![forbid(unsafe_code)]
 
@@ -12,12 +12,12 @@ use vfio_remap::device::{Interrupt, Vector};
 use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::{Device, IoRegister, Result};
 
-/// Waits until the vector has fired, and leaves the thread to others meanwhile.
+/// Waits until the vector has fired. Other tasks run meanwhile.
 async fn fired(vector: &AsyncFd<Vector>) -> std::io::Result<u64> {
     loop {
         let mut guard = vector.readable().await?;
         match guard.get_inner().take()? {
-            // tokio was told before, and may ask again.
+            // The readiness was old: tokio has to poll again.
             0 => guard.clear_ready(),
             count => return Ok(count),
         }
@@ -29,14 +29,14 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
     device.config()?.set_bus_mastering(true)?;
     let vectors = device.vectors(Interrupt::Msi, 1)?;
-    // Since 1.54 tokio has this deprecated, for descriptors that change under it: a Vector's stays the same.
+    // tokio 1.54 has deprecated this, because a type's descriptor may change. That of a Vector does not.
     #[allow(deprecated)]
     let done = AsyncFd::new(vectors.vector(0)?)?;
 
     let register = |offset| -> Result<IoRegister<u32>> { device.bar(0)?.trapped(offset) };
     let (factorial, status) = (register(0x08)?, register(0x20)?);
     let (causes, acknowledge) = (register(0x24)?, register(0x64)?);
-    // An interrupt is wanted when a factorial is computed.
+    // Enables the interrupt at the end of a computation.
     status.write(0x80)?;
     for n in 1..=12 {
         factorial.write(n)?;

@@ -1,7 +1,8 @@
-//! A driver for QEMU's educational device, in safe Rust: liveness, factorials by polling and by
-//! interrupt, DMA both ways.
+//! Uses QEMU's educational device, in safe Rust: liveness, factorials by polling and by interrupt, DMA in both
+//! directions.
 //!
-//! `cargo run --release --example edu`, or `-- --device` and `vfio-user:PATH` or a PCI address.
+//! `cargo run --release --example edu`; add `-- --device` with `vfio-user:PATH` or a PCI address for another
+//! device.
 
 #![forbid(unsafe_code)]
 
@@ -20,7 +21,7 @@ struct Options {
     /// emulated:edu, vfio-user:PATH, or a PCI address
     #[arg(long, value_name = "DEVICE", default_value = "emulated:edu")]
     device: String,
-    /// By which interrupt
+    /// The kind of interrupt
     #[arg(long, value_enum, default_value = "msi")]
     interrupt: Kind,
 }
@@ -57,13 +58,13 @@ fn drive(options: &Options) -> Result<()> {
     expect("10! by polling", edu.factorial_polled(10)?, 3_628_800)?;
     expect("12! by interrupt", edu.factorial(12)?, 479_001_600)?;
     edu.ring()?;
-    println!("the interrupt rings");
+    println!("the interrupt arrived");
     let sent: Vec<u8> = (0..4096u32).map(|n| (n % 251) as u8).collect();
     edu.buffer().write(0, &sent);
     edu.there_and_back(0, 4096, 4096)?;
     let mut received = vec![0; sent.len()];
     edu.buffer().read(4096, &mut received);
-    expect("bytes that differ after DMA both ways", differing(&sent, &received), 0)?;
+    expect("bytes that differ after DMA in both directions", differing(&sent, &received), 0)?;
     edu.close()?;
     drop(process);
     Ok(())

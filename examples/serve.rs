@@ -1,7 +1,7 @@
 //! Serves an emulated device to vfio-user clients, one after another, until it is killed.
 //!
-//! `cargo run --example serve -- edu --socket /tmp/edu.sock`, then for instance
-//! `qemu-system-x86_64 … -device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"/tmp/edu.sock"}}'`.
+//! `cargo run --example serve -- edu --socket /tmp/edu.sock`, then, for example, `qemu-system-x86_64 … -device
+//! '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"/tmp/edu.sock"}}'`.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -17,10 +17,10 @@ use vfio_remap::{Error, ErrorKind, Result};
 struct Options {
     /// The device
     model: Model,
-    /// Where to listen; nothing may be there yet
+    /// The socket to create; the path must not exist
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
-    /// The blocks of nvme's first namespace, of 512 bytes [default: 64 MiB of memory]
+    /// The file for the first namespace of nvme, in blocks of 512 bytes [default: 64 MiB of memory]
     #[arg(long, value_name = "PATH")]
     file: Option<PathBuf>,
 }
@@ -29,7 +29,7 @@ struct Options {
 enum Model {
     /// QEMU's educational device: registers, interrupts, DMA
     Edu,
-    /// An NVMe controller of two namespaces, the second of 64 MiB in blocks of 4096 bytes
+    /// An NVMe controller with two namespaces, the second with 64 MiB in blocks of 4096 bytes
     Nvme,
 }
 

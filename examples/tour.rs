@@ -1,7 +1,7 @@
-//! The main job as a story: map a BAR, duplicate the window, relocate it, and say each time which way
-//! was taken and why.
+//! A tour of the crate: maps a BAR, duplicates the window, relocates it, and reports each time which strategy
+//! was used and why.
 //!
-//! Without `--device` it runs on an emulated device, QEMU's edu, in a process of its own.
+//! Without `--device` it runs on an emulated device, QEMU's edu, in a separate process.
 
 mod common;
 
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use vfio_remap::space::{Attempt, KernelVersion, Outcome, Request};
 use vfio_remap::{Bar, Device, Placement, Register, Report, Reservation, Result, Strategy, Window};
 
-/// Maps a BAR, duplicates and relocates the window, and says which way each took and why.
+/// Maps a BAR, duplicates and relocates the window, and reports which strategy was used and why.
 #[derive(Parser)]
 struct Options {
     /// emulated:edu, emulated:nvme, vfio-user:PATH of a server's socket, or the PCI address of a device bound to
@@ -26,10 +26,10 @@ struct Options {
     /// The BAR to map [default: the largest that can be mapped]
     #[arg(long, value_name = "N")]
     bar: Option<u32>,
-    /// Take this strategy and no other
+    /// Use only this strategy
     #[arg(long, value_name = "NAME")]
     strategy: Option<Pin>,
-    /// Print one JSON object instead of the story
+    /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
 }
@@ -42,22 +42,22 @@ enum Pin {
     Move,
 }
 
-/// What the tour tells, line by line or as one JSON object at the end.
+/// The output of the tour: line by line, or as one JSON object at the end.
 struct Story {
     json: bool,
     steps: Vec<Value>,
 }
 
-/// What a step has cost this process.
+/// The cost of a step for this process.
 struct Cost {
     faults: i64,
     micros: f64,
 }
 
-/// A register that is safe to write on a device that nobody drives, and what it then reads.
+/// A register that can be written safely on an unused device, and the value that it then reads as.
 struct Scratch {
     offset: usize,
-    /// Where the answer is read; an emulated device takes a moment for it.
+    /// The offset of the reply. An emulated device takes a moment for it.
     answer_at: usize,
     what: &'static str,
     values: [u32; 2],
@@ -84,7 +84,7 @@ fn tour(options: &Options) -> Result<()> {
     let regions: Vec<Value> = device.bars().map(|bar| story.region(&bar)).collect();
     {
         let bar = choose(&device, options.bar)?;
-        // The largest part that is one span: all of most BARs, or what MSI-X leaves of them.
+        // The largest mappable part: all of most BARs, or what MSI-X leaves.
         let part = bar.layout().mappable().min_by_key(|part| Reverse(part.end - part.start));
         let part = part.unwrap_or(0..bar.size());
         let (window, cost) = measured(|| bar.map(part.clone(), Placement::Anywhere))?;
@@ -96,7 +96,7 @@ fn tour(options: &Options) -> Result<()> {
     let name = device.name().to_owned();
     device.close()?;
     drop(process);
-    story.say("Closed: nothing held the device any more.");
+    story.say("Closed: nothing held the device.");
     if options.json {
         let kernel = KernelVersion::running().to_string();
         println!(
@@ -127,7 +127,7 @@ fn duplicate(
     pin: Option<Pin>,
 ) -> Result<Option<Window>> {
     if let Some(Pin::Move) = pin {
-        story.say("\nA move cannot duplicate: nothing of that sort is tried.");
+        story.say("\nMove cannot duplicate, so that step is skipped.");
         return Ok(None);
     }
     let ((copy, report), cost) = measured(|| window.duplicate(request(Placement::Anywhere, pin)))?;
@@ -140,13 +140,13 @@ fn duplicate(
 }
 
 impl Scratch {
-    /// Writes through one window, and reads through the other.
+    /// Writes through one window and reads through the other.
     fn prove(&self, story: &mut Story, windows: [&Window; 2], names: [&str; 2]) -> Result<()> {
         let (one, other) =
             (windows[0].register::<u32>(self.offset)?, windows[1].register::<u32>(self.answer_at)?);
         for value in self.values {
             one.write(value);
-            let read = patiently(&other, (self.answer)(value));
+            let read = read_until(&other, (self.answer)(value));
             let [through, back] = names;
             story.proof(
                 format!(
@@ -160,18 +160,18 @@ impl Scratch {
     }
 }
 
-/// Reads a register until it answers as it should, for up to a second.
-fn patiently(register: &Register<u32>, expected: u32) -> u32 {
-    let end = Instant::now() + Duration::from_secs(1);
+/// Reads a register until it has the expected value, for at most a second.
+fn read_until(register: &Register<u32>, expected: u32) -> u32 {
+    let deadline = Instant::now() + Duration::from_secs(1);
     loop {
         let read = register.read();
-        if read == expected || Instant::now() > end {
+        if read == expected || Instant::now() > deadline {
             return read;
         }
     }
 }
 
-/// Reads only, on a device whose registers we do not know.
+/// Only reads, on a device whose registers are unknown.
 fn same(story: &mut Story, one: &Window, other: &Window) -> Result<()> {
     let (one, other) =
         (one.read_only_register::<u32>(0)?.read(), other.read_only_register::<u32>(0)?.read());
@@ -219,7 +219,7 @@ fn request(placement: Placement, pin: Option<Pin>) -> Request {
     }
 }
 
-/// Registers that keep what is written to them, of devices that the lab has.
+/// Registers of the lab's devices that can be written and read back.
 fn scratch(device: &Device, bar: &Bar<'_>, window: &Window) -> Option<Scratch> {
     let keeps = |offset, what, values| Scratch {
         offset,
@@ -238,7 +238,7 @@ fn scratch(device: &Device, bar: &Bar<'_>, window: &Window) -> Option<Scratch> {
     let config = device.config().ok()?;
     let start = window.region_range().start as usize;
     let scratch = match (config.vendor().ok()?, config.device().ok()?, bar.index()) {
-        // Ours maps a mailbox; QEMU's maps the registers themselves.
+        // The emulated edu maps a mailbox; QEMU's maps the registers themselves.
         (0x1234, 0x11e8, 0) if start == 0x1_0000 => {
             inverts(0x1_0004, 0x1_0008, "edu's liveness mailbox, which inverts,")
         }
@@ -278,7 +278,7 @@ impl Story {
         }
     }
 
-    /// A region and its layout, drawn: full blocks can be mapped, light ones are trapped.
+    /// Draws a region: full blocks can be mapped, light ones are trapped.
     fn region(&self, bar: &Bar<'_>) -> Value {
         const CELLS: u64 = 32;
         let size = bar.size();
@@ -342,13 +342,13 @@ impl Story {
         self.say(format!("  cost      {faults} faults, {micros:.1} µs"));
     }
 
-    /// Something that must hold; the tour ends where it does not.
+    /// A check; the tour ends with an error if it fails.
     fn proof(&mut self, what: String, holds: bool) -> Result<()> {
         if holds {
             self.say(format!("  proof     {what}"));
             return Ok(());
         }
-        Err(vfio_remap::Error::new(vfio_remap::ErrorKind::Malformed, "believe", "the device")
+        Err(vfio_remap::Error::new(vfio_remap::ErrorKind::Malformed, "check", "the device")
             .because(what))
     }
 }

@@ -1,5 +1,4 @@
-//! Where the examples get their devices from: `emulated:edu`, `emulated:nvme`, `vfio-user:PATH`, or a
-//! PCI address.
+//! Opens the devices of the examples: `emulated:edu`, `emulated:nvme`, `vfio-user:PATH`, or a PCI address.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -11,16 +10,16 @@ use vfio_remap::emulated::{Edu, Emulated, Namespace, Nvme, Server};
 use vfio_remap::transport::VfioUser;
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
 
-/// The argument by which an example runs itself as the server of an emulated device.
+/// The argument with which an example starts itself as the server of an emulated device.
 pub const SERVE: &str = "--serve-emulated";
 
-/// A device, and the process that emulates it, if one does.
+/// A device, and the process that emulates it, if there is one.
 pub struct Opened {
     pub device: Device,
     pub process: Option<Process>,
 }
 
-/// A process that serves an emulated device to this one; it ends when this is dropped.
+/// A process that serves an emulated device to this one. Dropping this ends it.
 pub struct Process {
     child: Child,
     socket: PathBuf,
@@ -28,14 +27,14 @@ pub struct Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself, since its only client has left.
+        // It may have ended already, because its only client has left.
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.socket);
     }
 }
 
-/// Opens what a user has named, and lets it answer.
+/// Opens the device that the user has named, and enables its memory decoding.
 pub fn open(name: &str) -> Result<Opened> {
     if let Some(model) = name.strip_prefix("emulated:") {
         return emulated(model);
@@ -66,7 +65,7 @@ pub fn served() -> Option<Result<()>> {
 fn emulated(model: &str) -> Result<Opened> {
     if !["edu", "nvme"].contains(&model) {
         return Err(Error::new(ErrorKind::NotFound, "emulate", model)
-            .remedy("there are: emulated:edu, emulated:nvme"));
+            .remedy("use emulated:edu or emulated:nvme"));
     }
     let failed = |error: std::io::Error| {
         Error::new(ErrorKind::Os, "emulate", model).because(error.to_string())
@@ -75,13 +74,13 @@ fn emulated(model: &str) -> Result<Opened> {
     let program = std::env::current_exe().map_err(failed)?;
     let child = Command::new(program).args([SERVE, model]).arg(&socket).spawn().map_err(failed)?;
     let process = Process { child, socket };
-    let end = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(5);
     let transport = loop {
         match VfioUser::connect(&process.socket) {
-            // It has not made the socket yet, or does not listen yet.
+            // The server has not created the socket yet, or does not listen yet.
             Err(error)
                 if [Some(libc::ENOENT), Some(libc::ECONNREFUSED)].contains(&error.errno())
-                    && Instant::now() < end =>
+                    && Instant::now() < deadline =>
             {
                 std::thread::sleep(Duration::from_millis(1));
             }

@@ -15,17 +15,17 @@ use crate::options::{Bench, Options};
 use crate::session::Session;
 use vfio_remap_nvme::{Completion, IoQueue, Namespace, Settings};
 
-/// Of so many requests of a thread, the latency of one is taken.
+/// The latency of one request of this many is measured.
 pub const SAMPLE: u64 = 256;
 
-/// What a thread has done.
+/// The results of a thread.
 struct Tally {
     operations: u64,
     elapsed: Duration,
     latencies: Latencies,
 }
 
-/// Measures, and prints what was measured.
+/// Measures, and prints the results.
 pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     let settings = Settings {
         queues: bench.threads.max(1),
@@ -44,14 +44,14 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     let queues = queues.collect::<Result<Vec<_>>>()?;
     if let Some(most) = queues.iter().map(IoQueue::depth).min().filter(|most| bench.depth > *most) {
         return Err(Error::new(ErrorKind::OutOfRange, "measure", session.controller.name())
-            .because(format!("its queues take {most} requests at a time")));
+            .because(format!("its queues hold at most {most} requests")));
     }
     if !options.common.json {
         introduce(bench, &session, &queues);
     }
     let time = Duration::from_secs(bench.seconds.max(1));
     let start = Barrier::new(queues.len());
-    // All of them before the first thread: each waits for the others to start.
+    // All workers are made before the first thread starts, because each thread waits for the others.
     let workers = queues.into_iter().map(|queue| Worker::new(queue, session.namespace, bench));
     let workers = workers.collect::<Result<Vec<_>>>()?;
     let start = &start;
@@ -79,15 +79,15 @@ fn check(bench: &Bench, session: &Session) -> Result<()> {
         let block = namespace.block_size();
         return refuse(
             ErrorKind::Unaligned,
-            format!("requests of {size} bytes are no whole number of its blocks of {block}"),
+            format!("requests of {size} bytes do not consist of whole blocks of {block}"),
         );
     }
     if size > controller.identity().max_transfer {
         let most = controller.identity().max_transfer;
-        return refuse(ErrorKind::OutOfRange, format!("a request has {most} bytes at most"));
+        return refuse(ErrorKind::OutOfRange, format!("a request has at most {most} bytes"));
     }
     if bench.depth == 0 {
-        return refuse(ErrorKind::OutOfRange, "a depth of 0 measures nothing".to_owned());
+        return refuse(ErrorKind::OutOfRange, "the depth is 0".to_owned());
     }
     Ok(())
 }
@@ -140,18 +140,18 @@ fn report(options: &Options, bench: &Bench, tallies: &[Tally]) {
     latencies.print();
 }
 
-/// One thread: a queue, and as many requests in it as the depth says.
+/// One thread: a queue with as many requests as the depth.
 struct Worker {
     queue: IoQueue,
     namespace: Namespace,
-    /// Blocks of a request, and requests that the namespace has room for.
+    /// The blocks of a request, and how many requests fit into the namespace.
     blocks: u64,
     places: u64,
-    /// Of 2^32 random numbers, those below this read.
+    /// A 32-bit random number below this means a read.
     reads_below: u64,
     random: u64,
     submitted: u64,
-    /// When a request was submitted whose latency is taken; a request's tag is its place here.
+    /// The submission times of the measured requests, indexed by tag.
     since: Vec<Option<Instant>>,
     buffers: Vec<DmaBuffer>,
 }
@@ -159,7 +159,7 @@ struct Worker {
 impl Worker {
     fn new(queue: IoQueue, namespace: Namespace, bench: &Bench) -> Result<Self> {
         let depth = bench.depth;
-        // Each request's data begin at a page, so that as few pages as can be are listed.
+        // Each buffer begins at a page, so that PRP lists are as short as possible.
         let spacing = bench.block_size.next_multiple_of(4096);
         let mut rest = queue.controller().buffer(depth * spacing)?;
         let mut buffers = Vec::with_capacity(depth);
@@ -194,7 +194,7 @@ impl Worker {
         }
         let mut now = start;
         while now - start < time {
-            // What has come is taken, and as much submitted, before the controller is told.
+            // Takes all completions and submits as many requests, before the doorbell is rung.
             let mut done = self.queue.wait();
             while let Some(Completion { tag, status, buffer, .. }) = done {
                 status.check("read or write", || format!("namespace {}", self.namespace.id))?;
@@ -210,7 +210,7 @@ impl Worker {
             }
         }
         let elapsed = start.elapsed();
-        // Those that are still with the controller do not count.
+        // Outstanding requests do not count.
         while let Some(done) = self.queue.wait() {
             drop(done);
         }
@@ -220,7 +220,7 @@ impl Worker {
     #[inline]
     fn submit(&mut self, tag: u64, buffer: DmaBuffer) -> Result<()> {
         let random = self.random();
-        // The high half chooses the place, the low half the kind.
+        // The upper half selects the place, the lower half read or write.
         let place = ((u128::from(random) * u128::from(self.places)) >> 64) as u64;
         let block = place * self.blocks;
         if self.submitted.is_multiple_of(SAMPLE) {

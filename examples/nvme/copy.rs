@@ -1,4 +1,4 @@
-//! `nvme read` and `nvme write`: blocks to a file, and back.
+//! `nvme read` and `nvme write`: copies between blocks and a file.
 
 use std::fs::File;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use crate::progress::Progress;
 use crate::session::Session;
 use vfio_remap_nvme::{Namespace, Settings};
 
-/// What is written is flushed, and known to last, so often.
+/// The amount of data, in bytes, after which the namespace is flushed.
 const SEGMENT: u64 = 16 << 20;
 
 /// Copies blocks to a file.
@@ -48,7 +48,7 @@ pub fn write(options: &Options, copy: &Copy) -> Result<()> {
     let length = copy.length.unwrap_or(there);
     if length > there {
         return Err(Error::new(ErrorKind::OutOfRange, "read", copy.file.display())
-            .because(format!("it has {there} bytes, and {length} were asked for")));
+            .because(format!("it has {there} bytes, but {length} were requested")));
     }
     let all = blocks(&session.namespace, copy.offset, length)?;
     let mut mover = Mover::new(&session)?;
@@ -69,7 +69,7 @@ pub fn write(options: &Options, copy: &Copy) -> Result<()> {
     session.close()
 }
 
-/// A run of blocks in parts of `size` blocks at most.
+/// Splits a run of blocks into parts of at most `size` blocks.
 pub fn segments(blocks: Range<u64>, size: u64) -> impl Iterator<Item = Range<u64>> {
     let (start, end, size) = (blocks.start, blocks.end, size.max(1));
     (0..(end - start).div_ceil(size)).map(move |index| {
@@ -78,14 +78,14 @@ pub fn segments(blocks: Range<u64>, size: u64) -> impl Iterator<Item = Range<u64
     })
 }
 
-/// The blocks that `length` bytes from `offset` on are.
+/// The blocks of the `length` bytes at `offset`.
 fn blocks(namespace: &Namespace, offset: u64, length: u64) -> Result<Range<u64>> {
     let size = namespace.block_size() as u64;
     let object = || format!("{length} bytes at {offset} of namespace {}", namespace.id);
     if !offset.is_multiple_of(size) || !length.is_multiple_of(size) {
         return Err(Error::new(ErrorKind::Unaligned, "copy", object())
             .because(format!("a block has {size} bytes"))
-            .remedy("choose multiples of that for --offset and --length, or pad the file"));
+            .remedy("use multiples of that for --offset and --length, or pad the file"));
     }
     match offset.checked_add(length) {
         Some(end) if end <= namespace.size() && length > 0 => Ok(offset / size..end / size),

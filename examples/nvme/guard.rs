@@ -1,4 +1,4 @@
-//! What keeps a device's data from being destroyed by mistake.
+//! Protects data on a device from accidental destruction.
 
 use vfio_remap::{Error, ErrorKind, Result};
 
@@ -6,10 +6,10 @@ use crate::mover::Mover;
 use crate::options::Common;
 use crate::session::Session;
 
-/// How much of a device is looked at: btrfs has its first superblock at 64 KiB.
-const LOOKED_AT: u64 = 128 << 10;
+/// How many bytes of a device are examined: btrfs has its first superblock at 64 KiB.
+const EXAMINED: u64 = 128 << 10;
 
-/// What is known by its first bytes: a name, where they are, and which they are.
+/// Signatures: a name, an offset, and the bytes there.
 const SIGNATURES: [(&str, usize, &[u8]); 17] = [
     ("a GUID partition table", 512, b"EFI PART"),
     ("a GUID partition table", 4096, b"EFI PART"),
@@ -30,15 +30,15 @@ const SIGNATURES: [(&str, usize, &[u8]); 17] = [
     ("an ISO 9660 file system", 0x8001, b"CD001"),
 ];
 
-/// The end of a first block that is a partition table or a boot block: of most FAT file systems, too.
+/// The end of a partition table or of a boot block, including that of most FAT file systems.
 const BOOT_BLOCK: (&str, usize, &[u8]) =
     ("a partition table (MBR) or a boot block", 510, b"\x55\xaa");
 
-/// What lies on a device whose first bytes are these.
+/// The contents of a device with these first bytes, if they are known.
 pub fn found(start: &[u8]) -> Option<&'static str> {
     let holds =
         |&(_, at, magic): &(&str, usize, &[u8])| start.get(at..at + magic.len()) == Some(magic);
-    // The particular before what may mean anything.
+    // The specific signatures before the generic one.
     SIGNATURES
         .iter()
         .find(|signature| holds(signature))
@@ -46,21 +46,20 @@ pub fn found(start: &[u8]) -> Option<&'static str> {
         .map(|(name, ..)| *name)
 }
 
-/// Whether the device is emulated for this run alone, and goes with it.
+/// Whether the device is emulated for this run only.
 pub fn is_emulated(common: &Common) -> bool {
     common.device.starts_with("emulated:")
 }
 
-/// Whether a device may be written to: it is emulated and holds nothing that somebody has put there, or
-/// the user has said so.
+/// Checks that a device may be written: it is emulated and has no known signature, or the user has allowed it.
 ///
 /// # Errors
-/// `InUse`, naming what was found.
+/// `InUse`, with what was found.
 pub fn permit(common: &Common, session: &Session, mover: &mut Mover) -> Result<()> {
     if common.yes_destroy_data {
         return Ok(());
     }
-    let size = session.namespace.size().min(LOOKED_AT);
+    let size = session.namespace.size().min(EXAMINED);
     let mut start = vec![0; size as usize];
     let shift = session.namespace.block_shift;
     mover.read(0..size >> shift, |block, bytes| {
@@ -73,12 +72,12 @@ pub fn permit(common: &Common, session: &Session, mover: &mut Mover) -> Result<(
     let refuse = |reason: String| {
         Err(Error::new(ErrorKind::InUse, "write to", object)
             .because(reason)
-            .remedy("say --yes-destroy-data if that may be lost"))
+            .remedy("add --yes-destroy-data if that may be lost"))
     };
     match found {
         Some(what) => refuse(format!("it holds {what}")),
         None if is_emulated(common) => Ok(()),
-        None => refuse("it is not emulated, and may hold what is not recognized".to_owned()),
+        None => refuse("it is not emulated, and may hold unknown data".to_owned()),
     }
 }
 
@@ -91,7 +90,7 @@ mod tests {
     use crate::options::Options;
 
     #[test]
-    fn nothing_is_destroyed_unasked() {
+    fn data_is_destroyed_only_on_request() {
         let session = Session::with(Nvme::new(vec![Namespace::memory(1 << 20, 4096).unwrap()]));
         let permitted = |arguments: &[&str]| {
             let options = Options::parse_from([&["nvme", "verify"], arguments].concat());
@@ -102,7 +101,7 @@ mod tests {
         assert_eq!(permitted(&[]), Ok(()), "an emulated device that holds nothing");
         assert!(permitted(&real).unwrap_err().contains("it is not emulated"));
         assert_eq!(permitted(&[&real[..], &["--yes-destroy-data"]].concat()), Ok(()));
-        // A file system, as its first superblock has it.
+        // The signature of a file system in its first superblock.
         let mut mover = Mover::new(&session).unwrap();
         let ext = |_, bytes: &mut [u8]| {
             bytes[0x438..0x43a].copy_from_slice(&[0x53, 0xef]);
@@ -121,7 +120,7 @@ mod tests {
 
     #[test]
     fn what_a_device_holds_is_named() {
-        let mut start = vec![0; LOOKED_AT as usize];
+        let mut start = vec![0; EXAMINED as usize];
         assert_eq!(found(&start), None);
         assert_eq!(found(&[]), None, "a device may be shorter than any of them");
         start[510..512].copy_from_slice(&[0x55, 0xaa]);

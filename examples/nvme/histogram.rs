@@ -1,10 +1,10 @@
-//! Latencies as a distribution, and as bars.
+//! The distribution of latencies, printed as bars.
 
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 use std::time::Duration;
 
-/// A second is long enough to be all that matters, three figures exact enough.
+/// The precision, in significant figures.
 const FIGURES: u8 = 3;
 /// The longest bar, in characters.
 const WIDTH: f64 = 50.0;
@@ -14,18 +14,18 @@ pub struct Latencies(Histogram<u64>);
 
 impl Latencies {
     pub fn new() -> Self {
-        // It grows with what it is given.
+        // It grows with the values.
         Self(Histogram::new(FIGURES).expect("three figures are allowed"))
     }
 
     pub fn record(&mut self, latency: Duration) {
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
-        // Refused are values of 2^63 and more: three hundred years.
+        // It rejects values of 2^63 and more, which are three hundred years.
         let _ = self.0.record(nanos);
     }
 
     pub fn add(&mut self, other: &Self) {
-        // It resizes, so that there is nothing that it could not hold.
+        // It grows, so this cannot fail.
         let _ = self.0.add(&other.0);
     }
 
@@ -36,7 +36,7 @@ impl Latencies {
             "max": self.0.max()})
     }
 
-    /// One line for each factor of the square root of two in which there are any.
+    /// Prints one line for each factor of the square root of two.
     pub fn print(&self) {
         let samples = self.0.len();
         println!("latency of {samples} requests, every {}th:", crate::bench::SAMPLE);

@@ -1,8 +1,7 @@
-//! A driver for NVMe controllers, in safe Rust, and what can be done with one: look, copy from and to,
-//! verify, measure.
+//! A tool for NVMe controllers, in safe Rust: it identifies, copies, verifies and measures.
 //!
-//! `cargo run --release --example nvme -- verify`, or `-- identify`, `-- bench`, `-- read FILE`,
-//! `-- write FILE`; without `--device` on an emulated controller, in a process of its own.
+//! `cargo run --release --example nvme -- verify`, or `-- identify`, `-- bench`, `-- read FILE`, `-- write
+//! FILE`; without `--device`, on an emulated controller in a separate process.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! Moves long runs of blocks, several requests at a time, whatever the controller goes through meanwhile.
+//! Copies long runs of blocks, with several requests at a time, even if the controller is reset meanwhile.
 
 use std::ops::Range;
 
@@ -8,26 +8,26 @@ use vfio_remap::{Error, ErrorKind, Result};
 use crate::session::Session;
 use vfio_remap_nvme::{Completion, IoQueue, Namespace};
 
-/// Requests that are with the controller at a time, and their size unless it takes less.
+/// How many requests are outstanding, and their size if the controller allows it.
 const DEPTH: usize = 16;
 const CHUNK: usize = 128 << 10;
-/// How often in a row all that is with the controller may come to nothing before that is given up.
+/// How often in a row all outstanding requests may be undecided before this fails.
 const RETRIES: usize = 16;
 
-/// A queue, and memory for the requests in it.
+/// A queue, and buffers for its requests.
 pub struct Mover {
     queue: IoQueue,
     namespace: Namespace,
-    /// Of a whole chunk each.
+    /// Each has the size of a chunk.
     buffers: Vec<DmaBuffer>,
     chunk_blocks: u64,
-    /// What goes to or comes from whoever uses it.
+    /// The data for the caller's function.
     bytes: Vec<u8>,
-    /// Requests in a row that came to nothing.
+    /// How many requests in a row were undecided.
     undecided: usize,
 }
 
-/// What is done with each chunk: what was read is taken, or what is to be written filled in.
+/// The caller's function: it takes the data of a chunk that was read, or fills in data to write.
 enum Work<'a> {
     Read(&'a mut dyn FnMut(u64, &[u8]) -> Result<()>),
     Write(&'a mut dyn FnMut(u64, &mut [u8]) -> Result<()>),
@@ -59,7 +59,7 @@ impl Mover {
         })
     }
 
-    /// Reads blocks, and gives each chunk with the number of its first block, in any order.
+    /// Reads blocks. Passes each chunk and the number of its first block to `take`, in any order.
     pub fn read(
         &mut self,
         blocks: Range<u64>,
@@ -68,9 +68,9 @@ impl Mover {
         self.run(blocks, &mut Work::Read(&mut take))
     }
 
-    /// Writes blocks, and has them last: `fill` gives what each chunk holds, whose first block has this
-    /// number. A chunk may be asked for again: what a controller that was reset has not flushed may be
-    /// lost.
+    /// Writes blocks and makes them durable. `fill` gets the number of a chunk's first block and fills in its
+    /// data. It may be called again for a chunk, because a reset of the controller may lose data that was not
+    /// flushed.
     pub fn write(
         &mut self,
         blocks: Range<u64>,
@@ -83,10 +83,10 @@ impl Mover {
                 return Ok(());
             }
         }
-        Err(self.given_up())
+        Err(self.gave_up())
     }
 
-    /// Goes through blocks, as many at a time as there are buffers.
+    /// Processes blocks, as many at once as there are buffers.
     fn run(&mut self, blocks: Range<u64>, work: &mut Work<'_>) -> Result<()> {
         let mut next = blocks.start;
         loop {
@@ -102,7 +102,7 @@ impl Mover {
                 if next == blocks.end {
                     return Ok(());
                 }
-                self.go_on()?;
+                self.restart()?;
                 continue;
             };
             let buffer = buffer.ok_or_else(|| self.lost())?;
@@ -121,7 +121,7 @@ impl Mover {
         }
     }
 
-    /// Has the controller work on a buffer, which is a run of blocks from `block` on.
+    /// Submits a request for the blocks in a buffer, starting with `block`.
     fn submit(&mut self, work: &Work<'_>, block: u64, buffer: DmaBuffer) -> Result<()> {
         match work {
             Work::Read(_) => self.queue.read(&self.namespace, block, buffer, block)?,
@@ -130,7 +130,7 @@ impl Mover {
         Ok(())
     }
 
-    /// `false` where a reset has ended it.
+    /// Flushes the namespace. `false` if a reset has ended the command.
     fn flush(&mut self) -> Result<bool> {
         self.queue.flush(&self.namespace, 0)?;
         let Some(Completion { status, .. }) = self.queue.wait() else { return Ok(false) };
@@ -141,8 +141,8 @@ impl Mover {
         Ok(true)
     }
 
-    /// The next part of a run, as large as a chunk where there is as much, and a buffer for it. `None`
-    /// where there is no more, or what is outstanding must come back first.
+    /// The next part of a run, at most a chunk, and a buffer for it. `None` if there is no more, or if a
+    /// request has to complete first.
     fn next(&mut self, next: &mut u64, end: u64) -> Result<Option<(u64, DmaBuffer)>> {
         let blocks = (end - *next).min(self.chunk_blocks);
         if blocks == 0 || self.queue.room() == 0 {
@@ -159,7 +159,7 @@ impl Mover {
         Ok(Some((part, buffer)))
     }
 
-    /// After a success.
+    /// Takes a buffer back after a success.
     fn give_back(&mut self, buffer: DmaBuffer) {
         self.undecided = 0;
         if buffer.size() == self.bytes.len() {
@@ -167,24 +167,24 @@ impl Mover {
         }
     }
 
-    /// Nothing is outstanding, and there is more to be done: the queue was made anew, or has failed.
-    fn go_on(&mut self) -> Result<()> {
+    /// Handles an empty queue before the end of the run: the queue was created again, or has failed.
+    fn restart(&mut self) -> Result<()> {
         if self.queue.room() == 0 { Err(self.lost()) } else { self.retry() }
     }
 
     fn retry(&mut self) -> Result<()> {
         self.undecided += 1;
-        if self.undecided > RETRIES * DEPTH { Err(self.given_up()) } else { Ok(()) }
+        if self.undecided > RETRIES * DEPTH { Err(self.gave_up()) } else { Ok(()) }
     }
 
-    fn given_up(&self) -> Error {
+    fn gave_up(&self) -> Error {
         Error::new(ErrorKind::Os, "use", self.queue.controller().name())
-            .because(format!("it came to nothing, {RETRIES} times in a row"))
+            .because(format!("it was reset {RETRIES} times in a row before the requests completed"))
     }
 
     fn lost(&self) -> Error {
         Error::new(ErrorKind::Gone, "use", self.queue.controller().name())
-            .because("it has failed, and cannot be brought up again")
+            .because("it has failed, and cannot be initialized again")
     }
 
     fn place(&self, block: u64) -> String {
@@ -192,7 +192,7 @@ impl Mover {
     }
 }
 
-/// Memory of `size` bytes, to the byte.
+/// A buffer of exactly `size` bytes.
 fn buffer(queue: &IoQueue, size: usize) -> Result<DmaBuffer> {
     let buffer = queue.controller().buffer(size)?;
     Ok(buffer.split_at(size).map_or_else(|whole| whole.into_buffer(), |(part, _)| part))
@@ -206,10 +206,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_block_is_skipped_though_a_completion_comes_that_nobody_waits_for() {
-        // Writes begin after the eleven commands that bring controller and queue up; reads follow.
-        for struck in (11..40).step_by(4) {
-            let faults = Faults::new([(struck, Fault::SpuriousCompletion)]);
+    fn no_block_is_skipped_after_a_spurious_completion() {
+        // Writes begin after the eleven commands that initialize the controller and create the queue. Reads
+        // follow.
+        for command in (11..40).step_by(4) {
+            let faults = Faults::new([(command, Fault::SpuriousCompletion)]);
             let storage = Storage::memory(2 << 20, 512).unwrap();
             let session = Session::with(Nvme::new(vec![storage]).with_faults(&faults));
             let mut mover = Mover::new(&session).unwrap();
@@ -231,20 +232,20 @@ mod tests {
                     Ok(())
                 })
                 .unwrap();
-            assert_eq!((seen, faults.remaining()), (last, 0), "command {struck}");
-            assert_eq!(session.controller.generation(), 1, "command {struck}");
+            assert_eq!((seen, faults.remaining()), (last, 0), "command {command}");
+            assert_eq!(session.controller.generation(), 1, "command {command}");
             drop(mover);
             session.close().unwrap();
         }
     }
 
     #[test]
-    fn a_run_lasts_though_power_is_lost_in_the_middle_of_it() {
+    fn a_run_is_durable_despite_a_power_loss_in_its_middle() {
         let nvme = Nvme::new(vec![Storage::memory(4 << 20, 512).unwrap()]);
         let power = nvme.power();
         let session = Session::with(nvme);
         let mut mover = Mover::new(&session).unwrap();
-        // Not whole chunks, at either end.
+        // The run does not begin or end at a chunk.
         let (first, last) = (3, 4099);
         let content = |block: u64| (block % 251) as u8;
         let mut chunks = 0;

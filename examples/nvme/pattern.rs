@@ -1,20 +1,20 @@
-//! Blocks that say where they belong and whether they are whole.
+//! A pattern by which a block shows its number and whether it is intact.
 //!
-//! A block holds its number, the run's seed, words that follow from both, and in its last four bytes
-//! the CRC-32 of what is before them.
+//! A block holds its number, the run's seed, and words that are computed from both. Its last four bytes are the
+//! CRC-32 of the others.
 
 use std::fmt;
 
-/// What is wrong with a block.
+/// A fault of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// Its checksum does not match.
     Damaged,
-    /// It is whole, but was written to this block.
+    /// It is intact, but was written to this block.
     Misplaced(u64),
-    /// It is whole, but of a run with this seed.
+    /// It is intact, but from a run with this seed.
     Outdated(u64),
-    /// It is whole, and yet not what was written.
+    /// Its checksum is correct, but the contents are not.
     Other,
 }
 
@@ -22,14 +22,14 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Damaged => f.write_str("its checksum is wrong"),
-            Self::Misplaced(block) => write!(f, "it holds what was written to block {block}"),
-            Self::Outdated(seed) => write!(f, "it holds what an earlier run wrote, of seed {seed}"),
-            Self::Other => f.write_str("its checksum is right, its contents are not"),
+            Self::Misplaced(block) => write!(f, "it holds the data of block {block}"),
+            Self::Outdated(seed) => write!(f, "it holds the data of a run with seed {seed}"),
+            Self::Other => f.write_str("its checksum is correct, but its contents are not"),
         }
     }
 }
 
-/// Fills a block, of 512 bytes at least and a multiple of eight.
+/// Fills a block of at least 512 bytes, a multiple of eight.
 pub fn fill(bytes: &mut [u8], seed: u64, block: u64) {
     let mut state = seed ^ block.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let (words, _) = bytes.as_chunks_mut::<8>();
@@ -46,7 +46,7 @@ pub fn fill(bytes: &mut [u8], seed: u64, block: u64) {
     bytes[end..].copy_from_slice(&sum.to_le_bytes());
 }
 
-/// What is wrong with a block, if anything is; `expected` is room for one.
+/// Checks a block. `expected` is a buffer for the comparison.
 pub fn check(bytes: &[u8], seed: u64, block: u64, expected: &mut [u8]) -> Option<Fault> {
     fill(expected, seed, block);
     if bytes == expected {
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_block_is_known_from_every_other_and_damage_is_seen() {
+    fn misplaced_outdated_and_damaged_blocks_are_detected() {
         for size in [512, 4096] {
             let [mut block, mut room] = [vec![0; size], vec![0; size]];
             fill(&mut block, 7, 1000);

@@ -1,4 +1,4 @@
-//! Progress of what takes long, where a person is looking.
+//! A progress bar on a terminal.
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -7,7 +7,7 @@ use crate::options::Common;
 pub struct Progress(ProgressBar);
 
 impl Progress {
-    /// Of `bytes` in all. Drawn on standard error if that is a terminal, and not where JSON is wanted.
+    /// A bar for `bytes` in total, on standard error if that is a terminal. Hidden with `--json`.
     pub fn new(common: &Common, what: &'static str, bytes: u64) -> Self {
         let bar = if common.json { ProgressBar::hidden() } else { ProgressBar::new(bytes) };
         let template = "{msg:>9} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";

@@ -1,4 +1,4 @@
-//! A controller that a command works with.
+//! The controller of a command.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use crate::common::{self, Opened, Process};
 use crate::options::Common;
 use vfio_remap_nvme::{Controller, Namespace, Settings};
 
-/// A controller, one of its namespaces, and the process that emulates it, if one does.
+/// A controller, one of its namespaces, and the process that emulates it, if there is one.
 pub struct Session {
     pub controller: Arc<Controller>,
     pub namespace: Namespace,
@@ -17,7 +17,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Opens what the user has named.
+    /// Opens the controller and the namespace that the user has named.
     pub fn open(common: &Common, settings: Settings) -> Result<Self> {
         let (controller, process) = open_controller(common, settings)?;
         let namespace = controller.namespace(common.namespace)?;
@@ -30,7 +30,7 @@ impl Session {
     }
 }
 
-/// Opens the controller that the user has named, whatever namespaces it has.
+/// Opens the controller that the user has named.
 pub fn open_controller(
     common: &Common,
     settings: Settings,

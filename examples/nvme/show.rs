@@ -7,7 +7,7 @@ use crate::options::Options;
 use crate::session::open_controller;
 use vfio_remap_nvme::{Controller, Health, Identity, Namespace, Settings};
 
-/// Prints what the controller says of itself.
+/// Prints the identity, the namespaces and the health of the controller.
 pub fn identify(options: &Options) -> Result<()> {
     let (controller, _process) = open_controller(&options.common, Settings::default())?;
     let namespaces: Vec<Result<Namespace>> =
@@ -64,15 +64,15 @@ fn print(
     let Identity { vendor, serial, model, firmware, max_transfer, .. } = identity;
     println!("{}: NVMe {}", controller.name(), controller.version()?);
     println!("  {model}, serial number {serial}, firmware {firmware}, vendor {vendor:#06x}");
-    println!("  a command transfers {} KiB at most", max_transfer >> 10);
+    println!("  a command transfers at most {} KiB", max_transfer >> 10);
     let offers =
         [(identity.has_write_zeroes, "Write Zeroes"), (identity.has_deallocate, "Deallocate")];
     let offered: Vec<_> = offers.iter().filter(|(has, _)| *has).map(|(_, name)| *name).collect();
     println!("  beyond Read, Write and Flush: {}", or_none(&offered.join(", ")));
     let cache = match (identity.has_write_cache, controller.write_cache()?) {
-        (false, _) => "none: what is written lasts",
-        (true, true) => "on: what is written lasts once it is flushed",
-        (true, false) => "switched off",
+        (false, _) => "none: completed writes are durable",
+        (true, true) => "enabled: flushed writes are durable",
+        (true, false) => "disabled",
     };
     println!("  volatile write cache: {cache}");
     let (stride, pairs) = controller.doorbells();

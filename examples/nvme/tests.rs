@@ -1,4 +1,4 @@
-//! The commands, as they are given, on a controller that a thread of this process serves.
+//! Runs command lines on a controller that a thread of this process serves.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,14 +14,14 @@ use crate::options::Options;
 const BLOCK: usize = 512;
 const SIZE: usize = 1 << 20;
 
-/// A controller that keeps what is written from one command to the next, and a file.
-struct Desk {
+/// A controller that keeps its data between commands, and a file.
+struct Setup {
     controller: Emulated,
     socket: PathBuf,
     file: PathBuf,
 }
 
-impl Desk {
+impl Setup {
     fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -37,8 +37,8 @@ impl Desk {
         }
     }
 
-    /// Does what a command line says, FILE being ours.
-    fn does(&self, command: &str) -> Result<()> {
+    /// Runs a command line. FILE stands for the file.
+    fn run(&self, command: &str) -> Result<()> {
         let device = format!("vfio-user:{}", self.socket.display());
         let file = self.file.to_str().unwrap();
         let words = command.split(' ').map(|word| if word == "FILE" { file } else { word });
@@ -53,89 +53,89 @@ impl Desk {
         })
     }
 
-    fn refuses(&self, command: &str, kind: ErrorKind, words: &[&str]) {
-        let error = self.does(command).unwrap_err();
+    fn fails(&self, command: &str, kind: ErrorKind, words: &[&str]) {
+        let error = self.run(command).unwrap_err();
         assert_eq!(error.kind(), kind, "{command}: {error}");
         for words in words {
             assert!(error.to_string().contains(words), "{command}: {error}");
         }
     }
 
-    /// All that the namespace holds.
-    fn holds(&self) -> Vec<u8> {
-        self.does("read FILE").unwrap();
+    /// The contents of the namespace.
+    fn contents(&self) -> Vec<u8> {
+        self.run("read FILE").unwrap();
         fs::read(&self.file).unwrap()
     }
 }
 
-impl Drop for Desk {
+impl Drop for Setup {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.file);
     }
 }
 
-/// Of which no byte is zero, and no two blocks in a row are alike.
+/// Data without zero bytes, in which adjacent blocks differ.
 fn content(size: usize) -> Vec<u8> {
     (0..size).map(|at| ((at + at / BLOCK) % 255) as u8 + 1).collect()
 }
 
 #[test]
-fn what_is_written_is_read_and_nothing_beside_it_is_changed() {
-    let desk = Desk::new();
-    desk.does("identify").unwrap();
-    // More than a command transfers, and no whole number of those.
+fn written_data_is_read_back_and_other_blocks_do_not_change() {
+    let setup = Setup::new();
+    setup.run("identify").unwrap();
+    // More than the largest transfer, and not a multiple of it.
     let data = content(777 * BLOCK);
-    fs::write(&desk.file, &data).unwrap();
-    desk.does("write FILE --offset 1536 --yes-destroy-data").unwrap();
+    fs::write(&setup.file, &data).unwrap();
+    setup.run("write FILE --offset 1536 --yes-destroy-data").unwrap();
     let mut expected = vec![0; SIZE];
     expected[1536..1536 + data.len()].copy_from_slice(&data);
-    assert!(desk.holds() == expected);
-    // The beginning of the file, that is of the namespace, to another place.
-    desk.does("write FILE --offset 524288 --length 2048 --yes-destroy-data").unwrap();
+    assert!(setup.contents() == expected);
+    // Copies the beginning of the file, which holds the namespace, to another offset.
+    setup.run("write FILE --offset 524288 --length 2048 --yes-destroy-data").unwrap();
     expected.copy_within(..2048, 524_288);
-    // A part of that back: it takes the place of what the file held.
-    desk.does("read FILE --offset 525312 --length 1024").unwrap();
-    assert!(fs::read(&desk.file).unwrap() == expected[525_312..526_336]);
-    assert!(desk.holds() == expected);
+    // Reads a part back, which replaces the contents of the file.
+    setup.run("read FILE --offset 525312 --length 1024").unwrap();
+    assert!(fs::read(&setup.file).unwrap() == expected[525_312..526_336]);
+    assert!(setup.contents() == expected);
 }
 
 #[test]
-fn what_cannot_be_copied_is_refused_and_neither_device_nor_file_is_touched() {
+fn an_invalid_copy_fails_and_changes_neither_device_nor_file() {
     use ErrorKind::{InUse, NotFound, OutOfRange, Unaligned};
     const MULTIPLE: [&str; 2] = ["a block has 512 bytes", "multiples of that for --offset"];
-    let desk = Desk::new();
+    let setup = Setup::new();
     let write = "write FILE --yes-destroy-data";
-    desk.refuses(write, NotFound, &[desk.file.to_str().unwrap()]);
+    setup.fails(write, NotFound, &[setup.file.to_str().unwrap()]);
     let data = content(1024);
-    fs::write(&desk.file, &data).unwrap();
+    fs::write(&setup.file, &data).unwrap();
     let refused = |command: String, kind, words: &[&str]| {
-        desk.refuses(&command, kind, words);
-        assert!(fs::read(&desk.file).unwrap() == data, "{command}");
+        setup.fails(&command, kind, words);
+        assert!(fs::read(&setup.file).unwrap() == data, "{command}");
     };
-    // The file is shorter than that.
-    let short = "it has 1024 bytes, and 1536 were asked for";
+    // The file is too short.
+    let short = "it has 1024 bytes, but 1536 were requested";
     refused(format!("{write} --length 1536"), OutOfRange, &[short]);
     for part in ["--length 700", "--offset 100", "--length 0 --offset 1"] {
         refused(format!("{write} {part}"), Unaligned, &MULTIPLE);
         refused(format!("read FILE {part}"), Unaligned, &MULTIPLE);
     }
-    // The namespace is shorter than that, or no number is as large.
+    // The namespace is too short, or the end overflows.
     for part in ["--offset 1048064", "--offset 1048576", "--offset 18446744073709551104"] {
         let command = format!("{write} --length 1024 {part}");
         refused(command, OutOfRange, &["1024 bytes at", "it has 1048576 bytes"]);
         let command = format!("read FILE --length 1024 {part}");
         refused(command, OutOfRange, &["1024 bytes at", "it has 1048576 bytes"]);
     }
-    // It is not emulated for this run alone.
+    // The device is not emulated for this run only.
     refused("write FILE".to_owned(), InUse, &["--yes-destroy-data"]);
-    fs::write(&desk.file, &data[..700]).unwrap();
-    desk.refuses(write, Unaligned, &["700 bytes", "pad the file"]);
-    assert!(desk.holds().iter().all(|byte| *byte == 0));
+    fs::write(&setup.file, &data[..700]).unwrap();
+    setup.fails(write, Unaligned, &["700 bytes", "pad the file"]);
+    assert!(setup.contents().iter().all(|byte| *byte == 0));
 }
 
 #[test]
-fn a_namespace_is_verified_whole() {
-    let desk = Desk::new();
-    desk.does("verify --seed 7 --yes-destroy-data").unwrap();
-    assert!(desk.holds().chunks(BLOCK).all(|block| block.iter().any(|byte| *byte != 0)));
+fn verify_covers_the_whole_namespace() {
+    let setup = Setup::new();
+    setup.run("verify --seed 7 --yes-destroy-data").unwrap();
+    assert!(setup.contents().chunks(BLOCK).all(|block| block.iter().any(|byte| *byte != 0)));
 }

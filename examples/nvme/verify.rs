@@ -1,4 +1,4 @@
-//! `nvme verify`: writes a pattern to all blocks, and checks that all hold it.
+//! `nvme verify`: writes a pattern to all blocks, and checks all of them.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -17,13 +17,12 @@ use crate::progress::Progress;
 use crate::session::Session;
 use vfio_remap_nvme::Settings;
 
-/// How far it has come is noted so often.
+/// The amount of data, in bytes, after which the progress is saved.
 const SEGMENT: u64 = 16 << 20;
-/// How many faults are told of.
-const TOLD: usize = 8;
+/// How many faults are printed.
+const PRINTED: usize = 8;
 
-/// Blocks that do not hold the pattern: how many, and the first few of them. A device that keeps nothing has
-/// as many as it has blocks.
+/// Blocks without the pattern: their count, and the first few. The count can be as large as that of all blocks.
 #[derive(Default)]
 struct Faults {
     count: usize,
@@ -34,18 +33,17 @@ impl Faults {
     fn add(&mut self, block: u64, fault: Fault) {
         self.count += 1;
         let at = self.first.partition_point(|(other, _)| *other < block);
-        if at < TOLD {
+        if at < PRINTED {
             self.first.insert(at, (block, fault));
-            self.first.truncate(TOLD);
+            self.first.truncate(PRINTED);
         }
     }
 }
 
-/// How far a run has come: all blocks below `written` hold the pattern, those below `checked` were seen
-/// to.
+/// The progress of a run: all blocks below `written` were written, all below `checked` were checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
-    /// Which blocks of which controller.
+    /// The controller and the namespace.
     subject: String,
     seed: u64,
     written: u64,
@@ -54,18 +52,16 @@ struct State {
 
 pub fn run(options: &Options, verify: &Verify) -> Result<()> {
     if verify.state.is_some() && guard::is_emulated(&options.common) {
-        return Err(Error::new(ErrorKind::Unsupported, "go on with", &options.common.device)
-            .because("its blocks go with this run")
-            .remedy(
-                "do without --state, or let `serve` emulate the device: --device vfio-user:PATH",
-            ));
+        return Err(Error::new(ErrorKind::Unsupported, "continue on", &options.common.device)
+            .because("its blocks are lost at the end of this run")
+            .remedy("omit --state, or let `serve` emulate the device: --device vfio-user:PATH"));
     }
     let session = Session::open(&options.common, Settings::default())?;
     let mut mover = Mover::new(&session)?;
     let mut state = State::begin(verify, &session)?;
     guard::permit(&options.common, &session, &mut mover)?;
     if state.written > 0 && !options.common.json {
-        println!("going on after {} of {} blocks", state.written, session.namespace.block_count);
+        println!("continuing after {} of {} blocks", state.written, session.namespace.block_count);
     }
     let start = Instant::now();
     write(options, verify, &session, &mut mover, &mut state)?;
@@ -133,7 +129,7 @@ fn check(
             Ok(())
         })?;
         progress.set(end << namespace.block_shift);
-        // A run that goes on is to see them again.
+        // After a fault, a continued run has to check these blocks again.
         if faults.count == 0 {
             state.checked = end;
             state.save(verify)?;
@@ -157,16 +153,16 @@ fn report(options: &Options, session: &Session, state: &State, faults: &Faults, 
     for (block, fault) in &faults.first {
         println!("block {block}: {fault}");
     }
-    if faults.count > TOLD {
-        println!("and {} more", faults.count - TOLD);
+    if faults.count > PRINTED {
+        println!("and {} more", faults.count - PRINTED);
     }
     if faults.count == 0 {
-        println!("all {blocks} blocks hold what was written: {bytes} bytes, {seconds:.2} s");
+        println!("all {blocks} blocks are correct: {bytes} bytes, {seconds:.2} s");
     }
 }
 
 impl State {
-    /// From the file, where there is one that is about the same blocks.
+    /// Reads the state from the file, if it exists and is about the same blocks.
     fn begin(verify: &Verify, session: &Session) -> Result<Self> {
         let identity = session.controller.identity();
         let namespace = &session.namespace;
@@ -186,12 +182,12 @@ impl State {
         };
         let text = fs::read_to_string(path).map_err(|error| about(path, "read", &error))?;
         let refuse = |reason: String| {
-            Error::new(ErrorKind::Malformed, "go on from", path.display())
+            Error::new(ErrorKind::Malformed, "continue from", path.display())
                 .because(reason)
-                .remedy("remove it to begin anew")
+                .remedy("remove it to start a new run")
         };
         let found =
-            Self::parse(&text).ok_or_else(|| refuse("it is no state of a run".to_owned()))?;
+            Self::parse(&text).ok_or_else(|| refuse("it is not the state of a run".to_owned()))?;
         if found.subject != fresh.subject {
             return Err(refuse(format!("it is about {}, not {}", found.subject, fresh.subject)));
         }
@@ -199,7 +195,7 @@ impl State {
             return Err(refuse(format!("its seed is {}", found.seed)));
         }
         if found.written > namespace.block_count || found.checked > found.written {
-            return Err(refuse("it has come further than there are blocks".to_owned()));
+            return Err(refuse("its progress is beyond the last block".to_owned()));
         }
         Ok(found)
     }
@@ -215,7 +211,7 @@ impl State {
         })
     }
 
-    /// The old one stays until the new one is whole.
+    /// Saves the state. The old file stays until the new one is complete.
     fn save(&self, verify: &Verify) -> Result<()> {
         let Some(path) = &verify.state else { return Ok(()) };
         let Self { subject, seed, written, checked } = self;
@@ -231,7 +227,7 @@ impl State {
         written.map_err(|error| about(path, "write", &error))
     }
 
-    /// There is nothing to go on with.
+    /// Removes the file, because the run is complete.
     fn end(verify: &Verify) -> Result<()> {
         match &verify.state {
             Some(path) if path.exists() => {
@@ -260,11 +256,11 @@ mod tests {
             faults.add(block, pattern::check(&[0; 512], 1, block, &mut [0; 512]).unwrap());
         }
         let blocks: Vec<_> = faults.first.iter().map(|(block, _)| *block).collect();
-        assert_eq!((faults.count, blocks), (100, (0..TOLD as u64).collect()));
+        assert_eq!((faults.count, blocks), (100, (0..PRINTED as u64).collect()));
     }
 
     #[test]
-    fn a_run_goes_on_where_it_was_noted() {
+    fn a_run_continues_from_its_saved_state() {
         let path = std::env::temp_dir().join(format!("vfio-remap-verify-{}", std::process::id()));
         let verify = Verify { state: Some(path.clone()), seed: None };
         let state = State { subject: "a \"b\"".to_owned(), seed: u64::MAX, written: 9, checked: 3 };
