@@ -127,7 +127,8 @@ impl Admin {
             let waited = start.elapsed();
             if waited > self.timeout {
                 self.pair.break_off();
-                return Err(self.error(operation, format!("no answer within {:?}", self.timeout)));
+                return Err(Error::new(ErrorKind::TimedOut, operation, &self.name)
+                    .because(format!("no answer within {:?}", self.timeout)));
             }
             if waited > Duration::from_micros(100) {
                 std::thread::sleep(Duration::from_micros(50));

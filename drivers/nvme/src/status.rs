@@ -52,6 +52,8 @@ impl Status {
     pub fn error(self, operation: &'static str, object: impl fmt::Display) -> Error {
         let kind = match self.0 {
             0x001 => ErrorKind::Unsupported,
+            // The driver aborts a command only after its time limit.
+            0x007 => ErrorKind::TimedOut,
             0x00b => ErrorKind::NotFound,
             0x080 => ErrorKind::OutOfRange,
             _ => ErrorKind::Os,
@@ -107,5 +109,16 @@ impl Status {
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (status {:#05x})", self.text(), self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_that_was_aborted_after_its_time_limit_has_timed_out() {
+        assert_eq!(Status::ABORT_REQUESTED.error("read", "a block").kind(), ErrorKind::TimedOut);
+        assert_eq!(Status::QUEUE_DELETED.error("read", "a block").kind(), ErrorKind::Os);
     }
 }

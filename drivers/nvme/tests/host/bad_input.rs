@@ -110,7 +110,7 @@ fn a_controller_that_is_refused_is_named_and_left_quiet() {
             "completion",
         ),
         (with(|script| script.queues = u32::MAX), ErrorKind::Malformed, "not counts of queues"),
-        (with(|script| script.silent = Some(0x06)), ErrorKind::Os, "no answer within 500ms"),
+        (with(|script| script.silent = Some(0x06)), ErrorKind::TimedOut, "no answer within 500ms"),
         (with(|script| script.id = 1), ErrorKind::Os, "malformed completion"),
     ];
     for (script, kind, words) in cases {
@@ -222,7 +222,7 @@ fn memory_of_a_queue_not_deleted_is_kept_until_a_reset() {
         let doomed = Script { silent: Some(silent), stays_ready: true, ..HONEST };
         if silent == 0x05 {
             subject.say(doomed);
-            error(controller.queue().map(drop), ErrorKind::Os, "no answer");
+            error(controller.queue().map(drop), ErrorKind::TimedOut, "no answer");
         }
         subject.say(doomed);
         drop(queue);
