@@ -138,7 +138,7 @@ impl Server {
             .map_err(|error| Error::io(&error, "serve", object()))?;
         session.run().map_err(|fault| {
             let kind = match fault {
-                Fault::Nonsense(_) => ErrorKind::Malformed,
+                Fault::Malformed(_) => ErrorKind::Malformed,
                 Fault::Closed { .. } | Fault::Silent(_) => ErrorKind::Gone,
                 Fault::Os(errno) => return Error::os(errno, "serve", object()),
             };

@@ -90,7 +90,7 @@ impl<'a> Session<'a> {
                 }
             }
             if greeting && answer.is_err() {
-                return Err(Fault::Nonsense("the client has not agreed on a version".to_owned()));
+                return Err(Fault::Malformed("the client has not agreed on a version".to_owned()));
             }
         }
     }

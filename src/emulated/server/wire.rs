@@ -282,7 +282,9 @@ impl Inbox {
                 || self.bytes > MAX_AHEAD_BYTES
                 || self.fds > MAX_AHEAD_FDS
             {
-                return Err(Fault::Nonsense("the client sends too many commands ahead".to_owned()));
+                return Err(Fault::Malformed(
+                    "the client sends too many commands ahead".to_owned(),
+                ));
             }
             return Ok(());
         }
@@ -290,7 +292,7 @@ impl Inbox {
             self.replies.insert(id, message);
             return Ok(());
         }
-        Err(Fault::Nonsense(format!("unexpected reply id {id} from the client")))
+        Err(Fault::Malformed(format!("unexpected reply id {id} from the client")))
     }
 }
 

@@ -123,7 +123,7 @@ impl VfioUser {
         if answer.regions > MAX_INDEXES || answer.irqs > MAX_INDEXES {
             let reason =
                 format!("it claims {} regions, {} interrupts", answer.regions, answer.irqs);
-            return Err(connection.nonsense(reason, "query", &name));
+            return Err(connection.malformed(reason, "query", &name));
         }
         let info = DeviceInfo {
             name,
@@ -183,7 +183,7 @@ impl VfioUser {
                 echo.region,
                 reply.body.len() - RegionAccess::SIZE
             );
-            return Err(self.connection.nonsense(reason, operation, name));
+            return Err(self.connection.malformed(reason, operation, name));
         }
         Ok(reply.body)
     }
@@ -325,7 +325,7 @@ impl Transport for VfioUser {
         if answer.index != index || answer.count > MAX_VECTORS {
             let reason =
                 format!("it claims {} vectors of interrupt {}", answer.count, answer.index);
-            return Err(self.connection.nonsense(reason, "query", object()));
+            return Err(self.connection.malformed(reason, "query", object()));
         }
         let has = |flag| answer.flags & flag != 0;
         Ok(IrqInfo {
@@ -445,7 +445,7 @@ impl Transport for VfioUser {
         if (answer.address, answer.size) != (iova, size) {
             let reason =
                 format!("the server unmapped {:#x} bytes at {:#x}", answer.size, answer.address);
-            return Err(self.connection.nonsense(reason, "unmap", object()));
+            return Err(self.connection.malformed(reason, "unmap", object()));
         }
         let removed = self.connection.memory().remove(iova, size);
         removed.map_err(|errno| Error::os(errno, "unmap", object()))

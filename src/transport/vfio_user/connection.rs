@@ -145,13 +145,13 @@ impl Connection {
     }
 
     /// The server has sent a reply that makes no sense: it cannot be believed any more.
-    pub(super) fn nonsense(
+    pub(super) fn malformed(
         &self,
         reason: String,
         operation: &'static str,
         object: impl fmt::Display,
     ) -> Error {
-        let fault = Fault::Nonsense(reason);
+        let fault = Fault::Malformed(reason);
         let error = self.error(&fault, operation, object);
         self.fail(fault);
         error
@@ -177,7 +177,7 @@ impl Connection {
             }
             let Header { id: its, command: for_command, .. } = message.header;
             if !message.header.is_reply() || (its, for_command) != (id, command) {
-                return Err(Fault::Nonsense(format!(
+                return Err(Fault::Malformed(format!(
                     "the server answered {} with id {its}, and {} with id {id} was asked",
                     command::name(for_command),
                     command::name(command)
@@ -187,7 +187,7 @@ impl Connection {
                 channel::discard(std::mem::take(&mut message.fds));
             }
             if message.header.failed().is_none() && message.body.len() < reply {
-                return Err(Fault::Nonsense(format!(
+                return Err(Fault::Malformed(format!(
                     "the server answered {} with {} bytes, and {reply} were expected",
                     command::name(command),
                     message.body.len()
@@ -235,7 +235,7 @@ impl Connection {
 
     fn error(&self, fault: &Fault, operation: &'static str, object: impl fmt::Display) -> Error {
         let kind = match fault {
-            Fault::Nonsense(_) => ErrorKind::Malformed,
+            Fault::Malformed(_) => ErrorKind::Malformed,
             Fault::Closed { .. } | Fault::Silent(_) => ErrorKind::Gone,
             Fault::Os(errno) => return Error::os(*errno, operation, object),
         };
@@ -252,7 +252,7 @@ impl Connection {
         let Message { header, body, fds } = message;
         if !fds.is_empty() {
             channel::discard(std::mem::take(fds));
-            return Err(Fault::Nonsense(format!(
+            return Err(Fault::Malformed(format!(
                 "the server sent descriptors with {}, which takes none",
                 command::name(header.command)
             )));
@@ -343,7 +343,7 @@ impl Connection {
 }
 
 fn unasked() -> Fault {
-    Fault::Nonsense("unexpected reply from the server".to_owned())
+    Fault::Malformed("unexpected reply from the server".to_owned())
 }
 
 impl fmt::Debug for Connection {

@@ -47,7 +47,7 @@ pub(super) fn read_region(
             Err(error) => return Err(error),
         };
         let answer = wire::RegionInfo::decode(&reply.body).unwrap_or_default().0;
-        let malformed = |reason| Err(connection.nonsense(reason, "query", name));
+        let malformed = |reason| Err(connection.malformed(reason, "query", name));
         if answer.index != index {
             return malformed(format!("the server answered for region {}", answer.index));
         }

@@ -37,7 +37,7 @@ pub(crate) enum Fault {
     /// The peer has not taken or sent a message in time.
     Silent(Duration),
     /// The peer has sent what makes no sense.
-    Nonsense(String),
+    Malformed(String),
     /// The socket failed.
     Os(Errno),
 }
@@ -50,7 +50,7 @@ impl fmt::Display for Fault {
                 f.write_str("the peer has closed the connection in the middle of a message")
             }
             Self::Silent(time) => write!(f, "the peer did not answer within {time:?}"),
-            Self::Nonsense(what) => f.write_str(what),
+            Self::Malformed(what) => f.write_str(what),
             Self::Os(errno) => f.write_str(&crate::error::describe(*errno)),
         }
     }
@@ -250,7 +250,7 @@ impl Receiver {
         };
         let size = header.size as usize;
         if !(Header::SIZE..=MAX_MESSAGE).contains(&size) {
-            return Err(Fault::Nonsense(format!(
+            return Err(Fault::Malformed(format!(
                 "the peer sent a message of {size} bytes; {} to {MAX_MESSAGE} are allowed",
                 Header::SIZE
             )));
@@ -291,14 +291,14 @@ impl Receiver {
         }
         self.filled += received.bytes;
         if received.truncated {
-            return Err(Fault::Nonsense(
+            return Err(Fault::Malformed(
                 "the peer sent more file descriptors than this process may have".to_owned(),
             ));
         }
         let last = self.filled - 1;
         self.fds.extend(received.fds.into_iter().map(|fd| (last, fd)));
         if self.fds.len() > MAX_FDS {
-            return Err(Fault::Nonsense(format!(
+            return Err(Fault::Malformed(format!(
                 "the peer sent {} file descriptors at once; {MAX_FDS} are allowed",
                 self.fds.len()
             )));
@@ -382,7 +382,7 @@ mod tests {
             let header = Header { size, ..Header::command(1, command::VERSION, 0) };
             theirs.write_all(&header.encode()).unwrap();
             let fault = receive(&mut receiver).unwrap_err();
-            assert!(matches!(fault, Fault::Nonsense(_)), "{fault}");
+            assert!(matches!(fault, Fault::Malformed(_)), "{fault}");
         }
     }
 
