@@ -80,5 +80,5 @@ fn expect(what: &str, found: u32, expected: u32) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Malformed, "check", what)
-        .because(format!("found {found:#x}, expected {expected:#x}")))
+        .with_reason(format!("found {found:#x}, expected {expected:#x}")))
 }

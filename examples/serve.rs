@@ -46,7 +46,7 @@ fn nvme(file: Option<&Path>) -> Result<Nvme> {
         Some(path) => {
             let file = File::options().read(true).write(true).open(path).map_err(|error| {
                 let name = path.display();
-                Error::new(ErrorKind::Os, "open", name).because(error.to_string())
+                Error::new(ErrorKind::Os, "open", name).with_reason(error.to_string())
             })?;
             Namespace::file(file, 512)?
         }

@@ -349,7 +349,7 @@ impl Story {
             return Ok(());
         }
         Err(vfio_remap::Error::new(vfio_remap::ErrorKind::Malformed, "check", "the device")
-            .because(what))
+            .with_reason(what))
     }
 }
 

@@ -85,7 +85,7 @@ struct Inner {
     object: String,
     errno: Option<Errno>,
     reason: Cow<'static, str>,
-    remedy: Cow<'static, str>,
+    advice: Cow<'static, str>,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -104,7 +104,7 @@ impl Error {
             object: object.to_string(),
             errno: None,
             reason: Cow::Borrowed(""),
-            remedy: Cow::Borrowed(""),
+            advice: Cow::Borrowed(""),
             source: None,
         }))
     }
@@ -146,7 +146,7 @@ impl Error {
     ) -> Self {
         match error.raw_os_error() {
             Some(errno) => Self::os(Errno::from_raw(errno), operation, object),
-            None => Self::new(ErrorKind::Os, operation, object).because(error.to_string()),
+            None => Self::new(ErrorKind::Os, operation, object).with_reason(error.to_string()),
         }
     }
 
@@ -157,7 +157,7 @@ impl Error {
     ///
     /// let error = Error::new(ErrorKind::LockedMemory, "map for DMA", "0x1000 bytes")
     ///     .with_errno(libc::ENOMEM)
-    ///     .remedy("raise the limit: ulimit -l");
+    ///     .with_advice("raise the limit: ulimit -l");
     /// assert_eq!((error.kind(), error.errno()), (ErrorKind::LockedMemory, Some(libc::ENOMEM)));
     /// ```
     #[must_use]
@@ -185,15 +185,15 @@ impl Error {
 
     /// Adds the reason.
     #[must_use]
-    pub fn because(mut self, reason: impl Into<Cow<'static, str>>) -> Self {
+    pub fn with_reason(mut self, reason: impl Into<Cow<'static, str>>) -> Self {
         self.0.reason = reason.into();
         self
     }
 
     /// Adds what to do.
     #[must_use]
-    pub fn remedy(mut self, remedy: impl Into<Cow<'static, str>>) -> Self {
-        self.0.remedy = remedy.into();
+    pub fn with_advice(mut self, advice: impl Into<Cow<'static, str>>) -> Self {
+        self.0.advice = advice.into();
         self
     }
 
@@ -228,9 +228,14 @@ impl Error {
         self.0.errno.map(|errno| errno as i32)
     }
 
+    /// Why it failed, in one sentence. May be empty.
+    pub fn reason(&self) -> &str {
+        &self.0.reason
+    }
+
     /// What to do. May be empty.
     pub fn advice(&self) -> &str {
-        &self.0.remedy
+        &self.0.advice
     }
 }
 
@@ -239,10 +244,10 @@ impl Error {
 fn too_many_descriptors(error: Error) -> Error {
     let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return error };
     error
-        .because(format!(
+        .with_reason(format!(
             "the process has reached its limit of {limit} open descriptors (RLIMIT_NOFILE)"
         ))
-        .remedy(format!(
+        .with_advice(format!(
             "raise it: prlimit --pid {} --nofile={}, ulimit -n, or LimitNOFILE= of its unit",
             std::process::id(),
             limit.saturating_mul(2)
@@ -256,7 +261,7 @@ pub(crate) fn describe(errno: Errno) -> String {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { operation, object, errno, reason, remedy, .. } = &*self.0;
+        let Inner { operation, object, errno, reason, advice, .. } = &*self.0;
         write!(f, "cannot {operation} {object}")?;
         if let Some(errno) = errno {
             write!(f, ": {}", describe(*errno))?;
@@ -264,8 +269,8 @@ impl fmt::Display for Error {
         if !reason.is_empty() {
             write!(f, ": {reason}")?;
         }
-        if !remedy.is_empty() {
-            write!(f, "; {remedy}")?;
+        if !advice.is_empty() {
+            write!(f, "; {advice}")?;
         }
         Ok(())
     }
@@ -290,7 +295,7 @@ mod tests {
 
     #[test]
     fn an_error_says_what_on_which_object_why_and_what_to_do() {
-        let error = Error::os(Errno::EACCES, "open", "/dev/vfio/12").remedy("run: chown");
+        let error = Error::os(Errno::EACCES, "open", "/dev/vfio/12").with_advice("run: chown");
         assert_eq!(
             error.to_string(),
             "cannot open /dev/vfio/12: EACCES (Permission denied); run: chown"

@@ -65,10 +65,10 @@ pub fn served() -> Option<Result<()>> {
 fn emulated(model: &str) -> Result<Opened> {
     if !["edu", "nvme"].contains(&model) {
         return Err(Error::new(ErrorKind::NotFound, "emulate", model)
-            .remedy("use emulated:edu or emulated:nvme"));
+            .with_advice("use emulated:edu or emulated:nvme"));
     }
     let failed = |error: std::io::Error| {
-        Error::new(ErrorKind::Os, "emulate", model).because(error.to_string())
+        Error::new(ErrorKind::Os, "emulate", model).with_reason(error.to_string())
     };
     let socket = std::env::temp_dir().join(format!("vfio-remap-{}.socket", std::process::id()));
     let program = std::env::current_exe().map_err(failed)?;

@@ -44,7 +44,7 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     let queues = queues.collect::<Result<Vec<_>>>()?;
     if let Some(most) = queues.iter().map(IoQueue::depth).min().filter(|most| bench.depth > *most) {
         return Err(Error::new(ErrorKind::OutOfRange, "measure", session.controller.name())
-            .because(format!("its queues hold at most {most} requests")));
+            .with_reason(format!("its queues hold at most {most} requests")));
     }
     if !options.common.json {
         introduce(bench, &session, &queues);
@@ -61,7 +61,7 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
         let threads: Vec<_> = threads.collect();
         let joined = threads.into_iter().map(|thread| {
             thread.join().unwrap_or_else(|_| {
-                Err(Error::new(ErrorKind::Os, "run", "a thread").because("it has panicked"))
+                Err(Error::new(ErrorKind::Os, "run", "a thread").with_reason("it has panicked"))
             })
         });
         joined.collect::<Result<Vec<Tally>>>()
@@ -72,8 +72,9 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
 
 fn check(bench: &Bench, session: &Session) -> Result<()> {
     let Session { controller, namespace, .. } = session;
-    let refuse =
-        |kind, reason: String| Err(Error::new(kind, "measure", controller.name()).because(reason));
+    let refuse = |kind, reason: String| {
+        Err(Error::new(kind, "measure", controller.name()).with_reason(reason))
+    };
     let size = bench.block_size;
     if size == 0 || !size.is_multiple_of(namespace.block_size()) || size as u64 > namespace.size() {
         let block = namespace.block_size();

@@ -48,7 +48,7 @@ pub fn write(options: &Options, copy: &Copy) -> Result<()> {
     let length = copy.length.unwrap_or(there);
     if length > there {
         return Err(Error::new(ErrorKind::OutOfRange, "read", copy.file.display())
-            .because(format!("it has {there} bytes, but {length} were requested")));
+            .with_reason(format!("it has {there} bytes, but {length} were requested")));
     }
     let all = blocks(&session.namespace, copy.offset, length)?;
     let mut mover = Mover::new(&session)?;
@@ -84,13 +84,13 @@ fn blocks(namespace: &Namespace, offset: u64, length: u64) -> Result<Range<u64>>
     let object = || format!("{length} bytes at {offset} of namespace {}", namespace.id);
     if !offset.is_multiple_of(size) || !length.is_multiple_of(size) {
         return Err(Error::new(ErrorKind::Unaligned, "copy", object())
-            .because(format!("a block has {size} bytes"))
-            .remedy("use multiples of that for --offset and --length, or pad the file"));
+            .with_reason(format!("a block has {size} bytes"))
+            .with_advice("use multiples of that for --offset and --length, or pad the file"));
     }
     match offset.checked_add(length) {
         Some(end) if end <= namespace.size() && length > 0 => Ok(offset / size..end / size),
         _ => Err(Error::new(ErrorKind::OutOfRange, "copy", object())
-            .because(format!("it has {} bytes", namespace.size()))),
+            .with_reason(format!("it has {} bytes", namespace.size()))),
     }
 }
 
@@ -108,6 +108,6 @@ fn about(copy: &Copy, operation: &'static str, error: &std::io::Error) -> Error 
     let object = copy.file.display();
     match error.raw_os_error() {
         Some(errno) => Error::from_errno(errno, operation, object),
-        None => Error::new(ErrorKind::Os, operation, object).because(error.to_string()),
+        None => Error::new(ErrorKind::Os, operation, object).with_reason(error.to_string()),
     }
 }

@@ -71,8 +71,8 @@ pub fn permit(common: &Common, session: &Session, mover: &mut Mover) -> Result<(
     let object = format!("namespace {} of {}", session.namespace.id, common.device);
     let refuse = |reason: String| {
         Err(Error::new(ErrorKind::InUse, "write to", object)
-            .because(reason)
-            .remedy("add --yes-destroy-data if that may be lost"))
+            .with_reason(reason)
+            .with_advice("add --yes-destroy-data if that may be lost"))
     };
     match found {
         Some(what) => refuse(format!("it holds {what}")),

@@ -178,13 +178,14 @@ impl Mover {
     }
 
     fn gave_up(&self) -> Error {
-        Error::new(ErrorKind::Os, "use", self.queue.controller().name())
-            .because(format!("it was reset {RETRIES} times in a row before the requests completed"))
+        Error::new(ErrorKind::Os, "use", self.queue.controller().name()).with_reason(format!(
+            "it was reset {RETRIES} times in a row before the requests completed"
+        ))
     }
 
     fn lost(&self) -> Error {
         Error::new(ErrorKind::Gone, "use", self.queue.controller().name())
-            .because("it has failed, and cannot be initialized again")
+            .with_reason("it has failed, and cannot be initialized again")
     }
 
     fn place(&self, block: u64) -> String {

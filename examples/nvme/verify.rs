@@ -53,8 +53,10 @@ struct State {
 pub fn run(options: &Options, verify: &Verify) -> Result<()> {
     if verify.state.is_some() && guard::is_emulated(&options.common) {
         return Err(Error::new(ErrorKind::Unsupported, "continue on", &options.common.device)
-            .because("its blocks are lost at the end of this run")
-            .remedy("omit --state, or let `serve` emulate the device: --device vfio-user:PATH"));
+            .with_reason("its blocks are lost at the end of this run")
+            .with_advice(
+                "omit --state, or let `serve` emulate the device: --device vfio-user:PATH",
+            ));
     }
     let session = Session::open(&options.common, Settings::default())?;
     let mut mover = Mover::new(&session)?;
@@ -75,7 +77,7 @@ pub fn run(options: &Options, verify: &Verify) -> Result<()> {
         Some((block, fault)) => {
             let object = format!("{} blocks", faults.count);
             Err(Error::new(ErrorKind::Malformed, "verify", object)
-                .because(format!("first block {block}: {fault}")))
+                .with_reason(format!("first block {block}: {fault}")))
         }
     }
 }
@@ -183,8 +185,8 @@ impl State {
         let text = fs::read_to_string(path).map_err(|error| about(path, "read", &error))?;
         let refuse = |reason: String| {
             Error::new(ErrorKind::Malformed, "continue from", path.display())
-                .because(reason)
-                .remedy("remove it to start a new run")
+                .with_reason(reason)
+                .with_advice("remove it to start a new run")
         };
         let found =
             Self::parse(&text).ok_or_else(|| refuse("it is not the state of a run".to_owned()))?;
@@ -241,7 +243,7 @@ impl State {
 fn about(path: &Path, operation: &'static str, error: &std::io::Error) -> Error {
     match error.raw_os_error() {
         Some(errno) => Error::from_errno(errno, operation, path.display()),
-        None => Error::new(ErrorKind::Os, operation, path.display()).because(error.to_string()),
+        None => Error::new(ErrorKind::Os, operation, path.display()).with_reason(error.to_string()),
     }
 }
 

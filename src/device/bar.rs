@@ -64,8 +64,8 @@ impl<'d> Bar<'d> {
         let info = &self.region.info;
         if !info.msix_mappable {
             return Err(Error::new(ErrorKind::NotMappable, "map", self.name())
-                .because("the transport does not let the MSI-X table be mapped")
-                .remedy(
+                .with_reason("the transport does not let the MSI-X table be mapped")
+                .with_advice(
                     "reach it by Bar::trapped; vectors are set up by Device::vectors, without the table",
                 ));
         }
@@ -166,19 +166,19 @@ impl<'d> Bar<'d> {
         };
         let (Some(start), Some(end)) = (start, end) else {
             return Err(Error::new(ErrorKind::OutOfRange, "map", self.name())
-                .because("the range wraps around")
-                .remedy(format!("map a part of 0x0..{size:#x}, or all of it: ..")));
+                .with_reason("the range wraps around")
+                .with_advice(format!("map a part of 0x0..{size:#x}, or all of it: ..")));
         };
         let range = start..end;
         if start >= end {
             return Err(Error::new(ErrorKind::OutOfRange, "map", self.part(&range))
-                .because("the range is empty")
-                .remedy("map at least one byte; its whole page is mapped"));
+                .with_reason("the range is empty")
+                .with_advice("map at least one byte; its whole page is mapped"));
         }
         if end > size {
             return Err(Error::new(ErrorKind::OutOfRange, "map", self.part(&range))
-                .because(format!("the region has {size:#x} bytes"))
-                .remedy(format!("map a part of 0x0..{size:#x}, or all of it: ..")));
+                .with_reason(format!("the region has {size:#x} bytes"))
+                .with_advice(format!("map a part of 0x0..{size:#x}, or all of it: ..")));
         }
         if !self.region.info.readable || self.layout().obstacle(&range).is_some() {
             return Err(self.not_mappable(&range));
@@ -192,12 +192,12 @@ impl<'d> Bar<'d> {
         let error = match self.layout().obstacle(range) {
             Some(span) => {
                 let why = span.trap.map(|trap| trap.to_string()).unwrap_or_default();
-                error.because(format!(
+                error.with_reason(format!(
                     "{:#x}..{:#x} cannot be mapped ({why})",
                     span.range.start, span.range.end
                 ))
             }
-            None => error.because("it cannot be read, or its transport has no file to map"),
+            None => error.with_reason("it cannot be read, or its transport has no file to map"),
         };
         let parts: Vec<String> = self
             .layout()
@@ -206,9 +206,9 @@ impl<'d> Bar<'d> {
             .map(|part| format!("{:#x}..{:#x}", part.start, part.end))
             .collect();
         if parts.is_empty() {
-            error.remedy("reach it by Bar::trapped")
+            error.with_advice("reach it by Bar::trapped")
         } else {
-            error.remedy(format!(
+            error.with_advice(format!(
                 "map {} as windows of their own, and reach the rest by Bar::trapped",
                 parts.join(", ")
             ))

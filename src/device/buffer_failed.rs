@@ -18,10 +18,10 @@ impl BufferFailed {
         operation: &'static str,
         buffer: DmaBuffer,
         reason: String,
-        remedy: &'static str,
+        advice: &'static str,
     ) -> Self {
         let error = Error::new(kind, operation, format!("{buffer:?}"));
-        Self { error: error.because(reason).remedy(remedy), buffer }
+        Self { error: error.with_reason(reason).with_advice(advice), buffer }
     }
 
     /// What went wrong.

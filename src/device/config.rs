@@ -54,7 +54,7 @@ impl<'d> Config<'d> {
             return Ok(Self { device });
         }
         Err(Error::new(ErrorKind::Unsupported, "open", "configuration space")
-            .because(format!("{} is not a PCI device", device.name())))
+            .with_reason(format!("{} is not a PCI device", device.name())))
     }
 
     /// Reads a byte.
@@ -166,7 +166,7 @@ impl<'d> Config<'d> {
         let Some(capability) = self.capability(EXPRESS)? else {
             let object = self.device.name();
             return Err(Error::new(ErrorKind::Unsupported, "enable error reporting on", object)
-                .because("the device is not PCI Express"));
+                .with_reason("the device is not PCI Express"));
         };
         self.set_bits(capability + DEVICE_CONTROL, REPORT_UNCORRECTABLE, on)
     }
@@ -239,8 +239,8 @@ impl<'d> Config<'d> {
     fn gone(&self, offset: u64) -> Error {
         let object = format!("configuration space of {}", self.device.name());
         Error::new(ErrorKind::Gone, "read", object)
-            .because(format!("it reads all ones at {offset:#x}: the device does not respond"))
-            .remedy("check that it is plugged in and that its slot and link are on; then close it and open it again")
+            .with_reason(format!("it reads all ones at {offset:#x}: the device does not respond"))
+            .with_advice("check that it is plugged in and that its slot and link are on; then close it and open it again")
     }
 
     fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
@@ -251,6 +251,6 @@ impl<'d> Config<'d> {
 
     pub(super) fn malformed(&self, reason: String) -> Error {
         let object = format!("configuration space of {}", self.device.name());
-        Error::new(ErrorKind::Malformed, "read", object).because(reason)
+        Error::new(ErrorKind::Malformed, "read", object).with_reason(reason)
     }
 }

@@ -87,11 +87,11 @@ impl DmaSpace {
         if !limits.page_size.is_power_of_two() {
             let object = format!("the DMA limits of {}", transport.info().name);
             return Err(Error::new(ErrorKind::Malformed, "read", object)
-                .because(format!(
+                .with_reason(format!(
                     "its page size of {:#x} bytes is not a power of two",
                     limits.page_size
                 ))
-                .remedy("make the transport return a power of two: DmaLimits::page_size"));
+                .with_advice("make the transport return a power of two: DmaLimits::page_size"));
         }
         let addresses = Addresses::of(transport.address_space(), &limits.ranges);
         let (mappings, lost) = (AtomicUsize::new(0), Mutex::default());
@@ -219,10 +219,10 @@ impl Inner {
                 return Ok(device);
             }
             Err(Error::new(ErrorKind::OutOfRange, "map for DMA", format!("{size:#x} bytes"))
-                .because(format!(
+                .with_reason(format!(
                     "no IOMMU translates the device's addresses, and the memory is at {device}"
                 ))
-                .remedy("accept any address: IovaPlacement::default"))
+                .with_advice("accept any address: IovaPlacement::default"))
         });
         found.inspect_err(|_| {
             if let Err(error) = self.transport.dma_unmap(iova.0, size) {
@@ -309,8 +309,8 @@ impl Inner {
                 return error;
             }
             error
-                .because(format!("all {tried} addresses that were tried are mapped by others"))
-                .remedy("unmap those, or choose a free address: IovaPlacement::At")
+                .with_reason(format!("all {tried} addresses that were tried are mapped by others"))
+                .with_advice("unmap those, or choose a free address: IovaPlacement::At")
         })
     }
 
@@ -362,8 +362,8 @@ impl Inner {
             "map for DMA",
             format!("{size:#x} bytes at {start:#x}"),
         )
-        .because("a part of it is mapped already")
-        .remedy("unmap it first, or use IovaPlacement::Anywhere"))
+        .with_reason("a part of it is mapped already")
+        .with_advice("unmap it first, or use IovaPlacement::Anywhere"))
     }
 
     /// The error for memory that does not consist of whole pages.
@@ -372,12 +372,12 @@ impl Inner {
         let error = |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes"));
         if size == 0 {
             return error(ErrorKind::OutOfRange)
-                .because("there is nothing to map")
-                .remedy("map at least one page");
+                .with_reason("there is nothing to map")
+                .with_advice("map at least one page");
         }
         error(ErrorKind::Unaligned)
-            .because(format!("the IOMMU maps pages of {:#x} bytes", self.limits.page_size))
-            .remedy("map whole pages")
+            .with_reason(format!("the IOMMU maps pages of {:#x} bytes", self.limits.page_size))
+            .with_advice("map whole pages")
     }
 
     /// The error for addresses that are not at a page, or not in the ranges of the IOMMU.
@@ -388,8 +388,8 @@ impl Inner {
             |kind| Error::new(kind, "map for DMA", format!("{size:#x} bytes at {start:#x}"));
         if !start.is_multiple_of(page_size) {
             return error(ErrorKind::Unaligned)
-                .because(format!("the IOMMU maps pages of {page_size:#x} bytes"))
-                .remedy("use a multiple of that");
+                .with_reason(format!("the IOMMU maps pages of {page_size:#x} bytes"))
+                .with_advice("use a multiple of that");
         }
         let ranges: Vec<_> = self
             .addresses
@@ -398,8 +398,8 @@ impl Inner {
             .map(|range| format!("{:#x}..={:#x}", range.start(), range.end()))
             .collect();
         error(ErrorKind::OutOfRange)
-            .because(format!("the IOMMU maps {}", ranges.join(", ")))
-            .remedy("use an address in those ranges, or IovaPlacement::Anywhere")
+            .with_reason(format!("the IOMMU maps {}", ranges.join(", ")))
+            .with_advice("use an address in those ranges, or IovaPlacement::Anywhere")
     }
 }
 
@@ -413,15 +413,15 @@ fn leak(memory: &DmaMemory, error: &Error) {
 #[cold]
 fn no_alignment(size: u64, alignment: u64) -> Error {
     Error::new(ErrorKind::Unaligned, "map for DMA", format!("{size:#x} bytes"))
-        .because(format!("an alignment of {alignment:#x} is not a power of two"))
-        .remedy("use 1 or another power of two")
+        .with_reason(format!("an alignment of {alignment:#x} is not a power of two"))
+        .with_advice("use 1 or another power of two")
 }
 
 #[cold]
 fn no_room(size: u64, limit: u64) -> Error {
     Error::new(ErrorKind::OutOfRange, "map for DMA", format!("{size:#x} bytes"))
-        .because(format!("no free range up to {limit:#x} is large enough"))
-        .remedy("unmap something, or allow higher addresses if the device supports them")
+        .with_reason(format!("no free range up to {limit:#x} is large enough"))
+        .with_advice("unmap something, or allow higher addresses if the device supports them")
 }
 
 /// Memory that is mapped for the device. Dropping this unmaps it.

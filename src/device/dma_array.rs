@@ -53,8 +53,8 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
     /// The buffer, with `Unaligned` if it does not begin at a multiple of the word size, `OutOfRange` if it is
     /// shorter than an entry.
     pub fn new(buffer: DmaBuffer) -> std::result::Result<Self, BufferFailed> {
-        let failed = |kind, buffer, reason, remedy| {
-            Err(BufferFailed::new(kind, "make an array of", buffer, reason, remedy))
+        let failed = |kind, buffer, reason, advice| {
+            Err(BufferFailed::new(kind, "make an array of", buffer, reason, advice))
         };
         let len = buffer.size() / Self::ENTRY;
         if len == 0 {

@@ -114,8 +114,8 @@ impl Memory {
             }
             let pages = size / HUGE_PAGE;
             error
-                .because(format!("there are fewer than {pages} free pages of 2 MiB"))
-                .remedy(format!("reserve some: sysctl vm.nr_hugepages={pages}, or more"))
+                .with_reason(format!("there are fewer than {pages} free pages of 2 MiB"))
+                .with_advice(format!("reserve some: sysctl vm.nr_hugepages={pages}, or more"))
         };
         let page = if huge { HUGE_PAGE } else { sys::page_size() };
         // A mapping of this size contains an aligned range of `size` bytes, at any address.
@@ -170,8 +170,10 @@ impl DmaBuffer {
             let size = request.size.checked_next_multiple_of(page).filter(|size| *size > 0);
             size.filter(|size| *size < isize::MAX as usize).ok_or_else(|| {
                 Error::new(ErrorKind::OutOfRange, "allocate", object())
-                    .because("a buffer has at least one byte and must fit into the address space")
-                    .remedy("ask for another size")
+                    .with_reason(
+                        "a buffer has at least one byte and must fit into the address space",
+                    )
+                    .with_advice("ask for another size")
             })
         };
         let DmaLimits { page_size, by_file, .. } = *space.limits();
@@ -244,8 +246,8 @@ impl DmaBuffer {
     pub fn split_at(self, size: usize) -> std::result::Result<(Self, Self), BufferFailed> {
         if size == 0 || size >= self.size {
             let reason = format!("a part of it would be empty: the first has {size:#x} bytes");
-            let remedy = "use the whole buffer, or split it inside";
-            return Err(BufferFailed::new(ErrorKind::OutOfRange, "split", self, reason, remedy));
+            let advice = "use the whole buffer, or split it inside";
+            return Err(BufferFailed::new(ErrorKind::OutOfRange, "split", self, reason, advice));
         }
         let Self { whole, offset, size: all } = self;
         let second = Self { whole: whole.clone(), offset: offset + size, size: all - size };

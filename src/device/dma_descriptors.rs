@@ -74,8 +74,8 @@ impl<D, W: Width> Descriptors<D, W> {
         let len = buffer.size() / (Self::WORDS * size_of::<W>());
         if len == 0 {
             let reason = format!("a descriptor has {:#x} bytes", size_of::<D>());
-            let (kind, remedy) = (ErrorKind::OutOfRange, "use a larger buffer");
-            return Err(BufferFailed::new(kind, "make descriptors of", buffer, reason, remedy));
+            let (kind, advice) = (ErrorKind::OutOfRange, "use a larger buffer");
+            return Err(BufferFailed::new(kind, "make descriptors of", buffer, reason, advice));
         }
         Ok(Self { words: DmaArray::new(buffer)?, len, _descriptors: PhantomData })
     }
@@ -240,8 +240,8 @@ impl DmaSpace {
     fn exactly(&self, count: usize, size: usize) -> Result<DmaBuffer> {
         let Some(size) = count.checked_mul(size) else {
             return Err(Error::new(ErrorKind::OutOfRange, "allocate", format!("{count} entries"))
-                .because("no buffer can be that large")
-                .remedy("ask for fewer"));
+                .with_reason("no buffer can be that large")
+                .with_advice("ask for fewer"));
         };
         Ok(self.buffer(size)?.slice(..size)?)
     }

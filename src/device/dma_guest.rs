@@ -53,8 +53,10 @@ impl DmaSpace {
             if !mapping.owned() {
                 let object = format!("guest memory at {:#x}", region.start_addr().0);
                 return Err(Error::new(ErrorKind::Unsupported, "map for DMA", object)
-                    .because("its region was made from a raw pointer, and does not keep it mapped")
-                    .remedy("promise that it stays mapped: DmaSpace::map_guest_backend"));
+                    .with_reason(
+                        "its region was made from a raw pointer, and does not keep it mapped",
+                    )
+                    .with_advice("promise that it stays mapped: DmaSpace::map_guest_backend"));
             }
             // Private pages do not belong to the file.
             let shared = mapping.flags() & libc::MAP_SHARED != 0;
@@ -97,7 +99,7 @@ impl DmaSpace {
                     "map for DMA",
                     format!("guest memory at {start:#x}"),
                 )
-                .because(format!("it has no address in this process: {error}"))
+                .with_reason(format!("it has no address in this process: {error}"))
             })?;
             let by_file = self.limits().by_file;
             let file = region.file_offset().filter(|_| by_file).map(shared_file).transpose()?;

@@ -26,8 +26,8 @@ impl DmaBuffer {
         };
         if start >= end || end > size {
             let reason = format!("{start:#x}..{end:#x} is not a part of it");
-            let remedy = "use a range that is not empty and ends inside";
-            return Err(BufferFailed::new(ErrorKind::OutOfRange, "slice", self, reason, remedy));
+            let advice = "use a range that is not empty and ends inside";
+            return Err(BufferFailed::new(ErrorKind::OutOfRange, "slice", self, reason, advice));
         }
         let front = if end < size { self.split_at(end)?.0 } else { self };
         if start > 0 { Ok(front.split_at(start)?.1) } else { Ok(front) }

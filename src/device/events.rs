@@ -66,8 +66,8 @@ impl Device {
         events.release = connect(&events.both, irq_index::REQ)?;
         if events.error.is_none() && events.release.is_none() {
             return Err(Error::new(ErrorKind::Unsupported, "watch", self.name())
-                .because("the device reports neither errors nor requests to release it")
-                .remedy("poll its status registers for errors instead"));
+                .with_reason("the device reports neither errors nor requests to release it")
+                .with_advice("poll its status registers for errors instead"));
         }
         Ok(events)
     }

@@ -140,7 +140,7 @@ impl Layout {
 /// than a page.
 fn mappable_pages(info: &RegionInfo, page_size: u64) -> Result<Vec<Range<u64>>> {
     let malformed = |reason: String| {
-        Err(Error::new(ErrorKind::Malformed, "read", "the layout of a region").because(reason))
+        Err(Error::new(ErrorKind::Malformed, "read", "the layout of a region").with_reason(reason))
     };
     let Some(areas) = &info.areas else { return Ok(vec![0..info.size]) };
     let mut areas = areas.clone();

@@ -193,14 +193,16 @@ impl Device {
     pub fn bar(&self, index: u32) -> Result<Bar<'_>> {
         let Some(cell) = self.inner.regions.get(index as usize) else {
             return Err(Error::new(ErrorKind::NotFound, "find", self.inner.region_name(index))
-                .because(format!("the device has {} regions", self.inner.regions.len()))
-                .remedy(OTHER_REGIONS));
+                .with_reason(format!("the device has {} regions", self.inner.regions.len()))
+                .with_advice(OTHER_REGIONS));
         };
         let region = match cell.get() {
             Some(region) => region,
             None => {
                 let region = self.read_region(index).map_err(|error| match error.kind() {
-                    ErrorKind::NotFound if error.advice().is_empty() => error.remedy(OTHER_REGIONS),
+                    ErrorKind::NotFound if error.advice().is_empty() => {
+                        error.with_advice(OTHER_REGIONS)
+                    }
                     _ => error,
                 })?;
                 cell.get_or_init(|| region)
@@ -387,13 +389,13 @@ impl Inner {
             let mapped = space.describe(NAMED).map_or_else(String::new, |held| held + ", ");
             return Some(
                 in_use()
-                    .because(format!("it is held by {mapped}its DMA space"))
-                    .remedy("drop them first"),
+                    .with_reason(format!("it is held by {mapped}its DMA space"))
+                    .with_advice("drop them first"),
             );
         }
         let ours = 1 + usize::from(space.is_some());
         (Arc::strong_count(&self.transport) > ours)
-            .then(|| in_use().because("something else holds its transport"))
+            .then(|| in_use().with_reason("something else holds its transport"))
     }
 
     fn describe(&self, holder: &Holder) -> String {
@@ -425,8 +427,8 @@ impl Inner {
             held.push("something that was dropped just now".to_owned());
         }
         Error::new(ErrorKind::InUse, "close", &self.info.name)
-            .because(format!("it is held by {}", held.join(", ")))
-            .remedy("drop them first")
+            .with_reason(format!("it is held by {}", held.join(", ")))
+            .with_advice("drop them first")
     }
 }
 

@@ -141,7 +141,7 @@ impl Wait {
             return Ok(Some(value));
         }
         if over {
-            return Err(Error::new(ErrorKind::TimedOut, "wait for", what).because(format!(
+            return Err(Error::new(ErrorKind::TimedOut, "wait for", what).with_reason(format!(
                 "timed out after {:?}: the last value was {value:?}",
                 self.timeout
             )));

@@ -168,23 +168,23 @@ pub struct Registers<T: Width, M: Mode = ReadWrite> {
 
 impl<T: Width, M: Mode> Registers<T, M> {
     pub(super) fn new(window: &Window, offset: usize, stride: usize, count: usize) -> Result<Self> {
-        let refuse = |kind, reason: &'static str, remedy: String| {
+        let refuse = |kind, reason: &'static str, advice: String| {
             let object = format!("{count} registers at {offset:#x}, {stride:#x} bytes apart");
-            Err(Error::new(kind, "find", object).because(reason).remedy(remedy))
+            Err(Error::new(kind, "find", object).with_reason(reason).with_advice(advice))
         };
         let width = size_of::<T>();
         if count == 0 {
-            let remedy = "ask for at least one register".to_owned();
-            return refuse(ErrorKind::OutOfRange, "the count is 0", remedy);
+            let advice = "ask for at least one register".to_owned();
+            return refuse(ErrorKind::OutOfRange, "the count is 0", advice);
         }
         if stride < width || !stride.is_multiple_of(width) {
-            let remedy = format!("the stride is in bytes; use a multiple of {width}");
-            return refuse(ErrorKind::Unaligned, "they overlap, or are not aligned", remedy);
+            let advice = format!("the stride is in bytes; use a multiple of {width}");
+            return refuse(ErrorKind::Unaligned, "they overlap, or are not aligned", advice);
         }
         let Some(last) = (count - 1).checked_mul(stride).and_then(|size| size.checked_add(offset))
         else {
-            let remedy = format!("the window has {:#x} bytes: ask for fewer", window.size());
-            return refuse(ErrorKind::OutOfRange, "they wrap around", remedy);
+            let advice = format!("the window has {:#x} bytes: ask for fewer", window.size());
+            return refuse(ErrorKind::OutOfRange, "they wrap around", advice);
         };
         window.place(last, size_of::<T>(), M::ACCESS)?;
         Ok(Self { first: Register::new(window, offset)?, stride, count })
@@ -289,13 +289,13 @@ impl<T: Width, M: Mode> IoRegister<T, M> {
         let object = || format!("{width} bytes at {offset:#x} of {}", device.region_name(region));
         if offset.checked_add(width).is_none_or(|end| end > size) {
             return Err(Error::new(ErrorKind::OutOfRange, "find", object())
-                .because(format!("the region has {size:#x} bytes"))
-                .remedy("count offsets from the first byte of the region, not of a window"));
+                .with_reason(format!("the region has {size:#x} bytes"))
+                .with_advice("count offsets from the first byte of the region, not of a window"));
         }
         if !offset.is_multiple_of(width) {
             return Err(Error::new(ErrorKind::Unaligned, "find", object())
-                .because(format!("a register of {width} bytes lies at a multiple of {width}"))
-                .remedy("use a narrower register, or more than one"));
+                .with_reason(format!("a register of {width} bytes lies at a multiple of {width}"))
+                .with_advice("use a narrower register, or more than one"));
         }
         Ok(Self(Route::Trapped(Trapped { device, region, offset })))
     }

@@ -258,13 +258,13 @@ impl<L: BlockLayout> IoRegisterBlock<L> {
         let object = || format!("{} at {offset:#x} of {}", L::NAME, device.region_name(region));
         let Some(end) = end.filter(|end| *end <= size) else {
             return Err(Error::new(ErrorKind::OutOfRange, "find", object())
-                .because(format!("the block has {:#x} bytes, the region {size:#x}", L::SIZE))
-                .remedy("count offsets from the first byte of the region, not of a window"));
+                .with_reason(format!("the block has {:#x} bytes, the region {size:#x}", L::SIZE))
+                .with_advice("count offsets from the first byte of the region, not of a window"));
         };
         if !offset.is_multiple_of(L::ALIGN as u64) {
             return Err(Error::new(ErrorKind::Unaligned, "find", object())
-                .because(format!("its widest register has {} bytes", L::ALIGN))
-                .remedy(format!("place the block at a multiple of {}", L::ALIGN)));
+                .with_reason(format!("its widest register has {} bytes", L::ALIGN))
+                .with_advice(format!("place the block at a multiple of {}", L::ALIGN)));
         }
         let slot =
             device.holders().insert(Holder::Block { name: L::NAME, region, range: offset..end });

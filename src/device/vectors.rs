@@ -178,17 +178,19 @@ impl Inner {
                     "set up",
                     format!("{wanted} of {}", self.info.name),
                 )
-                .because(format!("it already has {there}"))
-                .remedy("drop those first"))
+                .with_reason(format!("it already has {there}"))
+                .with_advice("drop those first"))
             }
         }
     }
 }
 
 fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()> {
-    let refuse = |reason: String, remedy: String| {
+    let refuse = |reason: String, advice: String| {
         let object = format!("{count} vectors of {kind:?} of {name}");
-        Err(Error::new(ErrorKind::OutOfRange, "set up", object).because(reason).remedy(remedy))
+        Err(Error::new(ErrorKind::OutOfRange, "set up", object)
+            .with_reason(reason)
+            .with_advice(advice))
     };
     match info.count as usize {
         0 => refuse(
@@ -266,7 +268,7 @@ impl Vectors {
         let before = self.count();
         if count <= before {
             return Err(Error::new(ErrorKind::OutOfRange, "add", self.name(count))
-                .because(format!("there are {before} vectors")));
+                .with_reason(format!("there are {before} vectors")));
         }
         let added = (before..count).map(|_| Slot::new()).collect::<Result<Vec<_>>>()?;
         let transport = &self.device.transport;
@@ -281,9 +283,8 @@ impl Vectors {
                 self.signal_all();
                 return Err(match restored {
                     Ok(()) => error,
-                    Err(_) => {
-                        error.remedy("create the vectors again: the old ones are no longer set up")
-                    }
+                    Err(_) => error
+                        .with_advice("create the vectors again: the old ones are no longer set up"),
                 });
             }
             Growth::Reenabled
@@ -342,8 +343,8 @@ impl Vectors {
                 "use an eventfd to unmask",
                 self.name(0),
             )
-            .because("it is not masked when it fires")
-            .remedy("no unmasking is needed between interrupts"));
+            .with_reason("it is not masked when it fires")
+            .with_advice("no unmasking is needed between interrupts"));
         }
         if self.resample.is_none() {
             let eventfd = eventfd()?;
@@ -377,8 +378,10 @@ impl Vectors {
             return Ok(vector as u32..vector as u32 + 1);
         }
         Err(Error::new(ErrorKind::OutOfRange, operation, self.name(vector))
-            .because(format!("there are {} vectors", self.count()))
-            .remedy("vectors are numbered from 0; Vectors::grow adds more if the device has them"))
+            .with_reason(format!("there are {} vectors", self.count()))
+            .with_advice(
+                "vectors are numbered from 0; Vectors::grow adds more if the device has them",
+            ))
     }
 
     fn eventfd(&self, vector: usize) -> Result<&OwnedFd> {
@@ -386,8 +389,8 @@ impl Vectors {
         let slot = &self.slots[vector];
         slot.enabled.then_some(&*slot.eventfd).ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "wait for", self.name(vector))
-                .because("it is not set up (a hole)")
-                .remedy("enable it: Vectors::set_enabled")
+                .with_reason("it is not set up (a hole)")
+                .with_advice("enable it: Vectors::set_enabled")
         })
     }
 

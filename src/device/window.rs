@@ -80,8 +80,8 @@ impl Window {
         let too_large = || {
             let object = device.range_name(region, &range);
             Error::new(ErrorKind::OutOfRange, "map", object)
-                .because("it exceeds the address space")
-                .remedy("map parts of it as windows of their own")
+                .with_reason("it exceeds the address space")
+                .with_advice("map parts of it as windows of their own")
         };
         let len = pages.and_then(|len| usize::try_from(len).ok()).ok_or_else(too_large)?;
         let mapping = Mapping::new(backing.clone(), offset, len, access, placement)?;
@@ -290,13 +290,13 @@ impl Window {
         let object = || format!("{size} bytes at {offset:#x} of {self:?}");
         if !permits(mapping.access(), wanted) {
             return Err(Error::new(ErrorKind::ReadOnly, "write", object())
-                .because("the window can only be read")
-                .remedy("use read_only_register, or a window that can be written"));
+                .with_reason("the window can only be read")
+                .with_advice("use read_only_register, or a window that can be written"));
         }
         if offset.checked_add(size).is_none_or(|end| end > *all) {
             return Err(Error::new(ErrorKind::OutOfRange, "find", object())
-                .because("it leaves the window")
-                .remedy(format!(
+                .with_reason("it leaves the window")
+                .with_advice(format!(
                     "count offsets from the first byte of the window, which has {all:#x} bytes, or map a larger range"
                 )));
         }
@@ -304,17 +304,17 @@ impl Window {
         if !address.is_multiple_of(alignment) {
             let reason =
                 format!("a register of {alignment} bytes lies at a multiple of {alignment}");
-            let error = Error::new(ErrorKind::Unaligned, "find", object()).because(reason);
+            let error = Error::new(ErrorKind::Unaligned, "find", object()).with_reason(reason);
             return Err(if alignment == size {
-                error.remedy("use a narrower register, or more than one")
+                error.with_advice("use a narrower register, or more than one")
             } else {
-                error.remedy(format!("place the block at a multiple of {alignment}"))
+                error.with_advice(format!("place the block at a multiple of {alignment}"))
             });
         }
         NonNull::new(ptr::with_exposed_provenance_mut(address)).ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "find", object())
-                .because("it lies at address 0")
-                .remedy("relocate the window")
+                .with_reason("it lies at address 0")
+                .with_advice("relocate the window")
         })
     }
 }
@@ -335,8 +335,10 @@ fn in_use(operation: &'static str, inner: &Inner, users: usize) -> Error {
         holders.push(format!("{others} registers or clones of the window"));
     }
     Error::new(ErrorKind::InUse, operation, object)
-        .because(format!("it is held by {}", holders.join(", ")))
-        .remedy("drop them; or duplicate the window, switch to the duplicate, and drop this one")
+        .with_reason(format!("it is held by {}", holders.join(", ")))
+        .with_advice(
+            "drop them; or duplicate the window, switch to the duplicate, and drop this one",
+        )
 }
 
 impl Inner {

@@ -215,7 +215,7 @@ impl Bus {
             Errno::EACCES => "it is not mapped for this access",
             _ => return Error::os(errno, operation, object),
         };
-        Error::new(ErrorKind::OutOfRange, operation, object).because(reason)
+        Error::new(ErrorKind::OutOfRange, operation, object).with_reason(reason)
     }
 }
 

@@ -102,7 +102,7 @@ impl Emulated {
 /// Checks what no device can have.
 fn check(shape: &Shape) -> Result<()> {
     let error = |kind, reason: String| {
-        Err(Error::new(kind, "create", format!("the device {:?}", shape.name)).because(reason))
+        Err(Error::new(kind, "create", format!("the device {:?}", shape.name)).with_reason(reason))
     };
     if shape.name.contains('\0') {
         return error(ErrorKind::Malformed, "its name has a NUL".to_owned());
@@ -132,7 +132,7 @@ impl Core {
         let memories = shape.regions.iter().enumerate().map(|(index, region)| {
             check_areas(region).then_some(()).ok_or_else(|| {
                 Error::new(ErrorKind::OutOfRange, "create", info.region_name(index as u32))
-                    .because("a mapped part lies outside the region")
+                    .with_reason("a mapped part lies outside the region")
             })?;
             // A region of size 0 does not exist.
             let memory = region.mappable && region.size > 0;
@@ -214,7 +214,7 @@ impl Core {
         let region = self.regions.get(index as usize).filter(|region| region.size > 0);
         region.ok_or_else(|| {
             Error::new(ErrorKind::NotFound, operation, self.info.region_name(index))
-                .because("the device has no such region")
+                .with_reason("the device has no such region")
         })
     }
 
@@ -232,7 +232,7 @@ impl Core {
         let end = end.ok_or_else(|| {
             let reason =
                 format!("{len} bytes at {offset:#x} leave the region of {:#x} bytes", region.size);
-            Error::new(ErrorKind::OutOfRange, operation, object()).because(reason)
+            Error::new(ErrorKind::OutOfRange, operation, object()).with_reason(reason)
         })?;
         if operation == "write" && !region.writable {
             return Err(Error::new(ErrorKind::ReadOnly, operation, object()));
@@ -264,7 +264,7 @@ impl Core {
             }
             _ => (ErrorKind::NotFound, "the device has no such interrupt"),
         };
-        Error::new(kind, operation, object).because(reason)
+        Error::new(kind, operation, object).with_reason(reason)
     }
 
     /// Calls `f` with an interrupt. ENOENT if there is none at this index.
@@ -339,7 +339,7 @@ impl Transport for Emulated {
         self.core.find(region, "map")?;
         let memory = self.core.bus.memory(region).ok_or_else(|| {
             Error::new(ErrorKind::NotMappable, "map", self.core.info.region_name(region))
-                .because("the model traps all of it")
+                .with_reason("the model traps all of it")
         })?;
         memory.file()
     }

@@ -85,11 +85,11 @@ impl CallError {
     pub(super) fn error(self, operation: &'static str, object: impl fmt::Display) -> Error {
         match self {
             Self::Reentrant => Error::new(ErrorKind::InUse, operation, object)
-                .because("the device's model is calling its own device")
-                .remedy("use the Bus inside the model"),
+                .with_reason("the device's model is calling its own device")
+                .with_advice("use the Bus inside the model"),
             Self::Panicked(message) => Error::new(ErrorKind::Gone, operation, object)
-                .because(format!("the device's model has panicked: {message}"))
-                .remedy("fix the model and create the device again"),
+                .with_reason(format!("the device's model has panicked: {message}"))
+                .with_advice("fix the model and create the device again"),
         }
     }
 }

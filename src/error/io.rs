@@ -17,7 +17,7 @@ impl Error {
     /// use vfio_remap::{Error, ErrorKind};
     ///
     /// let error = std::fs::File::open("/nowhere").expect_err("there is no such file");
-    /// let error = Error::from_io(error, "open", "/nowhere").remedy("look elsewhere");
+    /// let error = Error::from_io(error, "open", "/nowhere").with_advice("look elsewhere");
     /// assert_eq!((error.kind(), error.errno()), (ErrorKind::NotFound, Some(libc::ENOENT)));
     /// ```
     pub fn from_io(
@@ -153,8 +153,8 @@ mod tests {
     fn an_error_is_unchanged_after_conversion_to_io_error_and_back() {
         let error = through(
             Error::new(ErrorKind::Hazard, "relocate", "a window")
-                .because("why")
-                .remedy("what to do"),
+                .with_reason("why")
+                .with_advice("what to do"),
         );
         assert_eq!(error.kind(), ErrorKind::Hazard);
         assert_eq!(error.to_string(), "cannot relocate a window: why; what to do");

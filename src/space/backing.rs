@@ -67,15 +67,15 @@ impl Backing {
         let end = start.checked_add(size).filter(|end| *end <= i64::MAX as u64 - page);
         if end.is_none() || !start.is_multiple_of(page) {
             return Err(Error::new(ErrorKind::Malformed, "map", name)
-                .because(format!("its file has no {size:#x} bytes at offset {start:#x}")));
+                .with_reason(format!("its file has no {size:#x} bytes at offset {start:#x}")));
         }
         if file::is_hugetlb(&*fd) {
             return Err(Error::new(ErrorKind::Unsupported, "map", name)
-                .because("its file is on hugetlbfs, which is not supported"));
+                .with_reason("its file is on hugetlbfs, which is not supported"));
         }
         let file_size = file::regular_size(&*fd).map_err(|errno| Error::os(errno, "map", &name))?;
         if let Some(has) = file_size.filter(|has| end > Some(*has)) {
-            return Err(Error::new(ErrorKind::Malformed, "map", name).because(format!(
+            return Err(Error::new(ErrorKind::Malformed, "map", name).with_reason(format!(
                 "it claims {size:#x} bytes from offset {start:#x}, but its file has {has:#x} bytes"
             )));
         }

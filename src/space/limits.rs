@@ -24,10 +24,10 @@ pub(crate) fn out_of_memory(
         Errno::ENOMEM => match maps::count_and_limit() {
             Some((count, limit)) if is_reached(count, limit) => error
                 .into_kind(ErrorKind::TooManyMappings)
-                .because(format!(
+                .with_reason(format!(
                     "the process has {count} mappings, and may have {limit} (vm.max_map_count)"
                 ))
-                .remedy(format!(
+                .with_advice(format!(
                     "drop windows, or raise it: sysctl vm.max_map_count={}",
                     2 * limit
                 )),
@@ -51,11 +51,11 @@ fn out_of_locked_memory(error: Error, size: u64) -> Error {
     let pid = std::process::id();
     error
         .into_kind(ErrorKind::LockedMemory)
-        .because(format!(
+        .with_reason(format!(
             "after mlockall(MCL_FUTURE) every mapping is locked: the process has {used} bytes locked, \
              needs {need}, and may have {limit} (RLIMIT_MEMLOCK)"
         ))
-        .remedy(format!(
+        .with_advice(format!(
             "raise it: prlimit --pid {pid} --memlock={need}, ulimit -l, or LimitMEMLOCK= of its unit; or \
              map before mlockall"
         ))
@@ -63,20 +63,20 @@ fn out_of_locked_memory(error: Error, size: u64) -> Error {
 
 fn out_of_address_space(error: Error, size: u64) -> Error {
     let (Some(limit), Some(used)) = (limit(Resource::RLIMIT_AS), maps::address_space()) else {
-        return error.because("no range of this size is free, or memory is short");
+        return error.with_reason("no range of this size is free, or memory is short");
     };
     let need = used.saturating_add(size);
     if need <= limit {
-        return error.because("memory is short");
+        return error.with_reason("memory is short");
     }
     let pid = std::process::id();
     error
         .into_kind(ErrorKind::AddressSpace)
-        .because(format!(
+        .with_reason(format!(
             "the process has {used} bytes of address space in use, needs {need}, and may have {limit} \
              (RLIMIT_AS)"
         ))
-        .remedy(format!(
+        .with_advice(format!(
             "raise it: prlimit --pid {pid} --as={need}, ulimit -v, or LimitAS= of its unit"
         ))
 }

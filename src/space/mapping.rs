@@ -101,10 +101,10 @@ impl Destination {
         };
         match unsuitable {
             None => Ok(Self::Reserved(reservation, given)),
-            Some((reason, remedy)) => Err(Failed::new(
+            Some((reason, advice)) => Err(Failed::new(
                 Error::new(ErrorKind::UnsuitablePlacement, operation, object)
-                    .because(reason)
-                    .remedy(remedy),
+                    .with_reason(reason)
+                    .with_advice(advice),
                 given.then_some(reservation),
             )),
         }
@@ -247,7 +247,7 @@ impl Mapping {
         self.size = 0;
         match released {
             Released::Whole(reservation) | Released::WithGap(reservation) => Ok(reservation),
-            Released::Lost => Err(error.because(
+            Released::Lost => Err(error.with_reason(
                 "a failing call may have unmapped it, and what is mapped there now may belong to other code",
             )),
         }
@@ -305,7 +305,7 @@ impl Mapping {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Gone, operation, self.object())
-            .because("children of fork do not inherit windows"))
+            .with_reason("children of fork do not inherit windows"))
     }
 }
 

@@ -113,8 +113,8 @@ fn show(range: &Range<usize>) -> String {
 fn pages(size: usize) -> Result<usize> {
     if size == 0 {
         return Err(Error::new(ErrorKind::OutOfRange, "reserve", "0 bytes")
-            .because("there is nothing to reserve")
-            .remedy("reserve one page or more"));
+            .with_reason("there is nothing to reserve")
+            .with_advice("reserve one page or more"));
     }
     let size_in_pages = size.checked_next_multiple_of(sys::page_size());
     size_in_pages.filter(|size| *size <= MAX_SIZE).ok_or_else(|| no_such_space(size))
@@ -122,8 +122,8 @@ fn pages(size: usize) -> Result<usize> {
 
 fn no_such_space(size: usize) -> Error {
     Error::new(ErrorKind::OutOfRange, "reserve", format!("{size:#x} bytes"))
-        .because("the address space is smaller than that")
-        .remedy("reserve less, or map parts as separate windows")
+        .with_reason("the address space is smaller than that")
+        .with_advice("reserve less, or map parts as separate windows")
 }
 
 impl Reservation {
@@ -155,14 +155,16 @@ impl Reservation {
         let size = pages(size)?;
         if !modulus.is_power_of_two() || modulus < page {
             return Err(Error::new(ErrorKind::Unaligned, "reserve", format!("{size:#x} bytes"))
-                .because(format!("{modulus:#x} is not a power of two of at least a page"))
-                .remedy(format!("align to {page:#x}, 2 MiB (0x200000) or 1 GiB (0x40000000)")));
+                .with_reason(format!("{modulus:#x} is not a power of two of at least a page"))
+                .with_advice(format!(
+                    "align to {page:#x}, 2 MiB (0x200000) or 1 GiB (0x40000000)"
+                )));
         }
         let want = (offset % modulus as u64) as usize;
         if !want.is_multiple_of(page) {
             return Err(Error::new(ErrorKind::Unaligned, "reserve", format!("{size:#x} bytes"))
-                .because(format!("offset {offset:#x} is not a multiple of the page size"))
-                .remedy(format!("round it down to a multiple of {page:#x}")));
+                .with_reason(format!("offset {offset:#x} is not a multiple of the page size"))
+                .with_advice(format!("round it down to a multiple of {page:#x}")));
         }
         let room = size.checked_add(modulus - page).filter(|room| *room <= MAX_SIZE);
         let room = room.ok_or_else(|| no_such_space(size))?;
@@ -201,18 +203,18 @@ impl Reservation {
         let object = format!("{size:#x} bytes at {address:#x}");
         if !address.is_multiple_of(sys::page_size()) {
             return Err(Error::new(ErrorKind::Unaligned, "reserve", object)
-                .because("the address is not a multiple of the page size")
-                .remedy(format!("choose a multiple of {:#x}", sys::page_size())));
+                .with_reason("the address is not a multiple of the page size")
+                .with_advice(format!("choose a multiple of {:#x}", sys::page_size())));
         }
         let end = address.checked_add(size).ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "reserve", &object)
-                .because("the range wraps around")
-                .remedy("choose a lower address, or Placement::Anywhere")
+                .with_reason("the range wraps around")
+                .with_advice("choose a lower address, or Placement::Anywhere")
         })?;
         if stack_may_grow_into(&(address..end)) {
             return Err(Error::new(ErrorKind::AddressTaken, "reserve", object)
-                .because("the stack of the main thread may grow into it")
-                .remedy("choose another address, or Placement::Anywhere"));
+                .with_reason("the stack of the main thread may grow into it")
+                .with_advice("choose another address, or Placement::Anywhere"));
         }
         let file = marker()?;
         let reserved = mm::reserve_at(&MmapLock::take(), address, file.as_fd(), 0, size);
@@ -221,17 +223,17 @@ impl Reservation {
             Err(Errno::EEXIST) => {
                 let error = Error::new(ErrorKind::AddressTaken, "reserve", object);
                 Err(match maps::overlapping(&(address..end)).first() {
-                    Some(taken) if taken.name.is_empty() => error.because(format!(
+                    Some(taken) if taken.name.is_empty() => error.with_reason(format!(
                         "anonymous memory is mapped at {:#x}..{:#x}",
                         taken.range.start, taken.range.end
                     )),
-                    Some(taken) => error.because(format!(
+                    Some(taken) => error.with_reason(format!(
                         "{} is mapped at {:#x}..{:#x}",
                         taken.name, taken.range.start, taken.range.end
                     )),
-                    None => error.because("another mapping is there"),
+                    None => error.with_reason("another mapping is there"),
                 }
-                .remedy("choose another address, or Placement::Anywhere"))
+                .with_advice("choose another address, or Placement::Anywhere"))
             }
             Err(errno) => Err(out_of_memory(errno, "reserve", object, size)),
         }
@@ -269,8 +271,8 @@ impl Reservation {
             return Ok((Self { area, start, size }, second));
         };
         let error = Error::new(kind, "split", object)
-            .because(format!("it cannot be split at {size:#x} bytes"))
-            .remedy(format!("split at a multiple of {:#x} inside it", sys::page_size()));
+            .with_reason(format!("it cannot be split at {size:#x} bytes"))
+            .with_advice(format!("split at a multiple of {:#x} inside it", sys::page_size()));
         Err(Failed::new(error, Some(self)))
     }
 

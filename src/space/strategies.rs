@@ -90,11 +90,11 @@ impl Mapping {
                     };
                     let error = out_of_memory(errno, "relocate", self.object(), self.size);
                     let error = if lost {
-                        error.into_kind(ErrorKind::ReservationLost).because(
+                        error.into_kind(ErrorKind::ReservationLost).with_reason(
                             "the old range could not be covered, and the new range could not be reserved again",
                         )
                     } else if error.kind() == ErrorKind::Os {
-                        error.because("the old range could not be covered; nothing has changed")
+                        error.with_reason("the old range could not be covered; nothing has changed")
                     } else {
                         error
                     };
@@ -254,11 +254,12 @@ impl Mapping {
             _ if hazard && errno.is_none() => error.into_kind(ErrorKind::Hazard),
             _ => error.into_kind(ErrorKind::Refused),
         };
-        let error = error.because(reason);
+        let error = error.with_reason(reason);
         if attempts.iter().any(|attempt| attempt.strategy == Strategy::MapAgain) {
             error
         } else {
-            error.remedy("allow MapAgain, which works wherever the device's file can be mapped")
+            error
+                .with_advice("allow MapAgain, which works wherever the device's file can be mapped")
         }
     }
 }

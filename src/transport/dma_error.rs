@@ -15,23 +15,23 @@ pub(crate) fn map_refused(errno: Errno, object: impl fmt::Display) -> Error {
     match errno {
         Errno::EEXIST => error
             .into_kind(ErrorKind::AddressTaken)
-            .because("a part of it is mapped already")
-            .remedy("unmap that part first, or map it at any address: IovaPlacement::default"),
+            .with_reason("a part of it is mapped already")
+            .with_advice("unmap that part first, or map it at any address: IovaPlacement::default"),
         Errno::EINVAL => error
             .into_kind(ErrorKind::OutOfRange)
-            .because(
+            .with_reason(
                 "address, size and IOVA must be multiples of the page size, and the IOVA must lie in a \
                  range that can be mapped",
             )
-            .remedy("see DmaSpace::limits"),
+            .with_advice("see DmaSpace::limits"),
         Errno::ENOSPC => error
             .into_kind(ErrorKind::TooManyMappings)
-            .because("the limit on mappings is reached")
-            .remedy("unmap some, or map larger ranges"),
+            .with_reason("the limit on mappings is reached")
+            .with_advice("unmap some, or map larger ranges"),
         Errno::EMFILE => error
             .into_kind(ErrorKind::TooManyMappings)
-            .because("the server keeps a file descriptor for each mapping, and its limit is reached")
-            .remedy(
+            .with_reason("the server keeps a file descriptor for each mapping, and its limit is reached")
+            .with_advice(
                 "map larger ranges, or raise the server's limit: ClientLimits::files, ulimit -n",
             ),
         _ => error,

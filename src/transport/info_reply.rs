@@ -75,7 +75,7 @@ impl<'a> InfoReply<'a> {
     }
 
     pub(super) fn malformed(&self, reason: impl Into<String>) -> Error {
-        Error::new(ErrorKind::Malformed, "read", self.what).because(reason.into())
+        Error::new(ErrorKind::Malformed, "read", self.what).with_reason(reason.into())
     }
 
     fn take<const N: usize>(&self, at: usize) -> Result<[u8; N]> {

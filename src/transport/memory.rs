@@ -37,8 +37,9 @@ impl MemoryDevice {
         self.only_bar_0(region, operation)?;
         match offset.checked_add(len as u64) {
             Some(end) if end <= self.size => Ok(()),
-            _ => Err(Error::new(ErrorKind::OutOfRange, operation, "bar 0 of memory")
-                .because(format!("{len} bytes at {offset:#x} leave its {:#x} bytes", self.size))),
+            _ => Err(Error::new(ErrorKind::OutOfRange, operation, "bar 0 of memory").with_reason(
+                format!("{len} bytes at {offset:#x} leave its {:#x} bytes", self.size),
+            )),
         }
     }
 
@@ -47,7 +48,7 @@ impl MemoryDevice {
             return Ok(());
         }
         Err(Error::new(ErrorKind::NotFound, operation, format!("region {region} of memory"))
-            .because("it has only region 0"))
+            .with_reason("it has only region 0"))
     }
 }
 

@@ -154,7 +154,7 @@ pub trait Transport: Send + Sync + Debug {
     fn unmask_irq_by(&self, index: u32, vector: u32, fd: Option<BorrowedFd<'_>>) -> Result<()> {
         let _ = (vector, fd);
         Err(unsupported(self.info(), format!("use an eventfd to unmask interrupt {index} of"))
-            .remedy("unmask it by mask_irqs (Vectors::set_masked)"))
+            .with_advice("unmask it by mask_irqs (Vectors::set_masked)"))
     }
 
     /// Fires vectors as the device would, for tests.
@@ -250,7 +250,7 @@ impl DmaLimits {
 
 fn unsupported(info: DeviceInfo, operation: String) -> Error {
     Error::new(ErrorKind::Unsupported, operation, info.name)
-        .because("its transport does not support that")
+        .with_reason("its transport does not support that")
 }
 
 /// The name and the features of a device.
@@ -302,7 +302,7 @@ impl RegionFile {
             return Ok(Self { fd, start, kind: BackingKind::SharedMemory });
         }
         Err(Error::new(ErrorKind::Unsupported, "map", "a file")
-            .because("it is not shared memory: it is not a regular file on tmpfs"))
+            .with_reason("it is not shared memory: it is not a regular file on tmpfs"))
     }
 
     /// Any other file, such as a device's. The crate does not rely on faults to fill its mappings again.

@@ -23,7 +23,7 @@ fn memory_that_is_unmapped_short_stays_the_devices() {
     let buffer = space.buffer_with(BufferRequest::new(4096).placement(here)).unwrap();
     let address = buffer.as_ptr() as usize;
     let short = Error::new(ErrorKind::Os, "unmap from DMA", "0x1000 bytes at IOVA 0x100000")
-        .because("the kernel unmapped 0x0 bytes");
+        .with_reason("the kernel unmapped 0x0 bytes");
     transport.unmaps.lock().unwrap().push(Some(short));
     drop(buffer);
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
@@ -278,8 +278,8 @@ fn the_limit_on_descriptors_is_named_with_what_raises_it() {
             "the process has reached its limit of {DESCRIPTORS} open descriptors (RLIMIT_NOFILE)"
         );
         assert!(error.to_string().contains(&limit), "{error}");
-        let remedy = format!("prlimit --pid {} --nofile=", std::process::id());
-        assert!(error.advice().contains(&remedy), "{error}");
+        let advice = format!("prlimit --pid {} --nofile=", std::process::id());
+        assert!(error.advice().contains(&advice), "{error}");
         buffers.pop();
         buffers.push(space.buffer(4096).unwrap());
     });

@@ -22,7 +22,7 @@ impl Transport for Regions {
         match index {
             0 => self.0.region(0),
             _ => Err(Error::new(ErrorKind::NotFound, "find", "region 1")
-                .because("the device has no such region")),
+                .with_reason("the device has no such region")),
         }
     }
 
@@ -49,7 +49,7 @@ fn advises<T: Debug, E: Into<Error>>(result: std::result::Result<T, E>, kind: Er
     assert_eq!(error.kind(), kind, "{error}");
     assert!(!error.advice().is_empty(), "{error}");
     let bare = Error::new(kind, error.operation().to_owned(), error.object());
-    let without_reason = bare.remedy(error.advice().to_owned());
+    let without_reason = bare.with_advice(error.advice().to_owned());
     assert_ne!(error.to_string(), without_reason.to_string(), "there is no reason");
 }
 

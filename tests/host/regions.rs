@@ -38,7 +38,7 @@ impl Transport for Sparse {
     fn region(&self, index: u32) -> Result<RegionInfo> {
         match index {
             1 | 6 | 7 => Ok(RegionInfo::trapped(256)),
-            2 => Err(Error::new(ErrorKind::Malformed, "read", "region 2").because("it is odd")),
+            2 => Err(Error::new(ErrorKind::Malformed, "read", "region 2").with_reason("it is odd")),
             _ => Err(Error::new(ErrorKind::NotFound, "find", "a region")),
         }
     }

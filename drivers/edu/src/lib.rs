@@ -233,7 +233,7 @@ impl Edu {
         loop {
             if self.vectors.wait(0, TIMEOUT)? == 0 {
                 return Err(Error::new(ErrorKind::TimedOut, "wait for", "edu's interrupt")
-                    .because(format!("it did not arrive within {TIMEOUT:?}")));
+                    .with_reason(format!("it did not arrive within {TIMEOUT:?}")));
             }
             // The device asserts its interrupt until every cause is acknowledged.
             let causes = self.registers.read(Registers::CAUSES)?;

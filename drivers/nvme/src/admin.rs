@@ -128,7 +128,7 @@ impl Admin {
             if waited > self.timeout {
                 self.pair.break_off();
                 return Err(Error::new(ErrorKind::TimedOut, operation, &self.name)
-                    .because(format!("no answer within {:?}", self.timeout)));
+                    .with_reason(format!("no answer within {:?}", self.timeout)));
             }
             if waited > Duration::from_micros(100) {
                 std::thread::sleep(Duration::from_micros(50));
@@ -227,7 +227,7 @@ impl Admin {
         operation: &'static str,
         reason: impl Into<std::borrow::Cow<'static, str>>,
     ) -> Error {
-        Error::new(ErrorKind::Os, operation, &self.name).because(reason)
+        Error::new(ErrorKind::Os, operation, &self.name).with_reason(reason)
     }
 }
 

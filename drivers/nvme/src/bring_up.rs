@@ -32,11 +32,11 @@ impl Hardware {
         let config = device.config()?;
         if has_gone(&device) {
             return Err(Error::new(ErrorKind::Gone, "find", device.name())
-                .because("its configuration space reads all ones"));
+                .with_reason("its configuration space reads all ones"));
         }
         let class = config.read_u32(CLASS_CODE)? >> 8;
         if class != CLASS {
-            return Err(Error::new(ErrorKind::Unsupported, "drive", device.name()).because(
+            return Err(Error::new(ErrorKind::Unsupported, "drive", device.name()).with_reason(
                 format!(
                     "it is not an NVMe controller: its class is {class:#08x}, not {CLASS:#08x}"
                 ),
@@ -49,16 +49,17 @@ impl Hardware {
         let name = hardware.device.name();
         if !capabilities.has_nvm_commands() {
             return Err(Error::new(ErrorKind::Unsupported, "drive", name)
-                .because("it does not have the NVM command set (CAP.CSS)"));
+                .with_reason("it does not have the NVM command set (CAP.CSS)"));
         }
         if capabilities.entries() < 2 {
-            return Err(Error::new(ErrorKind::Malformed, "drive", name)
-                .because("its queues have one entry (CAP.MQES is 0), of which none can be used"));
+            return Err(Error::new(ErrorKind::Malformed, "drive", name).with_reason(
+                "its queues have one entry (CAP.MQES is 0), of which none can be used",
+            ));
         }
         let page_shift = capabilities.page_shift();
         if page_shift > LARGEST_PAGE {
             return Err(Error::new(ErrorKind::Unsupported, "drive", name)
-                .because(format!("its smallest page has 2^{page_shift} bytes (CAP.MPSMIN)")));
+                .with_reason(format!("its smallest page has 2^{page_shift} bytes (CAP.MPSMIN)")));
         }
         Ok(hardware)
     }

@@ -178,8 +178,8 @@ impl Controller {
             let there = device.interrupt(Interrupt::MsiX)?.count.min(u16::MAX.into()) as u16;
             if there == 0 {
                 return Err(Error::new(ErrorKind::Unsupported, "use interrupts of", device.name())
-                    .because("it has no MSI-X vectors")
-                    .remedy("poll its queues instead: Settings::interrupts"));
+                    .with_reason("it has no MSI-X vectors")
+                    .with_advice("poll its queues instead: Settings::interrupts"));
             }
             queues = queues.min(there.saturating_sub(1).max(1));
             Some(device.vectors(Interrupt::MsiX, usize::from(queues + 1).min(there.into()))?)
@@ -305,7 +305,7 @@ impl Controller {
     pub fn set_write_cache(&self, on: bool) -> Result<()> {
         if !self.identity.has_write_cache {
             return Err(Error::new(ErrorKind::Unsupported, "set", "the write cache")
-                .because(format!("{} has none", self.name())));
+                .with_reason(format!("{} has none", self.name())));
         }
         let mut state = self.state();
         if let Some(error) = &state.failed {
@@ -334,7 +334,7 @@ impl Controller {
         self.admin(|_| Ok(()))?;
         let id = self.state().free.pop().ok_or_else(|| {
             Error::new(ErrorKind::InUse, "make", format!("a queue of {}", self.name()))
-                .because(format!("all {} are in use", self.queues))
+                .with_reason(format!("all {} are in use", self.queues))
         })?;
         IoQueue::new(self.clone(), id).inspect_err(|_| self.state().free.push(id))
     }
@@ -414,7 +414,7 @@ impl Controller {
     /// Sets up a controller that was initialized again.
     fn prepare(&self, state: &mut State) -> Result<()> {
         let error = |reason: String| {
-            Err(Error::new(ErrorKind::Gone, "continue to use", self.name()).because(reason))
+            Err(Error::new(ErrorKind::Gone, "continue to use", self.name()).with_reason(reason))
         };
         let found = identify(&self.hardware, &mut state.admin)?;
         if (&found.model, &found.serial) != (&self.identity.model, &self.identity.serial) {
@@ -441,8 +441,8 @@ impl Controller {
         let name = self.name().to_owned();
         let controller = Arc::try_unwrap(self).map_err(|_| {
             Error::new(ErrorKind::InUse, "shut down", &name)
-                .because("it still has queues")
-                .remedy("drop them first")
+                .with_reason("it still has queues")
+                .with_advice("drop them first")
         })?;
         let device = controller.hardware.device.clone();
         let time = controller.identity.shutdown_time.clamp(SHUTDOWN, LONGEST_SHUTDOWN);
@@ -479,7 +479,7 @@ fn request_queues(device: &Device, admin: &mut Admin, wanted: u16) -> Result<u16
     // The counts are zero-based; the specification does not allow 65536.
     match submission.min(completion).checked_add(1) {
         Some(count) if submission.max(completion) != u16::MAX => Ok(count.min(wanted)),
-        _ => Err(Error::new(ErrorKind::Malformed, operation, device.name()).because(format!(
+        _ => Err(Error::new(ErrorKind::Malformed, operation, device.name()).with_reason(format!(
             "it has {submission:#x} and {completion:#x}, which are not counts of queues"
         ))),
     }

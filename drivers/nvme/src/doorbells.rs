@@ -64,7 +64,7 @@ pub fn outside(device: &Device, queue: u16, stride: u64, size: u64) -> Error {
         "find",
         format!("the doorbells of queue {queue} of {}", device.name()),
     )
-    .because(format!(
+    .with_reason(format!(
         "{stride:#x} bytes apart (CAP.DSTRD), they would lie at {:#x}, but BAR 0 has {size:#x} bytes",
         offset(queue, stride)
     ))

@@ -55,7 +55,7 @@ impl Identity {
         page: usize,
     ) -> Result<Self> {
         let malformed = |reason: String| {
-            Err(Error::new(ErrorKind::Malformed, "identify", name).because(reason))
+            Err(Error::new(ErrorKind::Malformed, "identify", name).with_reason(reason))
         };
         for (what, at, size) in [("submission", 512, 6), ("completion", 513, 4)] {
             let (least, most) = (data[at] & 0xf, data[at] >> 4);
@@ -109,7 +109,7 @@ impl Namespace {
     pub(super) fn parse(data: &Data, id: u32, name: &str, max_transfer: usize) -> Result<Self> {
         let error = |kind, reason: String| {
             let object = format!("namespace {id} of {name}");
-            Err(Error::new(kind, "identify", object).because(reason))
+            Err(Error::new(kind, "identify", object).with_reason(reason))
         };
         let blocks = u64::from_le_bytes(bytes(data, 0));
         // FLBAS: bits 6:5 are the upper ones if there are more than 16 formats (NVMe Base 2.0).

@@ -397,8 +397,8 @@ impl QueuePair {
 #[cold]
 fn full(buffer: Option<DmaBuffer>) -> SubmitError {
     let error = Error::new(ErrorKind::InUse, "submit", "a command")
-        .because("the queue is full, or has failed")
-        .remedy("take completions first");
+        .with_reason("the queue is full, or has failed")
+        .with_advice("take completions first");
     SubmitError { error, buffer }
 }
 

@@ -216,7 +216,7 @@ impl Registers {
         match status.ready() {
             true => Ok(()),
             false => Err(Error::new(ErrorKind::Os, "use", self.device.name())
-                .because("it is not ready: something has reset it")),
+                .with_reason("it is not ready: something has reset it")),
         }
     }
 
@@ -272,7 +272,7 @@ impl Registers {
         match self.configuration("disable")?.enabled() {
             false => Ok(()),
             true => Err(Error::new(ErrorKind::Malformed, "disable", self.device.name())
-                .because("its enable bit (CC.EN) stays set")),
+                .with_reason("its enable bit (CC.EN) stays set")),
         }
     }
 
@@ -312,7 +312,7 @@ impl Registers {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Os, operation, self.device.name())
-            .because("its status is fatal (CSTS.CFS)"))
+            .with_reason("its status is fatal (CSTS.CFS)"))
     }
 
     /// Waits until the status is as wanted, and gives it; an error where time is over. All ones are no
@@ -340,11 +340,10 @@ impl Registers {
             if waited > timeout {
                 let seconds = timeout.as_secs_f64();
                 return Err(match readable {
-                    true => Error::new(ErrorKind::TimedOut, operation, self.device.name()).because(
-                        format!(
+                    true => Error::new(ErrorKind::TimedOut, operation, self.device.name())
+                        .with_reason(format!(
                             "it did not {what} within the {seconds:.1} seconds that it asks for"
-                        ),
-                    ),
+                        )),
                     false => self.gone(operation),
                 });
             }
@@ -358,8 +357,8 @@ impl Registers {
 
     fn gone(&self, operation: &'static str) -> Error {
         Error::new(ErrorKind::Gone, operation, self.device.name())
-            .because("its registers read all ones")
-            .remedy("check that it is still present, and powered")
+            .with_reason("its registers read all ones")
+            .with_advice("check that it is still present, and powered")
     }
 }
 

@@ -152,7 +152,8 @@ impl IoQueue {
         let operation = if opcode == io::READ { "read" } else { "write" };
         let (size, block_size) = (buffer.size(), namespace.block_size());
         let object = || format!("{size} bytes at block {block} of namespace {}", namespace.id);
-        let error = |kind, reason: String| Error::new(kind, operation, object()).because(reason);
+        let error =
+            |kind, reason: String| Error::new(kind, operation, object()).with_reason(reason);
         let count = (size / block_size) as u64;
         let fits = within(namespace, block, count) && size <= self.max_transfer;
         let aligned = size.is_multiple_of(block_size) && buffer.iova().0 & 3 == 0;
@@ -172,7 +173,7 @@ impl IoQueue {
             match &self.failed {
                 Some(error) => error.clone(),
                 None => error(ErrorKind::InUse, "the queue is full".to_owned())
-                    .remedy("take completions first"),
+                    .with_advice("take completions first"),
             }
         };
         Err(SubmitError { error, buffer: Some(buffer) })
@@ -187,7 +188,7 @@ fn outside(operation: &'static str, namespace: &Namespace, block: u64, count: u6
     let Namespace { id, block_count, .. } = namespace;
     let object = format!("{count} blocks from {block} of namespace {id}");
     Error::new(ErrorKind::OutOfRange, operation, object)
-        .because(format!("it has {block_count} blocks"))
+        .with_reason(format!("it has {block_count} blocks"))
 }
 
 fn unsupported(
@@ -197,6 +198,6 @@ fn unsupported(
 ) -> SubmitError {
     let error =
         Error::new(ErrorKind::Unsupported, operation, format!("namespace {}", namespace.id))
-            .because("the controller does not offer it (ONCS)");
+            .with_reason("the controller does not offer it (ONCS)");
     SubmitError { error, buffer }
 }

@@ -58,7 +58,7 @@ impl Status {
             0x080 => ErrorKind::OutOfRange,
             _ => ErrorKind::Os,
         };
-        Error::new(kind, operation, object).because(self.to_string())
+        Error::new(kind, operation, object).with_reason(self.to_string())
     }
 
     fn text(self) -> &'static str {

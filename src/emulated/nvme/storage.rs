@@ -50,7 +50,7 @@ impl Namespace {
         let failed = |error| Error::io(&error, "create", "a namespace");
         let size = file.metadata().map_err(failed)?.len();
         if ![512, 4096].contains(&block_size) || size == 0 || size % u64::from(block_size) != 0 {
-            return Err(Error::new(ErrorKind::Unaligned, "create", "a namespace").because(format!(
+            return Err(Error::new(ErrorKind::Unaligned, "create", "a namespace").with_reason(format!(
                 "{size} bytes are not a whole number of blocks of {block_size}; 512 or 4096 are allowed"
             )));
         }

@@ -94,7 +94,9 @@ impl Server {
         let listener = UnixListener::bind(&path).map_err(|error| {
             let failed = Error::io(&error, "listen at", path.display());
             match error.kind() {
-                std::io::ErrorKind::AddrInUse => failed.remedy("remove it if no server uses it"),
+                std::io::ErrorKind::AddrInUse => {
+                    failed.with_advice("remove it if no server uses it")
+                }
                 _ => failed,
             }
         })?;
@@ -142,7 +144,7 @@ impl Server {
                 Fault::Closed { .. } | Fault::Silent(_) => ErrorKind::Gone,
                 Fault::Os(errno) => return Error::os(errno, "serve", object()),
             };
-            Error::new(kind, "serve", object()).because(fault.to_string())
+            Error::new(kind, "serve", object()).with_reason(fault.to_string())
         })
     }
 }

@@ -26,7 +26,7 @@ pub struct ParseAddressError(String);
 impl From<ParseAddressError> for Error {
     fn from(error: ParseAddressError) -> Self {
         Error::new(ErrorKind::Malformed, "read", format!("{:?}", error.0))
-            .because("it is not a PCI address such as 0000:00:03.0 or 00:03.0")
+            .with_reason("it is not a PCI address such as 0000:00:03.0 or 00:03.0")
     }
 }
 

@@ -53,8 +53,8 @@ impl PciDevice {
         let vfio_pci = self.sysfs().driver(VFIO_PCI);
         if !vfio_pci.exists() {
             return Err(Error::new(ErrorKind::NotFound, "bind", self.address())
-                .because("the driver vfio-pci is not loaded")
-                .remedy("load it: modprobe vfio-pci"));
+                .with_reason("the driver vfio-pci is not loaded")
+                .with_advice("load it: modprobe vfio-pci"));
         }
         let driver_override = fs::read_to_string(self.path().join("driver_override"))
             .map_err(|error| Error::io(&error, "bind", self.address()))?;

@@ -111,16 +111,16 @@ fn not_made(device: &PciDevice, mode: IommuMode) -> Error {
     let error = Error::new(ErrorKind::Unsupported, "open", device.address());
     match mode {
         IommuMode::Iommu => error
-            .because(
+            .with_reason(
                 "the kernel has no files for single devices (CONFIG_VFIO_DEVICE_CDEV, Linux 6.6)",
             )
-            .remedy("open it by its group: Vfio::open_by_group, or Vfio::open, which tries both"),
+            .with_advice("open it by its group: Vfio::open_by_group, or Vfio::open, which tries both"),
         IommuMode::NoIommu => error
-            .because(
+            .with_reason(
                 "the kernel has no files for single devices without an IOMMU (CONFIG_VFIO_DEVICE_CDEV and \
                  CONFIG_VFIO_NOIOMMU, Linux 7.3)",
             )
-            .remedy("open it by its group: VfioOptions::by_group"),
+            .with_advice("open it by its group: VfioOptions::by_group"),
     }
 }
 
@@ -136,10 +136,10 @@ fn token_refused(
         return Some(
             Error::os(errno, "open", &path)
                 .into_kind(ErrorKind::InUse)
-                .because(
+                .with_reason(
                     "it is open already, or the kernel accepts VF tokens only by group (before Linux 6.17)",
                 )
-                .remedy(format!("find who has it open: fuser -v {path}; or open it by its group")),
+                .with_advice(format!("find who has it open: fuser -v {path}; or open it by its group")),
         );
     }
     token::refused(errno, device, token)
@@ -153,11 +153,11 @@ fn open(path: &Path) -> Result<File> {
                 noiommu::not_capable(error)
             }
             ErrorKind::PermissionDenied => {
-                error.remedy(format!("give it to your user: chown $USER {}", path.display()))
+                error.with_advice(format!("give it to your user: chown $USER {}", path.display()))
             }
             ErrorKind::NotFound => error
-                .because("the kernel has no iommufd, or it is not loaded")
-                .remedy("load it: modprobe iommufd; or open the device by its group"),
+                .with_reason("the kernel has no iommufd, or it is not loaded")
+                .with_advice("load it: modprobe iommufd; or open the device by its group"),
             _ => error,
         }
     })
@@ -168,18 +168,18 @@ fn refused(errno: Errno, device: &PciDevice, path: &Path) -> Error {
     if !others.is_empty() {
         return Error::os(errno, "open", device.address())
             .into_kind(ErrorKind::GroupNotViable)
-            .because(format!("its IOMMU group is not viable: {}", others.join(", ")))
-            .remedy("bind those devices to vfio-pci, or unbind them");
+            .with_reason(format!("its IOMMU group is not viable: {}", others.join(", ")))
+            .with_advice("bind those devices to vfio-pci, or unbind them");
     }
     let error = Error::os(errno, "open", path.display());
     match errno {
         Errno::EINVAL | Errno::EBUSY => error
             .into_kind(ErrorKind::InUse)
-            .because(
+            .with_reason(
                 "it, or another device of its group, is open already, and can be opened only once",
             )
-            .remedy(format!("find who has it open: fuser -v {}", path.display())),
-        Errno::EPERM => error.because("the machine does not isolate interrupts").remedy(
+            .with_advice(format!("find who has it open: fuser -v {}", path.display())),
+        Errno::EPERM => error.with_reason("the machine does not isolate interrupts").with_advice(
             "enable interrupt remapping, or, if you trust the device, set iommufd's parameter \
                  allow_unsafe_interrupts=1",
         ),

@@ -121,11 +121,11 @@ impl AddressSpace {
             return Ok(physical);
         }
         Err(Error::new(ErrorKind::Unsupported, "map for DMA", object())
-            .because(format!(
+            .with_reason(format!(
                 "no IOMMU makes them contiguous for the device, and only the first {contiguous:#x} bytes are \
                  physically contiguous"
             ))
-            .remedy(
+            .with_advice(
                 "map each page separately, or use huge pages: BufferRequest::huge_pages, sysctl \
                  vm.nr_hugepages",
             ))
@@ -138,16 +138,16 @@ impl AddressSpace {
             // `Accounting` adds the reason.
             (Errno::ENOMEM, _) => error
                 .into_kind(ErrorKind::LockedMemory)
-                .remedy("raise it: ulimit -l, or LimitMEMLOCK= of the unit"),
+                .with_advice("raise it: ulimit -l, or LimitMEMLOCK= of the unit"),
             (Errno::ENOSPC, Self::Group(_)) => {
-                full(error).because("the container has reached its limit on mappings")
+                full(error).with_reason("the container has reached its limit on mappings")
             }
-            (Errno::EFAULT, Self::Ioas(_)) => error.because(
+            (Errno::EFAULT, Self::Ioas(_)) => error.with_reason(
                 "a part of the memory is not mapped, or is a device's, which iommufd does not map by \
                  address",
-            ).remedy("for peer-to-peer, open both devices by their groups: Vfio::open_by_group"),
+            ).with_advice("for peer-to-peer, open both devices by their groups: Vfio::open_by_group"),
             (Errno::EFAULT, _) => {
-                error.because("a part of the memory is not mapped, or cannot be pinned")
+                error.with_reason("a part of the memory is not mapped, or cannot be pinned")
             }
             _ => error,
         }
@@ -169,7 +169,7 @@ fn whole(done: std::result::Result<u64, Errno>, iova: u64, size: u64) -> Result<
 fn not_whole(done: std::result::Result<u64, Errno>, object: String) -> Error {
     match done {
         Ok(done) => Error::new(ErrorKind::Os, "unmap from DMA", object)
-            .because(format!("the kernel unmapped {done:#x} bytes")),
+            .with_reason(format!("the kernel unmapped {done:#x} bytes")),
         Err(errno) => Error::os(errno, "unmap from DMA", object),
     }
 }
@@ -181,11 +181,11 @@ pub(super) fn too_many(count: usize, size: usize, iova: u64) -> Error {
         "map for DMA",
         format!("{size:#x} bytes at IOVA {iova:#x}"),
     ))
-    .because(format!("the container has {count} mappings, which is its limit"))
+    .with_reason(format!("the container has {count} mappings, which is its limit"))
 }
 
 fn full(error: Error) -> Error {
-    error.remedy(
+    error.with_advice(
         "unmap some; or raise the limit before the container is opened: \
          /sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
     )
@@ -198,8 +198,8 @@ fn container<'g>(group: &'g Group, name: &str) -> Result<&'g VfioContainer> {
 #[cold]
 fn elsewhere(name: &str) -> Error {
     Error::new(ErrorKind::Unsupported, "do DMA with", name)
-        .because("other code opened its device file and has its address space")
-        .remedy("map memory in the program that opened the device")
+        .with_reason("other code opened its device file and has its address space")
+        .with_advice("map memory in the program that opened the device")
 }
 
 /// Limits for the kernel's interfaces, which take memory by its address in this process, not by file.

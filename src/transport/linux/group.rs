@@ -59,10 +59,10 @@ impl Group {
                 return Ok(group);
             }
             return Err(Error::new(ErrorKind::InUse, "open", address)
-                .because(format!(
+                .with_reason(format!(
                     "its IOMMU group {id} is open in this process already, in an address space of its own"
                 ))
-                .remedy(
+                .with_advice(
                     "close the group's devices first, or open this device first and the others \
                      beside it",
                 ));
@@ -177,8 +177,8 @@ impl Group {
             }
             let error = Error::os(errno, "open", address);
             match errno {
-                Errno::ENODEV => error.because("it is no longer bound to a VFIO driver"),
-                Errno::EINVAL => error.because("the driver rejected the open request"),
+                Errno::ENODEV => error.with_reason("it is no longer bound to a VFIO driver"),
+                Errno::EINVAL => error.with_reason("the driver rejected the open request"),
                 Errno::EPERM if self.container().is_none() => noiommu::not_capable(error),
                 _ => error,
             }
@@ -218,7 +218,7 @@ fn open_container() -> Result<OwnedFd> {
     match vfio::is_known_version(fd.as_fd()) {
         Ok(true) => Ok(fd),
         Ok(false) => Err(Error::new(ErrorKind::Unsupported, "open", CONTAINER)
-            .because("the kernel reports an unknown version of the VFIO API")),
+            .with_reason("the kernel reports an unknown version of the VFIO API")),
         Err(errno) => Err(Error::os(errno, "query", CONTAINER)),
     }
 }
@@ -230,13 +230,13 @@ fn open(path: &Path) -> Result<OwnedFd> {
             ErrorKind::PermissionDenied if error.errno() == Some(Errno::EPERM as i32) => {
                 noiommu::not_capable(error)
             }
-            ErrorKind::PermissionDenied => error.remedy(format!(
+            ErrorKind::PermissionDenied => error.with_advice(format!(
                 "give it to your user: chown $USER {}, or a udev rule for SUBSYSTEM==\"vfio\"",
                 path.display()
             )),
             ErrorKind::InUse => error
-                .because("the group is open already, and can be opened only once")
-                .remedy(format!("find who has it open: fuser -v {}", path.display())),
+                .with_reason("the group is open already, and can be opened only once")
+                .with_advice(format!("find who has it open: fuser -v {}", path.display())),
             _ => error,
         }
     })?;
@@ -246,10 +246,10 @@ fn open(path: &Path) -> Result<OwnedFd> {
 fn set_container_error(errno: Errno, object: &str, beside: bool) -> Error {
     let error = Error::os(errno, "attach", object);
     match errno {
-        Errno::EINVAL => error.because("the group has a container already"),
+        Errno::EINVAL => error.with_reason("the group has a container already"),
         _ if beside => error
-            .because("it cannot share the other device's address space")
-            .remedy("open it in its own address space: Vfio::open_by_group"),
+            .with_reason("it cannot share the other device's address space")
+            .with_advice("open it in its own address space: Vfio::open_by_group"),
         _ => error,
     }
 }
@@ -266,8 +266,8 @@ fn check_viable(group: BorrowedFd<'_>, id: u32, device: &PciDevice) -> Result<()
         false => in_the_way.join(", "),
     };
     Err(Error::new(ErrorKind::GroupNotViable, "open", device.address())
-        .because(format!("IOMMU group {id} is not viable: {in_the_way}"))
-        .remedy("bind those devices to vfio-pci, or unbind them"))
+        .with_reason(format!("IOMMU group {id} is not viable: {in_the_way}"))
+        .with_advice("bind those devices to vfio-pci, or unbind them"))
 }
 
 /// The devices that prevent the device's group from being opened: "0000:00:1f.3 is bound to snd_hda_intel".
@@ -286,7 +286,7 @@ pub(super) fn in_the_way(device: &PciDevice) -> Vec<String> {
 fn set_iommu_error(errno: Errno, object: &str) -> Error {
     let error = Error::os(errno, "set up the IOMMU for", object);
     match errno {
-        Errno::EPERM => error.because("the machine does not isolate interrupts").remedy(
+        Errno::EPERM => error.with_reason("the machine does not isolate interrupts").with_advice(
             "enable interrupt remapping, or, if you trust the device, set vfio_iommu_type1's \
                  parameter allow_unsafe_interrupts=1",
         ),
@@ -298,9 +298,11 @@ fn container_error(error: &VfioError) -> Error {
     match error {
         VfioError::OpenContainer(error) => container_io_error(error),
         VfioError::VfioExtension => Error::new(ErrorKind::NoIommu, "open", CONTAINER)
-            .because("VFIO finds no IOMMU that it can use (type1 v2)")
-            .remedy("load the driver: modprobe vfio_iommu_type1"),
-        other => Error::new(ErrorKind::Unsupported, "open", CONTAINER).because(other.to_string()),
+            .with_reason("VFIO finds no IOMMU that it can use (type1 v2)")
+            .with_advice("load the driver: modprobe vfio_iommu_type1"),
+        other => {
+            Error::new(ErrorKind::Unsupported, "open", CONTAINER).with_reason(other.to_string())
+        }
     }
 }
 
@@ -308,10 +310,11 @@ fn container_io_error(error: &io::Error) -> Error {
     let error = Error::io(error, "open", CONTAINER);
     match error.kind() {
         ErrorKind::NotFound | ErrorKind::Gone => error
-            .because("the kernel has no VFIO, or it is not loaded")
-            .remedy("load it: modprobe vfio-pci"),
-        ErrorKind::PermissionDenied => error
-            .remedy(format!("chmod 666 {CONTAINER}, which by itself gives access to no device")),
+            .with_reason("the kernel has no VFIO, or it is not loaded")
+            .with_advice("load it: modprobe vfio-pci"),
+        ErrorKind::PermissionDenied => error.with_advice(format!(
+            "chmod 666 {CONTAINER}, which by itself gives access to no device"
+        )),
         _ => error,
     }
 }

@@ -50,13 +50,13 @@ pub(super) fn affected(device: BorrowedFd<'_>, name: &str) -> Result<Vec<Affecte
     let bytes = vfio_reset::hot_reset_info(device).map_err(|errno| {
         let error = Error::os(errno, "hot reset", name);
         match errno {
-            Errno::ENODEV => error
-                .into_kind(ErrorKind::Unsupported)
-                .because("neither its bus nor its slot can be reset: there is no bridge above it"),
-            Errno::ENOTTY => error.because("its driver has no hot reset"),
+            Errno::ENODEV => error.into_kind(ErrorKind::Unsupported).with_reason(
+                "neither its bus nor its slot can be reset: there is no bridge above it",
+            ),
+            Errno::ENOTTY => error.with_reason("its driver has no hot reset"),
             Errno::EPERM => error
-                .because("another affected device is in no IOMMU group")
-                .remedy("bind all devices of its bus to vfio-pci"),
+                .with_reason("another affected device is in no IOMMU group")
+                .with_advice("bind all devices of its bus to vfio-pci"),
             _ => error,
         }
     })?;
@@ -91,8 +91,8 @@ pub(super) fn perform(
         affected.iter().filter_map(|affected| in_the_way(affected, &named)).collect();
     if !in_the_way.is_empty() {
         return Err(Error::new(ErrorKind::NotOwned, "hot reset", name)
-            .because(format!("it would reset other devices too: {}", in_the_way.join(", ")))
-            .remedy(
+            .with_reason(format!("it would reset other devices too: {}", in_the_way.join(", ")))
+            .with_advice(
                 "bind them to vfio-pci, open them the same way (with iommufd: beside this one), and \
                  name them",
             ));
@@ -102,14 +102,14 @@ pub(super) fn perform(
     vfio_reset::hot_reset(device, &files).map_err(|errno| {
         let error = Error::os(errno, "hot reset", name);
         match errno {
-            Errno::EINVAL => error.into_kind(ErrorKind::NotOwned).because(format!(
+            Errno::EINVAL => error.into_kind(ErrorKind::NotOwned).with_reason(format!(
                 "this process does not own all affected devices: {}",
                 affected.iter().map(AffectedDevice::to_string).collect::<Vec<_>>().join(", ")
             )),
             Errno::EBUSY | Errno::EAGAIN => error
                 .into_kind(ErrorKind::InUse)
-                .because("one of the devices is being accessed")
-                .remedy("stop their drivers, and try again"),
+                .with_reason("one of the devices is being accessed")
+                .with_advice("stop their drivers, and try again"),
             _ => error,
         }
     })

@@ -67,8 +67,8 @@ fn check_connected(available: u32, index: u32, vectors: Range<u32>, name: &str) 
     }
     let object = format!("vectors {}..{} of {}", vectors.start, vectors.end, object(index, name));
     Err(Error::new(ErrorKind::OutOfRange, "connect", object)
-        .because(format!("the machine has only {available} of these {} vectors available", vectors.end))
-        .remedy(format!(
+        .with_reason(format!("the machine has only {available} of these {} vectors available", vectors.end))
+        .with_advice(format!(
             "ask for {available}; for more than one MSI vector, enable interrupt remapping (intremap, \
              and VT-d or AMD-Vi in the firmware)"
         )))
@@ -118,13 +118,13 @@ fn failed(
     let object = format!("vectors {}..{} of {}", vectors.start, vectors.end, object(index, name));
     let error = Error::os(errno, operation, object);
     match errno {
-        Errno::EINVAL => error.because(
+        Errno::EINVAL => error.with_reason(
             "the device has no such vectors, another kind of interrupt is in use, or vectors cannot be \
              added while others are enabled",
         ),
         Errno::ENOSPC => error
             .into_kind(ErrorKind::Refused)
-            .because("the machine has no more interrupt vectors available"),
+            .with_reason("the machine has no more interrupt vectors available"),
         _ => error,
     }
 }

@@ -131,10 +131,10 @@ impl Exceeded {
         let Self { need, limit } = self;
         Error::new(ErrorKind::LockedMemory, "map for DMA", object)
             .with_errno(Errno::ENOMEM as i32)
-            .because(format!(
+            .with_reason(format!(
                 "the process would have {need} bytes of memory locked, and may have {limit} (RLIMIT_MEMLOCK)"
             ))
-            .remedy(format!(
+            .with_advice(format!(
                 "raise it: prlimit --pid {} --memlock={need}, ulimit -l, or LimitMEMLOCK= of its unit",
                 std::process::id()
             ))

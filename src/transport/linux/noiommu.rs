@@ -27,7 +27,7 @@ pub(super) fn is_in_mode(device: &PciDevice) -> bool {
 
 /// The error of safe functions if no IOMMU confines the device.
 pub(super) fn iommu_missing(operation: &'static str, address: PciAddress) -> Error {
-    Error::new(ErrorKind::NoIommu, operation, address).because("no IOMMU confines it").remedy(
+    Error::new(ErrorKind::NoIommu, operation, address).with_reason("no IOMMU confines it").with_advice(
         "enable VT-d or AMD-Vi in the firmware, and boot with intel_iommu=on if the kernel leaves it \
              disabled; to use the device without protection, see Vfio::open_noiommu",
     )
@@ -36,8 +36,8 @@ pub(super) fn iommu_missing(operation: &'static str, address: PciAddress) -> Err
 /// The error of `open_noiommu` if an IOMMU confines the device.
 pub(super) fn iommu_present(device: &PciDevice) -> Error {
     Error::new(ErrorKind::Unsupported, "open without IOMMU", device.address())
-        .because("an IOMMU confines it")
-        .remedy("open it with Vfio::open")
+        .with_reason("an IOMMU confines it")
+        .with_advice("open it with Vfio::open")
 }
 
 /// The error of `open_noiommu` if the device is not in no-IOMMU mode, with what is missing.
@@ -45,17 +45,17 @@ pub(super) fn not_in_mode(device: &PciDevice) -> Error {
     let switch = device.sysfs().root().join(SWITCH);
     let error = Error::new(ErrorKind::NotBound, "open without IOMMU", device.address());
     match fs::read_to_string(&switch).as_deref().map(str::trim) {
-        Ok("Y") => error
-            .because("no VFIO driver has bound it in no-IOMMU mode")
-            .remedy("bind it to vfio-pci again: the kernel reads the mode when a device is bound"),
-        Ok(_) => error.because("VFIO's no-IOMMU mode is off").remedy(format!(
+        Ok("Y") => error.with_reason("no VFIO driver has bound it in no-IOMMU mode").with_advice(
+            "bind it to vfio-pci again: the kernel reads the mode when a device is bound",
+        ),
+        Ok(_) => error.with_reason("VFIO's no-IOMMU mode is off").with_advice(format!(
             "enable it and bind the device to vfio-pci: echo Y > {}",
             switch.display()
         )),
         Err(_) => error
             .into_kind(ErrorKind::Unsupported)
-            .because("the kernel has no no-IOMMU mode, or VFIO is not loaded")
-            .remedy(
+            .with_reason("the kernel has no no-IOMMU mode, or VFIO is not loaded")
+            .with_advice(
                 "enable the IOMMU, or load vfio-pci on a kernel built with CONFIG_VFIO_NOIOMMU",
             ),
     }
@@ -63,19 +63,19 @@ pub(super) fn not_in_mode(device: &PciDevice) -> Error {
 
 /// The error if CAP_SYS_RAWIO is missing, which opening a device without an IOMMU requires.
 pub(super) fn not_capable(error: Error) -> Error {
-    error
-        .because("opening a device without an IOMMU requires CAP_SYS_RAWIO")
-        .remedy("run the program as root or with CAP_SYS_RAWIO: setcap cap_sys_rawio+ep PROGRAM")
+    error.with_reason("opening a device without an IOMMU requires CAP_SYS_RAWIO").with_advice(
+        "run the program as root or with CAP_SYS_RAWIO: setcap cap_sys_rawio+ep PROGRAM",
+    )
 }
 
 /// The error of DMA by a group in no-IOMMU mode.
 pub(super) fn no_addresses(name: &str) -> Error {
     Error::new(ErrorKind::Unsupported, "do DMA with", name)
-        .because(
+        .with_reason(
             "no IOMMU translates its addresses, and a group in no-IOMMU mode neither pins memory nor \
              reports its physical address",
         )
-        .remedy(
+        .with_advice(
             "enable the IOMMU, or open the device by its own file (Linux 7.3 with \
              CONFIG_VFIO_DEVICE_CDEV)",
         )

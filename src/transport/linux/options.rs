@@ -144,8 +144,8 @@ impl<'a> VfioOptions<'a> {
     fn open_beside(self, device: &PciDevice, mode: IommuMode, other: &Vfio) -> Result<Vfio> {
         let apart = |reason: String| {
             Error::new(ErrorKind::Unsupported, "open", device.address())
-                .because(reason)
-                .remedy("open both the same way, or this one in its own address space")
+                .with_reason(reason)
+                .with_advice("open both the same way, or this one in its own address space")
         };
         let name = other.name();
         if other.address_space().iommu_mode() != Some(mode) {
@@ -202,7 +202,7 @@ fn bound(sysfs: &Sysfs, address: PciAddress) -> Result<PciDevice> {
         Some(driver) => format!("it is bound to {driver}"),
         None => "no driver is bound to it".to_owned(),
     };
-    Err(Error::new(ErrorKind::NotBound, "open", address).because(reason).remedy(format!(
+    Err(Error::new(ErrorKind::NotBound, "open", address).with_reason(reason).with_advice(format!(
         "bind it to vfio-pci: PciDevice::bind_vfio_pci, or driverctl set-override {address} vfio-pci"
     )))
 }

@@ -51,8 +51,8 @@ impl Sysfs {
             return Ok(device);
         }
         Err(Error::new(ErrorKind::NotFound, "find", format!("PCI device {address}"))
-            .because(format!("{} does not exist", device.path().display()))
-            .remedy("list the devices: ls /sys/bus/pci/devices, or lspci -D"))
+            .with_reason(format!("{} does not exist", device.path().display()))
+            .with_advice("list the devices: ls /sys/bus/pci/devices, or lspci -D"))
     }
 
     pub(super) fn root(&self) -> &Path {
@@ -179,7 +179,7 @@ impl PciDevice {
         let digits = text.trim();
         u32::from_str_radix(digits.strip_prefix("0x").unwrap_or(digits), 16).map_err(|_| {
             Error::new(ErrorKind::Malformed, "read", path.display())
-                .because(format!("{digits:?} is not a number"))
+                .with_reason(format!("{digits:?} is not a number"))
         })
     }
 }
@@ -193,7 +193,7 @@ pub(super) fn write(path: &Path, value: &str, operation: &'static str) -> Result
     result.map_err(|error| {
         let error = Error::io(&error, operation, path.display());
         match error.kind() {
-            ErrorKind::PermissionDenied => error.remedy("run this as root"),
+            ErrorKind::PermissionDenied => error.with_advice("run this as root"),
             _ => error,
         }
     })

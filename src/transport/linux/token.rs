@@ -32,8 +32,10 @@ impl FromStr for VfToken {
         parse(text).ok_or_else(|| {
             // The error does not show the text: it may be a secret token with a typing error.
             Error::new(ErrorKind::Malformed, "read", format!("a VF token of {} bytes", text.len()))
-                .because("it is not a UUID")
-                .remedy("write it like bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3; uuidgen makes one")
+                .with_reason("it is not a UUID")
+                .with_advice(
+                    "write it like bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3; uuidgen makes one",
+                )
         })
     }
 }
@@ -78,7 +80,7 @@ pub(super) fn is_taken(device: &PciDevice) -> bool {
 
 /// The error if opening a device failed because of the token, or of its absence; `None` for other reasons.
 pub(super) fn refused(errno: Errno, device: &PciDevice, token: Option<VfToken>) -> Option<Error> {
-    let (reason, remedy) = match (errno, token) {
+    let (reason, advice) = match (errno, token) {
         (Errno::EACCES, None) => (
             "other functions of this SR-IOV device are bound to VFIO drivers too, so opening it requires a \
              VF token",
@@ -99,8 +101,8 @@ pub(super) fn refused(errno: Errno, device: &PciDevice, token: Option<VfToken>) 
     Some(
         Error::os(errno, "open", device.address())
             .into_kind(ErrorKind::VfToken)
-            .because(reason)
-            .remedy(remedy),
+            .with_reason(reason)
+            .with_advice(advice),
     )
 }
 

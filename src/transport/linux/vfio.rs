@@ -131,7 +131,7 @@ impl Vfio {
         vfio_feature::set_vf_token(self.device.as_fd(), token.0).map_err(|errno| {
             let error = Error::os(errno, "set the VF token of", &self.info.name);
             match errno {
-                Errno::ENOTTY => error.because(
+                Errno::ENOTTY => error.with_reason(
                     "it is not a physical function of an SR-IOV device, or its driver does not support VF tokens",
                 ),
                 _ => error,
@@ -170,8 +170,8 @@ impl Vfio {
                 // EINVAL: a container that is not set up, or a device's own file that is not bound.
                 Errno::ENOTTY | Errno::EINVAL => error
                     .into_kind(ErrorKind::Unsupported)
-                    .because("it is not a VFIO device file, or is not ready")
-                    .remedy(
+                    .with_reason("it is not a VFIO device file, or is not ready")
+                    .with_advice(
                         "pass the file that VFIO_GROUP_GET_DEVICE_FD returns, or one that is bound to an \
                          iommufd",
                     ),
@@ -180,7 +180,7 @@ impl Vfio {
         })?;
         if reply.num_regions > MAX_REGIONS {
             return Err(Error::new(ErrorKind::Malformed, "query", name)
-                .because(format!("it claims {} regions", reply.num_regions)));
+                .with_reason(format!("it claims {} regions", reply.num_regions)));
         }
         let regions = (0..reply.num_regions)
             .map(|index| read_region(&fd, index, &name))
@@ -218,7 +218,7 @@ impl Vfio {
     fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
         self.regions.get(index as usize).and_then(Option::as_ref).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, operation, self.info.region_name(index))
-                .because("the device has no such region")
+                .with_reason("the device has no such region")
         })
     }
 
@@ -232,7 +232,10 @@ impl Vfio {
             .filter(|_| inside)
             .ok_or_else(|| {
                 Error::new(ErrorKind::OutOfRange, operation, self.info.region_name(index))
-                    .because(format!("{len} bytes at {offset:#x} leave its {:#x} bytes", info.size))
+                    .with_reason(format!(
+                        "{len} bytes at {offset:#x} leave its {:#x} bytes",
+                        info.size
+                    ))
             })
     }
 
@@ -242,7 +245,7 @@ impl Vfio {
         let no_memory = error.errno() == Some(libc::ENOMEM);
         match self.accounting.remove_refused(memory, no_memory) {
             Some(Ok(exceeded)) => exceeded.error(dma::object(iova, memory.size() as u64)),
-            Some(Err(shortage)) => error.because(shortage),
+            Some(Err(shortage)) => error.with_reason(shortage),
             None => error,
         }
     }
@@ -257,11 +260,11 @@ impl Vfio {
         match done {
             Ok(count) if count == len => Ok(()),
             Ok(count) => Err(Error::new(ErrorKind::Os, operation, self.info.region_name(index))
-                .because(format!("the kernel transferred {count} of {len} bytes"))),
+                .with_reason(format!("the kernel transferred {count} of {len} bytes"))),
             Err(errno) => {
                 let error = Error::os(errno, operation, self.info.region_name(index));
                 Err(match errno {
-                    Errno::EIO => error.because(
+                    Errno::EIO => error.with_reason(
                         "the device does not respond: memory decoding is off, or it is in low power or \
                          gone",
                     ),
@@ -309,7 +312,7 @@ impl Transport for Vfio {
         let Region { info, start } = self.find(region, "map")?;
         if !info.mappable {
             return Err(Error::new(ErrorKind::NotMappable, "map", self.info.region_name(region))
-                .because("the kernel does not allow mapping it"));
+                .with_reason("the kernel does not allow mapping it"));
         }
         let file = self.device.clone();
         Ok(if self.by_vfio_pci {
@@ -326,7 +329,7 @@ impl Transport for Vfio {
             match errno {
                 Errno::EINVAL | Errno::ENOTTY => error
                     .into_kind(ErrorKind::Unsupported)
-                    .because("the kernel knows no function-level reset for it"),
+                    .with_reason("the kernel knows no function-level reset for it"),
                 _ => error,
             }
         })
@@ -343,8 +346,8 @@ impl Transport for Vfio {
             AddressSpace::Ioas(_) => false,
             AddressSpace::Elsewhere => {
                 return Err(Error::new(ErrorKind::Unsupported, "hot reset", &self.info.name)
-                    .because("other code opened its device file and may have its group")
-                    .remedy("reset it in the program that opened it"));
+                    .with_reason("other code opened its device file and may have its group")
+                    .with_advice("reset it in the program that opened it"));
             }
         };
         hot_reset::perform(self.device.as_fd(), &self.info.name, &others, by_group)
@@ -359,10 +362,11 @@ impl Transport for Vfio {
         .map_err(|errno| {
             let error = Error::os(errno, "enter low power on", &self.info.name);
             match errno {
-                Errno::ENOTTY => error
-                    .because("its driver does not support that (vfio-pci does since Linux 6.1)"),
+                Errno::ENOTTY => error.with_reason(
+                    "its driver does not support that (vfio-pci does since Linux 6.1)",
+                ),
                 Errno::EINVAL => {
-                    error.into_kind(ErrorKind::InUse).because("it is in low power already")
+                    error.into_kind(ErrorKind::InUse).with_reason("it is in low power already")
                 }
                 _ => error,
             }

@@ -92,7 +92,7 @@ impl VfioUser {
         let name = format!("vfio-user:{}", path.display());
         let stream = open(path, time).map_err(|error| {
             Error::io(&error, "connect to", &name)
-                .remedy("start its server, or check the path on which it listens")
+                .with_advice("start its server, or check the path on which it listens")
         })?;
         Self::new(stream, name, time)
     }
@@ -143,7 +143,7 @@ impl VfioUser {
     fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
         self.regions.get(index as usize).and_then(Option::as_ref).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, operation, self.info.region_name(index))
-                .because("the device has no such region")
+                .with_reason("the device has no such region")
         })
     }
 
@@ -152,7 +152,7 @@ impl VfioUser {
         match offset.checked_add(len as u64) {
             Some(end) if end <= size => Ok(()),
             _ => Err(Error::new(ErrorKind::OutOfRange, operation, self.info.region_name(index))
-                .because(format!("{len} bytes at {offset:#x} leave its {size:#x} bytes"))),
+                .with_reason(format!("{len} bytes at {offset:#x} leave its {size:#x} bytes"))),
         }
     }
 
@@ -213,7 +213,7 @@ impl VfioUser {
             return Ok(());
         }
         let object = format!("interrupt {index} of {}", self.info.name);
-        Err(Error::new(ErrorKind::OutOfRange, operation, object).because(format!(
+        Err(Error::new(ErrorKind::OutOfRange, operation, object).with_reason(format!(
             "vectors {}..{} leave its {}",
             vectors.start, vectors.end, info.count
         )))
@@ -294,14 +294,14 @@ impl Transport for VfioUser {
     fn backing(&self, region: u32) -> Result<RegionFile> {
         self.find(region, "map")?.file.clone().ok_or_else(|| {
             Error::new(ErrorKind::NotMappable, "map", self.info.region_name(region))
-                .because("the server sent no file for it")
+                .with_reason("the server sent no file for it")
         })
     }
 
     fn reset(&self) -> Result<()> {
         if !self.info.resettable {
             return Err(Error::new(ErrorKind::Unsupported, "reset", &self.info.name)
-                .because("the server does not support reset"));
+                .with_reason("the server does not support reset"));
         }
         self.tell(command::DEVICE_RESET, &[], &[], "reset", &self.info.name)
     }
@@ -310,7 +310,7 @@ impl Transport for VfioUser {
         let object = || format!("interrupt {index} of {}", self.info.name);
         if index >= self.info.irq_count {
             return Err(Error::new(ErrorKind::NotFound, "query", object())
-                .because(format!("the device has {}", self.info.irq_count)));
+                .with_reason(format!("the device has {}", self.info.irq_count)));
         }
         let argsz = wire::IrqInfo::SIZE as u32;
         let ask = wire::IrqInfo { argsz, index, ..Default::default() };

@@ -75,7 +75,8 @@ impl Connection {
         let request = Request { command: command::VERSION, body: [&body, &[]], fds: &[], reply: 4 };
         let reply = self.exchange(request, "agree on a version with", &self.name)?;
         let capabilities = Capabilities::read(&reply.body).map_err(|reason| {
-            Error::new(ErrorKind::Malformed, "agree on a version with", &self.name).because(reason)
+            Error::new(ErrorKind::Malformed, "agree on a version with", &self.name)
+                .with_reason(reason)
         })?;
         *self.memory() = DmaTable::new(capabilities.dma_maps);
         Ok(capabilities)
@@ -126,8 +127,8 @@ impl Connection {
         let (mut inner, mut deadline) = self.socket(Deadline::new(self.time));
         if let Some(fault) = &*self.fault() {
             return Err(Error::new(ErrorKind::Gone, operation, object)
-                .because(format!("the connection failed earlier: {fault}"))
-                .remedy("connect again"));
+                .with_reason(format!("the connection failed earlier: {fault}"))
+                .with_advice("connect again"));
         }
         let reply = self.converse(&mut inner, request, &mut deadline).map_err(|fault| {
             let error = self.error(&fault, operation, &object);
@@ -138,9 +139,9 @@ impl Connection {
         match reply.header.failed() {
             None => Ok(reply),
             Some(0) => Err(Error::new(ErrorKind::Os, operation, object)
-                .because("the server rejected it without an error number")),
+                .with_reason("the server rejected it without an error number")),
             Some(errno) => Err(Error::os(Errno::from_raw(errno), operation, object)
-                .because("the server rejected it")),
+                .with_reason("the server rejected it")),
         }
     }
 
@@ -239,7 +240,7 @@ impl Connection {
             Fault::Closed { .. } | Fault::Silent(_) => ErrorKind::Gone,
             Fault::Os(errno) => return Error::os(*errno, operation, object),
         };
-        Error::new(kind, operation, object).because(fault.to_string())
+        Error::new(kind, operation, object).with_reason(fault.to_string())
     }
 
     /// Answers the server's own command.

@@ -70,7 +70,7 @@ pub(super) fn read_region(
     if fds.iter().any(|fd| !file::is_tmpfs(fd)) {
         discard(fds);
         return Err(Error::new(ErrorKind::Malformed, "map", name)
-            .because("the server sent a file that is not shared memory"));
+            .with_reason("the server sent a file that is not shared memory"));
     }
     let file = if info.mappable { choose(&mut info, fds, name)? } else { None };
     info.mappable = file.is_some();
@@ -78,7 +78,7 @@ pub(super) fn read_region(
         check_length(&info, &file, start, name)?;
         RegionFile::memory(Arc::new(file), start).map_err(|_| {
             Error::new(ErrorKind::Malformed, "map", name)
-                .because("the server sent a file that is not shared memory")
+                .with_reason("the server sent a file that is not shared memory")
         })
     });
     Ok(Some(Region { info, file: file.transpose()? }))
@@ -94,8 +94,9 @@ fn choose(info: &mut RegionInfo, fds: Vec<OwnedFd>, name: &str) -> Result<Option
         return Ok(Some(first));
     }
     let areas = info.areas.as_mut().filter(|areas| areas.len() == count).ok_or_else(|| {
-        Error::new(ErrorKind::Malformed, "map", name)
-            .because(format!("the server sent {count} files, and one for each area is expected"))
+        Error::new(ErrorKind::Malformed, "map", name).with_reason(format!(
+            "the server sent {count} files, and one for each area is expected"
+        ))
     })?;
     let identity = |fd: &OwnedFd| file::identity(fd).map_err(|errno| Error::os(errno, "map", name));
     let wanted = identity(&first)?;
@@ -115,7 +116,7 @@ fn check_length(info: &RegionInfo, file: &OwnedFd, start: u64, name: &str) -> Re
     let whole = [0..info.size];
     for area in info.areas.as_deref().unwrap_or(&whole) {
         if start.checked_add(area.end).is_none_or(|end| end > len) {
-            return Err(Error::new(ErrorKind::Malformed, "map", name).because(format!(
+            return Err(Error::new(ErrorKind::Malformed, "map", name).with_reason(format!(
                 "the area {:#x}..{:#x} is said to begin at {start:#x} of a file of {len:#x} bytes",
                 area.start, area.end
             )));

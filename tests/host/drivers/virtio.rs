@@ -164,5 +164,5 @@ fn locate(device: &Device, kind: u8) -> Result<(u32, u64, u32)> {
 }
 
 fn unsupported(device: &Device, reason: &'static str) -> Error {
-    Error::new(ErrorKind::Unsupported, "drive", device.name()).because(reason)
+    Error::new(ErrorKind::Unsupported, "drive", device.name()).with_reason(reason)
 }

@@ -46,7 +46,7 @@ impl Controller {
                 true => "the controller lists it, but it has no blocks".to_owned(),
                 false => format!("there are {there:?}"),
             };
-            return Err(Error::new(ErrorKind::NotFound, "find", object()).because(reason));
+            return Err(Error::new(ErrorKind::NotFound, "find", object()).with_reason(reason));
         };
         Namespace::parse(&page, id, self.name(), self.identity.max_transfer)
     }
@@ -91,7 +91,7 @@ impl Controller {
                     "list the namespaces of",
                     self.name(),
                 )
-                .because(format!("it has more than {MOST} namespaces")));
+                .with_reason(format!("it has more than {MOST} namespaces")));
             }
             if more.len() < PAGE / 4 {
                 // A controller that does not support lists may transfer nothing.
