@@ -145,8 +145,8 @@ pub fn all() -> impl Iterator<Item = &'static Kernel> {
     KERNELS.iter().chain([&FIRST_PATCH])
 }
 
-/// Begins to build those of these kernels that are not there yet, in a thread that nobody waits for:
-/// [`Kernel::image`] waits for what is being built. If a build fails, `image` tries again and says why.
+/// Starts to build the kernels that are not built yet, in background threads. [`Kernel::image`] waits
+/// for a running build. If a build fails, `image` tries again and returns the error.
 pub fn build_ahead(store: &Store, kernels: &[&'static Kernel]) -> Result<()> {
     for &kernel in kernels {
         if kernel.is_to_be_built(store)? {

@@ -1,7 +1,7 @@
-//! `cargo lab release`: whether the packages can be published as they are.
+//! `cargo lab release`: checks that the packages can be published.
 //!
-//! Three questions: does each package build from what it contains; does it build with the oldest
-//! dependencies that it allows; and, as a report, does its API differ from that of a commit.
+//! It checks that each package builds from its own files, and with the lowest versions of dependencies
+//! that its manifest allows. It also reports how the API differs from that of a commit.
 
 use std::fs;
 use std::process::Command;
@@ -16,7 +16,7 @@ use crate::ui::{self, Stage};
 /// What is published.
 const PACKAGES: [&str; 2] = ["vfio-remap", "vfio-remap-nvme"];
 
-/// Asks them; whether the packages can be published. `baseline` is the commit for the report.
+/// Runs the checks. Returns whether the packages can be published. `baseline` is the commit for the report.
 pub fn run(baseline: Option<&str>) -> Result<bool> {
     let packaged = package()?;
     let bounds = lower_bounds()?;
@@ -26,7 +26,7 @@ pub fn run(baseline: Option<&str>) -> Result<bool> {
     Ok(packaged && bounds)
 }
 
-/// Packs both, and builds them from that.
+/// Packs both packages, and builds them from the packed files.
 fn package() -> Result<bool> {
     let mut cargo = payload::cargo();
     // Not committed yet is no reason to find a mistake later.
@@ -90,7 +90,7 @@ fn compare(baseline: &str) -> Result<()> {
     Ok(())
 }
 
-/// Runs cargo to its end; whether it succeeded. If not, it is shown what it said.
+/// Runs cargo to its end. Returns whether it succeeded. If not, prints its output.
 fn step(verb: &'static str, what: &str, cargo: &mut Command) -> Result<bool> {
     let stage = Stage::new(verb, what);
     let ended = command::unchecked(cargo)?;
