@@ -233,6 +233,9 @@ pub struct DmaLimits {
     pub page_size: u64,
     /// How many more mappings can be made, if that is limited.
     pub available_mappings: Option<u32>,
+    /// How many more bytes can be mapped before the limit on locked memory is met (RLIMIT_MEMLOCK). `None` if
+    /// there is no limit, or if the transport locks nothing.
+    pub lockable_bytes: Option<u64>,
     /// Whether an IOMMU, or a substitute for one, translates the device's addresses. If not, the device
     /// uses physical addresses: see [`Transport::dma_address`].
     pub translated: bool,
@@ -244,7 +247,15 @@ pub struct DmaLimits {
 impl DmaLimits {
     /// Mappings of `page_size` in `ranges`, without a limit on their count, translated, by file.
     pub fn new(ranges: Vec<RangeInclusive<u64>>, page_size: u64) -> Self {
-        Self { ranges, page_size, available_mappings: None, translated: true, by_file: true }
+        let (available_mappings, lockable_bytes) = (None, None);
+        Self {
+            ranges,
+            page_size,
+            available_mappings,
+            lockable_bytes,
+            translated: true,
+            by_file: true,
+        }
     }
 }
 

@@ -29,6 +29,11 @@ impl Accounting {
         self.count.load(Ordering::Relaxed)
     }
 
+    /// How many more bytes can be locked, if that is limited.
+    pub(super) fn lockable_bytes(&self) -> Option<u64> {
+        self.locked.lockable_bytes()
+    }
+
     /// Adds a mapping of `memory`, even if the limit on locked memory does not allow it.
     #[inline]
     pub(super) fn add(&self, memory: &DmaMemory) -> std::result::Result<(), Exceeded> {

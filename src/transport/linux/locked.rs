@@ -85,6 +85,11 @@ impl Locked {
         self.counter.check(self.counter.mapped.load(Ordering::Relaxed), size).err()
     }
 
+    /// How many more bytes the limit allows, if there is one.
+    pub(super) fn lockable_bytes(&self) -> Option<u64> {
+        Limit::query().map(|limit| self.counter.left(&limit))
+    }
+
     /// Why the kernel returned ENOMEM although the known locked memory is below the limit.
     pub(super) fn shortage(&self) -> String {
         match Limit::query() {
@@ -108,6 +113,14 @@ impl Counter {
     #[cfg(test)]
     pub(super) fn mapped(&self) -> u64 {
         self.mapped.load(Ordering::Relaxed)
+    }
+
+    /// How many more bytes `limit` allows.
+    fn left(&self, limit: &Limit) -> u64 {
+        let mapped = self.mapped.load(Ordering::Relaxed);
+        // The process's own figure includes what is mapped.
+        let used = if self.of_process { limit.locked.max(mapped) } else { mapped };
+        limit.limit.saturating_sub(used)
     }
 
     /// Queries the limit, and checks that it allows `mapped` bytes. The last `size` of them are not
@@ -171,6 +184,19 @@ impl Limit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn locked_memory_is_no_longer_lockable() {
+        static OF_PROCESS: Counter = Counter::new(true);
+        static APART: Counter = Counter::new(false);
+        let limit = Limit { limit: 10 << 20, locked: 3 << 20 };
+        for (counter, left) in [(&OF_PROCESS, 7 << 20), (&APART, 10 << 20)] {
+            assert_eq!(counter.left(&limit), left);
+            // The process's figure may be older.
+            counter.mapped.store(11 << 20, Ordering::Relaxed);
+            assert_eq!(counter.left(&limit), 0);
+        }
+    }
 
     #[test]
     fn locked_memory_is_read_and_a_privileged_process_has_no_limit() {

@@ -400,7 +400,8 @@ impl Transport for Vfio {
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
-        let limits = self.space.limits(&self.info.name)?;
+        let mut limits = self.space.limits(&self.info.name)?;
+        limits.lockable_bytes = self.accounting.lockable_bytes();
         if let Some(available) = limits.available_mappings {
             let max = self.accounting.count().saturating_add(available as usize);
             self.max_mappings.store(max, Ordering::Relaxed);
