@@ -13,7 +13,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_TYPE,
     vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
-use vfio_remap::device::{DmaSpace, Iova, IovaPlacement};
+use vfio_remap::device::{BufferRequest, DmaSpace, Iova, IovaPlacement};
 use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionInfo, Transport, Vfio};
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
@@ -30,7 +30,7 @@ const SHARE: f64 = 0.05;
 fn main() -> ExitCode {
     let Some(edu) = lab_device("edu") else {
         let space = Device::new(Arc::new(Nothing)).dma().expect("it maps");
-        let memory = space.buffer(4096).expect("memory").memory().clone();
+        let memory = memory(&space, 4096);
         row(
             "the crate alone",
             SIZES[0].1,
@@ -42,13 +42,14 @@ fn main() -> ExitCode {
     let device = Device::new(Arc::new(Vfio::open_by_group(edu).expect("a group")));
     let space = device.dma().expect("edu does DMA");
     // Fragments the allocator's free ranges, as in a running driver.
-    let held: Vec<_> = (0..64).map(|_| space.buffer(4096).expect("memory")).collect();
+    let own = BufferRequest::new(4096).own_mapping();
+    let held: Vec<_> = (0..64).map(|_| space.buffer_with(own).expect("memory")).collect();
     let held: Vec<_> = held.into_iter().enumerate().filter(|(index, _)| index % 2 == 0).collect();
     let container = container().expect("the group's container is open");
     println!("map and unmap\n  {:<22} {:>9} {:>9} {:>9}", "", "ioctls", "crate", "excess");
     let mut good = true;
     for (kib, pairs) in SIZES {
-        let memory = space.buffer(kib << 10).expect("memory").memory().clone();
+        let memory = memory(&space, kib << 10);
         // Both sides map at the same address alternately: whether the IOMMU's tables exist already makes
         // more difference than the crate.
         let place = space.map(memory.clone(), IovaPlacement::default(), Access::ReadWrite);
@@ -63,6 +64,11 @@ fn main() -> ExitCode {
     }
     drop((held, space));
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Memory of a buffer with a mapping of its own.
+fn memory(space: &DmaSpace, size: usize) -> DmaMemory {
+    space.buffer_with(BufferRequest::new(size).own_mapping()).expect("memory").memory()
 }
 
 fn lab_device(name: &str) -> Option<PciAddress> {

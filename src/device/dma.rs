@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::dma_addresses::Addresses;
+use super::dma_arena::Arenas;
 use super::dma_buffer::{BufferRequest, DmaBuffer};
+use super::dma_placement::IovaPlacement;
 use super::iova::Iova;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
@@ -27,58 +29,12 @@ pub struct DmaSpace {
 struct Inner {
     limits: DmaLimits,
     addresses: Arc<Addresses>,
+    arenas: Arenas,
     /// How many mappings there are, including those in the making.
     mappings: AtomicUsize,
     /// Addresses that could not be unmapped. They are never used again.
     lost: Mutex<Vec<Iova>>,
     transport: Arc<dyn Transport>,
-}
-
-/// The IOVA at which memory is mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IovaPlacement {
-    /// Any free address, from the smallest free range that is large enough. Addresses above 4 GiB come first,
-    /// if `limit` allows them: 32-bit addresses are left to devices that share the space and have no others.
-    /// Never 0, which devices take for no address.
-    Anywhere {
-        /// The alignment, a power of two; at least the IOMMU's page size.
-        alignment: u64,
-        /// The highest address: 0xffff_ffff for a device with 32 address bits.
-        limit: u64,
-    },
-    /// This address.
-    At(Iova),
-    /// The address that the memory has in this process.
-    SameAsAddress,
-}
-
-impl IovaPlacement {
-    /// Any address that a device with `bits` address bits reaches.
-    pub fn below_bits(bits: u32) -> Self {
-        let limit = 1u64.checked_shl(bits).map_or(u64::MAX, |end| end - 1);
-        Self::Anywhere { alignment: 1, limit }
-    }
-
-    /// Whether memory that the device finds at `at`, and nowhere else, satisfies this placement.
-    fn admits(self, at: Iova, memory: &DmaMemory) -> bool {
-        // The memory must not go past the last address.
-        let last = (memory.size() as u64).checked_sub(1).and_then(|extent| at.checked_add(extent));
-        let Some(last) = last else { return false };
-        match self {
-            Self::Anywhere { alignment, limit } => {
-                at.0.is_multiple_of(alignment) && last.0 <= limit
-            }
-            Self::At(wanted) => at == wanted,
-            Self::SameAsAddress => at.0 == memory.address() as u64,
-        }
-    }
-}
-
-impl Default for IovaPlacement {
-    /// Any address, for a device with 64 address bits: above 4 GiB first.
-    fn default() -> Self {
-        Self::Anywhere { alignment: 1, limit: u64::MAX }
-    }
 }
 
 impl DmaSpace {
@@ -94,21 +50,36 @@ impl DmaSpace {
                 .with_advice("make the transport return a power of two: DmaLimits::page_size"));
         }
         let addresses = Addresses::of(transport.address_space(), &limits.ranges);
-        let (mappings, lost) = (AtomicUsize::new(0), Mutex::default());
-        Ok(Self { inner: Arc::new(Inner { limits, addresses, mappings, lost, transport }) })
+        let (arenas, mappings, lost) = (Arenas::new(), AtomicUsize::new(0), Mutex::default());
+        Ok(Self { inner: Arc::new(Inner { limits, addresses, arenas, mappings, lost, transport }) })
     }
 
-    /// The limits of the IOMMU.
+    /// The limits of the IOMMU, as they were when the space was made.
     pub fn limits(&self) -> &DmaLimits {
         &self.inner.limits
     }
 
-    /// How many mappings this device has.
+    /// How many mappings this device has. [Buffers](Self::buffer) share some.
     pub fn mapping_count(&self) -> usize {
         self.inner.mappings.load(Ordering::Relaxed)
     }
 
-    /// A buffer of `size` bytes, rounded up to whole pages, that the device can read and write.
+    /// A buffer of `size` bytes, rounded up to whole pages, that the device can read and write. All bytes are
+    /// zero.
+    ///
+    /// Buffers share a few large mappings: a vfio-user server may accept no more than 16, and each mapping costs
+    /// system calls. If the mappings have no room, a new one is made, as large as all before it together: at
+    /// least 64 KiB, at most 64 MiB, and at most a quarter of the memory that the process may still lock. A
+    /// buffer that needs more than that gets a mapping of its own size. A mapping is unmapped when its last
+    /// buffer is dropped. This sharing has consequences:
+    ///
+    /// - The device reaches the memory of a dropped buffer until the mapping is unmapped, and a later buffer may
+    ///   get the same memory, zeroed. Do not drop a buffer that the device may still write to, for example after
+    ///   a command timed out: stop the device first, or keep the buffer (`std::mem::forget`).
+    /// - A device that writes past the end of a buffer may write to another buffer.
+    /// - Memory is locked before it is used.
+    ///
+    /// [`BufferRequest::own_mapping`] asks for a mapping that is not shared.
     ///
     /// # Errors
     /// As [`map`](Self::map); `Os` if the kernel has no memory.
@@ -116,7 +87,7 @@ impl DmaSpace {
         self.buffer_with(BufferRequest::new(size))
     }
 
-    /// A buffer with options: its placement, huge pages.
+    /// A buffer with options: its placement, huge pages, a mapping of its own.
     ///
     /// # Errors
     /// As [`buffer`](Self::buffer).
@@ -132,7 +103,8 @@ impl DmaSpace {
     /// `LockedMemory`, `TooManyMappings`; the transport's error.
     ///
     /// If others share the address space and have taken the chosen address, other addresses are tried for at
-    /// most two seconds plus one call of the transport.
+    /// most two seconds plus one call of the transport. A [buffer](Self::buffer) may take half a second and one
+    /// call more.
     // Inlined, with its callees: compared with two system calls, each function call counts, most of all in an
     // emulator, which takes as long for one as for two hundred instructions. Errors are made out of line.
     #[inline(always)]
@@ -142,13 +114,45 @@ impl DmaSpace {
         placement: IovaPlacement,
         access: Access,
     ) -> Result<DmaMapping> {
+        self.map_by(&Search::LONG, memory, placement, access)
+    }
+
+    /// As [`map`](Self::map), but with a shorter search, because the caller has an alternative.
+    pub(super) fn try_map(
+        &self,
+        memory: DmaMemory,
+        placement: IovaPlacement,
+        access: Access,
+    ) -> Result<DmaMapping> {
+        self.map_by(&Search::SHORT, memory, placement, access)
+    }
+
+    #[inline(always)]
+    fn map_by(
+        &self,
+        search: &Search,
+        memory: DmaMemory,
+        placement: IovaPlacement,
+        access: Access,
+    ) -> Result<DmaMapping> {
         let taken = self.inner.take(&memory, placement)?;
         let (taken, iova) = match self.inner.map(taken, &memory, placement, access) {
             Ok(iova) => (taken, iova),
-            Err(error) => self.inner.map_elsewhere(taken, error, &memory, placement, access)?,
+            Err(error) => {
+                self.inner.map_elsewhere(search, taken, error, &memory, placement, access)?
+            }
         };
         let generation = fork::generation();
         Ok(DmaMapping { space: self.clone(), memory, taken, iova, generation })
+    }
+
+    pub(super) fn arenas(&self) -> &Arenas {
+        &self.inner.arenas
+    }
+
+    /// How many more bytes can be locked now. `None` if that is not limited, 0 if the transport cannot say.
+    pub(super) fn lockable_bytes(&self) -> Option<u64> {
+        self.inner.transport.dma_limits().map_or(Some(0), |limits| limits.lockable_bytes)
     }
 
     /// The mappings, for errors: how many, and the first addresses. `None` if there are none.
@@ -182,10 +186,19 @@ impl DmaSpace {
     }
 }
 
-impl Inner {
-    /// How long a mapping tries other addresses.
-    const TIME: Duration = Duration::from_secs(2);
+/// How many addresses are tried for a mapping, and for how long.
+struct Search {
+    attempts: usize,
+    time: Duration,
+}
 
+impl Search {
+    const LONG: Self = Self { attempts: 256, time: Duration::from_secs(2) };
+    /// The distance doubles 31 times, which is further than what others are likely to have mapped.
+    const SHORT: Self = Self { attempts: 32, time: Duration::from_millis(500) };
+}
+
+impl Inner {
     fn lost(&self) -> MutexGuard<'_, Vec<Iova>> {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -238,17 +251,17 @@ impl Inner {
     ///
     /// The distance between two attempts doubles each time, so that large mappings of others cost some dozens
     /// of attempts, not one for each page. Skipped addresses are tried when no others are left. Attempts end
-    /// after [`TIME`](Self::TIME), because each may take the transport long.
+    /// after the time of the search, because each may take the transport long.
     #[cold]
     fn map_elsewhere(
         &self,
+        search: &Search,
         taken: Iova,
         error: Error,
         memory: &DmaMemory,
         placement: IovaPlacement,
         access: Access,
     ) -> Result<(Iova, Iova)> {
-        const ATTEMPTS: usize = 256;
         let begun = Instant::now();
         let size = memory.size() as u64;
         let choice = match placement {
@@ -263,8 +276,8 @@ impl Inner {
         let (mut block, mut grows) = (size, true);
         while let (Err(error), Some((alignment, limit))) = (&result, choice)
             && error.kind() == ErrorKind::AddressTaken
-            && passed.len() < ATTEMPTS
-            && begun.elapsed() < Self::TIME
+            && passed.len() < search.attempts
+            && begun.elapsed() < search.time
         {
             if let Some(larger) = block.checked_mul(2).filter(|_| grows) {
                 block = larger;
@@ -453,13 +466,19 @@ impl DmaMapping {
     pub fn memory(&self) -> &DmaMemory {
         &self.memory
     }
+
+    /// Whether this is a child of `fork(2)`, and the mapping is its parent's.
+    #[inline]
+    pub(super) fn is_inherited(&self) -> bool {
+        self.generation != fork::generation()
+    }
 }
 
 impl Drop for DmaMapping {
     // Inlined into the caller, as the drops of the fields are.
     #[inline]
     fn drop(&mut self) {
-        if self.generation != fork::generation() {
+        if self.is_inherited() {
             // The mapping is the parent's; both processes share the file.
             return;
         }

@@ -6,27 +6,19 @@
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
 use std::fmt;
-use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-
 use super::buffer_failed::BufferFailed;
-use super::dma::{DmaMapping, DmaSpace, IovaPlacement};
+use super::dma::DmaSpace;
+use super::dma_arena::{Allocation, Refused, Wanted};
+use super::dma_memory::HUGE_PAGE;
+use super::dma_placement::IovaPlacement;
 use super::iova::Iova;
 use super::register_access::Width;
 use crate::error::{Error, ErrorKind, Result};
-use crate::space::{Access, DmaMemory, out_of_memory};
+use crate::space::DmaMemory;
 use crate::sys;
-use crate::sys::mmap_lock::MmapLock;
-use crate::transport::DmaLimits;
-
-const HUGE_PAGE: usize = 2 << 20;
 
 /// The size and the options of a buffer.
 #[derive(Clone, Copy, Debug)]
@@ -34,12 +26,14 @@ pub struct BufferRequest {
     size: usize,
     placement: IovaPlacement,
     huge_pages: bool,
+    own_mapping: bool,
 }
 
 impl BufferRequest {
     /// `size` bytes, rounded up to whole pages.
     pub fn new(size: usize) -> Self {
-        Self { size, placement: IovaPlacement::default(), huge_pages: false }
+        let placement = IovaPlacement::default();
+        Self { size, placement, huge_pages: false, own_mapping: false }
     }
 
     /// The placement of the buffer in the device's addresses.
@@ -55,113 +49,41 @@ impl BufferRequest {
     pub fn huge_pages(self) -> Self {
         Self { huge_pages: true, ..self }
     }
+
+    /// Makes a mapping for this buffer alone, instead of one that buffers share ([`DmaSpace::buffer`]). The
+    /// device reaches nothing else through it, and nothing at all once the buffer and its parts are dropped.
+    /// Mappings are limited: some vfio-user servers accept 16.
+    ///
+    /// A buffer always has a mapping of its own if its [placement](Self::placement) is a given address, or if
+    /// no IOMMU translates the device's addresses.
+    #[must_use]
+    pub fn own_mapping(self) -> Self {
+        Self { own_mapping: true, ..self }
+    }
 }
 
-/// Memory that this process and the device share: a memory file of its own, mapped at a multiple of the IOMMU's
+/// Memory that this process and the device share: a part of a memory file, mapped at a multiple of the IOMMU's
 /// page size, pinned, and mapped for the device at an [`Iova`].
 ///
-/// [`split_at`](Self::split_at) makes parts that share the memory. It is freed when the last part is dropped,
-/// after the device can no longer reach it. Stores happen before a later
+/// [`split_at`](Self::split_at) makes parts that share the memory. When the last part is dropped, another buffer
+/// may get the memory: see [`DmaSpace::buffer`]. Stores happen before a later
 /// [`Register::write`](super::Register::write) that notifies the device.
 ///
 /// DMA needs [`Config::set_bus_mastering`](super::Config::set_bus_mastering): without it the device reads and
 /// writes nothing, and reports no error.
 pub struct DmaBuffer {
-    whole: Arc<Whole>,
-    offset: usize,
+    first: NonNull<u8>,
+    /// The first byte's address for the device.
+    iova: Iova,
     size: usize,
-}
-
-struct Whole {
-    /// Dropped before `memory`, so that the device cannot reach freed memory: fields are dropped in order.
-    mapping: DmaMapping,
-    memory: Arc<Memory>,
-}
-
-/// The mapping in this process.
-struct Memory {
-    at: NonNull<u8>,
-    size: usize,
-    /// Why it has no huge pages although they were requested.
-    refused: Option<Error>,
-    huge: bool,
+    /// Keeps the memory mapped, and shares it with the other parts.
+    allocation: Arc<Allocation>,
 }
 
 // SAFETY: the memory is accessed by single accesses of `Width` only, which may race.
-unsafe impl Send for Memory {}
+unsafe impl Send for DmaBuffer {}
 // SAFETY: as above.
-unsafe impl Sync for Memory {}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: `Memory::new` made the mapping, and this drops its last user.
-        if let Err(errno) = unsafe { munmap(self.at.cast(), self.size) } {
-            log::error!("leaked {:#x} bytes of DMA memory: {errno}", self.size);
-        }
-    }
-}
-
-impl Memory {
-    /// Makes a sealed memory file of at least `size` bytes and maps `size` of them, at a multiple of
-    /// `alignment` bytes, a power of two. Returns the file and the offset of the mapping in it, too. The file's
-    /// size cannot change, so no access to the mapping faults.
-    fn new(size: usize, alignment: usize, huge: bool) -> Result<(Self, OwnedFd, u64)> {
-        let object = || format!("{size:#x} bytes for DMA");
-        let failed = |errno| {
-            let error = Error::os(errno, "allocate", object());
-            if !huge {
-                return error;
-            }
-            let pages = size / HUGE_PAGE;
-            error
-                .with_reason(format!("there are fewer than {pages} free pages of 2 MiB"))
-                .with_advice(format!("reserve some: sysctl vm.nr_hugepages={pages}, or more"))
-        };
-        let page = if huge { HUGE_PAGE } else { sys::page_size() };
-        // A mapping of this size contains an aligned range of `size` bytes, at any address.
-        let room = size.checked_add(alignment.saturating_sub(page)).and_then(NonZeroUsize::new);
-        let room = room.ok_or_else(|| failed(Errno::ENOMEM))?;
-        let huge_flags =
-            if huge { MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB } else { MFdFlags::empty() };
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge_flags;
-        let fd = memfd_create("vfio-remap-dma", flags).map_err(failed)?;
-        nix::unistd::ftruncate(&fd, room.get() as i64).map_err(failed)?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
-        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        let lock = MmapLock::take();
-        // SAFETY: the kernel chooses an unused range.
-        let at = unsafe { mmap(None, room, protection, MapFlags::MAP_SHARED, fd.as_fd(), 0) };
-        drop(lock);
-        let no_room = |errno| {
-            if huge { failed(errno) } else { out_of_memory(errno, "allocate", object(), size) }
-        };
-        let at = at.map_err(no_room)?.cast();
-        let mut memory = Self { at, size: room.get(), refused: None, huge };
-        let skipped = memory.at.addr().get().wrapping_neg() & (alignment - 1);
-        memory.trim(skipped, size).map_err(failed)?;
-        Ok((memory, fd, skipped as u64))
-    }
-
-    /// Unmaps all but the `size` bytes after the first `skipped`. Both are whole pages.
-    fn trim(&mut self, skipped: usize, size: usize) -> nix::Result<()> {
-        if skipped > 0 {
-            // SAFETY: the head of the mapping that `new` made; nothing else uses it yet.
-            unsafe { munmap(self.at.cast(), skipped) }?;
-            // SAFETY: in the mapping, or at its end.
-            self.at = unsafe { self.at.add(skipped) };
-            self.size -= skipped;
-        }
-        if self.size > size {
-            // SAFETY: in the mapping.
-            let tail = unsafe { self.at.add(size) };
-            // SAFETY: the tail of the mapping that `new` made; nothing else uses it yet.
-            unsafe { munmap(tail.cast(), self.size - size) }?;
-            self.size = size;
-        }
-        Ok(())
-    }
-}
+unsafe impl Sync for DmaBuffer {}
 
 impl DmaBuffer {
     pub(super) fn new(space: &DmaSpace, request: BufferRequest) -> Result<Self> {
@@ -176,33 +98,37 @@ impl DmaBuffer {
                     .with_advice("ask for another size")
             })
         };
-        let DmaLimits { page_size, by_file, .. } = *space.limits();
-        let page = sys::page_size().max(page_size as usize);
-        let huge_page = HUGE_PAGE.max(page);
-        let huge = request.huge_pages.then(|| round(huge_page)).transpose()?;
-        let (memory, fd, offset) = match huge.map(|size| Memory::new(size, huge_page, true)) {
-            Some(Ok(made)) => made,
-            Some(Err(refused)) => {
-                log::info!("ordinary pages instead: {refused}");
-                let (mut memory, fd, offset) = Memory::new(round(page)?, page, false)?;
-                memory.refused = Some(refused);
-                (memory, fd, offset)
-            }
-            None => Memory::new(round(page)?, page, false)?,
+        let page = sys::page_size().max(space.limits().page_size as usize);
+        let allocate = |size, page, placement, huge| {
+            let alone = request.own_mapping;
+            space.arenas().allocate(space, &Wanted { size, page, huge, placement, alone })
         };
+        let ordinary = || Ok(allocate(round(page)?, page, request.placement, false)?);
+        if !request.huge_pages {
+            return ordinary().map(Self::whole);
+        }
         let placement = match request.placement {
-            IovaPlacement::Anywhere { alignment, limit } if memory.huge => {
+            IovaPlacement::Anywhere { alignment, limit } => {
                 IovaPlacement::Anywhere { alignment: alignment.max(HUGE_PAGE as u64), limit }
             }
             other => other,
         };
-        let (address, size) = (memory.at.as_ptr() as usize, memory.size);
-        let memory = Arc::new(memory);
-        let file = by_file.then(|| (Arc::new(fd), offset));
-        // SAFETY: mapped while `memory` lives; accessed only by single accesses, in this file and `dma_array`.
-        let shared = unsafe { DmaMemory::new(address, size, file, memory.clone()) };
-        let mapping = space.map(shared.own(), placement, Access::ReadWrite)?;
-        Ok(Self { whole: Arc::new(Whole { mapping, memory }), offset: 0, size })
+        let huge_page = HUGE_PAGE.max(page);
+        match allocate(round(huge_page)?, huge_page, placement, true) {
+            Ok(allocation) => Ok(Self::whole(allocation)),
+            Err(Refused::Memory(refused)) => {
+                log::info!("ordinary pages instead: {refused}");
+                let mut allocation = ordinary()?;
+                allocation.huge_pages_refused = Some(refused);
+                Ok(Self::whole(allocation))
+            }
+            Err(Refused::Mapping(error)) => Err(error),
+        }
+    }
+
+    fn whole(allocation: Allocation) -> Self {
+        let (first, iova, size) = (allocation.first(), allocation.iova(), allocation.size());
+        Self { first, iova, size, allocation: Arc::new(allocation) }
     }
 
     /// The size in bytes.
@@ -214,29 +140,35 @@ impl DmaBuffer {
     /// The first byte's address for the device.
     #[inline]
     pub fn iova(&self) -> Iova {
-        Iova(self.whole.mapping.iova().0 + self.offset as u64)
+        self.iova
     }
 
-    /// All of the memory that this is a part of, to map it for another device, too. It has its file if the
-    /// device's transport passes memory by file ([`DmaLimits::by_file`]). The kernel's transports do not; a
-    /// vfio-user server that gets memory without a file reaches it by messages.
-    pub fn memory(&self) -> &DmaMemory {
-        self.whole.mapping.memory()
+    /// The memory of this buffer, to map it for another device, too: all of the buffer that was allocated, if
+    /// this is a [part](Self::split_at) of it. The memory is not given to another buffer while this value or a
+    /// [`DmaMapping`](super::DmaMapping) of it lives.
+    ///
+    /// It has its file if the device's transport passes memory by file
+    /// ([`DmaLimits::by_file`](crate::transport::DmaLimits::by_file)) and the buffer has a
+    /// [mapping of its own](BufferRequest::own_mapping): the file of a shared mapping contains other buffers. The
+    /// kernel's transports do not pass memory by file; a vfio-user server that gets memory without a file
+    /// reaches it by messages.
+    pub fn memory(&self) -> DmaMemory {
+        self.allocation.memory()
     }
 
     /// Whether it consists of pages of 2 MiB.
     pub fn has_huge_pages(&self) -> bool {
-        self.whole.memory.huge
+        self.allocation.is_huge()
     }
 
     /// Why it consists of ordinary pages although huge ones were requested, and what to do about it.
     pub fn huge_pages_refused(&self) -> Option<&Error> {
-        self.whole.memory.refused.as_ref()
+        self.allocation.huge_pages_refused.as_ref()
     }
 
     /// Points to its first byte. Use atomic or volatile accesses only, while the buffer lives.
     pub fn as_ptr(&self) -> *mut u8 {
-        self.at(0).as_ptr()
+        self.first.as_ptr()
     }
 
     /// Splits the buffer into two parts, the first of `size` bytes.
@@ -249,9 +181,11 @@ impl DmaBuffer {
             let advice = "use the whole buffer, or split it inside";
             return Err(BufferFailed::new(ErrorKind::OutOfRange, "split", self, reason, advice));
         }
-        let Self { whole, offset, size: all } = self;
-        let second = Self { whole: whole.clone(), offset: offset + size, size: all - size };
-        Ok((Self { whole, offset, size }, second))
+        // SAFETY: `size` is less than the buffer's.
+        let first = unsafe { self.first.add(size) };
+        let (iova, rest) = (self.iova + size as u64, self.size - size);
+        let second = Self { first, iova, size: rest, allocation: self.allocation.clone() };
+        Ok((Self { size, ..self }, second))
     }
 
     /// Reads a little-endian value at `offset` bytes by one access. Later accesses happen after it (acquire
@@ -363,7 +297,7 @@ impl DmaBuffer {
     #[inline]
     fn at(&self, offset: usize) -> NonNull<u8> {
         // SAFETY: the callers have checked that the offset lies in this part, which lies in the mapping.
-        unsafe { self.whole.memory.at.add(self.offset + offset) }
+        unsafe { self.first.add(offset) }
     }
 }
 

@@ -15,7 +15,8 @@ use vm_memory::{
     FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
 };
 
-use super::dma::{DmaMapping, DmaSpace, IovaPlacement};
+use super::dma::{DmaMapping, DmaSpace};
+use super::dma_placement::IovaPlacement;
 use super::iova::Iova;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};

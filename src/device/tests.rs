@@ -19,6 +19,8 @@ struct Recorder {
     /// The call that fails once.
     fails: Mutex<Option<&'static str>>,
     noresize: bool,
+    /// Whether it has addresses for more than single buffers.
+    roomy: bool,
 }
 
 impl Recorder {
@@ -79,7 +81,8 @@ impl Transport for Recorder {
     }
 
     fn dma_limits(&self) -> Result<DmaLimits> {
-        Ok(DmaLimits::new(vec![0x1000..=0xffff], sys::page_size() as u64))
+        let last = if self.roomy { 0xf_ffff } else { 0xffff };
+        Ok(DmaLimits::new(vec![0x1000..=last], sys::page_size() as u64))
     }
 
     fn dma_map(&self, iova: u64, _: &DmaMemory, _: Access) -> Result<()> {
@@ -206,6 +209,28 @@ fn a_child_undoes_nothing_of_its_parents() {
         recorder.calls(),
         ["disconnect MSI", "disconnect errors", "disconnect requests", "wake", "unmap 0x1000"]
     );
+    closes(recorder, device);
+}
+
+/// A thread of the parent may hold any of them when it forks.
+#[test]
+fn a_child_takes_no_lock_of_its_parents_arenas() {
+    let recorder = Arc::new(Recorder { roomy: true, ..Recorder::default() });
+    let device = Device::new(recorder.clone());
+    let space = device.dma().unwrap();
+    let first = space.buffer(1).unwrap();
+    let mut second = Some(space.buffer(1).unwrap());
+    assert_eq!(recorder.calls(), ["map 0x1000"]);
+    let in_child = || {
+        drop(second.take());
+        let own = space.buffer(1).unwrap();
+        own.iova() == Iova(0x1_1000) && recorder.calls() == ["map 0x11000"]
+    };
+    // SAFETY: no other thread uses this device. Its locks are held here, and the child does not take them.
+    let holds = space.arenas().while_locked(|| unsafe { fork::holds_in_child(in_child) });
+    assert!(holds);
+    drop((first, second, space));
+    assert_eq!(recorder.calls(), ["unmap 0x1000"]);
     closes(recorder, device);
 }
 

@@ -61,7 +61,8 @@ fn thousands_of_pages_of_a_neighbour_are_no_obstacle() {
             assert_eq!(igb.address_space(), edu.address_space());
             let (igb, edu_device) = (Device::new(Arc::new(igb)), Device::new(edu.clone()));
             // Of 32 bits, so that both would be given the same.
-            let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(28));
+            let request =
+                BufferRequest::new(4096).placement(IovaPlacement::below_bits(28)).own_mapping();
             let space = igb.dma().unwrap();
             let theirs: Vec<_> = (0..1500).map(|_| space.buffer_with(request).unwrap()).collect();
             let ours = edu_device.dma().unwrap().buffer_with(request).unwrap();
@@ -70,7 +71,7 @@ fn thousands_of_pages_of_a_neighbour_are_no_obstacle() {
             let first = 1u64 << 32;
             let pages = (0..1100).map(|page| first + page * 4096);
             for iova in pages.clone() {
-                edu.dma_map(iova, ours.memory(), Access::ReadOnly).unwrap();
+                edu.dma_map(iova, &ours.memory(), Access::ReadOnly).unwrap();
             }
             let around = space.buffer(4096).unwrap();
             assert!(around.iova().0 >= first + 1100 * 4096, "{around:?}");

@@ -87,6 +87,38 @@ fn locks_too_much(open: impl Fn() -> Vfio) {
     });
 }
 
+/// Small buffers have all that may be locked, in few mappings.
+#[test]
+fn what_may_be_locked_is_shared_out_to_the_last_page() {
+    let group = lab::sysfs("edu").iommu_group().unwrap();
+    let file = format!("/dev/vfio/{group}");
+    chown(&file, Some(NOBODY), None).unwrap();
+    let status = lab::child("dma::nobody_locks_all_there_is", &[], Some(NOBODY));
+    chown(&file, Some(0), None).unwrap();
+    assert!(status.success(), "{status}");
+}
+
+#[test]
+#[ignore = "a child of the test above: it runs as nobody"]
+fn nobody_locks_all_there_is() {
+    const LIMIT: usize = 4 << 20;
+    setrlimit(Resource::RLIMIT_MEMLOCK, LIMIT as u64, LIMIT as u64).unwrap();
+    leftovers::none_of(|| {
+        let device = Device::new(Arc::new(Vfio::open_by_group(lab::address("edu")).unwrap()));
+        let space = device.dma().unwrap();
+        assert_eq!(space.limits().lockable_bytes, Some(LIMIT as u64));
+        for _ in 0..2 {
+            let buffers: Vec<_> = (0..LIMIT / 4096).map(|_| space.buffer(4096).unwrap()).collect();
+            assert!(space.mapping_count() < 64, "{space:?}");
+            let error = space.buffer(4096).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::LockedMemory, "{error}");
+            drop(buffers);
+            assert_eq!(space.mapping_count(), 0);
+            drop(space.buffer(LIMIT).unwrap());
+        }
+    });
+}
+
 #[test]
 fn there_may_be_more_buffers_than_descriptors() {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
@@ -94,7 +126,8 @@ fn there_may_be_more_buffers_than_descriptors() {
         let device = lab::open("edu");
         setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
         let space = device.dma().unwrap();
-        let buffers: Vec<_> = (0..1100).map(|_| space.buffer(4096)).collect();
+        let own = BufferRequest::new(4096).own_mapping();
+        let buffers: Vec<_> = (0..1100).map(|_| space.buffer_with(own)).collect();
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
         let buffers: Vec<_> = buffers.into_iter().map(Result::unwrap).collect();
         assert!(buffers[0].memory().file().is_none());
@@ -113,7 +146,7 @@ fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
         let space = device.dma().unwrap();
         assert_eq!(space.limits().available_mappings, Some(MOST));
         let buffer = space.buffer(4096).unwrap();
-        let map = || space.map(buffer.memory().clone(), IovaPlacement::default(), Access::ReadOnly);
+        let map = || space.map(buffer.memory(), IovaPlacement::default(), Access::ReadOnly);
         let mut mappings: Vec<_> = (1..MOST).map(|_| map().unwrap()).collect();
         for _ in 0..2 {
             let error = map().unwrap_err();
@@ -218,4 +251,24 @@ fn huge_pages_are_had_where_there_are_any_and_otherwise_the_buffer_says_why_not(
     assert!(bytes.iter().all(|byte| *byte == 0x77));
     drop((huge, space));
     edu.close().unwrap();
+}
+
+#[test]
+fn huge_buffers_share_mappings_and_leave_pages_to_others() {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    const HUGE: u64 = 2 << 20;
+    let device = lab::open("edu");
+    let space = device.dma().unwrap();
+    let _pool = lab::Setting::set(POOL, 16);
+    let request = BufferRequest::new(1).huge_pages();
+    let buffers: Vec<_> = (0..16).map(|_| space.buffer_with(request).unwrap()).collect();
+    assert!(buffers.iter().all(DmaBuffer::has_huge_pages), "all are to be had");
+    assert!(
+        buffers.iter().all(|buffer| (buffer.iova().0 | buffer.size() as u64).is_multiple_of(HUGE))
+    );
+    assert!(space.mapping_count() < 16, "{space:?}");
+    let ordinary = space.buffer_with(request).unwrap();
+    assert!(!ordinary.has_huge_pages());
+    drop((buffers, ordinary));
+    assert_eq!(space.mapping_count(), 0);
 }

@@ -258,7 +258,7 @@ fn sixty_thousand_mappings_live_at_once() {
     let space = device.dma().unwrap();
     let buffer = space.buffer(4096).unwrap();
     // The same page again and again: what is counted is mappings.
-    let memory = buffer.memory().clone();
+    let memory = buffer.memory();
     let mappings: Vec<_> = (0..60_000)
         .map(|_| space.map(memory.clone(), IovaPlacement::default(), Access::ReadOnly).unwrap())
         .collect();
@@ -414,7 +414,7 @@ fn dropping_in_every_order_leaves_no_mapping_no_file_and_no_address() {
             let free = format!("{space:?}");
             let window = lab::map_all(&device, 0);
             let buffer = space.buffer(4096).unwrap();
-            let memory = buffer.memory().clone();
+            let memory = buffer.memory();
             let mapping = space.map(memory, IovaPlacement::default(), Access::ReadOnly).unwrap();
             let vectors = device.vectors(Interrupt::Msi, 1).unwrap();
             let events = device.events().unwrap();

@@ -140,11 +140,7 @@ fn without_iommu_memory_is_where_it_is_and_a_wish_for_another_place_is_refused()
         let page = space.buffer(4096).unwrap();
         // The same memory once more is at the same place, and stays there when one mapping goes.
         let again = space
-            .map(
-                page.memory().clone(),
-                IovaPlacement::default(),
-                vfio_remap::space::Access::ReadOnly,
-            )
+            .map(page.memory(), IovaPlacement::default(), vfio_remap::space::Access::ReadOnly)
             .unwrap();
         assert_eq!(again.iova(), page.iova());
         assert_eq!(space.mapping_count(), 2);

@@ -7,13 +7,18 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::ftruncate;
-use vfio_remap::device::{BufferRequest, DmaArray, Iova, IovaPlacement};
+use vfio_remap::device::{BufferRequest, DmaArray, DmaBuffer, Iova, IovaPlacement};
 use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::{AddressSpaceId, DeviceInfo, DmaLimits, RegionInfo, Transport};
 use vfio_remap::{Device, Error, ErrorKind, Result};
 
 use crate::support::alone::alone;
 use crate::support::scripted::Scripted;
+
+/// A buffer with a mapping of its own.
+fn own(size: usize) -> BufferRequest {
+    BufferRequest::new(size).own_mapping()
+}
 
 #[test]
 fn memory_that_is_unmapped_short_stays_the_devices() {
@@ -86,11 +91,11 @@ fn devices_of_one_address_space_take_from_one_stock() {
         let [one, other] = [(); 2].map(|()| transport());
         let devices = [&one, &other].map(|transport| Device::new(transport.clone()));
         let [first, second] = [&devices[0], &devices[1]].map(|device| device.dma().unwrap());
-        let held: Vec<_> = (0..2000).map(|_| first.buffer(4096).unwrap()).collect();
+        let held: Vec<_> = (0..2000).map(|_| first.buffer_with(own(4096)).unwrap()).collect();
         let taken = IovaPlacement::At(held[9].iova());
         let error = second.buffer_with(BufferRequest::new(4096).placement(taken)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
-        let theirs = second.buffer(4096).unwrap();
+        let theirs = second.buffer_with(own(4096)).unwrap();
         assert!(one.mapped().iter().all(|(iova, _)| *iova != theirs.iova().0), "{theirs:?}");
         assert_eq!((first.mapping_count(), second.mapping_count()), (2000, 1));
         let [first_device, second_device] = devices;
@@ -116,7 +121,7 @@ fn neighbours_who_have_mapped_much_are_mapped_around() {
         let neighbours = vec![taken.clone()];
         let transport = Arc::new(Scripted { neighbours, ..Scripted::default() });
         let space = Device::new(transport.clone()).dma().unwrap();
-        let buffer = space.buffer(PAGE as usize).unwrap();
+        let buffer = space.buffer_with(own(PAGE as usize)).unwrap();
         assert!(!taken.contains(&buffer.iova().0), "{buffer:?}");
         let refused = transport.refused.load(Ordering::Relaxed);
         assert!(refused <= most, "{refused} questions around {taken:x?}");
@@ -163,9 +168,9 @@ fn memory_of_no_whole_pages_of_the_iommu_is_refused() {
     // Of the right size at the wrong address, or the other way round.
     for size in [4 << 10, 16 << 10] {
         let buffers: Vec<_> = (0..16).map(|_| small.buffer(size).unwrap()).collect();
-        for memory in buffers.iter().map(|buffer| buffer.memory()) {
+        for memory in buffers.iter().map(DmaBuffer::memory) {
             let whole = (memory.address() | size).is_multiple_of(16 << 10);
-            let mapped = large.map(memory.clone(), IovaPlacement::default(), Access::ReadWrite);
+            let mapped = large.map(memory, IovaPlacement::default(), Access::ReadWrite);
             let kind = mapped.map(drop).map_err(|error| error.kind());
             assert_eq!(kind, if whole { Ok(()) } else { Err(ErrorKind::Unaligned) });
         }
@@ -177,7 +182,7 @@ fn a_space_that_neighbours_have_filled_says_so() {
     let neighbours = vec![0..=u64::MAX];
     let transport = Arc::new(Scripted { neighbours, ..Scripted::default() });
     let space = Device::new(transport.clone()).dma().unwrap();
-    let error = space.buffer(4096).unwrap_err();
+    let error = space.buffer_with(own(4096)).unwrap_err();
     assert_eq!((error.kind(), error.errno()), (ErrorKind::AddressTaken, Some(libc::EEXIST)));
     let refused = transport.refused.load(Ordering::Relaxed);
     let words = format!("all {refused} addresses that were tried are mapped by others");
@@ -217,7 +222,8 @@ fn buffers_are_aligned_to_the_pages_of_the_iommu() {
         let transport = Arc::new(Scripted::with_limits(limits));
         let space = Device::new(transport.clone()).dma().unwrap();
         let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
-        let buffers: Vec<_> = (1..=8).map(|size| space.buffer(size * 5000).unwrap()).collect();
+        let buffers: Vec<_> =
+            (1..=8).map(|size| space.buffer_with(own(size * 5000)).unwrap()).collect();
         for (number, buffer) in (1..).zip(&buffers) {
             let (address, size) = (buffer.as_ptr() as usize, buffer.size());
             assert_eq!(size as u64, (number * 5000u64).next_multiple_of(page));
@@ -228,7 +234,7 @@ fn buffers_are_aligned_to_the_pages_of_the_iommu() {
             buffer.store(size - 4, 7u32);
             assert_eq!(buffer.load::<u32>(size - 4), 7);
         }
-        let huge = space.buffer_with(BufferRequest::new(1).huge_pages()).unwrap();
+        let huge = space.buffer_with(own(1).huge_pages()).unwrap();
         assert_eq!((huge.as_ptr() as u64 % page, huge.iova().0 % page), (0, 0));
     }
     let limits = DmaLimits::new(vec![0..=u64::MAX], 1 << 63);
@@ -247,7 +253,7 @@ fn buffers_keep_no_descriptors_that_no_transport_wants() {
         limits.by_file = false;
         let transport = Arc::new(Scripted::with_limits(limits));
         let space = Device::new(transport.clone()).dma().unwrap();
-        let buffers: Vec<_> = (0..2000).map(|_| space.buffer(4096).unwrap()).collect();
+        let buffers: Vec<_> = (0..2000).map(|_| space.buffer_with(own(4096)).unwrap()).collect();
         assert_eq!(space.mapping_count(), buffers.len());
         assert!(transport.files().iter().all(Option::is_none));
         assert!(buffers[0].memory().file().is_none());
@@ -262,7 +268,7 @@ fn the_limit_on_descriptors_is_named_with_what_raises_it() {
         let space = Device::new(transport.clone()).dma().unwrap();
         let mut buffers = Vec::new();
         let error = loop {
-            match space.buffer(4096) {
+            match space.buffer_with(own(4096)) {
                 Ok(buffer) => buffers.push(buffer),
                 Err(error) => break error,
             }
@@ -281,7 +287,7 @@ fn the_limit_on_descriptors_is_named_with_what_raises_it() {
         let advice = format!("prlimit --pid {} --nofile=", std::process::id());
         assert!(error.advice().contains(&advice), "{error}");
         buffers.pop();
-        buffers.push(space.buffer(4096).unwrap());
+        buffers.push(space.buffer_with(own(4096)).unwrap());
     });
 }
 
@@ -314,7 +320,7 @@ fn placements_that_make_no_sense_do_not_reach_the_transport() {
         (anywhere(1, 0xffe), ErrorKind::OutOfRange),
         (anywhere(1 << 63, u64::MAX), ErrorKind::OutOfRange),
     ] {
-        let error = space.map(page.memory().clone(), placement, Access::ReadWrite).unwrap_err();
+        let error = space.map(page.memory(), placement, Access::ReadWrite).unwrap_err();
         assert_eq!(error.kind(), kind, "{placement:?}: {error}");
         assert!(!error.advice().is_empty(), "{error}");
         assert_eq!((transport.mapped(), space.mapping_count()), (taken.clone(), 1));
@@ -429,7 +435,7 @@ impl Transport for Occupied {
 fn a_search_for_free_addresses_has_a_time_limit() {
     let transport = Arc::new(Occupied::default());
     let space = Device::new(transport.clone()).dma().unwrap();
-    let error = space.buffer(4096).unwrap_err();
+    let error = space.buffer_with(own(4096)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
     assert_eq!(space.mapping_count(), 0);
     // All would be 256, in 26 seconds.

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use vfio_remap::device::Interrupt;
+use vfio_remap::device::{BufferRequest, Interrupt};
 use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::{
     DeviceInfo, DmaLimits, IrqInfo, MemoryDevice, RegionInfo, Transport, irq_index,
@@ -44,8 +44,9 @@ fn registers_past_the_last_are_not_reached() {
 #[test]
 fn memory_for_dma_keeps_its_size() {
     let space = Device::new(Arc::new(Scripted::default())).dma().unwrap();
-    let buffer = space.buffer(0x2000).unwrap();
-    let (file, _) = buffer.memory().file().unwrap();
+    let buffer = space.buffer_with(BufferRequest::new(0x2000).own_mapping()).unwrap();
+    let memory = buffer.memory();
+    let (file, _) = memory.file().unwrap();
     let file = File::from(file.try_clone_to_owned().unwrap());
     for size in [0, 0x1000, 0x3000] {
         let error = file.set_len(size).unwrap_err();

@@ -11,6 +11,7 @@ mod async_interrupts;
 #[cfg(feature = "emulated")]
 mod children;
 mod dma;
+mod dma_arena;
 #[cfg(feature = "emulated")]
 mod drivers;
 #[cfg(feature = "emulated")]

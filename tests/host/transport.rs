@@ -82,6 +82,6 @@ fn an_address_that_the_transport_says_is_taken_is_left_out() {
     let buffer = space.buffer(4096).unwrap();
     assert!(buffer.iova() > Iova(0x1000), "{buffer:?}");
     let at = IovaPlacement::At(Iova(0x1000));
-    let error = space.map(buffer.memory().clone(), at, Access::ReadWrite).unwrap_err();
+    let error = space.map(buffer.memory(), at, Access::ReadWrite).unwrap_err();
     assert_eq!((error.kind(), error.errno()), (ErrorKind::AddressTaken, Some(libc::EEXIST)));
 }

@@ -123,7 +123,9 @@ impl Edu {
         config.set_bus_mastering(true)?;
         // Mapped if the BAR can be mapped, otherwise reached by system calls.
         let registers = device.bar(0)?.block(0)?;
-        let buffer = device.dma()?.buffer_with(buffer)?;
+        // A transfer that timed out may still write to the buffer. With a mapping of its own the device no longer
+        // reaches the memory after the buffer is dropped, and no other buffer gets it before.
+        let buffer = device.dma()?.buffer_with(buffer.own_mapping())?;
         let vectors = device.vectors(interrupt, 1)?;
         Ok(Self { device, registers, buffer, vectors })
     }

@@ -19,16 +19,32 @@ pub static MUTANTS: &[Mutant] = &[
         before: "    fn check(&self, offset: usize, len: usize) {
         let size = self.size;",
         after: "    fn check(&self, offset: usize, len: usize) {
-        let size = self.whole.memory.size;",
+        let size = self.allocation.size();",
         killer: Host("--test host -- dma::a_part_of_a_buffer_reaches_no_other"),
     },
     // Memory.
     Mutant {
         name: "buffer-seal-shrink",
-        file: "src/device/dma_buffer.rs",
+        file: "src/device/dma_memory.rs",
         before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
         after: "SealFlag::F_SEAL_GROW",
         killer: Host("--test host -- guards::memory_for_dma_keeps_its_size"),
+    },
+    Mutant {
+        name: "buffer-not-zeroed",
+        file: "src/device/dma_arena.rs",
+        before: "        allocation.clear(used as usize);",
+        after: "        let _ = used;",
+        killer: Host(
+            "--test host -- dma_arena::a_buffer_that_was_dropped_is_given_out_again_as_zeros",
+        ),
+    },
+    Mutant {
+        name: "buffer-memory-reused",
+        file: "src/device/dma_arena.rs",
+        before: "self.size, None, self.clone())",
+        after: "self.size, None, self.mapping.memory.clone())",
+        killer: Host("--test host -- dma_arena::memory_that_another_device_reaches_is_not_reused"),
     },
     Mutant {
         name: "emulated-memory-seal-shrink",
@@ -87,10 +103,17 @@ pub static MUTANTS: &[Mutant] = &[
         ),
     },
     Mutant {
+        name: "child-frees-buffers",
+        file: "src/device/dma_arena.rs",
+        before: "        if self.mapping.mapping.is_inherited() {",
+        after: "        if false {",
+        killer: Host("--lib -- device::tests::a_child_takes_no_lock_of_its_parents_arenas"),
+    },
+    Mutant {
         name: "child-drops-dma-mapping",
         file: "src/device/dma.rs",
         before: "    fn drop(&mut self) {
-        if self.generation != fork::generation() {",
+        if self.is_inherited() {",
         after: "    fn drop(&mut self) {
         if false {",
         killer: Host("--test host -- guards::a_child_takes_nothing_back_from_a_device"),

@@ -34,7 +34,7 @@ pub fn is_reached_whole_or_not_at_all(device: Device) {
     // In the way of the second region only.
     let buffer = space.buffer(4096).unwrap();
     let at = IovaPlacement::At(Iova(HIGH + 0x1000));
-    let obstacle = space.map(buffer.memory().clone(), at, Access::ReadOnly).unwrap();
+    let obstacle = space.map(buffer.memory(), at, Access::ReadOnly).unwrap();
     let error = space.map_guest(&memory, Access::ReadWrite).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
     assert!(error.to_string().contains(&format!("{HIGH:#x}")), "{error}");

@@ -3,6 +3,7 @@
 pub mod alone;
 #[cfg(feature = "emulated")]
 pub mod edu;
+pub mod few_mappings;
 #[cfg(feature = "emulated")]
 pub mod hostile_server;
 #[cfg(feature = "emulated")]

@@ -62,8 +62,8 @@ pub fn io_addresses_are_shared(one: &Device, other: &Device) {
     let first = one.buffer(4096).unwrap();
     let second = other.buffer(4096).expect("there is room elsewhere");
     assert_ne!(first.iova(), second.iova());
-    let memory = second.memory().clone();
-    let error = other.map(memory, IovaPlacement::At(first.iova()), Access::ReadWrite).unwrap_err();
+    let error =
+        other.map(second.memory(), IovaPlacement::At(first.iova()), Access::ReadWrite).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
     assert_eq!(error.errno(), Some(libc::EEXIST), "{error}");
     assert!(!error.advice().is_empty(), "{error}");
