@@ -54,8 +54,8 @@ pub enum ErrorKind {
     ReservationLost,
     /// The kernel or a peer sent a malformed message or reply.
     Malformed,
-    /// A limit on mappings is reached: of the process (`vm.max_map_count`) or of the IOMMU
-    /// (`dma_entry_limit`).
+    /// A limit on mappings is reached: of the process (`vm.max_map_count`), of the IOMMU (`dma_entry_limit`), or
+    /// of a vfio-user server.
     TooManyMappings,
     /// The limit on locked memory is reached (RLIMIT_MEMLOCK).
     LockedMemory,

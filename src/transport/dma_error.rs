@@ -27,7 +27,7 @@ pub(crate) fn map_refused(errno: Errno, object: impl fmt::Display) -> Error {
         Errno::ENOSPC => error
             .into_kind(ErrorKind::TooManyMappings)
             .with_reason("the limit on mappings is reached")
-            .with_advice("unmap some, or map larger ranges"),
+            .with_advice(FEWER_MAPPINGS),
         Errno::EMFILE => error
             .into_kind(ErrorKind::TooManyMappings)
             .with_reason("the server keeps a file descriptor for each mapping, and its limit is reached")
@@ -36,4 +36,21 @@ pub(crate) fn map_refused(errno: Errno, object: impl fmt::Display) -> Error {
             ),
         _ => error,
     }
+}
+
+const FEWER_MAPPINGS: &str = "unmap some, or map larger ranges: buffers share mappings (DmaSpace::buffer), and \
+                              DmaBuffer::split_at makes parts";
+
+/// The error of a mapping that a vfio-user server refused with EINVAL after it accepted `mapped` others, if the
+/// server stated no limit. libvfio-user does so after 16 mappings, or as many as it is built for.
+#[cfg(feature = "vfio-user")]
+#[cold]
+pub(crate) fn unstated_limit(error: Error, mapped: u32) -> Error {
+    error
+        .into_kind(ErrorKind::TooManyMappings)
+        .with_reason(format!(
+            "the server has {mapped} mappings and refuses another, probably because of a limit that it does \
+             not state (max_dma_maps)"
+        ))
+        .with_advice(FEWER_MAPPINGS)
 }

@@ -21,13 +21,13 @@ use vfio_bindings::bindings::vfio::{
 use super::connection::{Connection, Request};
 use super::protocol::channel::within_reason;
 use super::protocol::dma::Rights;
-use super::protocol::version::Capabilities;
+use super::protocol::version::{Capabilities, MAX_DMA_MAPS};
 use super::protocol::wire::{self, DmaMap, DmaUnmap, IrqSet, RegionAccess, command};
 use super::regions::{Region, read_region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::{file, fork};
-use crate::transport::dma_error::map_refused;
+use crate::transport::dma_error::{map_refused, unstated_limit};
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
 /// How long a server may take to answer, unless told otherwise.
@@ -36,6 +36,9 @@ const TIME: Duration = Duration::from_secs(5);
 const MAX_INDEXES: u32 = 1024;
 /// More vectors than any interrupt has (MSI-X: 2048).
 const MAX_VECTORS: u32 = 1 << 16;
+/// The smallest limit on mappings that a server is expected to have without stating it: that of libvfio-user,
+/// unless it is built with another.
+const FEWEST_MAPPINGS: u32 = 16;
 
 /// A device that a vfio-user server emulates: SPDK, libvfio-user, our own
 /// [`Server`](crate::emulated::Server), or any other that speaks version 0.1 of the protocol.
@@ -229,6 +232,17 @@ impl VfioUser {
         self.set(IrqSet { argsz: 0, flags, index, start, count }, &[], what)
     }
 
+    /// The error of a mapping that the server refused with EINVAL: `TooManyMappings` if that may be the reason.
+    #[cold]
+    fn refused_as_invalid(&self, error: Error) -> Error {
+        let stated = self.capabilities.dma_maps;
+        let mapped = stated.saturating_sub(self.connection.memory().room());
+        match (stated, mapped) {
+            (MAX_DMA_MAPS, FEWEST_MAPPINGS..) => unstated_limit(error, mapped),
+            _ => error,
+        }
+    }
+
     fn listen(&self) -> Result<()> {
         let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
         if listener.is_none() {
@@ -417,6 +431,7 @@ impl Transport for VfioUser {
             Some(errno @ (Errno::EEXIST | Errno::ENOSPC | Errno::EMFILE)) => {
                 map_refused(errno, object())
             }
+            Some(Errno::EINVAL) => self.refused_as_invalid(error),
             _ => error,
         })
     }

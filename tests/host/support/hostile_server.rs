@@ -15,6 +15,8 @@ pub const REGION: u16 = 5;
 pub const IRQ: u16 = 7;
 pub const READ: u16 = 9;
 pub const WRITE: u16 = 10;
+/// Whatever the command is.
+pub const EVERY: u16 = u16::MAX;
 
 /// A reply to be sent: the whole of it, header included.
 pub struct Reply {
@@ -102,7 +104,7 @@ pub fn serve_among(
         if field(2) == REGION {
             reply.fds.push(memory(0x4000));
         }
-        if field(2) == command {
+        if [field(2), EVERY].contains(&command) {
             spoil(&mut reply);
         }
         if reply.silent {

@@ -2,6 +2,7 @@
 
 mod both_ends;
 mod cost;
+mod few_mappings;
 mod hostile_clients;
 mod hostile_servers;
 mod interop;
