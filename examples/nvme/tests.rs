@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use clap::Parser;
-use vfio_remap::emulated::{Emulated, Namespace, Nvme, Server};
+use vfio_remap::emulated::{ClientLimits, Emulated, Namespace, Nvme, Server};
 use vfio_remap::{ErrorKind, Result};
 
 use crate::options::Options;
 
 const BLOCK: usize = 512;
 const SIZE: usize = 1 << 20;
+/// How many mappings with a file the server accepts.
+const MAPPINGS: u32 = 16;
 
 /// A controller that keeps its data between commands, and a file.
 struct Setup {
@@ -23,13 +25,16 @@ struct Setup {
 
 impl Setup {
     fn new() -> Self {
+        Self::with(Namespace::memory(SIZE as u64, BLOCK as u32).unwrap())
+    }
+
+    fn with(storage: Namespace) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = |what| {
             let name = format!("vfio-remap-nvme-{}-{number}.{what}", std::process::id());
             std::env::temp_dir().join(name)
         };
-        let storage = Namespace::memory(SIZE as u64, BLOCK as u32).unwrap();
         Self {
             controller: Emulated::new(Nvme::new(vec![storage])).unwrap(),
             socket: path("socket"),
@@ -44,7 +49,10 @@ impl Setup {
         let words = command.split(' ').map(|word| if word == "FILE" { file } else { word });
         let common = ["nvme", "--json", "--device", &device];
         let options = Options::parse_from(common.into_iter().chain(words));
+        let mut limits = ClientLimits::default();
+        limits.files = MAPPINGS;
         let server = Server::bind(&self.socket, self.controller.clone()).unwrap();
+        let server = server.with_limits(limits);
         thread::scope(|scope| {
             let server = scope.spawn(move || server.serve());
             let done = crate::perform(&options);
@@ -138,4 +146,11 @@ fn verify_covers_the_whole_namespace() {
     let setup = Setup::new();
     setup.run("verify --seed 7 --yes-destroy-data").unwrap();
     assert!(setup.contents().chunks(BLOCK).all(|block| block.iter().any(|byte| *byte != 0)));
+}
+
+#[test]
+fn sixteen_mappings_are_enough_to_verify_and_to_measure() {
+    let setup = Setup::with(Namespace::memory(64 << 20, 4096).unwrap());
+    setup.run("verify --seed 7 --yes-destroy-data").unwrap();
+    setup.run("bench --depth 128 --threads 8 --seconds 1").unwrap();
 }

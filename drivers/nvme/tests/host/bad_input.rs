@@ -184,12 +184,17 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
     let controller = subject.open_with(NO_ANSWER).unwrap();
     let namespace = controller.namespace(1).unwrap();
     let mut queue = controller.queue().unwrap();
-    queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 5).unwrap();
+    let buffer = controller.buffer(4096).unwrap();
+    let iova = buffer.iova();
+    queue.read(&namespace, 0, buffer, 5).unwrap();
     // It cannot be disabled any more, by whatever reset.
     subject.say(Script { stays_ready: true, ..HONEST });
     let Completion { status, buffer, .. } = queue.wait().unwrap();
     assert_eq!((status, buffer.is_none()), (Status::ABORTED_BY_HOST, true));
     assert!(queue.wait().is_none());
+    let buffers = || (0..64).map(|_| controller.buffer(4096).unwrap()).collect::<Vec<_>>();
+    let reused = || buffers().iter().any(|buffer| buffer.iova() == iova);
+    assert!(!reused(), "the controller may still write there");
     let SubmitError { error: reason, buffer } =
         queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 6).unwrap_err();
     assert!(buffer.is_some());
@@ -200,7 +205,9 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
     // It comes to its senses, and so does the queue.
     subject.say(HONEST);
     controller.reset().unwrap();
+    // The queue notices.
     queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 7).unwrap();
+    assert!(reused(), "nothing is lost for good");
     assert_eq!(queue.outstanding(), 1);
     drop(queue);
     controller.close().unwrap();
@@ -235,6 +242,32 @@ fn memory_of_a_queue_not_deleted_is_kept_until_a_reset() {
         assert!(reused(), "nothing is lost for good");
         drop([controller.queue().unwrap(), controller.queue().unwrap()]);
         controller.close().unwrap();
+    }
+}
+
+/// Log pages, Identify.
+#[test]
+fn the_page_of_an_unanswered_admin_command_is_not_reused() {
+    for silent in [0x02, 0x06] {
+        let subject = Subject::new(HONEST);
+        let controller = subject.open_with(NO_ADMIN).unwrap();
+        subject.say(Script { silent: Some(silent), ..HONEST });
+        let asked = if silent == 0x02 {
+            controller.health().map(drop)
+        } else {
+            controller.namespace(1).map(drop)
+        };
+        error(asked, ErrorKind::TimedOut, "no answer");
+        let page = subject.script.lock().unwrap().unanswered;
+        assert_ne!(page, 0);
+        let buffers = || (0..64).map(|_| controller.buffer(4096).unwrap()).collect::<Vec<_>>();
+        let reused = buffers().iter().any(|buffer| buffer.iova().0 == page);
+        assert!(!reused, "the controller may still write there");
+        subject.say(HONEST);
+        controller.reset().unwrap();
+        controller.namespace(1).unwrap();
+        controller.close().unwrap();
+        assert!(subject.is_quiet());
     }
 }
 

@@ -4,5 +4,6 @@ mod bad_input;
 mod commands;
 mod fault_worker;
 mod faults;
+mod mappings;
 mod registers;
 mod scripted;

@@ -47,8 +47,9 @@ pub struct Script {
     pub refused: Option<(u32, u32)>,
     /// Its answer to Set Features, number of queues.
     pub queues: u32,
-    /// An admin command that it does not answer.
+    /// An admin command that it does not answer, and where the last of those wants its data.
     pub silent: Option<u8>,
+    pub unanswered: u64,
     /// What it adds to identifiers of commands.
     pub id: u16,
     /// An event that it tells once.
@@ -77,6 +78,7 @@ pub const HONEST: Script = Script {
     namespace: |_| {},
     queues: 3 << 16 | 3,
     silent: None,
+    unanswered: 0,
     id: 0,
     event: None,
 };
@@ -192,7 +194,9 @@ impl ScriptedController {
     fn answer(&mut self, bus: &Bus, words: [u32; 16]) -> Result<()> {
         let script = self.script();
         let (opcode, id) = (words[0] as u8, words[0] >> 16);
+        let data_at = u64::from(words[6]) | u64::from(words[7]) << 32;
         if script.silent == Some(opcode) {
+            self.script.lock().unwrap().unanswered = data_at;
             return Ok(());
         }
         if let Some((_, status)) =
@@ -230,7 +234,7 @@ impl ScriptedController {
             _ => {}
         }
         if [0x02, 0x06].contains(&opcode) {
-            bus.dma_write(u64::from(words[6]) | u64::from(words[7]) << 32, &data)?;
+            bus.dma_write(data_at, &data)?;
         }
         self.complete(bus, id, result, 0)
     }
