@@ -10,6 +10,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
+#[cfg(feature = "vfio-user")]
+use super::mount;
+
 /// `memfd_create(name, MFD_CLOEXEC)`, `size` bytes long.
 pub(crate) fn memory_file(name: &str, size: u64) -> Result<OwnedFd, Errno> {
     let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC)?;
@@ -39,6 +42,26 @@ pub(crate) fn is_tmpfs(fd: impl AsFd) -> bool {
     fcntl(&fd, FcntlArg::F_GET_SEALS).is_ok()
         && matches!(regular_size(&fd), Ok(Some(_)))
         && file_system(&fd) == Some(TMPFS_MAGIC)
+}
+
+/// Whether it is a regular file of a file system on a disk of this machine, whose pages the kernel brings
+/// without asking another process or another machine. The types are known by name and by the number that
+/// `fstatfs(2)` answers.
+#[cfg(feature = "vfio-user")]
+pub(crate) fn is_on_local_disk(fd: impl AsFd) -> bool {
+    const TYPES: [(&str, u32); 6] = [
+        ("ext2", 0xef53),
+        ("ext3", 0xef53),
+        ("ext4", 0xef53),
+        ("xfs", 0x5846_5342),
+        ("btrfs", 0x9123_683e),
+        ("f2fs", 0xf2f5_2010),
+    ];
+    // By its mount first, which asks nobody.
+    let Some(name) = mount::file_system(&fd) else { return false };
+    let Some((_, magic)) = TYPES.iter().find(|(known, _)| *known == name) else { return false };
+    file_system(&fd).is_some_and(|FsType(number)| number as u32 == *magic)
+        && matches!(regular_size(&fd), Ok(Some(_)))
 }
 
 /// Whether the file is on hugetlbfs: the kernel rounds lengths of its mappings to huge pages.
@@ -89,5 +112,21 @@ mod tests {
         assert!(!is_tmpfs(File::open("/proc/self/maps").unwrap()));
         assert_eq!(regular_size(memory_file("test", 7).unwrap()), Ok(Some(7)));
         assert_eq!(regular_size(File::open("/dev/zero").unwrap()), Ok(None));
+    }
+
+    #[test]
+    #[cfg(feature = "vfio-user")]
+    fn a_file_on_a_disk_is_told_by_its_file_system() {
+        let memory = memory_file("test", 1).unwrap();
+        let (reader, _writer) = std::io::pipe().unwrap();
+        assert!(!is_on_local_disk(memory) && !is_on_local_disk(reader));
+        assert!(!is_on_local_disk(File::open("/proc/self/maps").unwrap()));
+        assert!(!is_on_local_disk(File::open("/dev/zero").unwrap()));
+        let here = File::open("Cargo.toml").unwrap();
+        let name = mount::file_system(&here).unwrap();
+        let known = ["ext4", "xfs", "btrfs"].contains(&name.as_str());
+        assert_eq!(is_on_local_disk(&here), known, "{name}");
+        // A directory is not mapped.
+        assert!(!is_on_local_disk(File::open(".").unwrap()));
     }
 }

@@ -14,6 +14,8 @@ pub(crate) mod maps;
 pub(crate) mod mm;
 pub(crate) mod mmap_lock;
 #[cfg(feature = "vfio-user")]
+pub(crate) mod mount;
+#[cfg(feature = "vfio-user")]
 pub(crate) mod socket;
 pub(crate) mod spy;
 pub(crate) mod vfio;

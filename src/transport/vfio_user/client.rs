@@ -49,8 +49,11 @@ const FEWEST_MAPPINGS: u32 = 16;
 /// waits for others waits as long as they may take, each. A register access and a call that sets
 /// something up are one exchange; longer reads and writes are one for each `max_data_xfer_size` of the
 /// server, and vectors one for as many as it takes descriptors with a message. Waiting for an interrupt
-/// depends on nothing that a server can do to the eventfd that it was sent. What a
-/// server can do is to shrink the file behind a window: an access there raises SIGBUS.
+/// depends on nothing that a server can do to the eventfd that it was sent.
+///
+/// A region is mapped if the server sends a file of shared memory for it, or one on a disk; messages reach the
+/// rest. What a server can do is to shrink the file behind a window, or to leave no room on the disk for it: an
+/// access there raises SIGBUS.
 ///
 /// The connection belongs to the process that made it: in a child of `fork(2)` it must not be used, and
 /// dropping it there leaves it as it is.

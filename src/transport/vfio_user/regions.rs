@@ -1,5 +1,6 @@
 //! What a server says of a region, and the files that it sends with that.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -8,8 +9,9 @@ use nix::errno::Errno;
 use super::connection::{Connection, Request};
 use super::protocol::channel::discard;
 use super::protocol::wire::{self, command};
-use crate::error::{Error, ErrorKind, Result};
-use crate::sys::file;
+use crate::error::Result;
+use crate::space::BackingKind;
+use crate::sys::{self, file};
 use crate::transport::{RegionFile, RegionInfo};
 
 /// The longest answer about a region that is asked for: some 65,000 sparse areas.
@@ -48,11 +50,13 @@ pub(super) fn read_region(
         };
         let answer = wire::RegionInfo::decode(&reply.body).unwrap_or_default().0;
         let malformed = |reason| Err(connection.malformed(reason, "query", name));
+        let whole = answer.argsz as usize <= reply.body.len() || answer.size == 0;
+        if answer.index == index && whole {
+            break (reply.body, reply.fds);
+        }
+        discard(reply.fds);
         if answer.index != index {
             return malformed(format!("the server answered for region {}", answer.index));
-        }
-        if answer.argsz as usize <= reply.body.len() || answer.size == 0 {
-            break (reply.body, reply.fds);
         }
         rounds.next();
         if answer.argsz <= argsz || answer.argsz > MAX_ANSWER || rounds.is_empty() {
@@ -63,64 +67,77 @@ pub(super) fn read_region(
         }
         argsz = answer.argsz;
     };
-    let (mut info, start) = RegionInfo::from_vfio(&body)?;
-    if info.size == 0 {
-        return Ok(None);
-    }
-    if fds.iter().any(|fd| !file::is_tmpfs(fd)) {
-        discard(fds);
-        return Err(Error::new(ErrorKind::Malformed, "map", name)
-            .with_reason("the server sent a file that is not shared memory"));
-    }
-    let file = if info.mappable { choose(&mut info, fds, name)? } else { None };
-    info.mappable = file.is_some();
-    let file = file.map(|file| {
-        check_length(&info, &file, start, name)?;
-        RegionFile::memory(Arc::new(file), start).map_err(|_| {
-            Error::new(ErrorKind::Malformed, "map", name)
-                .with_reason("the server sent a file that is not shared memory")
-        })
-    });
-    Ok(Some(Region { info, file: file.transpose()? }))
-}
-
-/// The region's file: one for all of it, or one for each area. Areas of another file than the first's
-/// are left out, so that they are reached by messages; the other descriptors are closed.
-fn choose(info: &mut RegionInfo, fds: Vec<OwnedFd>, name: &str) -> Result<Option<OwnedFd>> {
-    let count = fds.len();
-    let mut fds = fds.into_iter();
-    let Some(first) = fds.next() else { return Ok(None) };
-    if count == 1 {
-        return Ok(Some(first));
-    }
-    let areas = info.areas.as_mut().filter(|areas| areas.len() == count).ok_or_else(|| {
-        Error::new(ErrorKind::Malformed, "map", name).with_reason(format!(
-            "the server sent {count} files, and one for each area is expected"
-        ))
-    })?;
-    let identity = |fd: &OwnedFd| file::identity(fd).map_err(|errno| Error::os(errno, "map", name));
-    let wanted = identity(&first)?;
-    let mut same = vec![true];
-    for fd in fds {
-        same.push(identity(&fd)? == wanted);
-    }
-    let mut same = same.into_iter();
-    areas.retain(|_| same.next() == Some(true));
-    Ok(Some(first))
-}
-
-/// A mapping past a file's end would raise SIGBUS when it is touched.
-fn check_length(info: &RegionInfo, file: &OwnedFd, start: u64, name: &str) -> Result<()> {
-    let len = file::regular_size(file).map_err(|errno| Error::os(errno, "map", name))?;
-    let Some(len) = len else { return Ok(()) };
-    let whole = [0..info.size];
-    for area in info.areas.as_deref().unwrap_or(&whole) {
-        if start.checked_add(area.end).is_none_or(|end| end > len) {
-            return Err(Error::new(ErrorKind::Malformed, "map", name).with_reason(format!(
-                "the area {:#x}..{:#x} is said to begin at {start:#x} of a file of {len:#x} bytes",
-                area.start, area.end
-            )));
+    let (mut info, start) = match RegionInfo::from_vfio(&body) {
+        Ok((info, start)) if info.size > 0 => (info, start),
+        other => {
+            discard(fds);
+            return other.map(|_| None);
         }
+    };
+    let file = if info.mappable {
+        choose(&mut info, fds, start, name)
+    } else {
+        discard(fds);
+        None
+    };
+    info.mappable = file.is_some();
+    Ok(Some(Region { info, file }))
+}
+
+/// The region's file: one for all of it, or one for each area. `None` if nothing of the region can be mapped:
+/// messages reach it then, as they reach the areas that are left out, and the log says why.
+fn choose(info: &mut RegionInfo, fds: Vec<OwnedFd>, start: u64, name: &str) -> Option<RegionFile> {
+    let count = fds.len();
+    let areas = info.areas.as_ref().map_or(1, Vec::len);
+    if count > 1 && count != areas {
+        discard(fds);
+        log::info!("{name} is not mapped: the server sent {count} files for {areas} areas");
+        return None;
     }
-    Ok(())
+    let mut refused = Vec::new();
+    let files: Vec<_> =
+        fds.into_iter().map(|fd| file_of(fd, start).map_err(|fd| refused.push(fd)).ok()).collect();
+    if !refused.is_empty() {
+        log::info!("{name}: {} of {count} files cannot be mapped safely", refused.len());
+        discard(refused);
+    }
+    let first = files.iter().flatten().next()?.clone();
+    let identity = |file: &RegionFile| file::identity(file.fd()).ok();
+    let wanted = identity(&first);
+    let len = file::regular_size(first.fd()).ok().flatten().unwrap_or(0);
+    // Touching what lies past the end of a file raises SIGBUS. Areas that leave the region are kept: they are
+    // an error where the region is used.
+    let fits = |area: &Range<u64>| {
+        area.end > info.size || start.checked_add(area.end).is_some_and(|end| end <= len)
+    };
+    let Some(areas) = &mut info.areas else {
+        let whole = fits(&(0..info.size));
+        if !whole {
+            log::info!("{name} is not mapped: {:#x} bytes, and its file has {len:#x}", info.size);
+        }
+        return whole.then_some(first);
+    };
+    let before = areas.len();
+    let mut file = files.iter().cycle();
+    areas.retain(|area| {
+        let file = file.next().and_then(Option::as_ref);
+        file.is_some_and(|file| identity(file) == wanted) && fits(area)
+    });
+    if areas.len() < before {
+        log::info!("{} of {before} areas of {name} are not mapped", before - areas.len());
+    }
+    if areas.is_empty() { None } else { Some(first) }
+}
+
+/// A file of which a region can be mapped: shared memory, or a regular file of a file system on a disk. Another
+/// one is given back, and so is one that the region begins in the middle of a page of.
+fn file_of(fd: OwnedFd, start: u64) -> std::result::Result<RegionFile, OwnedFd> {
+    let memory = file::is_tmpfs(&fd);
+    if !start.is_multiple_of(sys::page_size() as u64) || !(memory || file::is_on_local_disk(&fd)) {
+        return Err(fd);
+    }
+    // The server may write the file itself, so that nothing is lost by writing it here. What a mapping of it
+    // reads after it was emptied is not known, other than of shared memory.
+    let kind = if memory { BackingKind::SharedMemory } else { BackingKind::Other };
+    Ok(RegionFile { fd: Arc::new(fd), start, kind })
 }

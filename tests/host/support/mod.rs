@@ -8,6 +8,8 @@ pub mod few_mappings;
 pub mod hostile_server;
 #[cfg(feature = "emulated")]
 pub mod interrupts;
+#[cfg(feature = "emulated")]
+pub mod peer;
 pub mod scripted;
 #[cfg(feature = "emulated")]
 pub mod server;

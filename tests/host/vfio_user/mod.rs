@@ -7,3 +7,4 @@ mod hostile_clients;
 mod hostile_servers;
 mod interop;
 mod leftovers;
+mod regions;
