@@ -7,7 +7,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::sockopt::SockType;
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, getsockname, getsockopt, sendmsg};
 
 /// The most descriptors that one `sendmsg(2)` can carry (`SCM_MAX_FD`).
 pub(crate) const MAX_FDS: usize = 253;
@@ -47,6 +48,14 @@ pub(crate) fn send(
     }
     let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     sendmsg::<()>(socket, parts, &[ControlMessage::ScmRights(&fds)], flags, None)
+}
+
+/// Whether it is a stream socket of this machine (`getsockopt(SO_TYPE)`, `getsockname`). Of another file the
+/// kernel says so without asking its file system.
+pub(crate) fn is_stream(fd: impl AsFd) -> bool {
+    let fd = fd.as_fd();
+    getsockopt(&fd, SockType) == Ok(nix::sys::socket::SockType::Stream)
+        && getsockname::<UnixAddr>(fd.as_raw_fd()).is_ok()
 }
 
 /// `recvmsg(socket, buffer, MSG_CMSG_CLOEXEC | flags)`. EAGAIN after the socket's receive timeout, or at
@@ -109,6 +118,15 @@ mod tests {
     use nix::sys::stat::fstat;
 
     use super::*;
+
+    #[test]
+    fn stream_sockets_of_this_machine_are_told_from_other_files() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert!(is_stream(&ours));
+        assert!(!is_stream(std::os::unix::net::UnixDatagram::unbound().unwrap()));
+        assert!(!is_stream(std::net::TcpListener::bind("127.0.0.1:0").unwrap()));
+        assert!(!is_stream(std::fs::File::open("/dev/null").unwrap()));
+    }
 
     #[test]
     fn as_many_descriptors_as_fit_arrive_in_order() {

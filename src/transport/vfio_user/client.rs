@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -59,7 +60,8 @@ const FEWEST_MAPPINGS: u32 = 16;
 /// dropping it there leaves it as it is.
 ///
 /// Memory that is mapped for DMA and is a file's is shared with the server whole and for writing,
-/// whatever part of it and access the mapping is for; other memory is copied to and fro by messages.
+/// whatever part of it and access the mapping is for; other memory is copied to and fro by messages. A thread
+/// answers a server that asks for either.
 ///
 /// ```no_run
 /// use std::sync::Arc;
@@ -74,7 +76,7 @@ pub struct VfioUser {
     capabilities: Capabilities,
     info: DeviceInfo,
     regions: Vec<Option<Region>>,
-    /// Serves the server's own commands, once memory is mapped that it cannot share.
+    /// Serves the server's own commands, once memory is mapped for DMA.
     listener: Mutex<Option<JoinHandle<()>>>,
     generation: u32,
 }
@@ -421,9 +423,12 @@ impl Transport for VfioUser {
             address: iova,
             size,
         };
-        // A server can reach shared memory itself; the rest it must ask for, at any time.
-        let shared = fds.iter().any(file::is_tmpfs);
-        let told = if shared { Ok(()) } else { self.listen() }
+        // A server can reach shared memory itself; the rest it must ask for. It may ask for all at any time.
+        if !fds.iter().any(file::is_tmpfs) {
+            self.connection.unshared.store(true, Ordering::Relaxed);
+        }
+        let told = self
+            .listen()
             .and_then(|()| self.tell(command::DMA_MAP, &map.encode(), &fds, "map", object()));
         if told.is_err() {
             // It was inserted above.

@@ -1,50 +1,56 @@
 //! Exchanges with a server: one at a time, each within its time, and none after one that went wrong.
-//!
-//! A thread that listens serves what the server asks for while nobody exchanges anything. It lets go of
-//! the socket after each message, and an exchange goes first: a server that sends without pause delays
-//! an exchange by one message.
 
 use std::fmt;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::protocol::channel::{self, Deadline, Fault, Message, Receiver, Sender};
-use super::protocol::dma::{self, DmaTable, Rights};
-use super::protocol::version::{Capabilities, MAX_TRANSFER};
-use super::protocol::wire::{DmaAccess, Header, command};
+use super::protocol::dma::DmaTable;
+use super::protocol::version::Capabilities;
+use super::protocol::wire::{Header, MINOR, Version, command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
+use crate::sys::socket;
 
 /// A server that is connected.
 pub(super) struct Connection {
     name: String,
-    time: Duration,
-    stream: Arc<UnixStream>,
+    pub(super) time: Duration,
+    pub(super) stream: Arc<UnixStream>,
     /// Held during an exchange.
     turn: Mutex<()>,
     /// An exchange waits for the listener to let go of `inner`.
-    wanted: AtomicBool,
+    pub(super) wanted: AtomicBool,
     inner: Mutex<Inner>,
+    /// Where the server sends its own commands, if it has a socket for them.
+    pub(super) twin: OnceLock<Twin>,
+    /// Memory is mapped for DMA that the server cannot reach but by messages.
+    pub(super) unshared: AtomicBool,
     /// Why nothing can be exchanged any more.
     fault: Mutex<Option<Fault>>,
     memory: Mutex<DmaTable<DmaMemory>>,
 }
 
-struct Inner {
-    sender: Sender,
-    receiver: Receiver,
+pub(super) struct Inner {
+    pub(super) sender: Sender,
+    pub(super) receiver: Receiver,
     next_id: u16,
 }
 
+/// A second socket, for the server's commands and the answers to them.
+pub(super) struct Twin {
+    pub(super) stream: Arc<UnixStream>,
+    pub(super) channel: Mutex<(Sender, Receiver)>,
+}
+
 /// A command to send: what follows its header, and the descriptors that go with it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Request<'a> {
     pub(super) command: u16,
     pub(super) body: [&'a [u8]; 2],
@@ -64,6 +70,8 @@ impl Connection {
             turn: Mutex::new(()),
             wanted: AtomicBool::new(false),
             inner: Mutex::new(Inner { sender, receiver, next_id: 0 }),
+            twin: OnceLock::new(),
+            unshared: AtomicBool::new(false),
             fault: Mutex::new(None),
             memory: Mutex::new(DmaTable::new(0)),
         })
@@ -71,15 +79,51 @@ impl Connection {
 
     /// Agrees on a version; what the server can do.
     pub(super) fn negotiate(&self) -> Result<Capabilities> {
-        let body = Capabilities::ours();
-        let request = Request { command: command::VERSION, body: [&body, &[]], fds: &[], reply: 4 };
+        let body = Capabilities::proposal();
+        let reply = Version::SIZE;
+        let request =
+            Request { command: command::VERSION, body: [&body, &[]], reply, ..Request::default() };
         let reply = self.exchange(request, "agree on a version with", &self.name)?;
-        let capabilities = Capabilities::read(&reply.body).map_err(|reason| {
+        let refuse = |reason| {
             Error::new(ErrorKind::Malformed, "agree on a version with", &self.name)
                 .with_reason(reason)
-        })?;
+        };
+        let Message { body, mut fds, .. } = reply;
+        let agreed = Capabilities::read(&body).and_then(|capabilities| {
+            let (version, _) = Version::decode(&body).unwrap_or_default();
+            if version.minor > MINOR {
+                let Version { major, minor } = version;
+                return Err(format!(
+                    "it answered version {major}.{minor}, and {major}.{MINOR} was proposed"
+                ));
+            }
+            let twin = match (capabilities.twin_socket, capabilities.twin_fd) {
+                (false, _) => None,
+                (true, Some(index)) if index < fds.len() => Some(fds.swap_remove(index)),
+                _ => return Err("it has a twin socket, and has not sent it".to_owned()),
+            };
+            Ok((capabilities, twin))
+        });
+        channel::discard(fds);
+        let (capabilities, twin) = agreed.map_err(refuse)?;
+        if let Some(twin) = twin {
+            self.add_twin(twin)?;
+        }
         *self.memory() = DmaTable::new(capabilities.dma_maps);
         Ok(capabilities)
+    }
+
+    fn add_twin(&self, fd: OwnedFd) -> Result<()> {
+        if !socket::is_stream(&fd) {
+            channel::discard(vec![fd]);
+            return Err(Error::new(ErrorKind::Malformed, "agree on a version with", &self.name)
+                .with_reason("its twin socket is no stream socket"));
+        }
+        let channel = channel::split(fd.into(), self.time)
+            .map_err(|error| Error::io(&error, "connect to", &self.name))?;
+        let stream = channel.1.stream().clone();
+        self.twin.get_or_init(|| Twin { stream, channel: Mutex::new(channel) });
+        Ok(())
     }
 
     /// What the server may reach by messages.
@@ -87,7 +131,7 @@ impl Connection {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn inner(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -95,7 +139,7 @@ impl Connection {
         self.fault.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn turn(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn turn(&self) -> MutexGuard<'_, ()> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -184,7 +228,7 @@ impl Connection {
                     command::name(command)
                 )));
             }
-            if command != command::DEVICE_GET_REGION_INFO {
+            if !matches!(command, command::VERSION | command::DEVICE_GET_REGION_INFO) {
                 channel::discard(std::mem::take(&mut message.fds));
             }
             if message.header.failed().is_none() && message.body.len() < reply {
@@ -208,13 +252,24 @@ impl Connection {
         inner: &mut Inner,
         deadline: &mut Deadline,
     ) -> std::result::Result<(), Fault> {
-        while let Some(mut message) = inner.receiver.take()? {
-            if !message.header.is_command() {
-                return Err(unasked());
-            }
-            self.serve(&mut inner.sender, &mut message, deadline)?;
+        while let Some(message) = inner.receiver.take()? {
+            self.arrived(inner, message, deadline)?;
         }
         Ok(())
+    }
+
+    /// Takes a message that no exchange waits for: a command of the server's.
+    pub(super) fn arrived(
+        &self,
+        inner: &mut Inner,
+        mut message: Message,
+        deadline: &mut Deadline,
+    ) -> std::result::Result<(), Fault> {
+        if message.header.is_command() {
+            return self.serve(&mut inner.sender, &mut message, deadline);
+        }
+        channel::discard(std::mem::take(&mut message.fds));
+        Err(unexpected())
     }
 
     /// Whether it has ended: nothing is sent or received on it any more.
@@ -223,7 +278,7 @@ impl Connection {
     }
 
     /// Nothing will be exchanged any more: the socket is shut down, so that the server knows.
-    fn fail(&self, fault: Fault) {
+    pub(super) fn fail(&self, fault: Fault) {
         log::debug!("{}: {fault}", self.name);
         self.fault().get_or_insert(fault);
         self.shut_down();
@@ -232,6 +287,9 @@ impl Connection {
     pub(super) fn shut_down(&self) {
         // It fails only where the peer has done so before.
         let _ = self.stream.shutdown(Shutdown::Both);
+        if let Some(twin) = self.twin.get() {
+            let _ = twin.stream.shutdown(Shutdown::Both);
+        }
     }
 
     fn error(&self, fault: &Fault, operation: &'static str, object: impl fmt::Display) -> Error {
@@ -243,107 +301,13 @@ impl Connection {
         Error::new(kind, operation, object).with_reason(fault.to_string())
     }
 
-    /// Answers the server's own command.
-    fn serve(
-        &self,
-        sender: &mut Sender,
-        message: &mut Message,
-        deadline: &mut Deadline,
-    ) -> std::result::Result<(), Fault> {
-        let Message { header, body, fds } = message;
-        if !fds.is_empty() {
-            channel::discard(std::mem::take(fds));
-            return Err(Fault::Malformed(format!(
-                "the server sent descriptors with {}, which takes none",
-                command::name(header.command)
-            )));
-        }
-        let answer = match header.command {
-            command::DMA_READ => self.read_memory(body),
-            command::DMA_WRITE => self.write_memory(body),
-            _ => Err(Errno::EOPNOTSUPP),
-        };
-        if !header.wants_reply() {
-            return Ok(());
-        }
-        match answer {
-            Ok((access, data)) => {
-                let access = access.encode();
-                let reply = header.reply(access.len() + data.len());
-                sender.send(reply, [&access, &data], &[], deadline)
-            }
-            Err(errno) => sender.send(header.failure(errno), [&[], &[]], &[], deadline),
-        }
-    }
-
-    fn read_memory(&self, body: &[u8]) -> std::result::Result<(DmaAccess, Vec<u8>), Errno> {
-        let (access, _) = DmaAccess::decode(body).ok_or(Errno::EINVAL)?;
-        let count = usize::try_from(access.count).map_err(|_| Errno::E2BIG)?;
-        if count > MAX_TRANSFER {
-            return Err(Errno::E2BIG);
-        }
-        // Held while copying: what is unmapped is not reached afterwards.
-        let memory = self.memory();
-        let mut data = vec![0; count];
-        for piece in memory.find(access.address, count, Rights::READ)? {
-            dma::read(&piece.target, piece.offset, &mut data[piece.range])?;
-        }
-        Ok((access, data))
-    }
-
-    fn write_memory(&self, body: &[u8]) -> std::result::Result<(DmaAccess, Vec<u8>), Errno> {
-        let (access, data) = DmaAccess::decode(body).ok_or(Errno::EINVAL)?;
-        if access.count != data.len() as u64 {
-            return Err(Errno::EINVAL);
-        }
-        let memory = self.memory();
-        for piece in memory.find(access.address, data.len(), Rights::WRITE)? {
-            dma::write(&piece.target, piece.offset, &data[piece.range])?;
-        }
-        Ok((access, Vec::new()))
-    }
-
-    /// Serves what the server asks for of itself, until the connection ends.
-    pub(super) fn listen(&self) {
-        loop {
-            let mut socket = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut socket, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return log::error!("{}: {errno}", self.name),
-            }
-            loop {
-                if self.wanted.load(Ordering::Relaxed) {
-                    // Until that exchange is over; it serves what comes meanwhile.
-                    drop(self.turn());
-                }
-                match self.serve_next() {
-                    Ok(true) => {}
-                    Ok(false) => break,
-                    Err(fault) => self.fail(fault),
-                }
-                if self.has_failed() {
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Serves one command, if one has arrived.
-    fn serve_next(&self) -> std::result::Result<bool, Fault> {
-        let mut inner = self.inner();
-        match inner.receiver.receive_now()? {
-            None => Ok(false),
-            Some(mut message) if message.header.is_command() => {
-                let mut deadline = Deadline::new(self.time).by_poll();
-                self.serve(&mut inner.sender, &mut message, &mut deadline)?;
-                Ok(true)
-            }
-            Some(_) => Err(unasked()),
-        }
+    /// How logs name the server.
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 }
 
-fn unasked() -> Fault {
+pub(super) fn unexpected() -> Fault {
     Fault::Malformed("unexpected reply from the server".to_owned())
 }
 

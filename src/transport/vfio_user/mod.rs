@@ -4,5 +4,6 @@ mod client;
 mod connection;
 pub(crate) mod protocol;
 mod regions;
+mod serving;
 
 pub use client::VfioUser;

@@ -91,13 +91,13 @@ fn an_honest_server_is_used_without_an_error() {
 #[test]
 fn other_versions_and_nonsense_for_capabilities_are_named() {
     malformed("version 1.1", VERSION, |reply| reply.set_u16(16, 1));
-    malformed("no JSON", VERSION, |reply| reply.set_body(b"\0\0\0\0{\"capa"));
+    malformed("not JSON", VERSION, |reply| reply.set_body(b"\0\0\0\0{\"capa\0"));
     malformed("max_msg_fds", VERSION, |reply| {
         reply.set_body(b"\0\0\0\0{\"capabilities\":{\"max_msg_fds\":{}}}\0");
     });
     malformed("4 were expected", VERSION, |reply| reply.set_body(&[0]));
-    let deep = [&[0; 4][..], "[".repeat(100_000).as_bytes()].concat();
-    malformed("no JSON", VERSION, move |reply| reply.set_body(&deep));
+    let deep = [&[0; 4][..], "[".repeat(100_000).as_bytes(), &[0]].concat();
+    malformed("not JSON", VERSION, move |reply| reply.set_body(&deep));
 }
 
 #[test]

@@ -5,6 +5,8 @@ mod cost;
 mod few_mappings;
 mod hostile_clients;
 mod hostile_servers;
+mod idle;
 mod interop;
 mod leftovers;
 mod regions;
+mod version;

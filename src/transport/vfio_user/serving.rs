@@ -1,0 +1,136 @@
+//! What the server asks of the client: memory that is mapped for DMA.
+//!
+//! Whoever exchanges something serves what comes meanwhile. A thread that listens serves the rest: on the
+//! server's own socket if it has one, and else on that of the exchanges, while there is none. There it lets
+//! go of the socket after each message, and an exchange goes first: a server that sends without pause delays
+//! an exchange by one message.
+
+use std::os::fd::AsFd;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::connection::{Connection, unexpected};
+use super::protocol::channel::{self, Deadline, Fault, Message, Sender};
+use super::protocol::dma::{self, Rights};
+use super::protocol::version::MAX_TRANSFER;
+use super::protocol::wire::{DmaAccess, command};
+
+/// How long the thread leaves the socket to exchanges after one has woken it. A server that has all memory
+/// by its file asks for none of it, or waits that long.
+const NAP: Duration = Duration::from_millis(1);
+
+impl Connection {
+    /// Answers the server's own command.
+    pub(super) fn serve(
+        &self,
+        sender: &mut Sender,
+        message: &mut Message,
+        deadline: &mut Deadline,
+    ) -> std::result::Result<(), Fault> {
+        let Message { header, body, fds } = message;
+        if !fds.is_empty() {
+            channel::discard(std::mem::take(fds));
+            return Err(Fault::Malformed(format!(
+                "the server sent descriptors with {}, which takes none",
+                command::name(header.command)
+            )));
+        }
+        let answer = match header.command {
+            command::DMA_READ => self.read_memory(body),
+            command::DMA_WRITE => self.write_memory(body),
+            _ => Err(Errno::EOPNOTSUPP),
+        };
+        if !header.wants_reply() {
+            return Ok(());
+        }
+        match answer {
+            Ok((access, data)) => {
+                let access = access.encode();
+                let reply = header.reply(access.len() + data.len());
+                sender.send(reply, [&access, &data], &[], deadline)
+            }
+            Err(errno) => sender.send(header.failure(errno), [&[], &[]], &[], deadline),
+        }
+    }
+
+    fn read_memory(&self, body: &[u8]) -> std::result::Result<(DmaAccess, Vec<u8>), Errno> {
+        let (access, _) = DmaAccess::decode(body).ok_or(Errno::EINVAL)?;
+        let count = usize::try_from(access.count).map_err(|_| Errno::E2BIG)?;
+        if count > MAX_TRANSFER {
+            return Err(Errno::E2BIG);
+        }
+        // Held while copying: what is unmapped is not reached afterwards.
+        let memory = self.memory();
+        let mut data = vec![0; count];
+        for piece in memory.find(access.address, count, Rights::READ)? {
+            dma::read(&piece.target, piece.offset, &mut data[piece.range])?;
+        }
+        Ok((access, data))
+    }
+
+    fn write_memory(&self, body: &[u8]) -> std::result::Result<(DmaAccess, Vec<u8>), Errno> {
+        let (access, data) = DmaAccess::decode(body).ok_or(Errno::EINVAL)?;
+        if access.count != data.len() as u64 {
+            return Err(Errno::EINVAL);
+        }
+        let memory = self.memory();
+        for piece in memory.find(access.address, data.len(), Rights::WRITE)? {
+            dma::write(&piece.target, piece.offset, &data[piece.range])?;
+        }
+        Ok((access, Vec::new()))
+    }
+
+    /// Serves what the server asks for of itself, until the connection ends.
+    pub(super) fn listen(&self) {
+        let twin = self.twin.get();
+        let stream = twin.map_or(&self.stream, |twin| &twin.stream);
+        loop {
+            let mut socket = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut socket, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return log::error!("{}: {errno}", self.name()),
+            }
+            loop {
+                if twin.is_none() && self.wanted.load(Ordering::Relaxed) {
+                    // Until that exchange is over; it serves what comes meanwhile.
+                    drop(self.turn());
+                }
+                match self.serve_next() {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(fault) => self.fail(fault),
+                }
+                if self.has_failed() {
+                    return;
+                }
+            }
+            if twin.is_none() && !self.unshared.load(Ordering::Relaxed) {
+                thread::sleep(NAP);
+            }
+        }
+    }
+
+    /// Serves one message, if one has arrived.
+    fn serve_next(&self) -> std::result::Result<bool, Fault> {
+        let deadline = || Deadline::new(self.time).by_poll();
+        let Some(twin) = self.twin.get() else {
+            let mut inner = self.inner();
+            let Some(message) = inner.receiver.receive_now()? else { return Ok(false) };
+            self.arrived(&mut inner, message, &mut deadline())?;
+            return Ok(true);
+        };
+        let mut channel = twin.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        let (sender, receiver) = &mut *channel;
+        let Some(mut message) = receiver.receive_now()? else { return Ok(false) };
+        if !message.header.is_command() {
+            return Err(unexpected());
+        }
+        self.serve(sender, &mut message, &mut deadline())?;
+        Ok(true)
+    }
+}
