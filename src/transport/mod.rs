@@ -33,7 +33,7 @@ pub use memory::MemoryDevice;
 pub use region::RegionInfo;
 pub use reset::AffectedDevice;
 #[cfg(feature = "vfio-user")]
-pub use vfio_user::VfioUser;
+pub use vfio_user::{TimeLimits, VfioUser};
 
 /// Access to one device. The trait is object-safe; implement it for devices of your own.
 ///

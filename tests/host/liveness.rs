@@ -217,7 +217,10 @@ fn commands_of_the_server_do_not_prolong_an_exchange() {
         let memory = shared::memory(1 << 20, false);
         client.dma_map(0, &memory, Access::ReadWrite).unwrap();
         let error = client.read_at(0, 8, &mut [0; 4]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+        // In the middle of an answer to the server, or between two.
+        let kinds = [ErrorKind::Gone, ErrorKind::TimedOut];
+        assert!(kinds.contains(&error.kind()), "{error}");
+        drop(client);
         server.join().unwrap();
         let done = done.load(Ordering::Relaxed);
         assert!(done < rounds, "all {done} commands were waited for");
@@ -315,7 +318,7 @@ fn signals_do_not_prolong_an_exchange() {
                 // SAFETY: names this thread, which is signalled while it is joined.
                 name.send(unsafe { libc::pthread_self() }).unwrap();
                 let error = client.read_at(0, 8, &mut [0; 4]).unwrap_err();
-                assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+                assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
             });
             let thread = waits.recv().unwrap();
             while !waiting.is_finished() {

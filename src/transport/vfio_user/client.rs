@@ -20,7 +20,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use super::connection::{Connection, Request};
-use super::protocol::channel::within_reason;
+use super::limits::TimeLimits;
 use super::protocol::dma::Rights;
 use super::protocol::version::{Capabilities, MAX_DMA_MAPS};
 use super::protocol::wire::{self, DmaMap, DmaUnmap, IrqSet, RegionAccess, command};
@@ -31,8 +31,6 @@ use crate::sys::{file, fork};
 use crate::transport::dma_error::{map_refused, unstated_limit};
 use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
 
-/// How long a server may take to answer, unless told otherwise.
-const TIME: Duration = Duration::from_secs(5);
 /// More regions or interrupts than any device has.
 const MAX_INDEXES: u32 = 1024;
 /// More vectors than any interrupt has (MSI-X: 2048).
@@ -45,12 +43,13 @@ const FEWEST_MAPPINGS: u32 = 16;
 /// [`Server`](crate::emulated::Server), or any other that speaks version 0.1 of the protocol.
 ///
 /// The server is not trusted. Each exchange with it has one time limit for all that happens in it, however
-/// many messages the server sends meanwhile; one that takes longer, or that brings what makes no sense,
-/// ends the connection, and whatever is asked afterwards is `Gone`. Exchanges go one at a time: one that
-/// waits for others waits as long as they may take, each. A register access and a call that sets
-/// something up are one exchange; longer reads and writes are one for each `max_data_xfer_size` of the
-/// server, and vectors one for as many as it takes descriptors with a message. Waiting for an interrupt
-/// depends on nothing that a server can do to the eventfd that it was sent.
+/// many messages the server sends meanwhile: [`TimeLimits`]. An answer that does not come in time is `TimedOut`,
+/// and so is, at once, whatever is asked before it has come. What breaks the protocol ends the connection, and
+/// whatever is asked afterwards is `Gone`. Exchanges go one at a time: one that waits for others waits as long as
+/// they may take, each. A register access and a call that sets something up are one exchange, or a few; longer
+/// reads and writes are one for each `max_data_xfer_size` of the server, and vectors one for as many as it takes
+/// descriptors with a message. Waiting for an interrupt depends on nothing that a server can do to the eventfd
+/// that it was sent.
 ///
 /// A region is mapped if the server sends a file of shared memory for it, or one on a disk; messages reach the
 /// rest. What a server can do is to shrink the file behind a window, or to leave no room on the disk for it: an
@@ -82,49 +81,48 @@ pub struct VfioUser {
 }
 
 impl VfioUser {
-    /// Connects to the server that listens at `path`. It may take five seconds for each answer.
+    /// Connects to the server that listens at `path`, which may take as long as [`TimeLimits::default`].
     ///
     /// # Errors
-    /// `NotFound`; `PermissionDenied`; `Gone` where the server closes the connection or is silent;
-    /// `Malformed` where what it says makes no sense, or it speaks another version.
+    /// `NotFound`; `PermissionDenied`; `Gone` if the server closes the connection, `TimedOut` if it is silent;
+    /// `Malformed` if what it says breaks the protocol, or it speaks another version.
     pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
-        Self::connect_within(path, TIME)
+        Self::connect_within(path, TimeLimits::default())
     }
 
-    /// Connects to a server that may take as long as `time` for each answer.
+    /// Connects to a server that may take this long for its answers: [`TimeLimits`], or a [`Duration`] for each.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
-    pub fn connect_within(path: impl AsRef<Path>, time: Duration) -> Result<Self> {
-        let path = path.as_ref();
+    pub fn connect_within(path: impl AsRef<Path>, limits: impl Into<TimeLimits>) -> Result<Self> {
+        let (path, limits) = (path.as_ref(), limits.into());
         let name = format!("vfio-user:{}", path.display());
-        let stream = open(path, time).map_err(|error| {
+        let stream = open(path, limits.answer).map_err(|error| {
             Error::io(&error, "connect to", &name)
                 .with_advice("start its server, or check the path on which it listens")
         })?;
-        Self::new(stream, name, time)
+        Self::new(stream, name, limits)
     }
 
-    /// Takes over a socket that is connected to a server, which may take as long as `time` for each
-    /// answer.
+    /// Takes over a socket that is connected to a server, as [`connect_within`](Self::connect_within) connects.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
-    pub fn from_stream(stream: UnixStream, time: Duration) -> Result<Self> {
+    pub fn from_stream(stream: UnixStream, limits: impl Into<TimeLimits>) -> Result<Self> {
         let name = format!("vfio-user:fd/{}", stream.as_raw_fd());
-        Self::new(stream, name, time)
+        Self::new(stream, name, limits.into())
     }
 
-    fn new(stream: UnixStream, name: String, time: Duration) -> Result<Self> {
-        let time = within_reason(time);
-        let connection = Arc::new(Connection::new(stream, name.clone(), time)?);
+    fn new(stream: UnixStream, name: String, limits: TimeLimits) -> Result<Self> {
+        let limits = limits.within_reason();
+        let connection = Arc::new(Connection::new(stream, name.clone(), limits)?);
         let capabilities = connection.negotiate()?;
         let ask = wire::DeviceInfo { argsz: wire::DeviceInfo::SIZE as u32, ..Default::default() };
         let request = Request {
             command: command::DEVICE_GET_INFO,
             body: [&ask.encode(), &[]],
-            fds: &[],
             reply: wire::DeviceInfo::SIZE,
+            ..Request::default()
         };
         let reply = connection.exchange(request, "query", &name)?;
         let (answer, _) = wire::DeviceInfo::decode(&reply.body).unwrap_or_default();
@@ -177,8 +175,8 @@ impl VfioUser {
         let request = Request {
             command,
             body: [&fields, written],
-            fds: &[],
             reply: RegionAccess::SIZE + read,
+            ..Request::default()
         };
         let name = RegionName(&self.info, access.region);
         let reply = self.connection.exchange(request, operation, &name)?;
@@ -205,7 +203,7 @@ impl VfioUser {
         operation: &'static str,
         object: impl fmt::Display,
     ) -> Result<()> {
-        let request = Request { command, body: [body, &[]], fds, reply: 0 };
+        let request = Request { command, body: [body, &[]], fds, ..Request::default() };
         self.connection.exchange(request, operation, object).map(drop)
     }
 
@@ -336,8 +334,8 @@ impl Transport for VfioUser {
         let request = Request {
             command: command::DEVICE_GET_IRQ_INFO,
             body: [&ask.encode(), &[]],
-            fds: &[],
             reply: wire::IrqInfo::SIZE,
+            ..Request::default()
         };
         let reply = self.connection.exchange(request, "query", object())?;
         let (answer, _) = wire::IrqInfo::decode(&reply.body).unwrap_or_default();
@@ -427,13 +425,19 @@ impl Transport for VfioUser {
         if !fds.iter().any(file::is_tmpfs) {
             self.connection.unshared.store(true, Ordering::Relaxed);
         }
-        let told = self
-            .listen()
-            .and_then(|()| self.tell(command::DMA_MAP, &map.encode(), &fds, "map", object()));
-        if told.is_err() {
+        if let Err(error) = self.listen() {
             // It was inserted above.
             let _ = self.connection.memory().remove(iova, size);
+            return Err(error);
         }
+        let request = Request {
+            command: command::DMA_MAP,
+            body: [&map.encode(), &[]],
+            fds: &fds,
+            mapping: Some((iova, size)),
+            ..Request::default()
+        };
+        let told = self.connection.exchange(request, "map", object()).map(drop);
         // The device behind the server may be somebody else's, too.
         told.map_err(|error| match error.errno().map(Errno::from_raw) {
             Some(errno @ (Errno::EEXIST | Errno::ENOSPC | Errno::EMFILE)) => {
@@ -451,8 +455,9 @@ impl Transport for VfioUser {
         let request = Request {
             command: command::DMA_UNMAP,
             body: [&unmap, &[]],
-            fds: &[],
             reply: DmaUnmap::SIZE,
+            mapping: Some((iova, size)),
+            ..Request::default()
         };
         let reply = match self.connection.exchange(request, "unmap", object()) {
             // Who is at the other end asks for nothing any more, and what files of ours it has it may keep:

@@ -1,4 +1,7 @@
 //! Exchanges with a server: one at a time, each within its time, and none after one that went wrong.
+//!
+//! An answer that does not come in time is late: until it has come, nothing else is sent, so that it is told
+//! from the next.
 
 use std::fmt;
 use std::net::Shutdown;
@@ -10,10 +13,11 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::limits::TimeLimits;
 use super::protocol::channel::{self, Deadline, Fault, Message, Receiver, Sender};
 use super::protocol::dma::DmaTable;
 use super::protocol::version::Capabilities;
-use super::protocol::wire::{Header, MINOR, Version, command};
+use super::protocol::wire::{DmaUnmap, Header, MINOR, Version, command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
 use crate::sys::socket;
@@ -21,7 +25,7 @@ use crate::sys::socket;
 /// A server that is connected.
 pub(super) struct Connection {
     name: String,
-    pub(super) time: Duration,
+    pub(super) limits: TimeLimits,
     pub(super) stream: Arc<UnixStream>,
     /// Held during an exchange.
     turn: Mutex<()>,
@@ -41,12 +45,24 @@ pub(super) struct Inner {
     pub(super) sender: Sender,
     pub(super) receiver: Receiver,
     next_id: u16,
+    /// What the server has not answered in time.
+    late: Option<Late>,
+    /// Mappings that were made too late: to be undone.
+    unwanted: Vec<(u64, u64)>,
 }
 
 /// A second socket, for the server's commands and the answers to them.
 pub(super) struct Twin {
     pub(super) stream: Arc<UnixStream>,
     pub(super) channel: Mutex<(Sender, Receiver)>,
+}
+
+/// An answer that has not come in time.
+#[derive(Clone, Copy)]
+struct Late {
+    id: u16,
+    command: u16,
+    mapping: Option<(u64, u64)>,
 }
 
 /// A command to send: what follows its header, and the descriptors that go with it.
@@ -57,19 +73,40 @@ pub(super) struct Request<'a> {
     pub(super) fds: &'a [BorrowedFd<'a>],
     /// How long the reply's body is at least.
     pub(super) reply: usize,
+    /// Address and size of the mapping for DMA that it is about.
+    pub(super) mapping: Option<(u64, u64)>,
+}
+
+/// Why there is no answer.
+enum Failure {
+    /// The connection has ended before.
+    Ended(Fault),
+    /// The answer to an earlier command is late.
+    Waiting(u16),
+    /// The answer has not come in this time. It may yet.
+    Late(Duration),
+    /// The connection has ended now.
+    Fault(Fault),
+}
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
 }
 
 impl Connection {
-    pub(super) fn new(stream: UnixStream, name: String, time: Duration) -> Result<Self> {
-        let (sender, receiver) =
-            channel::split(stream, time).map_err(|error| Error::io(&error, "connect to", &name))?;
+    pub(super) fn new(stream: UnixStream, name: String, limits: TimeLimits) -> Result<Self> {
+        let (sender, receiver) = channel::split(stream, limits.answer)
+            .map_err(|error| Error::io(&error, "connect to", &name))?;
+        let (late, unwanted) = (None, Vec::new());
         Ok(Self {
             name,
-            time,
+            limits,
             stream: receiver.stream().clone(),
             turn: Mutex::new(()),
             wanted: AtomicBool::new(false),
-            inner: Mutex::new(Inner { sender, receiver, next_id: 0 }),
+            inner: Mutex::new(Inner { sender, receiver, next_id: 0, late, unwanted }),
             twin: OnceLock::new(),
             unshared: AtomicBool::new(false),
             fault: Mutex::new(None),
@@ -119,7 +156,7 @@ impl Connection {
             return Err(Error::new(ErrorKind::Malformed, "agree on a version with", &self.name)
                 .with_reason("its twin socket is no stream socket"));
         }
-        let channel = channel::split(fd.into(), self.time)
+        let channel = channel::split(fd.into(), self.limits.answer)
             .map_err(|error| Error::io(&error, "connect to", &self.name))?;
         let stream = channel.1.stream().clone();
         self.twin.get_or_init(|| Twin { stream, channel: Mutex::new(channel) });
@@ -159,27 +196,15 @@ impl Connection {
     }
 
     /// Sends a command and waits for its reply, serving what the server asks for meanwhile: all within
-    /// the connection's time, from the end of the exchange before on. `operation` and `object` are for
-    /// the error.
+    /// the command's time, from the end of the exchange before on. `operation` and `object` are for
+    /// the error, which an error that the server reports is, too.
     pub(super) fn exchange(
         &self,
         request: Request<'_>,
         operation: &'static str,
         object: impl fmt::Display,
     ) -> Result<Message> {
-        let turn = self.turn();
-        let (mut inner, mut deadline) = self.socket(Deadline::new(self.time));
-        if let Some(fault) = &*self.fault() {
-            return Err(Error::new(ErrorKind::Gone, operation, object)
-                .with_reason(format!("the connection failed earlier: {fault}"))
-                .with_advice("connect again"));
-        }
-        let reply = self.converse(&mut inner, request, &mut deadline).map_err(|fault| {
-            let error = self.error(&fault, operation, &object);
-            self.fail(fault);
-            error
-        })?;
-        drop((inner, turn));
+        let reply = self.ask(request, operation, &object)?;
         match reply.header.failed() {
             None => Ok(reply),
             Some(0) => Err(Error::new(ErrorKind::Os, operation, object)
@@ -189,6 +214,64 @@ impl Connection {
         }
     }
 
+    /// The same, and a reply that reports an error is a reply.
+    fn ask(
+        &self,
+        request: Request<'_>,
+        operation: &'static str,
+        object: impl fmt::Display,
+    ) -> Result<Message> {
+        let turn = self.turn();
+        let time = self.limits.of(request.command);
+        let deadline = Deadline::new(time);
+        // The socket's own timeout is that of most answers.
+        let deadline = if time == self.limits.answer { deadline } else { deadline.by_poll() };
+        let (mut inner, mut deadline) = self.socket(deadline);
+        let result = self.in_turn(&mut inner, request, &mut deadline);
+        let made = match &result {
+            Ok(reply) => reply.header.failed().is_none(),
+            // The server may still make it, and use it at once.
+            Err(Failure::Late(_)) => true,
+            Err(_) => false,
+        };
+        if let (command::DMA_MAP, false, Some((address, size))) =
+            (request.command, made, request.mapping)
+        {
+            // It was inserted before the server was asked.
+            let _ = self.memory().remove(address, size);
+        }
+        let result = result.map_err(|failure| self.failed(failure, operation, object));
+        drop((inner, turn));
+        result
+    }
+
+    fn failed(
+        &self,
+        failure: Failure,
+        operation: &'static str,
+        object: impl fmt::Display,
+    ) -> Error {
+        const LATER: &str = "try again once it has answered, or allow it more time: TimeLimits";
+        let (kind, reason, remedy) = match failure {
+            Failure::Ended(fault) => {
+                let reason = format!("the connection failed earlier: {fault}");
+                (ErrorKind::Gone, reason, "connect again")
+            }
+            Failure::Waiting(command) => {
+                let command = command::name(command);
+                let reason = format!("the server has not answered {command} yet");
+                (ErrorKind::TimedOut, reason, LATER)
+            }
+            Failure::Late(time) => (ErrorKind::TimedOut, Fault::Silent(time).to_string(), LATER),
+            Failure::Fault(fault) => {
+                let error = self.error(&fault, operation, object);
+                self.fail(fault);
+                return error;
+            }
+        };
+        Error::new(kind, operation, object).with_reason(reason).with_advice(remedy)
+    }
+
     /// The server has sent a reply that makes no sense: it cannot be believed any more.
     pub(super) fn malformed(
         &self,
@@ -196,10 +279,60 @@ impl Connection {
         operation: &'static str,
         object: impl fmt::Display,
     ) -> Error {
-        let fault = Fault::Malformed(reason);
-        let error = self.error(&fault, operation, object);
-        self.fail(fault);
-        error
+        self.failed(Failure::Fault(Fault::Malformed(reason)), operation, object)
+    }
+
+    fn in_turn(
+        &self,
+        inner: &mut Inner,
+        request: Request<'_>,
+        deadline: &mut Deadline,
+    ) -> std::result::Result<Message, Failure> {
+        if let Some(fault) = &*self.fault() {
+            return Err(Failure::Ended(fault.clone()));
+        }
+        self.catch_up(inner, deadline)?;
+        self.converse(inner, request, deadline)
+    }
+
+    /// Takes the answer that is late, if it has come, and undoes what it has made.
+    fn catch_up(
+        &self,
+        inner: &mut Inner,
+        deadline: &mut Deadline,
+    ) -> std::result::Result<(), Failure> {
+        while let Some(late) = inner.late {
+            let Some(message) = inner.receiver.receive_now()? else {
+                return Err(Failure::Waiting(late.command));
+            };
+            self.arrived(inner, message, deadline)?;
+            // A server that sends command after command is not waited for longer than one that is silent.
+            if deadline.check().is_err() {
+                return Err(Failure::Waiting(late.command));
+            }
+        }
+        while let Some((address, size)) = inner.unwanted.pop() {
+            let argsz = DmaUnmap::SIZE as u32;
+            let unmap = DmaUnmap { argsz, flags: 0, address, size }.encode();
+            let request = Request {
+                command: command::DMA_UNMAP,
+                body: [&unmap, &[]],
+                mapping: Some((address, size)),
+                ..Request::default()
+            };
+            let mut deadline = Deadline::new(self.limits.unmap).by_poll();
+            let reply = self.converse(inner, request, &mut deadline)?;
+            self.unmapped(&reply, request.mapping);
+        }
+        Ok(())
+    }
+
+    /// The server has answered whether it has unmapped something: what it still has, it may still ask for.
+    fn unmapped(&self, reply: &Message, mapping: Option<(u64, u64)>) {
+        if let (None, Some((address, size))) = (reply.header.failed(), mapping) {
+            // It was inserted before it was mapped.
+            let _ = self.memory().remove(address, size);
+        }
     }
 
     fn converse(
@@ -207,36 +340,45 @@ impl Connection {
         inner: &mut Inner,
         request: Request<'_>,
         deadline: &mut Deadline,
-    ) -> std::result::Result<Message, Fault> {
+    ) -> std::result::Result<Message, Failure> {
         let id = inner.next_id;
         inner.next_id = id.wrapping_add(1);
-        let Request { command, body, fds, reply } = request;
+        let Request { command, body, fds, reply, mapping } = request;
         let header = Header::command(id, command, body[0].len() + body[1].len());
         inner.sender.send(header, body, fds, deadline)?;
+        let mut served = false;
         loop {
-            let mut message = inner.receiver.receive(deadline)?;
+            // Messages that have arrived already take time, too.
+            let in_time = if served { deadline.check() } else { Ok(()) };
+            let mut message = match in_time.and_then(|()| inner.receiver.receive(deadline)) {
+                Err(Fault::Silent(time)) => {
+                    inner.late = Some(Late { id, command, mapping });
+                    return Err(Failure::Late(time));
+                }
+                received => received?,
+            };
             if message.header.is_command() {
                 self.serve(&mut inner.sender, &mut message, deadline)?;
-                deadline.check()?;
+                served = true;
                 continue;
             }
             let Header { id: its, command: for_command, .. } = message.header;
             if !message.header.is_reply() || (its, for_command) != (id, command) {
-                return Err(Fault::Malformed(format!(
+                return Err(Failure::Fault(Fault::Malformed(format!(
                     "the server answered {} with id {its}, and {} with id {id} was asked",
                     command::name(for_command),
                     command::name(command)
-                )));
+                ))));
             }
             if !matches!(command, command::VERSION | command::DEVICE_GET_REGION_INFO) {
                 channel::discard(std::mem::take(&mut message.fds));
             }
             if message.header.failed().is_none() && message.body.len() < reply {
-                return Err(Fault::Malformed(format!(
+                return Err(Failure::Fault(Fault::Malformed(format!(
                     "the server answered {} with {} bytes, and {reply} were expected",
                     command::name(command),
                     message.body.len()
-                )));
+                ))));
             }
             // Whatever comes of the rest, this was answered.
             if let Err(fault) = self.serve_rest(inner, deadline) {
@@ -258,7 +400,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes a message that no exchange waits for: a command of the server's.
+    /// Takes a message that no exchange waits for: a command of the server's, or the answer that is late.
     pub(super) fn arrived(
         &self,
         inner: &mut Inner,
@@ -269,7 +411,23 @@ impl Connection {
             return self.serve(&mut inner.sender, &mut message, deadline);
         }
         channel::discard(std::mem::take(&mut message.fds));
-        Err(unexpected())
+        let Header { id, command, .. } = message.header;
+        let late = inner.late.filter(|late| (late.id, late.command) == (id, command));
+        let Some(late) = late.filter(|_| message.header.is_reply()) else {
+            return Err(unexpected());
+        };
+        inner.late = None;
+        let failed = message.header.failed().is_some();
+        log::debug!("{}: {} was answered late", self.name, command::name(command));
+        match (command, late.mapping) {
+            (command::DMA_UNMAP, mapping) => self.unmapped(&message, mapping),
+            (command::DMA_MAP, Some((address, size))) if failed => {
+                let _ = self.memory().remove(address, size);
+            }
+            (command::DMA_MAP, mapping) => inner.unwanted.extend(mapping),
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Whether it has ended: nothing is sent or received on it any more.

@@ -2,8 +2,10 @@
 
 mod client;
 mod connection;
+mod limits;
 pub(crate) mod protocol;
 mod regions;
 mod serving;
 
 pub use client::VfioUser;
+pub use limits::TimeLimits;

@@ -40,8 +40,8 @@ pub(super) fn read_region(
         let request = Request {
             command: command::DEVICE_GET_REGION_INFO,
             body: [&ask.encode(), &[]],
-            fds: &[],
             reply: wire::RegionInfo::SIZE,
+            ..Request::default()
         };
         let reply = match connection.exchange(request, "query", name) {
             Ok(reply) => reply,

@@ -117,7 +117,7 @@ impl Connection {
 
     /// Serves one message, if one has arrived.
     fn serve_next(&self) -> std::result::Result<bool, Fault> {
-        let deadline = || Deadline::new(self.time).by_poll();
+        let deadline = || Deadline::new(self.limits.answer).by_poll();
         let Some(twin) = self.twin.get() else {
             let mut inner = self.inner();
             let Some(message) = inner.receiver.receive_now()? else { return Ok(false) };
