@@ -84,7 +84,7 @@ struct Inner {
     msix: OnceLock<Option<config::Msix>>,
     dma: OnceLock<DmaSpace>,
     dma_lock: Mutex<()>,
-    /// Held while a control register is read, changed and written.
+    /// Held while a control register is read, changed and written, here or by the transport.
     control: Mutex<()>,
     /// What holds the device. Each holder keeps its key in this slab.
     holders: Mutex<Slab<Holder>>,
@@ -270,6 +270,8 @@ impl Device {
     /// `Unsupported` if the device has no reset of its own ([`hot_reset`](Self::hot_reset) may work); the
     /// kernel's error.
     pub fn reset(&self) -> Result<()> {
+        // The transport may restore configuration space.
+        let _one = self.control_lock();
         self.inner.transport.reset()
     }
 
@@ -318,7 +320,7 @@ impl Device {
     }
 
     fn control_lock(&self) -> MutexGuard<'_, ()> {
-        self.inner.control.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.control_lock()
     }
 
     fn page_size(&self) -> u64 {
@@ -371,6 +373,10 @@ impl Device {
 }
 
 impl Inner {
+    fn control_lock(&self) -> MutexGuard<'_, ()> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn holders(&self) -> MutexGuard<'_, Slab<Holder>> {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -150,9 +150,9 @@ impl Device {
         check(kind, &info, count, self.name())?;
         let slots = (0..count).map(|_| Slot::new()).collect::<Result<Vec<_>>>()?;
         let slot = self.inner.insert_exclusive(Holder::Vectors { kind, count })?;
-        if let Err(error) = self.transport().set_irqs(kind.index(), 0, &borrowed(&slots)) {
+        if let Err(error) = self.inner.set_irqs(kind, 0, &borrowed(&slots)) {
             // A transport that connects in parts may have connected some.
-            let _ = self.transport().set_irqs(kind.index(), 0, &[]);
+            let _ = self.inner.set_irqs(kind, 0, &[]);
             self.inner.holders().try_remove(slot);
             return Err(error);
         }
@@ -163,6 +163,12 @@ impl Device {
 }
 
 impl Inner {
+    /// Connects vectors. A transport may change configuration space for that, which nobody else may do meanwhile.
+    fn set_irqs(&self, kind: Interrupt, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+        let _one = self.control_lock();
+        self.transport.set_irqs(kind.index(), start, fds)
+    }
+
     /// Adds a holder that there can be only one of: vectors of any kind, events, a low power state.
     pub(super) fn insert_exclusive(&self, holder: Holder) -> Result<usize> {
         let mut holders = self.holders();
@@ -271,14 +277,13 @@ impl Vectors {
                 .with_reason(format!("there are {before} vectors")));
         }
         let added = (before..count).map(|_| Slot::new()).collect::<Result<Vec<_>>>()?;
-        let transport = &self.device.transport;
-        let index = self.kind.index();
+        let (device, kind) = (&self.device, self.kind);
         let growth = if self.info.noresize {
             let all: Vec<_> = borrowed(&self.slots).into_iter().chain(borrowed(&added)).collect();
-            transport.set_irqs(index, 0, &[])?;
-            let result = transport.set_irqs(index, 0, &all);
+            device.set_irqs(kind, 0, &[])?;
+            let result = device.set_irqs(kind, 0, &all);
             if let Err(error) = result {
-                let restored = transport.set_irqs(index, 0, &borrowed(&self.slots));
+                let restored = device.set_irqs(kind, 0, &borrowed(&self.slots));
                 // Waiting threads look for work, even if no more interrupts follow.
                 self.signal_all();
                 return Err(match restored {
@@ -289,7 +294,7 @@ impl Vectors {
             }
             Growth::Reenabled
         } else {
-            transport.set_irqs(index, before as u32, &borrowed(&added))?;
+            device.set_irqs(kind, before as u32, &borrowed(&added))?;
             Growth::InPlace
         };
         self.slots.extend(added);
@@ -316,7 +321,7 @@ impl Vectors {
             take(&*slot.eventfd, || self.name(vector))?;
         }
         let fd = enabled.then(|| slot.eventfd.as_fd());
-        self.device.transport.set_irqs(self.kind.index(), vector as u32, &[fd])?;
+        self.device.set_irqs(self.kind, vector as u32, &[fd])?;
         self.slots[vector].enabled = enabled;
         Ok(())
     }
@@ -408,7 +413,7 @@ impl Drop for Vectors {
         if self.generation != fork::generation() {
             return;
         }
-        if let Err(error) = self.device.transport.set_irqs(self.kind.index(), 0, &[]) {
+        if let Err(error) = self.device.set_irqs(self.kind, 0, &[]) {
             log::warn!("interrupts stay set up until the device is closed: {error}");
         }
         self.device.holders().try_remove(self.slot);

@@ -8,7 +8,7 @@ use vfio_remap::space::Access;
 use vfio_remap::transport::Vfio;
 use vfio_remap::{Device, Error, ErrorKind, Placement};
 
-use crate::{lab, leftovers};
+use crate::{interrupts_in_turn, lab, leftovers};
 use vfio_remap_edu::{DEVICE_BUFFER, Direction, Edu};
 
 #[test]
@@ -32,6 +32,15 @@ fn edu_computes_and_copies_by_intx_and_by_msi() {
             edu.close().unwrap();
         });
     }
+}
+
+#[test]
+fn edu_interrupts_by_intx_before_and_after_msi() {
+    leftovers::none_of(|| {
+        let device = lab::open("edu");
+        interrupts_in_turn::intx_works_before_and_after_msi(&device);
+        device.close().unwrap();
+    });
 }
 
 /// igb's software interrupts (Intel 82576 datasheet, §8.8): each vector fires when its bit of EICS is set.

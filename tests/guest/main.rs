@@ -25,7 +25,7 @@ mod sriov;
 
 use vfio_remap::Device;
 
-use common::{contention, guest_memory, leftovers, probe};
+use common::{contention, guest_memory, interrupts_in_turn, leftovers, probe};
 
 #[test]
 fn no_window_is_ever_a_hole_while_it_is_relocated_ten_thousand_times() {

@@ -206,7 +206,7 @@ pub static MUTANTS: &[Mutant] = &[
     Mutant {
         name: "vectors-stay-connected",
         file: "src/device/vectors.rs",
-        before: "if let Err(error) = self.device.transport.set_irqs(self.kind.index(), 0, &[]) {
+        before: "if let Err(error) = self.device.set_irqs(self.kind, 0, &[]) {
             log::warn!(\"interrupts stay",
         after: "if let Err(error) = Ok::<(), Error>(()) {
             log::warn!(\"interrupts stay",
@@ -215,7 +215,7 @@ pub static MUTANTS: &[Mutant] = &[
     Mutant {
         name: "vectors-half-connected",
         file: "src/device/vectors.rs",
-        before: "            let _ = self.transport().set_irqs(kind.index(), 0, &[]);
+        before: "            let _ = self.inner.set_irqs(kind, 0, &[]);
             self.inner.holders().try_remove(slot);",
         after: "            self.inner.holders().try_remove(slot);",
         killer: Host("--lib -- device::tests::vectors_that_fail_leave_nothing_connected"),

@@ -16,10 +16,11 @@ use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_AUTOMASKED,
     VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE, VFIO_IRQ_INFO_NORESIZE,
     VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
-    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_IRQ_SET_DATA_NONE,
 };
 
 use super::connection::{Connection, Request};
+use super::interrupts::Interrupts;
 use super::limits::TimeLimits;
 use super::protocol::dma::Rights;
 use super::protocol::version::{Capabilities, MAX_DMA_MAPS};
@@ -55,6 +56,9 @@ const FEWEST_MAPPINGS: u32 = 16;
 /// rest. What a server can do is to shrink the file behind a window, or to leave no room on the disk for it: an
 /// access there raises SIGBUS.
 ///
+/// What vfio-pci does in the kernel, the client does: INTx is disabled while it is not connected, and the
+/// capability of MSI or MSI-X is enabled while vectors are.
+///
 /// The connection belongs to the process that made it: in a child of `fork(2)` it must not be used, and
 /// dropping it there leaves it as it is.
 ///
@@ -71,10 +75,11 @@ const FEWEST_MAPPINGS: u32 = 16;
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
 pub struct VfioUser {
-    connection: Arc<Connection>,
-    capabilities: Capabilities,
-    info: DeviceInfo,
+    pub(super) connection: Arc<Connection>,
+    pub(super) capabilities: Capabilities,
+    pub(super) info: DeviceInfo,
     regions: Vec<Option<Region>>,
+    pub(super) interrupts: Mutex<Interrupts>,
     /// Serves the server's own commands, once memory is mapped for DMA.
     listener: Mutex<Option<JoinHandle<()>>>,
     generation: u32,
@@ -82,6 +87,9 @@ pub struct VfioUser {
 
 impl VfioUser {
     /// Connects to the server that listens at `path`, which may take as long as [`TimeLimits::default`].
+    ///
+    /// Interrupts that an earlier user has left enabled are disabled: INTx by Interrupt Disable in the command
+    /// register, MSI and MSI-X in their capabilities. Setting up vectors enables them again.
     ///
     /// # Errors
     /// `NotFound`; `PermissionDenied`; `Gone` if the server closes the connection, `TimedOut` if it is silent;
@@ -142,8 +150,11 @@ impl VfioUser {
             .map(|index| read_region(&connection, index, &info.region_name(index)))
             .collect::<Result<_>>()?;
         let generation = fork::generation();
-        let listener = Mutex::new(None);
-        Ok(Self { connection, capabilities, info, regions, listener, generation })
+        let (interrupts, listener) = (Mutex::default(), Mutex::new(None));
+        let client =
+            Self { connection, capabilities, info, regions, interrupts, listener, generation };
+        client.quiet_interrupts()?;
+        Ok(client)
     }
 
     fn find(&self, index: u32, operation: &'static str) -> Result<&Region> {
@@ -194,31 +205,50 @@ impl VfioUser {
         Ok(reply.body)
     }
 
-    /// A command that is answered by a header alone.
-    fn tell(
+    /// The body of the reply to a command, which is `reply` bytes long at least.
+    pub(super) fn tell(
         &self,
         command: u16,
         body: &[u8],
-        fds: &[BorrowedFd<'_>],
+        reply: usize,
         operation: &'static str,
         object: impl fmt::Display,
+    ) -> Result<Vec<u8>> {
+        let request = Request { command, body: [body, &[]], reply, ..Request::default() };
+        Ok(self.connection.exchange(request, operation, object)?.body)
+    }
+
+    pub(super) fn set(
+        &self,
+        set: IrqSet,
+        fds: &[BorrowedFd<'_>],
+        operation: &'static str,
     ) -> Result<()> {
-        let request = Request { command, body: [body, &[]], fds, ..Request::default() };
-        self.connection.exchange(request, operation, object).map(drop)
-    }
-
-    fn set(&self, set: IrqSet, fds: &[BorrowedFd<'_>], operation: &'static str) -> Result<()> {
         let set = IrqSet { argsz: IrqSet::SIZE as u32, ..set };
-        let object = format!("interrupt {} of {}", set.index, self.info.name);
-        self.tell(command::DEVICE_SET_IRQS, &set.encode(), fds, operation, object)
+        let request = Request {
+            command: command::DEVICE_SET_IRQS,
+            body: [&set.encode(), &[]],
+            fds,
+            ..Request::default()
+        };
+        self.connection.exchange(request, operation, self.irq_name(set.index)).map(drop)
     }
 
-    fn check_irq(&self, index: u32, vectors: &Range<u32>, operation: &'static str) -> Result<()> {
+    pub(super) fn irq_name(&self, index: u32) -> String {
+        format!("interrupt {index} of {}", self.info.name)
+    }
+
+    pub(super) fn check_irq(
+        &self,
+        index: u32,
+        vectors: &Range<u32>,
+        operation: &'static str,
+    ) -> Result<IrqInfo> {
         let info = self.irq(index)?;
         if vectors.start <= vectors.end && vectors.end <= info.count {
-            return Ok(());
+            return Ok(info);
         }
-        let object = format!("interrupt {index} of {}", self.info.name);
+        let object = self.irq_name(index);
         Err(Error::new(ErrorKind::OutOfRange, operation, object).with_reason(format!(
             "vectors {}..{} leave its {}",
             vectors.start, vectors.end, info.count
@@ -320,11 +350,12 @@ impl Transport for VfioUser {
             return Err(Error::new(ErrorKind::Unsupported, "reset", &self.info.name)
                 .with_reason("the server does not support reset"));
         }
-        self.tell(command::DEVICE_RESET, &[], &[], "reset", &self.info.name)
+        self.tell(command::DEVICE_RESET, &[], 0, "reset", &self.info.name)?;
+        self.restore_interrupts()
     }
 
     fn irq(&self, index: u32) -> Result<IrqInfo> {
-        let object = || format!("interrupt {index} of {}", self.info.name);
+        let object = || self.irq_name(index);
         if index >= self.info.irq_count {
             return Err(Error::new(ErrorKind::NotFound, "query", object())
                 .with_reason(format!("the device has {}", self.info.irq_count)));
@@ -354,29 +385,12 @@ impl Transport for VfioUser {
         })
     }
 
-    /// In as many messages as the server takes descriptors, so that a failure may leave the first
-    /// vectors connected.
     fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
         if fds.is_empty() {
-            self.irq(index)?;
-            let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
-            let all = IrqSet { argsz: 0, flags, index, start: 0, count: 0 };
-            return self.set(all, &[], "disconnect");
+            self.disconnect_irqs(index)
+        } else {
+            self.connect_irqs(index, start, fds)
         }
-        let end = u32::try_from(fds.len()).ok().and_then(|count| start.checked_add(count));
-        self.check_irq(index, &(start..end.unwrap_or(u32::MAX)), "connect")?;
-        let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
-        let mut start = start;
-        // Runs of vectors with an eventfd, and of vectors without: no descriptors at all disconnect.
-        for run in fds.chunk_by(|one, next| one.is_some() == next.is_some()) {
-            for part in run.chunks(self.capabilities.fds.max(1)) {
-                let fds: Vec<BorrowedFd<'_>> = part.iter().flatten().copied().collect();
-                let count = part.len() as u32;
-                self.set(IrqSet { argsz: 0, flags, index, start, count }, &fds, "connect")?;
-                start += count;
-            }
-        }
-        Ok(())
     }
 
     fn mask_irqs(&self, index: u32, vectors: Range<u32>, masked: bool) -> Result<()> {

@@ -2,6 +2,7 @@
 
 mod client;
 mod connection;
+mod interrupts;
 mod limits;
 pub(crate) mod protocol;
 mod regions;

@@ -4,5 +4,7 @@ pub mod contention;
 #[cfg(all(feature = "emulated", feature = "vm-memory"))]
 pub mod guest_memory;
 #[cfg(feature = "emulated")]
+pub mod interrupts_in_turn;
+#[cfg(feature = "emulated")]
 pub mod leftovers;
 pub mod probe;

@@ -80,8 +80,10 @@ impl ServerBackend for Backend {
         Ok(())
     }
 
-    fn set_irqs(&mut self, _: u32, _: u32, _: u32, _: u32, fds: Vec<File>) -> io::Result<()> {
-        self.eventfds = fds;
+    fn set_irqs(&mut self, _: u32, flags: u32, _: u32, _: u32, fds: Vec<File>) -> io::Result<()> {
+        if flags & VFIO_IRQ_SET_ACTION_TRIGGER != 0 {
+            self.eventfds = fds;
+        }
         Ok(())
     }
 }

@@ -7,6 +7,7 @@ mod hostile_clients;
 mod hostile_servers;
 mod idle;
 mod interop;
+mod interrupts;
 mod late;
 mod leftovers;
 mod regions;
