@@ -17,6 +17,7 @@ const MSIX: u8 = 0x11;
 const MSIX_ENTRY: u64 = 16;
 
 /// Bits of the command register (PCI 3.0 §6.2.2).
+const IO_SPACE: u16 = 1 << 0;
 const MEMORY_SPACE: u16 = 1 << 1;
 const BUS_MASTER: u16 = 1 << 2;
 
@@ -132,12 +133,29 @@ impl<'d> Config<'d> {
     }
 
     /// Enables or disables the memory BARs. While they are disabled, an access through a window of a vfio-pci
-    /// device raises SIGBUS.
+    /// device raises SIGBUS. Behind a vfio-user server, BARs without an address get one before they are enabled.
     ///
     /// # Errors
     /// As [`memory_decoding`](Self::memory_decoding).
     pub fn set_memory_decoding(&self, on: bool) -> Result<()> {
-        self.set_command(MEMORY_SPACE, on)
+        self.set_decoding(MEMORY_SPACE, on)
+    }
+
+    /// Whether the device responds to accesses to its I/O port BARs.
+    ///
+    /// # Errors
+    /// As [`memory_decoding`](Self::memory_decoding).
+    pub fn io_decoding(&self) -> Result<bool> {
+        Ok(self.present_u16(COMMAND)? & IO_SPACE != 0)
+    }
+
+    /// Enables or disables the I/O port BARs, as [`set_memory_decoding`](Self::set_memory_decoding) does for
+    /// memory.
+    ///
+    /// # Errors
+    /// As [`memory_decoding`](Self::memory_decoding).
+    pub fn set_io_decoding(&self, on: bool) -> Result<()> {
+        self.set_decoding(IO_SPACE, on)
     }
 
     /// Whether the device may start transactions: DMA and MSI.
@@ -216,8 +234,20 @@ impl<'d> Config<'d> {
         self.set_bits(COMMAND, bit, on)
     }
 
+    fn set_decoding(&self, bit: u16, on: bool) -> Result<()> {
+        let _one = self.device.control_lock();
+        if on {
+            self.device.transport().assign_addresses()?;
+        }
+        self.change_bits(COMMAND, bit, on)
+    }
+
     fn set_bits(&self, register: u64, bits: u16, on: bool) -> Result<()> {
         let _one = self.device.control_lock();
+        self.change_bits(register, bits, on)
+    }
+
+    fn change_bits(&self, register: u64, bits: u16, on: bool) -> Result<()> {
         let value = self.present_u16(register)?;
         self.write_u16(register, if on { value | bits } else { value & !bits })
     }

@@ -74,6 +74,16 @@ pub trait Transport: Send + Sync + Debug {
         Err(unsupported(self.info(), format!("map region {region} of")))
     }
 
+    /// Gives addresses to the BARs of a PCI device that have none. [`Config`](crate::device::Config) calls it
+    /// before it enables the BARs. Does nothing by default: firmware and the kernel assign the addresses of a
+    /// real device.
+    ///
+    /// # Errors
+    /// The transport's error.
+    fn assign_addresses(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Resets the device.
     ///
     /// # Errors

@@ -56,8 +56,9 @@ const FEWEST_MAPPINGS: u32 = 16;
 /// rest. What a server can do is to shrink the file behind a window, or to leave no room on the disk for it: an
 /// access there raises SIGBUS.
 ///
-/// What vfio-pci does in the kernel, the client does: INTx is disabled while it is not connected, and the
-/// capability of MSI or MSI-X is enabled while vectors are.
+/// What vfio-pci does in the kernel, the client does: INTx is disabled while it is not connected, the
+/// capability of MSI or MSI-X is enabled while vectors are, and BARs without an address are given one before
+/// they are decoded ([`Config::set_memory_decoding`](crate::device::Config::set_memory_decoding)).
 ///
 /// The connection belongs to the process that made it: in a child of `fork(2)` it must not be used, and
 /// dropping it there leaves it as it is.
@@ -343,6 +344,10 @@ impl Transport for VfioUser {
             Error::new(ErrorKind::NotMappable, "map", self.info.region_name(region))
                 .with_reason("the server sent no file for it")
         })
+    }
+
+    fn assign_addresses(&self) -> Result<()> {
+        self.place_bars()
     }
 
     fn reset(&self) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Devices in other processes, by the vfio-user protocol: the client.
 
+mod bars;
 mod client;
 mod connection;
 mod interrupts;

@@ -1,5 +1,6 @@
 //! Clients and servers of vfio-user: ours, others', and hostile ones.
 
+mod bars;
 mod both_ends;
 mod cost;
 mod few_mappings;

@@ -21,6 +21,7 @@ pub(crate) mod command {
     pub(crate) const DMA_READ: u16 = 11;
     pub(crate) const DMA_WRITE: u16 = 12;
     pub(crate) const DEVICE_RESET: u16 = 13;
+    pub(crate) const REGION_WRITE_MULTI: u16 = 15;
 
     /// How errors and logs name a command.
     pub(crate) fn name(command: u16) -> String {
@@ -37,6 +38,7 @@ pub(crate) mod command {
             DMA_READ => "DMA_READ",
             DMA_WRITE => "DMA_WRITE",
             DEVICE_RESET => "DEVICE_RESET",
+            REGION_WRITE_MULTI => "REGION_WRITE_MULTI",
             _ => return format!("command {command}"),
         };
         name.to_owned()
@@ -68,6 +70,7 @@ macro_rules! fields {
 
             /// The fields at the start of `bytes`, and what follows them; `None` where they are cut
             /// short.
+            #[allow(dead_code, reason = "some fields are only sent")]
             pub(crate) fn decode(bytes: &[u8]) -> Option<(Self, &[u8])> {
                 let rest = bytes;
                 $(
@@ -123,6 +126,16 @@ fields! {
 fields! {
     /// An access to a region; the data of a write, and of the reply to a read, follow.
     RegionAccess { offset: u64, region: u32, count: u32, }
+}
+
+fields! {
+    /// What `REGION_WRITE_MULTI` begins with: how many writes follow. The reply has how many were done.
+    WriteCount { count: u64, }
+}
+
+fields! {
+    /// One of those writes: the first `count` bytes of `data`, of 8 at most.
+    SmallWrite { offset: u64, region: u32, count: u32, data: u64, }
 }
 
 fields! {
