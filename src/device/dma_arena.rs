@@ -297,7 +297,7 @@ impl ArenaMapping {
         let mut free = self.free()?;
         let start = free.ranges.allocate(size, alignment, limit)?;
         let used = free.untouched.saturating_sub(start).min(size);
-        free.untouched = free.untouched.max(start + size);
+        free.untouched = free.untouched.max(start.saturating_add(size));
         drop(free);
         let offset = (start - self.mapping.iova().0) as usize;
         // SAFETY: the range was free, so it lies in the mapping, and `offset` in its memory.

@@ -1,5 +1,5 @@
-//! Addresses for BARs that have none. Firmware and the kernel assign them to real devices; behind a server there
-//! is neither, and QEMU's rejects accesses to a BAR without one.
+//! Addresses for BARs that have none. Firmware and the kernel assign them to real devices. A device behind a
+//! server has neither, and QEMU's server rejects accesses to a BAR without an address.
 
 use std::ops::Range;
 
@@ -12,9 +12,9 @@ use crate::transport::Transport;
 const BAR0: u64 = 0x10;
 const BARS: u32 = 6;
 
-/// Nothing decodes less than a page: two BARs do not share one.
+/// Two BARs never share a page.
 const MEMORY_ALIGNMENT: u64 = 4096;
-/// Below the window of MSI and the local APIC on x86; all of the 32 bits if that is not enough.
+/// First below the MSI window and the local APIC of x86, then anywhere in 32 bits.
 const MEMORY_32: [Range<u64>; 2] = [0x8000_0000..0xfec0_0000, 0x10_0000..0xffff_f000];
 const MEMORY_64: [Range<u64>; 1] = [1 << 32..1 << 52];
 const PORTS: [Range<u64>; 1] = [0x1000..0x1_0000];
@@ -53,7 +53,7 @@ struct Bar {
     low: u32,
 }
 
-/// An address for each BAR that has none, aligned to its size, so that none overlaps another. Without one if
+/// The BARs that have no address, each with one that is aligned to its size and overlaps no other BAR; `None` if
 /// there is no room.
 fn place(bars: &[Bar]) -> Vec<(Bar, Option<u64>)> {
     let (mut taken, mut open): (Vec<Bar>, Vec<Bar>) = bars.iter().partition(|bar| bar.address != 0);
@@ -79,7 +79,7 @@ fn find(bar: &Bar, taken: &[Bar]) -> Option<u64> {
                     && address < end_of_other
             });
             let Some(other) = other else { return Some(address) };
-            // Past it, so that each is in the way once.
+            // Behind the other, so that each BAR is in the way once.
             let past = other.address.saturating_add(other.size);
             address = past.checked_next_multiple_of(bar.size)?;
         }

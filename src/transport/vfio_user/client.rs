@@ -13,10 +13,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use vfio_bindings::bindings::vfio::{
-    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_AUTOMASKED,
-    VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE, VFIO_IRQ_INFO_NORESIZE,
-    VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
-    VFIO_IRQ_SET_DATA_NONE,
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_SET_ACTION_MASK,
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_NONE,
 };
 
 use super::connection::{Connection, Request};
@@ -34,8 +32,6 @@ use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, T
 
 /// More regions or interrupts than any device has.
 const MAX_INDEXES: u32 = 1024;
-/// More vectors than any interrupt has (MSI-X: 2048).
-const MAX_VECTORS: u32 = 1 << 16;
 /// The smallest limit on mappings that a server is expected to have without stating it: that of libvfio-user,
 /// unless it is built with another.
 const FEWEST_MAPPINGS: u32 = 16;
@@ -174,7 +170,7 @@ impl VfioUser {
         }
     }
 
-    /// One access to a region, of no more data than a message carries; the reply's data.
+    /// One access to a region, of no more data than a message may carry; the body of the reply.
     fn access(
         &self,
         command: u16,
@@ -289,7 +285,7 @@ impl VfioUser {
     }
 }
 
-/// Connects within a time, even where the server accepts nobody.
+/// Connects within a time limit, even if the server does not accept connections.
 fn open(path: &Path, time: Duration) -> std::io::Result<UnixStream> {
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let stream = UnixStream::from(fd);
@@ -298,7 +294,7 @@ fn open(path: &Path, time: Duration) -> std::io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Made into text only where there is an error.
+/// Formatted only for an error.
 struct RegionName<'a>(&'a DeviceInfo, u32);
 
 impl fmt::Display for RegionName<'_> {
@@ -360,34 +356,7 @@ impl Transport for VfioUser {
     }
 
     fn irq(&self, index: u32) -> Result<IrqInfo> {
-        let object = || self.irq_name(index);
-        if index >= self.info.irq_count {
-            return Err(Error::new(ErrorKind::NotFound, "query", object())
-                .with_reason(format!("the device has {}", self.info.irq_count)));
-        }
-        let argsz = wire::IrqInfo::SIZE as u32;
-        let ask = wire::IrqInfo { argsz, index, ..Default::default() };
-        let request = Request {
-            command: command::DEVICE_GET_IRQ_INFO,
-            body: [&ask.encode(), &[]],
-            reply: wire::IrqInfo::SIZE,
-            ..Request::default()
-        };
-        let reply = self.connection.exchange(request, "query", object())?;
-        let (answer, _) = wire::IrqInfo::decode(&reply.body).unwrap_or_default();
-        if answer.index != index || answer.count > MAX_VECTORS {
-            let reason =
-                format!("it claims {} vectors of interrupt {}", answer.count, answer.index);
-            return Err(self.connection.malformed(reason, "query", object()));
-        }
-        let has = |flag| answer.flags & flag != 0;
-        Ok(IrqInfo {
-            count: answer.count,
-            eventfd: has(VFIO_IRQ_INFO_EVENTFD),
-            maskable: has(VFIO_IRQ_INFO_MASKABLE),
-            automasked: has(VFIO_IRQ_INFO_AUTOMASKED),
-            noresize: has(VFIO_IRQ_INFO_NORESIZE),
-        })
+        self.query_irq(index)
     }
 
     fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
@@ -425,7 +394,7 @@ impl Transport for VfioUser {
         let size = memory.size() as u64;
         let object = || format!("{size:#x} bytes at I/O address {iova:#x} of {}", self.info.name);
         let rights = Rights::from(access);
-        // Known before the server is told, who may use it at once.
+        // Before the server is asked: it may use the memory before it answers.
         self.connection
             .memory()
             .insert(iova, size, rights, memory.clone())
@@ -440,7 +409,7 @@ impl Transport for VfioUser {
             address: iova,
             size,
         };
-        // A server can reach shared memory itself; the rest it must ask for. It may ask for all at any time.
+        // A server reaches shared memory itself, and asks for the rest. It may ask for either at any time.
         if !fds.iter().any(file::is_tmpfs) {
             self.connection.unshared.store(true, Ordering::Relaxed);
         }
@@ -457,7 +426,7 @@ impl Transport for VfioUser {
             ..Request::default()
         };
         let told = self.connection.exchange(request, "map", object()).map(drop);
-        // The device behind the server may be somebody else's, too.
+        // The device behind the server may have other users, with mappings of their own.
         told.map_err(|error| match error.errno().map(Errno::from_raw) {
             Some(errno @ (Errno::EEXIST | Errno::ENOSPC | Errno::EMFILE)) => {
                 map_refused(errno, object())
@@ -479,8 +448,8 @@ impl Transport for VfioUser {
             ..Request::default()
         };
         let reply = match self.connection.exchange(request, "unmap", object()) {
-            // Who is at the other end asks for nothing any more, and what files of ours it has it may keep:
-            // their pages become nobody else's.
+            // The server cannot ask for anything any more. It may keep files of ours, but their pages never
+            // become anybody else's.
             Err(error) if error.kind() == ErrorKind::Gone && self.connection.has_failed() => {
                 log::debug!("{error}");
                 let _ = self.connection.memory().remove(iova, size);
@@ -502,7 +471,7 @@ impl Transport for VfioUser {
 impl Drop for VfioUser {
     fn drop(&mut self) {
         if self.generation != fork::generation() {
-            // The socket is the parent's, too, and the thread is not here; nor may its lock be taken.
+            // The parent uses the socket. A child does not have the thread, and its lock may be held.
             let listener = std::mem::take(&mut self.listener);
             return std::mem::forget(listener);
         }

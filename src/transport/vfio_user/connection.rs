@@ -1,7 +1,7 @@
-//! Exchanges with a server: one at a time, each within its time, and none after one that went wrong.
+//! Exchanges with a server: one at a time, each within its time limit, and none after a failure.
 //!
-//! An answer that does not come in time is late: until it has come, nothing else is sent, so that it is told
-//! from the next.
+//! An answer that does not come in time is late. Nothing else is sent until it has come, so that it cannot be
+//! taken for another.
 
 use std::fmt;
 use std::net::Shutdown;
@@ -34,9 +34,9 @@ pub(super) struct Connection {
     inner: Mutex<Inner>,
     /// Where the server sends its own commands, if it has a socket for them.
     pub(super) twin: OnceLock<Twin>,
-    /// Memory is mapped for DMA that the server cannot reach but by messages.
+    /// Memory is mapped for DMA that the server reaches only by messages.
     pub(super) unshared: AtomicBool,
-    /// Why nothing can be exchanged any more.
+    /// Why the connection has ended.
     fault: Mutex<Option<Fault>>,
     memory: Mutex<DmaTable<DmaMemory>>,
 }
@@ -45,9 +45,9 @@ pub(super) struct Inner {
     pub(super) sender: Sender,
     pub(super) receiver: Receiver,
     next_id: u16,
-    /// What the server has not answered in time.
+    /// The command that the server has not answered in time.
     late: Option<Late>,
-    /// Mappings that were made too late: to be undone.
+    /// Mappings that the server has made too late. They are undone.
     unwanted: Vec<(u64, u64)>,
 }
 
@@ -71,7 +71,7 @@ pub(super) struct Request<'a> {
     pub(super) command: u16,
     pub(super) body: [&'a [u8]; 2],
     pub(super) fds: &'a [BorrowedFd<'a>],
-    /// How long the reply's body is at least.
+    /// The least size of the reply's body.
     pub(super) reply: usize,
     /// Address and size of the mapping for DMA that it is about.
     pub(super) mapping: Option<(u64, u64)>,
@@ -180,8 +180,7 @@ impl Connection {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The socket, from the listener: which may have a message to serve first, and the time for that is
-    /// the exchange's.
+    /// Takes the socket from the listener. It may serve a message first, within the exchange's deadline.
     fn socket(&self, deadline: Deadline) -> (MutexGuard<'_, Inner>, Deadline) {
         match self.inner.try_lock() {
             Ok(inner) => (inner, deadline),
@@ -195,9 +194,9 @@ impl Connection {
         }
     }
 
-    /// Sends a command and waits for its reply, serving what the server asks for meanwhile: all within
-    /// the command's time, from the end of the exchange before on. `operation` and `object` are for
-    /// the error, which an error that the server reports is, too.
+    /// Sends a command and waits for its reply, and serves the server's commands meanwhile. All of it is within
+    /// the command's time limit, which begins when the previous exchange ends. `operation` and `object` are for
+    /// the error; an error that the server reports is one.
     pub(super) fn exchange(
         &self,
         request: Request<'_>,
@@ -214,7 +213,7 @@ impl Connection {
         }
     }
 
-    /// The same, and a reply that reports an error is a reply.
+    /// The same, but a reply that reports an error is `Ok`.
     fn ask(
         &self,
         request: Request<'_>,
@@ -224,13 +223,13 @@ impl Connection {
         let turn = self.turn();
         let time = self.limits.of(request.command);
         let deadline = Deadline::new(time);
-        // The socket's own timeout is that of most answers.
+        // The socket's own timeout is the limit of most answers.
         let deadline = if time == self.limits.answer { deadline } else { deadline.by_poll() };
         let (mut inner, mut deadline) = self.socket(deadline);
         let result = self.in_turn(&mut inner, request, &mut deadline);
         let made = match &result {
             Ok(reply) => reply.header.failed().is_none(),
-            // The server may still make it, and use it at once.
+            // The server may still make the mapping, and use it at once.
             Err(Failure::Late(_)) => true,
             Err(_) => false,
         };
@@ -272,7 +271,7 @@ impl Connection {
         Error::new(kind, operation, object).with_reason(reason).with_advice(remedy)
     }
 
-    /// The server has sent a reply that makes no sense: it cannot be believed any more.
+    /// The server has sent a malformed reply: the connection ends.
     pub(super) fn malformed(
         &self,
         reason: String,
@@ -295,7 +294,7 @@ impl Connection {
         self.converse(inner, request, deadline)
     }
 
-    /// Takes the answer that is late, if it has come, and undoes what it has made.
+    /// Takes the late answer, if it has come, and undoes the mapping that it confirms.
     fn catch_up(
         &self,
         inner: &mut Inner,
@@ -306,7 +305,7 @@ impl Connection {
                 return Err(Failure::Waiting(late.command));
             };
             self.arrived(inner, message, deadline)?;
-            // A server that sends command after command is not waited for longer than one that is silent.
+            // A server that sends commands without pause gains no time.
             if deadline.check().is_err() {
                 return Err(Failure::Waiting(late.command));
             }
@@ -327,7 +326,7 @@ impl Connection {
         Ok(())
     }
 
-    /// The server has answered whether it has unmapped something: what it still has, it may still ask for.
+    /// Forgets a mapping if the server has unmapped it. Otherwise the server may still ask for it.
     fn unmapped(&self, reply: &Message, mapping: Option<(u64, u64)>) {
         if let (None, Some((address, size))) = (reply.header.failed(), mapping) {
             // It was inserted before it was mapped.
@@ -348,7 +347,7 @@ impl Connection {
         inner.sender.send(header, body, fds, deadline)?;
         let mut served = false;
         loop {
-            // Messages that have arrived already take time, too.
+            // Messages that had arrived before were not waited for.
             let in_time = if served { deadline.check() } else { Ok(()) };
             let mut message = match in_time.and_then(|()| inner.receiver.receive(deadline)) {
                 Err(Fault::Silent(time)) => {
@@ -380,7 +379,7 @@ impl Connection {
                     message.body.len()
                 ))));
             }
-            // Whatever comes of the rest, this was answered.
+            // A failure in what follows does not change this answer.
             if let Err(fault) = self.serve_rest(inner, deadline) {
                 self.fail(fault);
             }
@@ -388,7 +387,7 @@ impl Connection {
         }
     }
 
-    /// Serves the commands that have arrived with a reply: nobody will find them in the socket.
+    /// Serves the commands that have arrived with a reply: they are not in the socket any more.
     fn serve_rest(
         &self,
         inner: &mut Inner,
@@ -400,7 +399,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes a message that no exchange waits for: a command of the server's, or the answer that is late.
+    /// Takes a message that no exchange waits for: a command of the server's, or the late answer.
     pub(super) fn arrived(
         &self,
         inner: &mut Inner,
@@ -435,7 +434,7 @@ impl Connection {
         self.fault().is_some()
     }
 
-    /// Nothing will be exchanged any more: the socket is shut down, so that the server knows.
+    /// Ends the connection, and shuts the socket down, so that the server notices.
     pub(super) fn fail(&self, fault: Fault) {
         log::debug!("{}: {fault}", self.name);
         self.fault().get_or_insert(fault);
@@ -443,7 +442,7 @@ impl Connection {
     }
 
     pub(super) fn shut_down(&self) {
-        // It fails only where the peer has done so before.
+        // It fails only if the peer has shut it down before.
         let _ = self.stream.shutdown(Shutdown::Both);
         if let Some(twin) = self.twin.get() {
             let _ = twin.stream.shutdown(Shutdown::Both);

@@ -1,8 +1,8 @@
-//! Interrupts of a PCI device behind a server. What vfio-pci does to configuration space in the kernel is done
-//! here, so that drivers see no difference.
+//! Interrupts of a PCI device behind a server. The client changes configuration space as vfio-pci does in the
+//! kernel, so that drivers see no difference.
 //!
-//! A device whose INTx nobody has connected must not raise it (SPDK takes it for a fatal error), and one sends
-//! messages only if its MSI or MSI-X capability is enabled (SPDK, and the models of QEMU).
+//! A device must not raise an INTx that nobody has connected: SPDK then reports a fatal error. A device sends
+//! MSI and MSI-X only while the capability is enabled: so do SPDK and the models of QEMU.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -10,14 +10,19 @@ use std::os::fd::BorrowedFd;
 use std::sync::{MutexGuard, PoisonError};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
-    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE,
+    VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER,
+    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
 };
 
 use super::client::VfioUser;
-use super::protocol::wire::IrqSet;
+use super::connection::Request;
+use super::protocol::wire::{self, IrqSet, command};
 use crate::error::{Error, ErrorKind, Result};
-use crate::transport::{Transport, irq_index};
+use crate::transport::{IrqInfo, Transport, irq_index};
+
+/// More vectors than any interrupt has (MSI-X: 2048).
+const MAX_VECTORS: u32 = 1 << 16;
 
 /// The region that holds configuration space.
 pub(super) const CONFIG: u32 = 7;
@@ -70,7 +75,7 @@ impl VfioUser {
         self.info.pci && config.is_ok_and(|config| config.readable && config.writable)
     }
 
-    /// Takes out of use what an earlier user may have left: nobody has connected an interrupt yet.
+    /// Disables what an earlier user may have left enabled: nobody has connected an interrupt yet.
     pub(super) fn quiet_interrupts(&self) -> Result<()> {
         if !self.has_config() {
             return Ok(());
@@ -114,7 +119,7 @@ impl VfioUser {
         Ok(u16::from_le_bytes(bytes))
     }
 
-    /// Changes a register, unless it reads as that already, or all ones: nobody answers then.
+    /// Changes a register unless it has that value already, or reads as all ones: no device answers then.
     fn change(&self, register: u64, change: impl FnOnce(u16) -> u16) -> Result<()> {
         let value = self.config_u16(register)?;
         let changed = change(value);
@@ -151,6 +156,38 @@ impl VfioUser {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Asks what an interrupt index offers.
+    pub(super) fn query_irq(&self, index: u32) -> Result<IrqInfo> {
+        let object = || self.irq_name(index);
+        if index >= self.info.irq_count {
+            return Err(Error::new(ErrorKind::NotFound, "query", object())
+                .with_reason(format!("the device has {}", self.info.irq_count)));
+        }
+        let argsz = wire::IrqInfo::SIZE as u32;
+        let ask = wire::IrqInfo { argsz, index, ..Default::default() };
+        let request = Request {
+            command: command::DEVICE_GET_IRQ_INFO,
+            body: [&ask.encode(), &[]],
+            reply: wire::IrqInfo::SIZE,
+            ..Request::default()
+        };
+        let reply = self.connection.exchange(request, "query", object())?;
+        let (answer, _) = wire::IrqInfo::decode(&reply.body).unwrap_or_default();
+        if answer.index != index || answer.count > MAX_VECTORS {
+            let reason =
+                format!("it claims {} vectors of interrupt {}", answer.count, answer.index);
+            return Err(self.connection.malformed(reason, "query", object()));
+        }
+        let has = |flag| answer.flags & flag != 0;
+        Ok(IrqInfo {
+            count: answer.count,
+            eventfd: has(VFIO_IRQ_INFO_EVENTFD),
+            maskable: has(VFIO_IRQ_INFO_MASKABLE),
+            automasked: has(VFIO_IRQ_INFO_AUTOMASKED),
+            noresize: has(VFIO_IRQ_INFO_NORESIZE),
+        })
     }
 
     /// Connects vectors, enables what sends them, and unmasks them. In as many messages as the server takes
@@ -219,7 +256,7 @@ impl VfioUser {
         self.set(all, &[], "disconnect").and(undone)
     }
 
-    /// Sets up what a reset has taken out of use, as the kernel does.
+    /// Sets up again what a reset has disabled, as the kernel does.
     pub(super) fn restore_interrupts(&self) -> Result<()> {
         if !self.has_config() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! What a server says of a region, and the files that it sends with that.
+//! Regions as a server describes them, and the files that it sends for them.
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -14,25 +14,25 @@ use crate::space::BackingKind;
 use crate::sys::{self, file};
 use crate::transport::{RegionFile, RegionInfo};
 
-/// The longest answer about a region that is asked for: some 65,000 sparse areas.
+/// The longest description of a region that is accepted: some 65,000 sparse areas.
 const MAX_ANSWER: u32 = 1 << 20;
 
-/// How often a server may ask for more room: it knows at the first time how much it needs.
+/// How often a server may ask for more room. An honest one does so once.
 const MAX_ROUNDS: u32 = 4;
 
 pub(super) struct Region {
     pub(super) info: RegionInfo,
-    /// Where its mappable parts are; `None` where it has none.
+    /// The file of its mappable parts; `None` if it has none.
     pub(super) file: Option<RegionFile>,
 }
 
-/// `None` where the index is vacant, which servers tell by EINVAL or a size of zero.
+/// `None` if the index is vacant. Servers say so by EINVAL or a size of zero.
 pub(super) fn read_region(
     connection: &Connection,
     index: u32,
     name: &str,
 ) -> Result<Option<Region>> {
-    // Room for some areas, so that most regions are asked for once.
+    // Room for some areas: one exchange is enough for most regions.
     let mut argsz = 256;
     let mut rounds = 0..MAX_ROUNDS;
     let (body, fds) = loop {
@@ -84,8 +84,8 @@ pub(super) fn read_region(
     Ok(Some(Region { info, file }))
 }
 
-/// The region's file: one for all of it, or one for each area. `None` if nothing of the region can be mapped:
-/// messages reach it then, as they reach the areas that are left out, and the log says why.
+/// The region's file: one for all of it, or one for each area. `None` if nothing of the region can be mapped.
+/// Messages reach such a region, and areas that are left out. The log says why.
 fn choose(info: &mut RegionInfo, fds: Vec<OwnedFd>, start: u64, name: &str) -> Option<RegionFile> {
     let count = fds.len();
     let areas = info.areas.as_ref().map_or(1, Vec::len);
@@ -105,8 +105,8 @@ fn choose(info: &mut RegionInfo, fds: Vec<OwnedFd>, start: u64, name: &str) -> O
     let identity = |file: &RegionFile| file::identity(file.fd()).ok();
     let wanted = identity(&first);
     let len = file::regular_size(first.fd()).ok().flatten().unwrap_or(0);
-    // Touching what lies past the end of a file raises SIGBUS. Areas that leave the region are kept: they are
-    // an error where the region is used.
+    // An access past the end of a file raises SIGBUS. Areas that leave the region are kept: the layout of the
+    // region reports them.
     let fits = |area: &Range<u64>| {
         area.end > info.size || start.checked_add(area.end).is_some_and(|end| end <= len)
     };
@@ -129,15 +129,15 @@ fn choose(info: &mut RegionInfo, fds: Vec<OwnedFd>, start: u64, name: &str) -> O
     if areas.is_empty() { None } else { Some(first) }
 }
 
-/// A file of which a region can be mapped: shared memory, or a regular file of a file system on a disk. Another
-/// one is given back, and so is one that the region begins in the middle of a page of.
+/// A file that a region can be mapped from: shared memory, or a regular file on a local disk. Any other file is
+/// given back, as is one in which the region does not begin with a page.
 fn file_of(fd: OwnedFd, start: u64) -> std::result::Result<RegionFile, OwnedFd> {
     let memory = file::is_tmpfs(&fd);
     if !start.is_multiple_of(sys::page_size() as u64) || !(memory || file::is_on_local_disk(&fd)) {
         return Err(fd);
     }
-    // The server may write the file itself, so that nothing is lost by writing it here. What a mapping of it
-    // reads after it was emptied is not known, other than of shared memory.
+    // The descriptor can do no more here than in the server. Only shared memory is known to refault after
+    // MREMAP_DONTUNMAP.
     let kind = if memory { BackingKind::SharedMemory } else { BackingKind::Other };
     Ok(RegionFile { fd: Arc::new(fd), start, kind })
 }

@@ -1,9 +1,9 @@
-//! What the server asks of the client: memory that is mapped for DMA.
+//! The commands of the server: it asks for memory that is mapped for DMA.
 //!
-//! Whoever exchanges something serves what comes meanwhile. A thread that listens serves the rest: on the
-//! server's own socket if it has one, and else on that of the exchanges, while there is none. There it lets
-//! go of the socket after each message, and an exchange goes first: a server that sends without pause delays
-//! an exchange by one message.
+//! An exchange serves the commands that come meanwhile. A thread serves the others: on the twin socket if there
+//! is one, and otherwise on the socket of the exchanges, between them. There it releases the socket after each
+//! message, and an exchange goes first. So a server that sends commands without pause delays an exchange by one
+//! message.
 
 use std::os::fd::AsFd;
 use std::sync::PoisonError;
@@ -20,8 +20,8 @@ use super::protocol::dma::{self, Rights};
 use super::protocol::version::MAX_TRANSFER;
 use super::protocol::wire::{DmaAccess, command};
 
-/// How long the thread leaves the socket to exchanges after one has woken it. A server that has all memory
-/// by its file asks for none of it, or waits that long.
+/// How long the thread leaves the socket alone after the reply to an exchange has woken it: an exchange then
+/// costs no second wake-up. A server that has a file for all memory rarely asks, and may wait that long.
 const NAP: Duration = Duration::from_millis(1);
 
 impl Connection {
@@ -64,7 +64,7 @@ impl Connection {
         if count > MAX_TRANSFER {
             return Err(Errno::E2BIG);
         }
-        // Held while copying: what is unmapped is not reached afterwards.
+        // The lock is held while copying: memory is out of reach once it is unmapped.
         let memory = self.memory();
         let mut data = vec![0; count];
         for piece in memory.find(access.address, count, Rights::READ)? {
@@ -85,7 +85,7 @@ impl Connection {
         Ok((access, Vec::new()))
     }
 
-    /// Serves what the server asks for of itself, until the connection ends.
+    /// Serves the server's commands until the connection ends.
     pub(super) fn listen(&self) {
         let twin = self.twin.get();
         let stream = twin.map_or(&self.stream, |twin| &twin.stream);
@@ -97,7 +97,7 @@ impl Connection {
             }
             loop {
                 if twin.is_none() && self.wanted.load(Ordering::Relaxed) {
-                    // Until that exchange is over; it serves what comes meanwhile.
+                    // Until that exchange ends, which serves the commands that come meanwhile.
                     drop(self.turn());
                 }
                 match self.serve_next() {

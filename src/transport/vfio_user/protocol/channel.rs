@@ -1,4 +1,4 @@
-//! Whole messages over a stream socket, with deadlines, and no trust in who sends them.
+//! Whole messages over a stream socket. Each wait has a deadline, and the peer is not trusted.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -17,7 +17,7 @@ use super::version::{MAX_FDS, MAX_TRANSFER};
 use super::wire::Header;
 use crate::sys::socket::{self, Received};
 
-/// The longest message that is believed: data, and what is said of them.
+/// The longest message that is accepted: the most data, and the fields before them.
 const MAX_MESSAGE: usize = MAX_TRANSFER + 4096;
 
 /// A message that has arrived.
@@ -25,18 +25,18 @@ const MAX_MESSAGE: usize = MAX_TRANSFER + 4096;
 pub(crate) struct Message {
     pub(crate) header: Header,
     pub(crate) body: Vec<u8>,
-    /// What came with it; closed where nobody takes it.
+    /// The descriptors that came with it. They are closed with the message.
     pub(crate) fds: Vec<OwnedFd>,
 }
 
-/// Why a channel is of no use any more.
+/// Why a channel cannot be used any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// The peer has closed the socket; whether in the middle of a message.
+    /// The peer has closed the socket, possibly in the middle of a message.
     Closed { cut_short: bool },
     /// The peer has not taken or sent a message in time.
     Silent(Duration),
-    /// The peer has sent what makes no sense.
+    /// The peer has sent something that breaks the protocol.
     Malformed(String),
     /// The socket failed.
     Os(Errno),
@@ -65,8 +65,8 @@ impl From<Errno> for Fault {
     }
 }
 
-/// Closes descriptors that a peer has sent and nobody wants. By a thread: to close a file may take as long as
-/// whoever serves its file system likes (FUSE).
+/// Closes descriptors that a peer has sent and nobody wants. A thread does it: closing a file may wait for the
+/// process that serves its file system (FUSE).
 pub(crate) fn discard(fds: Vec<OwnedFd>) {
     if !fds.is_empty() {
         let thread = thread::Builder::new().name("vfio-user discard".to_owned());
@@ -76,15 +76,15 @@ pub(crate) fn discard(fds: Vec<OwnedFd>) {
     }
 }
 
-/// A time limit as sockets and clocks can hold it: of no time at all sockets think that it is without end,
-/// and what is longer than a century, clocks cannot add.
+/// A time limit that sockets and clocks accept. A socket takes zero for no limit, and a clock cannot add more
+/// than some centuries.
 pub(crate) fn within_reason(time: Duration) -> Duration {
     const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
     time.clamp(Duration::from_millis(1), CENTURY)
 }
 
-/// Until when an exchange may last, whatever happens in it. If nothing was waited for before, its first
-/// wait for a message is the socket's own (`SO_RCVTIMEO`), which costs no system call.
+/// When an exchange must end, whatever happens in it. The first wait for a message is the socket's own
+/// (`SO_RCVTIMEO`), which costs no system call, unless the exchange has waited before.
 #[derive(Debug)]
 pub(crate) struct Deadline {
     until: Instant,
@@ -93,13 +93,12 @@ pub(crate) struct Deadline {
 }
 
 impl Deadline {
-    /// For an exchange that begins now and may take as long as `time`, which is the socket's receive
-    /// timeout too.
+    /// For an exchange that begins now and may take `time`, which is also the socket's receive timeout.
     pub(crate) fn new(time: Duration) -> Self {
         Self { until: Instant::now() + time, time, waited: false }
     }
 
-    /// The same on a socket without a receive timeout of its own, or after something was waited for.
+    /// The same for a socket with another receive timeout, or after a wait: all waits are by `poll(2)`.
     pub(crate) fn by_poll(self) -> Self {
         Self { waited: true, ..self }
     }
@@ -114,7 +113,7 @@ impl Deadline {
         if self.left().is_zero() { Err(Fault::Silent(self.time)) } else { Ok(()) }
     }
 
-    /// Waits until the socket is ready, or no longer than it may.
+    /// Waits until the socket is ready; `Silent` at the deadline.
     fn wait(&mut self, stream: &UnixStream, events: PollFlags) -> Result<(), Fault> {
         self.waited = true;
         loop {
@@ -167,19 +166,18 @@ impl Sender {
     }
 }
 
-/// The receiving side: bytes that have arrived, and what of them is whole.
+/// The receiving side: the bytes and descriptors that have arrived.
 #[derive(Debug)]
 pub(crate) struct Receiver {
     stream: Arc<UnixStream>,
     buffer: Vec<u8>,
     /// How much of the buffer is filled.
     filled: usize,
-    /// Descriptors, each with the place in the buffer of the last byte that came with it.
+    /// Descriptors, each with the index in the buffer of the last byte that came with it.
     fds: VecDeque<(usize, OwnedFd)>,
 }
 
-/// A connected socket as its two sides. `time` bounds how long the first byte of a message may take to
-/// come.
+/// Splits a connected socket into its two sides. `time` becomes its receive timeout.
 pub(crate) fn split(stream: UnixStream, time: Duration) -> std::io::Result<(Sender, Receiver)> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(time))?;
@@ -199,7 +197,7 @@ impl Receiver {
         &self.stream
     }
 
-    /// The next message; waits for it as long as the exchange may last.
+    /// Waits for the next message until the deadline.
     pub(crate) fn receive(&mut self, deadline: &mut Deadline) -> Result<Message, Fault> {
         loop {
             if let Some(message) = self.take()? {
@@ -207,8 +205,7 @@ impl Receiver {
             }
             if std::mem::replace(&mut deadline.waited, true) {
                 deadline.wait(&self.stream, PollFlags::POLLIN)?;
-                // That the socket is ready does not mean that there is a byte to read: not by a call that
-                // would wait for one.
+                // A socket may be ready without a byte to read (MSG_OOB): the call must not wait for one.
                 self.fill(MsgFlags::MSG_DONTWAIT, deadline.time)?;
             } else {
                 self.fill(MsgFlags::empty(), deadline.time)?;
@@ -216,8 +213,8 @@ impl Receiver {
         }
     }
 
-    /// The next message, whenever it comes, on a socket without a receive timeout; once it has begun, the
-    /// rest may take `time`.
+    /// Waits for the next message without a limit, on a socket without a receive timeout. Once its first byte
+    /// has arrived, the rest may take `time`.
     #[cfg(feature = "emulated")]
     pub(crate) fn receive_idle(&mut self, time: Duration) -> Result<Message, Fault> {
         if let Some(message) = self.take()? {
@@ -229,7 +226,7 @@ impl Receiver {
         self.receive(&mut Deadline::new(time).by_poll())
     }
 
-    /// The next message if all of it is there. Does not wait.
+    /// The next message if all of it has arrived. Does not wait.
     pub(crate) fn receive_now(&mut self) -> Result<Option<Message>, Fault> {
         loop {
             if let Some(message) = self.take()? {
@@ -264,20 +261,20 @@ impl Receiver {
         let body = self.buffer[Header::SIZE..size].to_vec();
         self.buffer.copy_within(size..self.filled, 0);
         self.filled -= size;
-        // What came with bytes up to this message's last came with this message: the kernel ends a
-        // read behind the bytes that descriptors were sent with.
+        // The kernel ends a read behind the bytes that descriptors were sent with. So descriptors that came
+        // with this message's bytes are this message's.
         let ours = self.fds.partition_point(|(last, _)| *last < size);
         let fds = self.fds.drain(..ours).map(|(_, fd)| fd).collect();
         self.fds.iter_mut().for_each(|(last, _)| *last -= size);
         Ok(Some(Message { header, body, fds }))
     }
 
-    /// Reads what has arrived; without `MSG_DONTWAIT` it waits for that once, as long as the socket's receive
-    /// timeout says, or until a signal comes. The buffer has room whenever no whole message is in it.
+    /// Reads what has arrived. Without `MSG_DONTWAIT` it waits once, until the socket's receive timeout or a
+    /// signal. The buffer has room whenever it holds no whole message.
     fn fill(&mut self, flags: MsgFlags, time: Duration) -> Result<(), Fault> {
         let buffer = &mut self.buffer[self.filled..];
         match socket::receive(&self.stream, buffer, flags) {
-            // The next wait is measured: a signal does not make it longer.
+            // The deadline bounds the next wait: signals do not extend it.
             Err(Errno::EINTR) => Ok(()),
             Err(Errno::EAGAIN) if flags.contains(MsgFlags::MSG_DONTWAIT) => Ok(()),
             Err(Errno::EAGAIN) => Err(Fault::Silent(time)),
@@ -315,9 +312,9 @@ mod tests {
     use super::*;
     use crate::transport::vfio_user::protocol::wire::command;
 
-    /// How long a silent peer is waited for.
+    /// The time limit for a silent peer.
     const TIME: Duration = Duration::from_millis(200);
-    /// How long one that means well may take on a machine that is busy.
+    /// The time limit for an honest peer on a busy machine.
     const AMPLE: Duration = Duration::from_secs(120);
 
     fn pair(time: Duration) -> (UnixStream, Sender, Receiver) {
@@ -399,7 +396,7 @@ mod tests {
         assert_eq!(std::io::read_to_string(reader).unwrap(), "");
     }
 
-    /// A byte now and then: as long as it goes on, the socket is never silent for long.
+    /// One byte after the other: the socket's own timeout never ends.
     #[test]
     fn a_peer_that_trickles_is_given_up_in_time() {
         let (mut theirs, _sender, mut receiver) = pair(TIME);
@@ -415,7 +412,7 @@ mod tests {
         let fault = receiver.receive(&mut Deadline::new(TIME)).unwrap_err();
         assert_eq!(fault, Fault::Silent(TIME));
         drop((receiver, _sender));
-        // It would have gone on for twenty seconds more.
+        // The rest would take twenty seconds more.
         assert!(!writer.join().unwrap(), "all of it was waited for");
     }
 
@@ -429,13 +426,13 @@ mod tests {
         assert_eq!(fault, Some(Fault::Silent(TIME)));
     }
 
-    /// However many waits there are in an exchange, they have one time together.
+    /// All waits of an exchange share one deadline.
     #[test]
     fn the_waits_of_an_exchange_share_its_time() {
         let (mut theirs, mut sender, mut receiver) = pair(TIME);
         let mut deadline = Deadline::new(TIME);
         let writer = std::thread::spawn(move || {
-            // Each message comes in time, and the next one, for a hundred times as long.
+            // Each message arrives in time. All of them take a hundred times as long.
             (0..200).all(|id| {
                 std::thread::sleep(TIME / 2);
                 theirs.write_all(&message(id, b"")).is_ok()
@@ -454,7 +451,7 @@ mod tests {
         assert!(!writer.join().unwrap(), "each message had a time of its own");
     }
 
-    /// A byte out of band makes the socket ready, and leaves nothing to read.
+    /// A byte out of band makes the socket ready with nothing to read.
     #[test]
     fn a_byte_out_of_band_does_not_take_the_deadline_away() {
         let (theirs, _sender, mut receiver) = pair(AMPLE);

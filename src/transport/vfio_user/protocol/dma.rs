@@ -1,5 +1,5 @@
-//! What a client has mapped for DMA, by I/O virtual address; and memory of this process, reached as a
-//! device would.
+//! What a client has mapped for DMA, by I/O virtual address, and access to memory of this process as a device
+//! would do it.
 
 use std::collections::BTreeMap;
 use std::io::{IoSlice, IoSliceMut};
@@ -76,7 +76,7 @@ impl<T: Clone> DmaTable<T> {
         self.room.saturating_sub(self.entries.len() as u32)
     }
 
-    /// EINVAL where the range is empty or wraps around, EEXIST where it overlaps another, ENOSPC.
+    /// EINVAL if the range is empty or wraps around, EEXIST if it overlaps another, ENOSPC if there is no room.
     pub(crate) fn insert(
         &mut self,
         address: u64,
@@ -98,8 +98,8 @@ impl<T: Clone> DmaTable<T> {
         Ok(())
     }
 
-    /// Removes a mapping if `may` says so of what it leads to: ENOENT where not, or no mapping is exactly
-    /// this one.
+    /// Removes a mapping if `may` accepts its target. ENOENT if it does not, or if there is no mapping of exactly
+    /// this range.
     pub(crate) fn remove_if(
         &mut self,
         address: u64,
@@ -113,19 +113,19 @@ impl<T: Clone> DmaTable<T> {
         self.entries.remove(&address).map(|entry| entry.target).ok_or(Errno::ENOENT)
     }
 
-    /// ENOENT where no mapping is exactly this one.
+    /// ENOENT if there is no mapping of exactly this range.
     pub(crate) fn remove(&mut self, address: u64, size: u64) -> Result<(), Errno> {
         self.remove_if(address, size, |_| true).map(drop)
     }
 
-    /// Removes all of which `keep` does not hold.
+    /// Removes the mappings whose target `keep` rejects.
     #[cfg(feature = "emulated")]
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
         self.entries.retain(|_, entry| keep(&entry.target));
     }
 
-    /// Where the `len` bytes at `address` lie. EFAULT where a part of them is not mapped, EACCES where
-    /// it may not be accessed so.
+    /// Where the `len` bytes at `address` are. EFAULT if a part of them is not mapped, EACCES if it is not mapped
+    /// for `wanted`.
     pub(crate) fn find(
         &self,
         address: u64,
@@ -151,8 +151,8 @@ impl<T: Clone> DmaTable<T> {
     }
 }
 
-/// Reads memory of this process as a device would: the kernel copies, so that no reference to it is
-/// made, and what is not there is EFAULT.
+/// Reads memory of this process as a device would. The kernel copies: no reference to the memory exists, and a
+/// page that is missing is EFAULT.
 pub(crate) fn read(memory: &DmaMemory, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
     let remote = [place(memory, offset, data.len())?];
     let len = data.len();

@@ -1,9 +1,8 @@
-//! The vfio-user protocol, version 0.1: what its client and its server share.
+//! The vfio-user protocol, version 0.1: what client and server share.
 //!
-//! It is spoken here rather than by the `vfio_user` crate, whose client ignores errors and waits without
-//! end.
+//! The `vfio_user` crate is not used: its client ignores errors and waits without limits.
 
-// Part of it is the server's alone.
+// The server alone uses some of it.
 #![cfg_attr(not(feature = "emulated"), allow(dead_code))]
 
 pub(crate) mod channel;

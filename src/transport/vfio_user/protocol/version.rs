@@ -1,16 +1,16 @@
-//! What two peers tell each other at first: version and capabilities.
+//! The first exchange of two peers: version and capabilities.
 
 use serde_json::{Value, json};
 
 use super::wire::{MAJOR, MINOR, Version};
 
-/// The most data that one message may carry where the peer does not say, and what we say, in bytes.
+/// The most bytes of data in one message: the default of the protocol, and ours.
 pub(crate) const MAX_TRANSFER: usize = 1 << 20;
-/// How many file descriptors we take with one message: as many as clients send that do not care.
+/// How many file descriptors we take with one message: as many as clients send that ignore our limit.
 pub(crate) const MAX_FDS: usize = 64;
-/// How many we say that we take: QEMU (10.1 to 11.1) refuses a server that says more.
+/// How many we say that we take: QEMU (10.1 to 11.1) rejects a server that says more.
 const SAID_FDS: usize = 16;
-/// How many mappings for DMA there may be where the peer does not say, and what we say.
+/// How many mappings for DMA there may be: the default of the protocol, and ours.
 pub(crate) const MAX_DMA_MAPS: u32 = 65535;
 
 /// What a peer can do.
@@ -46,8 +46,8 @@ impl Capabilities {
         encode(&capabilities)
     }
 
-    /// Reads a peer's `VERSION`. What is missing has the protocol's default; what is unknown does not
-    /// matter.
+    /// Reads a peer's `VERSION`. A capability that is missing has the protocol's default. One that is not known
+    /// is ignored.
     ///
     /// # Errors
     /// What of it is malformed.

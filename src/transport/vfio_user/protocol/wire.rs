@@ -3,7 +3,7 @@
 
 use nix::errno::Errno;
 
-/// The version that is spoken here: any smaller minor one is, too.
+/// The version that is spoken here, as is every smaller minor version.
 pub(crate) const MAJOR: u16 = 0;
 pub(crate) const MINOR: u16 = 1;
 
@@ -68,7 +68,7 @@ macro_rules! fields {
                 bytes
             }
 
-            /// The fields at the start of `bytes`, and what follows them; `None` where they are cut
+            /// The fields at the start of `bytes`, and the bytes behind them; `None` if they are cut
             /// short.
             #[allow(dead_code, reason = "some fields are only sent")]
             pub(crate) fn decode(bytes: &[u8]) -> Option<(Self, &[u8])> {
@@ -84,7 +84,7 @@ macro_rules! fields {
 }
 
 fields! {
-    /// What every message begins with. `size` counts the header, too; `error` is an errno.
+    /// What every message begins with. `size` includes the header; `error` is an errno.
     Header { id: u16, command: u16, size: u32, flags: u32, error: u32, }
 }
 
@@ -94,7 +94,7 @@ fields! {
 }
 
 fields! {
-    /// `offset` is that in the file that comes with it.
+    /// `offset` is the offset in the file that comes with it.
     DmaMap { argsz: u32, flags: u32, offset: u64, address: u64, size: u64, }
 }
 
@@ -155,17 +155,17 @@ const NO_REPLY: u32 = 1 << 4;
 const ERROR: u32 = 1 << 5;
 
 impl Header {
-    /// Heads a command of `body` bytes.
+    /// The header of a command of `body` bytes.
     pub(crate) fn command(id: u16, command: u16, body: usize) -> Self {
         Self { id, command, size: size_with(body), flags: 0, error: 0 }
     }
 
-    /// Heads the reply to `self`, of `body` bytes.
+    /// The header of the reply to `self`, of `body` bytes.
     pub(crate) fn reply(&self, body: usize) -> Self {
         Self { size: size_with(body), flags: REPLY, error: 0, ..*self }
     }
 
-    /// The whole of a reply that says what went wrong.
+    /// A whole reply that reports an error.
     pub(crate) fn failure(&self, errno: Errno) -> Self {
         Self { flags: REPLY | ERROR, error: errno as u32, ..self.reply(0) }
     }
@@ -182,7 +182,7 @@ impl Header {
         self.flags & NO_REPLY == 0
     }
 
-    /// The errno of a reply that reports an error: 0 where the peer does not say which.
+    /// The errno of a reply that reports an error; 0 if the peer does not name one.
     pub(crate) fn failed(&self) -> Option<i32> {
         (self.flags & ERROR != 0).then(|| i32::try_from(self.error).unwrap_or(0))
     }
