@@ -213,8 +213,8 @@ struct ArenaMapping {
 /// The free parts of a mapping.
 struct Free {
     ranges: IovaAllocator,
-    /// From this address on nothing was ever allocated: all bytes are zero.
-    untouched: u64,
+    /// From this offset in the mapping on nothing was ever allocated: all bytes are zero.
+    untouched: usize,
 }
 
 /// The size of a mapping, added to that of its arena.
@@ -256,7 +256,7 @@ impl ArenaMapping {
         let first = made.mapping.iova().0;
         // This does not overflow: `map` has allocated these addresses.
         let ranges = IovaAllocator::new(&[first..=first + (wanted.size as u64 - 1)]);
-        made.free = Some(Mutex::new(Free { ranges, untouched: first }));
+        made.free = Some(Mutex::new(Free { ranges, untouched: 0 }));
         Ok(Arc::new(made))
     }
 
@@ -296,16 +296,16 @@ impl ArenaMapping {
         let (size, alignment) = (wanted.size as u64, alignment.max(wanted.page as u64));
         let mut free = self.free()?;
         let start = free.ranges.allocate(size, alignment, limit)?;
-        let used = free.untouched.saturating_sub(start).min(size);
-        free.untouched = free.untouched.max(start.saturating_add(size));
-        drop(free);
         let offset = (start - self.mapping.iova().0) as usize;
+        let used = free.untouched.saturating_sub(offset).min(wanted.size);
+        free.untouched = free.untouched.max(offset + wanted.size);
+        drop(free);
         // SAFETY: the range was free, so it lies in the mapping, and `offset` in its memory.
         let first = unsafe { self.memory.first().add(offset) };
         let (mapping, iova) = (self.clone(), Iova(start));
         let huge_pages_refused = None;
         let allocation = Allocation { mapping, first, iova, size: wanted.size, huge_pages_refused };
-        allocation.clear(used as usize);
+        allocation.clear(used);
         Some(allocation)
     }
 

@@ -136,6 +136,21 @@ fn a_buffer_that_was_dropped_is_given_out_again_as_zeros() {
 }
 
 #[test]
+fn memory_at_the_last_address_of_all_is_zeroed() {
+    let first = u64::MAX - 0xffff;
+    let few = Few::with_limits(|limits| *limits = DmaLimits::new(vec![first..=u64::MAX], 4096));
+    let (few, space) = space_of(few);
+    let held = space.buffer(15 * PAGE).unwrap();
+    for _ in 0..2 {
+        let last = space.buffer(PAGE).unwrap();
+        assert_eq!(last.iova(), Iova(u64::MAX - 0xfff));
+        assert_zero(&last);
+        fill(&last, 0xff);
+    }
+    assert_eq!((few.sizes(), held.iova()), (vec![0x1_0000], Iova(first)));
+}
+
+#[test]
 fn a_mapping_goes_with_its_last_buffer() {
     let (few, space) = space();
     for order in [[0, 1], [1, 0]] {

@@ -33,7 +33,7 @@ pub static MUTANTS: &[Mutant] = &[
     Mutant {
         name: "buffer-not-zeroed",
         file: "src/device/dma_arena.rs",
-        before: "        allocation.clear(used as usize);",
+        before: "        allocation.clear(used);",
         after: "        let _ = used;",
         killer: Host(
             "--test host -- dma_arena::a_buffer_that_was_dropped_is_given_out_again_as_zeros",

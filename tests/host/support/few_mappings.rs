@@ -72,7 +72,7 @@ impl Few {
         let (start, size) = (buffer.iova().0, buffer.size() as u64);
         let mapped = self.mapped.lock().unwrap();
         let before = mapped.range(..=start).next_back();
-        before.is_some_and(|(first, all)| start + size <= first + all)
+        before.is_some_and(|(first, all)| start - first + size <= *all)
     }
 }
 
@@ -113,7 +113,7 @@ impl Transport for Few {
             return refuse(ErrorKind::Os);
         }
         let size = memory.size() as u64;
-        if iova <= *self.neighbours.end() && *self.neighbours.start() < iova + size {
+        if iova <= *self.neighbours.end() && *self.neighbours.start() <= iova + (size - 1) {
             return refuse(ErrorKind::AddressTaken);
         }
         let lockable = self.lockable.load(Ordering::Relaxed);
