@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use super::irq::Irq;
 use super::memory::Memory;
 use super::server::wire::Wire;
-use super::user::User;
+use super::user::{Cost, User};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
 use crate::transport::vfio_user::protocol::dma::{self, DmaTable, Piece, Rights};
@@ -37,8 +37,11 @@ struct Mapping {
 pub(super) enum Target {
     /// In this process.
     Here(DmaMemory),
-    /// In a file that its user may truncate at any time. It is read and written, never mapped.
+    /// In a file of a client, which is read and written, not mapped.
     File(Arc<File>, u64),
+    /// In a file of a client that is mapped here, with the size of that mapping in bytes. The client may truncate
+    /// the file at any time, so only the kernel accesses it.
+    Mapped(DmaMemory, u64),
     /// In a client that has to be asked by messages, at this address.
     Client(Arc<Wire>, u64),
 }
@@ -75,7 +78,9 @@ impl Bus {
             let Piece { target: Mapping { target, .. }, offset, range } = piece;
             let part = &mut data[range.clone()];
             let done = match target {
-                Target::Here(memory) => dma::read(&memory, offset, part),
+                Target::Here(memory) | Target::Mapped(memory, _) => {
+                    dma::read(&memory, offset, part)
+                }
                 Target::File(file, start) => of(file.read_exact_at(part, start + offset)),
                 Target::Client(wire, start) => {
                     let deadline = deadline.get_or_insert_with(|| wire.deadline());
@@ -101,7 +106,9 @@ impl Bus {
             let Piece { target: Mapping { target, .. }, offset, range } = piece;
             let part = &data[range];
             match target {
-                Target::Here(memory) => dma::write(&memory, offset, part),
+                Target::Here(memory) | Target::Mapped(memory, _) => {
+                    dma::write(&memory, offset, part)
+                }
                 Target::File(file, start) => of(file.write_all_at(part, start + offset)),
                 Target::Client(wire, start) => {
                     let deadline = deadline.get_or_insert_with(|| wire.deadline());
@@ -162,7 +169,7 @@ impl Bus {
     }
 
     /// Maps memory of a user for DMA. EINVAL if the range is empty or wraps around, EEXIST if it overlaps a
-    /// mapping of any user; ENOSPC or EMFILE past the user's limits.
+    /// mapping of any user; ENOSPC, EMFILE or ENOMEM past the user's limits.
     pub(super) fn map(
         &self,
         user: &Arc<User>,
@@ -172,10 +179,10 @@ impl Bus {
         target: Target,
     ) -> std::result::Result<(), Errno> {
         let mut table = self.dma();
-        let with_file = target.is_file();
-        user.add_mapping(with_file)?;
+        let cost = target.cost();
+        user.add_mapping(cost)?;
         let mapping = Mapping { user: user.clone(), target };
-        table.insert(iova, size, rights, mapping).inspect_err(|_| user.remove_mapping(with_file))
+        table.insert(iova, size, rights, mapping).inspect_err(|_| user.remove_mapping(cost))
     }
 
     /// Unmaps memory of a user. ENOENT if the user has no mapping of exactly this range.
@@ -187,7 +194,7 @@ impl Bus {
     ) -> std::result::Result<(), Errno> {
         let theirs = |mapping: &Mapping| Arc::ptr_eq(&mapping.user, user);
         let removed = self.dma().remove_if(iova, size, theirs)?;
-        user.remove_mapping(removed.target.is_file());
+        user.remove_mapping(removed.target.cost());
         Ok(())
     }
 
@@ -196,7 +203,7 @@ impl Bus {
         self.dma().retain(|mapping| {
             let theirs = Arc::ptr_eq(&mapping.user, user);
             if theirs {
-                user.remove_mapping(mapping.target.is_file());
+                user.remove_mapping(mapping.target.cost());
             }
             !theirs
         });
@@ -220,8 +227,12 @@ impl Bus {
 }
 
 impl Target {
-    fn is_file(&self) -> bool {
-        matches!(self, Self::File(..))
+    fn cost(&self) -> Cost {
+        match self {
+            Self::Here(_) | Self::Client(..) => Cost::default(),
+            Self::File(..) => Cost { files: 1, mapped: 0 },
+            Self::Mapped(_, bytes) => Cost { files: 1, mapped: *bytes },
+        }
     }
 }
 

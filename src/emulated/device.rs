@@ -289,7 +289,7 @@ impl Core {
         })
     }
 
-    /// Connects a user's eventfds.
+    /// Connects a user's files, which [may be eventfds](may_be_eventfd).
     pub(super) fn connect(
         &self,
         user: &Arc<User>,
@@ -298,10 +298,6 @@ impl Core {
         fds: Vec<Option<OwnedFd>>,
     ) -> Result<()> {
         self.check("connect", format_args!("interrupt {index} of {}", self.info.name))?;
-        // Looking at a user's files and closing them may take long, so no lock is held.
-        if fds.iter().flatten().any(|fd| !may_be_eventfd(fd)) {
-            return Err(self.irq_error(Errno::EINVAL, "connect", index));
-        }
         let mut fds = fds.into_iter().map(|fd| fd.map(Arc::new)).collect::<Vec<_>>();
         let displaced = self.with_irq(index, "connect", |irq| irq.connect(user, start, &mut fds));
         displaced.map(drop)
@@ -357,9 +353,12 @@ impl Transport for Emulated {
             return self.core.disconnect(&self.core.user, index);
         }
         let own = |fd: &Option<BorrowedFd<'_>>| fd.map(|fd| fd.try_clone_to_owned()).transpose();
-        let fds = fds.iter().map(own).collect::<std::io::Result<_>>().map_err(|error| {
+        let fds = fds.iter().map(own).collect::<std::io::Result<Vec<_>>>().map_err(|error| {
             Error::io(&error, "connect", format!("interrupt {index} of {}", self.core.info.name))
         })?;
+        if fds.iter().flatten().any(|fd| !may_be_eventfd(fd)) {
+            return Err(self.core.irq_error(Errno::EINVAL, "connect", index));
+        }
         self.core.connect(&self.core.user, index, start, fds)
     }
 

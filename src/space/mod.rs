@@ -17,6 +17,8 @@ mod memory;
 mod placement;
 mod report;
 mod reservation;
+#[cfg(feature = "emulated")]
+mod shared;
 mod strategies;
 
 pub(crate) use backing::Backing;

@@ -69,6 +69,15 @@ pub(crate) fn is_hugetlb(fd: impl AsFd) -> bool {
     file_system(&fd) == Some(HUGETLBFS_MAGIC)
 }
 
+/// The page size of a file on hugetlbfs, in bytes; `None` for any other file. Seals are queried first, as in
+/// [`is_tmpfs`].
+#[cfg(feature = "emulated")]
+pub(crate) fn huge_page_size(fd: impl AsFd) -> Option<u64> {
+    fcntl(&fd, FcntlArg::F_GET_SEALS).ok()?;
+    let file_system = fstatfs(fd).ok()?;
+    (file_system.filesystem_type() == HUGETLBFS_MAGIC).then(|| file_system.block_size() as u64)
+}
+
 fn file_system(fd: impl AsFd) -> Option<FsType> {
     Some(fstatfs(fd).ok()?.filesystem_type())
 }

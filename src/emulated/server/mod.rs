@@ -1,5 +1,8 @@
 //! A device that is served to other processes.
 
+mod closer;
+mod commands;
+mod memory;
 mod session;
 pub(super) mod wire;
 
@@ -18,31 +21,33 @@ use crate::sys::fork;
 use crate::transport::Transport;
 use crate::transport::vfio_user::protocol::channel::{Fault, within_reason};
 
-/// What a server grants a client.
+/// The limits of a server for a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ClientLimits {
-    /// How long the client may take for the rest of a message that it has begun, to take an answer, and
-    /// to answer for memory that it does not share.
+    /// How long the client may take to send the rest of a message, to receive a reply, and to reply to an
+    /// access to memory that it does not share.
     pub time: Duration,
-    /// How many mappings for DMA may come with a file, which costs the server a file descriptor each.
-    /// One more is refused with EMFILE.
+    /// How many DMA mappings may come with a file. Each costs the server a file descriptor or a mapping. More are
+    /// refused with EMFILE.
     pub files: u32,
 }
 
 impl Default for ClientLimits {
-    /// Five seconds, and half of the file descriptors that this process may have (the soft limit
-    /// RLIMIT_NOFILE, `man 2 getrlimit`).
+    /// Five seconds, and half of the file descriptors that this process may have (the soft limit RLIMIT_NOFILE,
+    /// `man 2 getrlimit`), but at most 16384: a quarter of the mappings that Linux allows a process by default
+    /// (`vm.max_map_count`).
     fn default() -> Self {
-        // Without an answer, half of what processes usually may have.
+        const MAPPINGS: u64 = 16384;
+        // If the call fails, half of the usual limit.
         let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
-        let files = u32::try_from(descriptors / 2).unwrap_or(u32::MAX);
+        let files = (descriptors / 2).min(MAPPINGS) as u32;
         Self { time: Duration::from_secs(5), files }
     }
 }
 
 impl From<Duration> for ClientLimits {
-    /// The default, but for the time.
+    /// The default limits with this time.
     fn from(time: Duration) -> Self {
         Self { time, ..Self::default() }
     }
@@ -52,16 +57,19 @@ impl From<Duration> for ClientLimits {
 /// QEMU's `vfio-user-pci` (10.1 and newer), cloud-hypervisor, or any other that speaks version 0.1 of
 /// the protocol.
 ///
-/// Clients are not trusted: what they send is checked, what they share is read and written but never
-/// mapped, and one that misbehaves is disconnected. A client cannot hold up the server, whatever it does
-/// with the sockets, memory and eventfds that both have: each wait has the time of its [`ClientLimits`]. One
-/// wait has none: a descriptor that is neither memory nor an eventfd is closed in the thread that serves
-/// this client, and where the client itself serves the file system behind it (FUSE), that ends when the
-/// client answers or leaves. Nobody else waits for it.
+/// Clients are not trusted: everything that they send is checked, and a client that breaks the protocol is
+/// disconnected. A client cannot block the server by the sockets, memory and eventfds that they share: each wait has
+/// the time limit of [`ClientLimits`].
 ///
-/// Clients do share the device, with each other and with the program that it is in: one finds it as
-/// another has left it. What a client has mapped for DMA and which eventfds it has connected is its own,
-/// and goes with it; an I/O address that one has mapped, no other can map.
+/// A client shares memory for DMA by sending a file. Files on tmpfs (such as a memfd) are read and written; files on
+/// hugetlbfs and on local disks (ext2, ext3, ext4, XFS, Btrfs, F2FS) are mapped. If the client truncates a mapped
+/// file, transfers fail, and no signal is raised: the kernel copies. All other files are refused with EOPNOTSUPP,
+/// since an access to a file in FUSE or NFS waits for another process or machine. Closing such a file waits as well.
+/// A thread does that; it remains until the file is closed.
+///
+/// Clients share the device with each other and with the program that serves it, including its state. The DMA
+/// mappings and the eventfds of a client are its own and are released when it leaves. Two users cannot map the same
+/// IOVA.
 ///
 /// ```no_run
 /// use vfio_remap::emulated::{Edu, Emulated, Server};
@@ -84,11 +92,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens at `path`, where nothing may be yet; it is removed when the server is dropped, but not by
-    /// a child of `fork(2)`.
+    /// Listens at `path`, which must not exist. The socket is removed when the server is dropped, but not by a child
+    /// of `fork(2)`.
     ///
     /// # Errors
-    /// What the kernel answers; EADDRINUSE where something is there.
+    /// Errors of the kernel; EADDRINUSE if `path` exists.
     pub fn bind(path: impl AsRef<Path>, device: Emulated) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let listener = UnixListener::bind(&path).map_err(|error| {
@@ -101,10 +109,11 @@ impl Server {
             }
         })?;
         let generation = fork::generation();
-        Ok(Self { listener, path, device, limits: ClientLimits::default(), generation })
+        let limits = ClientLimits::default();
+        Ok(Self { listener, path, device, limits, generation })
     }
 
-    /// Grants each client this, and not the default.
+    /// Sets the limits for each client.
     #[must_use]
     pub fn with_limits(mut self, limits: impl Into<ClientLimits>) -> Self {
         self.limits = limits.into();
@@ -114,17 +123,15 @@ impl Server {
     /// Waits for a client, and serves it until it leaves.
     ///
     /// # Errors
-    /// `Malformed` where it was disconnected because it sent what makes no sense, `Gone` where it died
-    /// in the middle of a message or was silent there. The server can serve the next.
+    /// `Malformed` if the client broke the protocol, `Gone` if it left or stopped in the middle of a message. The
+    /// server can serve the next client.
     pub fn serve(&self) -> Result<()> {
-        let (stream, _) = self
-            .listener
-            .accept()
-            .map_err(|error| Error::io(&error, "accept a client at", self.path.display()))?;
+        let failed = |error| Error::io(&error, "accept a client at", self.path.display());
+        let (stream, _) = self.listener.accept().map_err(failed)?;
         Self::serve_stream(&self.device, stream, self.limits)
     }
 
-    /// Serves a client on a socket that is connected already.
+    /// Serves a client on a connected socket.
     ///
     /// # Errors
     /// As [`serve`](Self::serve).
@@ -133,26 +140,35 @@ impl Server {
         stream: UnixStream,
         limits: impl Into<ClientLimits>,
     ) -> Result<()> {
-        let object = || format!("a client of {}", device.info().name);
-        let limits = limits.into();
+        Self::run(device, Self::session(device, stream, limits.into())?)
+    }
+
+    fn session(device: &Emulated, stream: UnixStream, limits: ClientLimits) -> Result<Session<'_>> {
         let limits = ClientLimits { time: within_reason(limits.time), ..limits };
-        let mut session = Session::new(device, stream, limits)
-            .map_err(|error| Error::io(&error, "serve", object()))?;
+        Session::new(device, stream, limits)
+            .map_err(|error| Error::io(&error, "serve", client_of(device)))
+    }
+
+    fn run(device: &Emulated, mut session: Session<'_>) -> Result<()> {
         session.run().map_err(|fault| {
             let kind = match fault {
                 Fault::Malformed(_) => ErrorKind::Malformed,
                 Fault::Closed { .. } | Fault::Silent(_) => ErrorKind::Gone,
-                Fault::Os(errno) => return Error::os(errno, "serve", object()),
+                Fault::Os(errno) => return Error::os(errno, "serve", client_of(device)),
             };
-            Error::new(kind, "serve", object()).with_reason(fault.to_string())
+            Error::new(kind, "serve", client_of(device)).with_reason(fault.to_string())
         })
     }
+}
+
+fn client_of(device: &Emulated) -> String {
+    format!("a client of {}", device.info().name)
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         if self.generation != fork::generation() {
-            // A child's copy: the parent listens on.
+            // In a child of fork(2): the parent still listens.
             return;
         }
         if let Err(error) = std::fs::remove_file(&self.path) {

@@ -1,13 +1,16 @@
 //! The server's socket, shared by the thread that serves commands and a model that asks its client for
 //! memory.
 //!
-//! Whoever waits for a message reads the socket if nobody else does, and hands on what is not meant for
-//! it: so no thread stands between a command and its answer, and none waits for another that waits.
+//! A thread that waits for a message reads the socket if no other thread does, and hands on messages for others. So
+//! no extra thread is between a command and its reply.
+//!
+//! A client may use a second socket for the server's commands (`twin_socket`). It has a `Wire` of its own, which
+//! receives only replies. If one of the two fails, the other is closed.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::net::Shutdown;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -30,44 +33,63 @@ const MAX_AHEAD_FDS: usize = 128;
 pub(in crate::emulated) struct Wire {
     time: Duration,
     stream: Arc<UnixStream>,
+    /// For a second socket, the first one, which receives the client's commands.
+    first: Option<Arc<Wire>>,
     sender: Mutex<Sender>,
     inbox: Mutex<Inbox>,
-    /// A message has been handed on, or nobody reads any more.
+    /// Notified when a message was handed on, or no thread reads.
     changed: Condvar,
 }
 
 struct Inbox {
-    /// With whoever reads, while somebody does.
+    /// Taken by the thread that reads.
     receiver: Option<Receiver>,
     commands: VecDeque<Message>,
     bytes: usize,
     fds: usize,
-    /// Replies by id, to those who wait for them.
+    /// The ids of replies that threads wait for, and the replies.
     awaited: HashSet<u16>,
     replies: HashMap<u16, Message>,
+    /// Messages that the client must not send. Their descriptors are closed later.
+    strays: Vec<Message>,
     next_id: u16,
-    /// How many wait for others to read.
+    /// How many threads wait for another one to read.
     waiting: usize,
     /// How much data the client takes in one message.
     transfer: usize,
     fault: Option<Fault>,
 }
 
-/// What is waited for.
+/// What a thread waits for.
 enum Wanted<'a> {
-    /// Within a deadline, or whenever it comes.
+    /// Until a deadline, or without one.
     Command(Option<&'a mut Deadline>),
     Reply(u16, &'a mut Deadline),
 }
 
 impl Wire {
     pub(super) fn new(stream: UnixStream, time: Duration) -> std::io::Result<Self> {
+        Self::with_first(stream, time, None)
+    }
+
+    /// A second socket for the server's commands, and the client's end of it.
+    pub(super) fn twin(self: &Arc<Self>) -> std::io::Result<(Self, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        Ok((Self::with_first(ours, self.time, Some(self.clone()))?, theirs))
+    }
+
+    fn with_first(
+        stream: UnixStream,
+        time: Duration,
+        first: Option<Arc<Self>>,
+    ) -> std::io::Result<Self> {
         let (sender, receiver) = channel::split(stream, time)?;
-        // A client may be idle; what must come in time is waited for by poll.
+        // A client may be idle. Waits that have a deadline use poll.
         receiver.stream().set_read_timeout(None)?;
         Ok(Self {
             time,
             stream: receiver.stream().clone(),
+            first,
             sender: Mutex::new(sender),
             inbox: Mutex::new(Inbox {
                 receiver: Some(receiver),
@@ -76,6 +98,7 @@ impl Wire {
                 fds: 0,
                 awaited: HashSet::new(),
                 replies: HashMap::new(),
+                strays: Vec::new(),
                 next_id: 0,
                 waiting: 0,
                 transfer: MAX_TRANSFER,
@@ -85,22 +108,37 @@ impl Wire {
         })
     }
 
-    /// The client has said who it is, and that it takes so much data in one message.
-    pub(super) fn greeted(&self, transfer: usize) {
+    /// Sets how much data the client takes in one message.
+    pub(super) fn limit_transfer(&self, transfer: usize) {
         self.inbox().transfer = transfer;
     }
 
-    /// The client's first command, which must come in time.
+    /// Ends the connection. Threads that wait for it are woken.
+    pub(super) fn close(&self) {
+        self.fail(&mut self.inbox(), Fault::Closed { cut_short: false });
+    }
+
+    /// Takes the descriptors that were received and not used.
+    pub(super) fn take_fds(&self) -> Vec<OwnedFd> {
+        let mut inbox = self.inbox();
+        let mut fds = inbox.receiver.as_mut().map(Receiver::take_fds).unwrap_or_default();
+        let commands = std::mem::take(&mut inbox.commands);
+        let strays = std::mem::take(&mut inbox.strays);
+        fds.extend(commands.into_iter().chain(strays).flat_map(|message| message.fds));
+        fds
+    }
+
+    /// The client's first command, within the time limit.
     pub(super) fn first_command(&self) -> Result<Message, Fault> {
         self.wait(&mut Wanted::Command(Some(&mut self.deadline())))
     }
 
-    /// The client's next command, whenever it comes.
+    /// The client's next command, without a time limit.
     pub(super) fn command(&self) -> Result<Message, Fault> {
         self.wait(&mut Wanted::Command(None))
     }
 
-    /// For what the client is to do from now on.
+    /// The deadline for an exchange that begins now.
     pub(in crate::emulated) fn deadline(&self) -> Deadline {
         Deadline::new(self.time).by_poll()
     }
@@ -125,7 +163,7 @@ impl Wire {
         sender.send(header, parts, fds, deadline)
     }
 
-    /// Reads the client's memory by messages, however many, within one deadline.
+    /// Reads the client's memory by messages. One deadline holds for all of them.
     pub(in crate::emulated) fn dma_read(
         &self,
         address: u64,
@@ -138,7 +176,7 @@ impl Wire {
             let access = DmaAccess { address, count: part.len() as u64 };
             let body = self.ask(command::DMA_READ, access, &[], deadline)?;
             part.copy_from_slice(body.get(DmaAccess::SIZE..).ok_or(Errno::EIO)?);
-            // Past the last address nothing follows.
+            // It wraps only after the last part.
             address = address.wrapping_add(part.len() as u64);
         }
         Ok(())
@@ -156,13 +194,13 @@ impl Wire {
         for part in data.chunks(transfer) {
             let access = DmaAccess { address, count: part.len() as u64 };
             self.ask(command::DMA_WRITE, access, part, deadline)?;
-            // Past the last address nothing follows.
+            // It wraps only after the last part.
             address = address.wrapping_add(part.len() as u64);
         }
         Ok(())
     }
 
-    /// Asks the client, and sees that its reply is one to that; its body.
+    /// Sends a command to the client. Returns the body of the reply, which belongs to the command.
     fn ask(
         &self,
         command: u16,
@@ -195,7 +233,7 @@ impl Wire {
         let read = if command == command::DMA_READ { access.count as usize } else { 0 };
         let whole = match DmaAccess::decode(&reply.body) {
             Some((echo, data)) => echo == access && data.len() == read,
-            // Of a write, an older form of the protocol has the count in 32 bits.
+            // In an older form of the protocol, the reply to a write has a count of 32 bits.
             None => read == 0,
         };
         if reply.header.command == command && whole { Ok(reply.body) } else { Err(Errno::EIO) }
@@ -224,7 +262,8 @@ impl Wire {
                 };
                 inbox = self.inbox();
                 inbox.receiver = Some(receiver);
-                if let Err(fault) = received.and_then(|message| inbox.hand_on(message)) {
+                let is_second = self.first.is_some();
+                if let Err(fault) = received.and_then(|message| inbox.hand_on(message, is_second)) {
                     self.fail(&mut inbox, fault);
                 }
                 if inbox.waiting > 0 {
@@ -250,10 +289,13 @@ impl Wire {
         }
     }
 
-    /// Nothing will be sent or received any more; whoever waits in the kernel is told.
+    /// Nothing will be sent or received any more. Threads that wait for the socket are woken.
     fn fail(&self, inbox: &mut Inbox, fault: Fault) {
+        if let Some(first) = &self.first {
+            first.fail(&mut first.inbox(), fault.clone());
+        }
         inbox.fault.get_or_insert(fault);
-        // It fails only where the peer has done so before.
+        // It fails only if the peer has done so before.
         let _ = self.stream.shutdown(Shutdown::Both);
         self.changed.notify_all();
     }
@@ -272,27 +314,36 @@ impl Inbox {
         }
     }
 
-    fn hand_on(&mut self, message: Message) -> Result<(), Fault> {
+    fn hand_on(&mut self, message: Message, is_second: bool) -> Result<(), Fault> {
         let Header { id, .. } = message.header;
-        if message.header.is_command() {
-            self.bytes += message.body.len();
-            self.fds += message.fds.len();
-            self.commands.push_back(message);
-            if self.commands.len() > MAX_AHEAD
-                || self.bytes > MAX_AHEAD_BYTES
-                || self.fds > MAX_AHEAD_FDS
-            {
-                return Err(Fault::Malformed(
-                    "the client sends too many commands ahead".to_owned(),
-                ));
+        let is_reply = message.header.is_reply() && self.awaited.remove(&id);
+        let malformed = match message.header.is_command() {
+            true if is_second => "the client sent a command by the server's socket".to_owned(),
+            true => return self.queue(message),
+            false if !is_reply => format!("unexpected reply id {id} from the client"),
+            false if !message.fds.is_empty() => {
+                "the client sent descriptors with a reply, which takes none".to_owned()
             }
-            return Ok(());
+            false => {
+                self.replies.insert(id, message);
+                return Ok(());
+            }
+        };
+        self.strays.push(message);
+        Err(Fault::Malformed(malformed))
+    }
+
+    fn queue(&mut self, command: Message) -> Result<(), Fault> {
+        self.bytes += command.body.len();
+        self.fds += command.fds.len();
+        self.commands.push_back(command);
+        if self.commands.len() > MAX_AHEAD
+            || self.bytes > MAX_AHEAD_BYTES
+            || self.fds > MAX_AHEAD_FDS
+        {
+            return Err(Fault::Malformed("the client sends too many commands ahead".to_owned()));
         }
-        if message.header.is_reply() && self.awaited.remove(&id) {
-            self.replies.insert(id, message);
-            return Ok(());
-        }
-        Err(Fault::Malformed(format!("unexpected reply id {id} from the client")))
+        Ok(())
     }
 }
 

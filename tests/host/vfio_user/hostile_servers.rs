@@ -281,8 +281,16 @@ fn a_server_that_dies_anywhere_is_an_error() {
         let result = std::thread::scope(|scope| {
             scope.spawn(|| Server::serve_stream(&device, theirs, AMPLE));
             scope.spawn(|| {
-                let (mut from, mut to) = (&proxy, &onward);
-                let _ = std::io::copy(&mut from, &mut to);
+                let mut bytes = [0; 4096];
+                while let Ok(len @ 1..) = (&proxy).read(&mut bytes) {
+                    // Descriptors do not come through, so the server must not send a second socket.
+                    let name = b"twin_socket";
+                    let at = bytes[..len].windows(name.len()).position(|part| part == name);
+                    at.into_iter().for_each(|at| bytes[at] = b'-');
+                    if (&onward).write_all(&bytes[..len]).is_err() {
+                        break;
+                    }
+                }
                 let _ = onward.shutdown(Shutdown::Both);
             });
             scope.spawn(|| {

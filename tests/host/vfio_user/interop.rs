@@ -12,13 +12,14 @@ use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
     vfio_region_info, vfio_region_sparse_mmap_area,
 };
-use vfio_remap::space::Access;
+use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::{Transport, VfioUser, irq_index};
 use vfio_remap::{Device, ErrorKind, Placement, Strategy};
 use vfio_user::{
     Client, DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion, SparseArea,
 };
 
+use crate::support::memory_files::{self, Mapped};
 use crate::support::{edu, server, shared};
 
 /// A device of theirs: BAR 0 is a trapped page of bytes, and a mapped one; what is done to it is noted.
@@ -88,6 +89,15 @@ impl ServerBackend for Backend {
     }
 }
 
+/// Memory of each sort that this machine has: of a memfd, a file on a disk, and of huge pages.
+fn memories() -> Vec<DmaMemory> {
+    let on_disk = memory_files::on_disk(0x1_0000).map(|file| (file, 0x1_0000));
+    let huge = memory_files::of_huge_pages(1).map(|file| (file, memory_files::HUGE));
+    let files = [on_disk, huge].into_iter().flatten();
+    let of_files = files.map(|(file, size)| Mapped::new(&file, size).unwrap().dma(file));
+    [shared::memory(0x1_0000, true)].into_iter().chain(of_files).collect()
+}
+
 fn region(index: u32, size: u64, memory: Option<&File>) -> ServerRegion {
     let mut flags = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
     let mut sparse_areas = Vec::new();
@@ -135,13 +145,15 @@ fn our_client_drives_a_device_of_their_server() {
     client.set_irqs(irq_index::MSIX, 0, &[Some(event.as_fd())]).unwrap();
     let error = client.set_irqs(irq_index::MSI, 0, &[Some(event.as_fd())]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
-    let dma = shared::memory(0x1000, true);
-    shared::put(&dma, 0, b"ping");
-    client.dma_map(0x1000, &dma, Access::ReadWrite).unwrap();
-    edu::write(&*client, 0x100, 1);
-    assert_eq!(edu::fired(&event), 1);
-    assert_eq!(edu::read(&*client, 0x200), u32::from_le_bytes(*b"ping"));
-    client.dma_unmap(0x1000, 0x1000).unwrap();
+    for dma in memories() {
+        shared::put(&dma, 0, b"ping");
+        client.dma_map(0x1000, &dma, Access::ReadWrite).unwrap();
+        edu::write(&*client, 0x200, 0);
+        edu::write(&*client, 0x100, 1);
+        assert_eq!(edu::fired(&event), 1);
+        assert_eq!(edu::read(&*client, 0x200), u32::from_le_bytes(*b"ping"));
+        client.dma_unmap(0x1000, dma.size() as u64).unwrap();
+    }
     // An error of the backend, of which the server does not say the errno.
     let error = client.write_at(0, 0x100, &[0; 4]).unwrap_err();
     assert!(error.to_string().contains("rejected"), "{error}");
@@ -188,18 +200,25 @@ fn their_client_drives_our_edu() {
     let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
     client.set_irqs(1, flags, 0, 1, &[event.as_fd().as_raw_fd()]).unwrap();
     client.region_write(7, 4, &6u16.to_le_bytes()).unwrap();
-    let memory = shared::memory(0x1000, true);
-    shared::put(&memory, 0x80, b"a block of bytes");
-    let (fd, offset) = memory.file().unwrap();
-    client.dma_map(offset, 0x10_0000, 0x1000, fd.as_raw_fd()).unwrap();
-    for (offset, value) in [(0x80, 0x10_0080), (0x88, 0x4_0000), (0x90, 16), (0x98, 5u64)] {
-        client.region_write(0, offset, &value.to_le_bytes()).unwrap();
+    for memory in memories() {
+        shared::put(&memory, 0x80, b"a block of bytes");
+        let (fd, offset) = memory.file().unwrap();
+        let size = memory.size() as u64;
+        client.dma_map(offset, 0x100_0000, size, fd.as_raw_fd()).unwrap();
+        // Into the device, and behind it again in memory.
+        for (from, to, command) in [(0x100_0080, 0x4_0000, 5), (0x4_0000, 0x100_0100, 7u64)] {
+            for (offset, value) in [(0x80, from), (0x88, to), (0x90, 16), (0x98, command)] {
+                client.region_write(0, offset, &value.to_le_bytes()).unwrap();
+            }
+            assert_eq!(edu::fired(&event), 1);
+        }
+        let mut block = [0; 16];
+        client.region_read(0, 0x4_0000, &mut block).unwrap();
+        assert_eq!(&block, b"a block of bytes");
+        assert_eq!(shared::get(&memory, 0x100, 16), b"a block of bytes");
+        client.dma_unmap(0x100_0000, size).unwrap();
+        client.region_write(0, 0x4_0000, &[0; 16]).unwrap();
     }
-    assert_eq!(edu::fired(&event), 1);
-    let mut block = [0; 16];
-    client.region_read(0, 0x4_0000, &mut block).unwrap();
-    assert_eq!(&block, b"a block of bytes");
-    client.dma_unmap(0x10_0000, 0x1000).unwrap();
     client.reset().unwrap();
     client.region_read(0, 4, &mut word).unwrap();
     assert_eq!(u32::from_le_bytes(word), 0);

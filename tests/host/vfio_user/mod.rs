@@ -2,6 +2,7 @@
 
 mod bars;
 mod both_ends;
+mod client_memory;
 mod cost;
 mod few_mappings;
 mod hostile_clients;
@@ -11,5 +12,6 @@ mod interop;
 mod interrupts;
 mod late;
 mod leftovers;
+mod protocol;
 mod regions;
 mod version;

@@ -197,6 +197,12 @@ impl Receiver {
         &self.stream
     }
 
+    /// The descriptors that came, and are not with a message that was taken.
+    #[cfg(feature = "emulated")]
+    pub(crate) fn take_fds(&mut self) -> Vec<OwnedFd> {
+        self.fds.drain(..).map(|(_, fd)| fd).collect()
+    }
+
     /// Waits for the next message until the deadline.
     pub(crate) fn receive(&mut self, deadline: &mut Deadline) -> Result<Message, Fault> {
         loop {
@@ -287,13 +293,13 @@ impl Receiver {
             return Err(Fault::Closed { cut_short: self.filled > 0 });
         }
         self.filled += received.bytes;
+        let last = self.filled - 1;
+        self.fds.extend(received.fds.into_iter().map(|fd| (last, fd)));
         if received.truncated {
             return Err(Fault::Malformed(
                 "the peer sent more file descriptors than this process may have".to_owned(),
             ));
         }
-        let last = self.filled - 1;
-        self.fds.extend(received.fds.into_iter().map(|fd| (last, fd)));
         if self.fds.len() > MAX_FDS {
             return Err(Fault::Malformed(format!(
                 "the peer sent {} file descriptors at once; {MAX_FDS} are allowed",

@@ -29,7 +29,7 @@ impl Rights {
         self.0
     }
 
-    fn include(self, wanted: Self) -> bool {
+    pub(crate) fn include(self, wanted: Self) -> bool {
         self.0 & wanted.0 == wanted.0
     }
 }

@@ -33,17 +33,26 @@ pub(crate) struct Capabilities {
 }
 
 impl Capabilities {
-    /// Ours, as the body of a `VERSION` message.
-    pub(crate) fn ours() -> Vec<u8> {
-        encode(&limits())
-    }
-
-    /// What a client proposes: the same, and what it uses if the server has it.
+    /// What a client proposes: our limits, and what it uses if the server has it.
     pub(crate) fn proposal() -> Vec<u8> {
         let mut capabilities = limits();
         capabilities["twin_socket"] = json!({"supported": true});
         capabilities["write_multiple"] = true.into();
-        encode(&capabilities)
+        encode(MINOR, &capabilities)
+    }
+
+    /// A server's reply to this client: our limits, and what the client has if this server uses it. With
+    /// `twin_socket`, the first descriptor that comes with the reply is the socket for the server's commands.
+    #[cfg(feature = "emulated")]
+    pub(crate) fn reply(&self, minor: u16, twin_socket: bool) -> Vec<u8> {
+        let mut capabilities = limits();
+        if self.write_multiple {
+            capabilities["write_multiple"] = true.into();
+        }
+        if twin_socket {
+            capabilities["twin_socket"] = json!({"supported": true, "fd_index": 0});
+        }
+        encode(minor.min(MINOR), &capabilities)
     }
 
     /// Reads a peer's `VERSION`. A capability that is missing has the protocol's default. One that is not known
@@ -121,8 +130,8 @@ fn limits() -> Value {
 }
 
 /// The body of a `VERSION` message.
-fn encode(capabilities: &Value) -> Vec<u8> {
-    let mut body = Version { major: MAJOR, minor: MINOR }.encode().to_vec();
+fn encode(minor: u16, capabilities: &Value) -> Vec<u8> {
+    let mut body = Version { major: MAJOR, minor }.encode().to_vec();
     body.extend(json!({"capabilities": capabilities}).to_string().into_bytes());
     body.push(0);
     body
@@ -140,7 +149,7 @@ mod tests {
 
     #[test]
     fn what_we_say_is_what_we_understand() {
-        let ours = Capabilities::read(&Capabilities::ours()).unwrap();
+        let ours = Capabilities::read(&Capabilities::proposal()).unwrap();
         assert_eq!((ours.fds, ours.transfer, ours.page_size), (SAID_FDS, MAX_TRANSFER, 4096));
     }
 

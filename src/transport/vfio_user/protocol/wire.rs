@@ -56,6 +56,7 @@ macro_rules! fields {
             /// How many bytes they are.
             pub(crate) const SIZE: usize = 0 $(+ size_of::<$type>())*;
 
+            #[allow(dead_code, reason = "some fields are only read")]
             pub(crate) fn encode(&self) -> [u8; Self::SIZE] {
                 let mut bytes = [0; Self::SIZE];
                 let mut rest = &mut bytes[..];
