@@ -2,17 +2,20 @@
 
 mod closer;
 mod commands;
+mod listener;
 mod memory;
 mod session;
 pub(super) mod wire;
 
 use std::fmt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 
+use listener::{AtTheEnd, Event, Listener};
 use session::Session;
 
 use super::device::Emulated;
@@ -55,7 +58,8 @@ impl From<Duration> for ClientLimits {
 
 /// Serves a device to vfio-user clients, one at a time: [`VfioUser`](crate::transport::VfioUser),
 /// QEMU's `vfio-user-pci` (10.1 and newer), cloud-hypervisor, or any other that speaks version 0.1 of
-/// the protocol.
+/// the protocol. A client that connects while another one is served is refused with EBUSY, or waits
+/// ([`with_queue`](Self::with_queue)).
 ///
 /// Clients are not trusted: everything that they send is checked, and a client that breaks the protocol is
 /// disconnected. A client cannot block the server by the sockets, memory and eventfds that they share: each wait has
@@ -84,10 +88,11 @@ impl From<Duration> for ClientLimits {
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
 pub struct Server {
-    listener: UnixListener,
+    listener: Listener,
     path: PathBuf,
     device: Emulated,
     limits: ClientLimits,
+    queues: bool,
     generation: u32,
 }
 
@@ -99,7 +104,7 @@ impl Server {
     /// Errors of the kernel; EADDRINUSE if `path` exists.
     pub fn bind(path: impl AsRef<Path>, device: Emulated) -> Result<Self> {
         let path = path.as_ref().to_owned();
-        let listener = UnixListener::bind(&path).map_err(|error| {
+        let listener = Listener::bind(&path).map_err(|error| {
             let failed = Error::io(&error, "listen at", path.display());
             match error.kind() {
                 std::io::ErrorKind::AddrInUse => {
@@ -110,13 +115,21 @@ impl Server {
         })?;
         let generation = fork::generation();
         let limits = ClientLimits::default();
-        Ok(Self { listener, path, device, limits, generation })
+        Ok(Self { listener, path, device, limits, queues: false, generation })
     }
 
     /// Sets the limits for each client.
     #[must_use]
     pub fn with_limits(mut self, limits: impl Into<ClientLimits>) -> Self {
         self.limits = limits.into();
+        self
+    }
+
+    /// Lets clients wait while another one is served, and serves them in their order. Without this, the server
+    /// replies to their first command with EBUSY and disconnects them.
+    #[must_use]
+    pub fn with_queue(mut self) -> Self {
+        self.queues = true;
         self
     }
 
@@ -127,8 +140,22 @@ impl Server {
     /// server can serve the next client.
     pub fn serve(&self) -> Result<()> {
         let failed = |error| Error::io(&error, "accept a client at", self.path.display());
-        let (stream, _) = self.listener.accept().map_err(failed)?;
-        Self::serve_stream(&self.device, stream, self.limits)
+        let stream = self.listener.accept().map_err(failed)?;
+        if self.queues {
+            return Self::serve_stream(&self.device, stream, self.limits);
+        }
+        let end = Event::new().map_err(failed)?;
+        let session = Self::session(&self.device, stream, self.limits)?;
+        let (served, time) = (session.stream(), within_reason(self.limits.time));
+        thread::scope(|scope| {
+            let _end = AtTheEnd(&end);
+            let thread = thread::Builder::new().name("vfio-user busy".to_owned());
+            let refuse_others = || self.listener.refuse_until(&served, &end, time);
+            if let Err(error) = thread.spawn_scoped(scope, refuse_others) {
+                log::warn!("other clients are not refused: {error}");
+            }
+            Self::run(&self.device, session)
+        })
     }
 
     /// Serves a client on a connected socket.

@@ -69,6 +69,11 @@ impl<'a> Session<'a> {
         Ok(Self { device, user: User::new(files), wire, asking, client: None, closer })
     }
 
+    /// The client's socket.
+    pub(super) fn stream(&self) -> Arc<UnixStream> {
+        self.wire.stream().clone()
+    }
+
     /// Serves commands until the client leaves.
     pub(super) fn run(&mut self) -> Result<(), Fault> {
         loop {

@@ -113,6 +113,11 @@ impl Wire {
         self.inbox().transfer = transfer;
     }
 
+    /// The socket, to check whether the client is connected.
+    pub(super) fn stream(&self) -> &Arc<UnixStream> {
+        &self.stream
+    }
+
     /// Ends the connection. Threads that wait for it are woken.
     pub(super) fn close(&self) {
         self.fail(&mut self.inbox(), Fault::Closed { cut_short: false });

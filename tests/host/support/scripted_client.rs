@@ -3,6 +3,7 @@
 use std::io::{IoSlice, IoSliceMut, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::cmsg_space;
@@ -51,6 +52,10 @@ impl Client {
     pub fn new(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(AMPLE)).unwrap();
         Self { stream, next_id: 0x100 }
+    }
+
+    pub fn connect(path: &Path) -> Self {
+        Self::new(UnixStream::connect(path).unwrap())
     }
 
     pub fn send(&mut self, command: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> u16 {

@@ -14,4 +14,5 @@ mod late;
 mod leftovers;
 mod protocol;
 mod regions;
+mod second_client;
 mod version;

@@ -203,6 +203,13 @@ impl Receiver {
         self.fds.drain(..).map(|(_, fd)| fd).collect()
     }
 
+    /// The socket back, if nobody else has it and nothing has come by it.
+    #[cfg(feature = "emulated")]
+    pub(crate) fn into_idle_stream(self) -> Option<UnixStream> {
+        let is_idle = self.filled == 0 && self.fds.is_empty();
+        Arc::into_inner(self.stream).filter(|_| is_idle)
+    }
+
     /// Waits for the next message until the deadline.
     pub(crate) fn receive(&mut self, deadline: &mut Deadline) -> Result<Message, Fault> {
         loop {

@@ -1,0 +1,165 @@
+//! A client that comes while another one is served.
+
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use vfio_remap::ErrorKind;
+use vfio_remap::emulated::{Edu, Emulated, Server};
+use vfio_remap::transport::VfioUser;
+
+use crate::support::scripted_client::{AMPLE, Client, GET_INFO, VERSION, version};
+use crate::support::watch;
+
+/// How long a client may be silent.
+const TIME: Duration = Duration::from_millis(200);
+
+fn path() -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("vfio-remap-busy-{}-{number}", std::process::id()))
+}
+
+fn server(time: Duration) -> (PathBuf, Server) {
+    let path = path();
+    let device = Emulated::new(Edu::new()).unwrap();
+    let server = Server::bind(&path, device).unwrap().with_limits(time);
+    (path, server)
+}
+
+/// Serves so many clients, one after another.
+fn serve(server: Server, count: u32) -> JoinHandle<()> {
+    thread::spawn(move || (0..count).for_each(|_| server.serve().unwrap()))
+}
+
+fn greeted(path: &Path) -> Client {
+    let mut client = Client::connect(path);
+    client.greet("{}");
+    client
+}
+
+fn is_refused(client: &mut Client) {
+    assert_eq!(client.ask(VERSION, &version("{}\0"), &[]).err(), Some(libc::EBUSY));
+    assert!(client.is_closed());
+}
+
+#[test]
+fn a_second_client_is_told_that_the_device_is_busy() {
+    let (path, server) = server(AMPLE);
+    let server = serve(server, 2);
+    let mut first = greeted(&path);
+    for _ in 0..3 {
+        is_refused(&mut Client::connect(&path));
+    }
+    let error = VfioUser::connect(&path).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::InUse, Some(libc::EBUSY)), "{error}");
+    // Any first command is refused. A client may leave without one.
+    let mut client = Client::connect(&path);
+    assert_eq!(client.ask(GET_INFO, &[], &[]).err(), Some(libc::EBUSY));
+    drop(Client::connect(&path));
+    first.edu_copies(0, 8, false);
+    drop(first);
+    greeted(&path);
+    server.join().unwrap();
+}
+
+#[test]
+fn a_client_that_comes_when_another_one_has_left_is_served() {
+    let (path, server) = server(AMPLE);
+    let rounds = 300;
+    let server = serve(server, rounds);
+    for _ in 0..rounds {
+        greeted(&path);
+    }
+    server.join().unwrap();
+}
+
+#[test]
+fn a_silent_client_is_served_when_the_device_is_free() {
+    let (path, server) = server(AMPLE);
+    let server = serve(server, 3);
+    let first = greeted(&path);
+    // Both are accepted before the one that is refused.
+    let mut silent = [Client::connect(&path), Client::connect(&path)];
+    is_refused(&mut Client::connect(&path));
+    drop(first);
+    for client in &mut silent {
+        client.greet("{}");
+        client.stream.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    server.join().unwrap();
+}
+
+#[test]
+fn silent_clients_are_given_up_and_block_nobody() {
+    let (path, server) = server(TIME);
+    let server = serve(server, 1);
+    let mut first = greeted(&path);
+    let mut silent: Vec<_> = (0..40).map(|_| Client::connect(&path)).collect();
+    is_refused(&mut Client::connect(&path));
+    for client in &mut silent {
+        assert!(client.is_closed());
+    }
+    assert_eq!(first.read(0, 0, 4), 0x0100_00edu32.to_ne_bytes());
+    drop(first);
+    server.join().unwrap();
+}
+
+#[test]
+fn with_a_queue_clients_wait_for_their_turn() {
+    let (path, server) = server(AMPLE);
+    let server = serve(server.with_queue(), 3);
+    let mut first = greeted(&path);
+    let mut others = [0; 2].map(|_| {
+        let mut client = Client::connect(&path);
+        client.send(VERSION, &version("{}\0"), &[]);
+        client
+    });
+    assert_eq!(first.read(0, 0, 4), 0x0100_00edu32.to_ne_bytes());
+    assert!(others.iter_mut().all(|client| !client.has_message()));
+    drop(first);
+    for client in &mut others {
+        assert_eq!(client.receive().error, None);
+        client.stream.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    server.join().unwrap();
+}
+
+/// Two threads serve: two clients have the device, and a third is refused.
+#[test]
+fn as_many_clients_are_served_as_threads_serve() {
+    let (path, server) = server(AMPLE);
+    let server = Arc::new(server);
+    let threads = [0; 2].map(|_| {
+        let server = server.clone();
+        thread::spawn(move || server.serve().unwrap())
+    });
+    let clients = [greeted(&path), greeted(&path)];
+    is_refused(&mut Client::connect(&path));
+    drop(clients);
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn descriptors_of_a_refused_client_are_closed() {
+    let (path, server) = server(AMPLE);
+    let server = serve(server, 1);
+    let first = greeted(&path);
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    for _ in 0..20 {
+        let mut client = Client::connect(&path);
+        client.send(VERSION, &version("{}\0"), &[writer.as_fd(); 8]);
+        assert_eq!(client.receive().error, Some(libc::EBUSY));
+    }
+    drop(writer);
+    // With every writing end closed, the pipe is at its end.
+    watch::in_time(move || assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0));
+    drop(first);
+    server.join().unwrap();
+}
