@@ -63,6 +63,7 @@ impl Status {
     pub(super) const ABORT_REQUESTED: Self = Self(0x07);
     pub(super) const INVALID_NAMESPACE: Self = Self(0x0b);
     pub(super) const INVALID_PRP_OFFSET: Self = Self(0x13);
+    pub(super) const WRITE_PROTECTED: Self = Self(0x20);
     pub(super) const LBA_OUT_OF_RANGE: Self = Self(0x80);
     pub(super) const INVALID_COMPLETION_QUEUE: Self = Self(0x100);
     pub(super) const INVALID_QUEUE_ID: Self = Self(0x101);

@@ -54,6 +54,8 @@ pub(super) fn namespace(namespace: &Namespace) -> Vec<u8> {
     }
     // Deallocated blocks read as zeros.
     data[33] = 1;
+    // Namespace attributes: write protected.
+    data[99] = namespace.is_read_only().into();
     // One format without metadata, and the binary logarithm of its block size.
     data[130] = namespace.shift() as u8;
     data

@@ -41,6 +41,7 @@ impl Nvme {
                 }
                 let mut data = vec![0; len];
                 if command.opcode() == 0x01 {
+                    namespace.check_write(block, count)?;
                     gather(bus, command, page, &mut data)?;
                     namespace.write(block, &data, durable).map_err(failed)?;
                 } else {
@@ -49,7 +50,7 @@ impl Nvme {
                 }
             }
             0x08 => {
-                namespace.check(block, count)?;
+                namespace.check_write(block, count)?;
                 let ranges = [(block, count)].into();
                 return Ok(Progress::Long(Zeros { namespace: id, ranges, durable }));
             }
@@ -65,7 +66,7 @@ impl Nvme {
                         u64::from_le_bytes(word)
                     });
                     let count = low >> 32;
-                    namespace.check(block, count).map(|()| (block, count))
+                    namespace.check_write(block, count).map(|()| (block, count))
                 });
                 let ranges: VecDeque<_> = ranges.collect::<std::result::Result<_, _>>()?;
                 let ranges = ranges.into_iter().filter(|(_, count)| *count > 0).collect();

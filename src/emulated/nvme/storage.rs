@@ -29,6 +29,7 @@ pub struct Namespace {
     cache: BTreeMap<u64, Box<[u8]>>,
     /// False once punching a hole into the file has failed as unsupported.
     has_holes: bool,
+    read_only: bool,
 }
 
 impl Namespace {
@@ -42,7 +43,8 @@ impl Namespace {
         Self::file(file.into(), block_size)
     }
 
-    /// A namespace on a file that is open for reading and writing, in blocks of `block_size` bytes.
+    /// A namespace on a file, in blocks of `block_size` bytes. The file is open for reading and writing, or only for
+    /// reading if the namespace is [read-only](Self::read_only).
     ///
     /// # Errors
     /// As [`memory`](Self::memory).
@@ -55,7 +57,26 @@ impl Namespace {
             )));
         }
         let shift = block_size.trailing_zeros();
-        Ok(Self { file, shift, blocks: size >> shift, cache: BTreeMap::new(), has_holes: true })
+        Ok(Self {
+            file,
+            shift,
+            blocks: size >> shift,
+            cache: BTreeMap::new(),
+            has_holes: true,
+            read_only: false,
+        })
+    }
+
+    /// The same, write protected: commands that would change it are refused (NVMe 1.4, Namespace
+    /// Write Protection).
+    #[must_use]
+    pub fn read_only(mut self) -> Self {
+        self.read_only = true;
+        self
+    }
+
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only
     }
 
     pub(super) fn blocks(&self) -> u64 {
@@ -72,6 +93,12 @@ impl Namespace {
             Some(end) if end <= self.blocks => Ok(()),
             _ => Err(Status::LBA_OUT_OF_RANGE),
         }
+    }
+
+    /// Whether these blocks exist and may be changed.
+    pub(super) fn check_write(&self, block: u64, count: u64) -> std::result::Result<(), Status> {
+        self.check(block, count)?;
+        if self.read_only { Err(Status::WRITE_PROTECTED) } else { Ok(()) }
     }
 
     /// Reads whole blocks. [`check`](Self::check) has found that they exist.

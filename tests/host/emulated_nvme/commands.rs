@@ -213,6 +213,32 @@ fn blocks_of_a_file_are_there_for_the_next_controller() {
 }
 
 #[test]
+fn a_read_only_namespace_says_so_and_is_not_changed() {
+    let path = std::env::temp_dir().join(format!("vfio-remap-read-only-{}", std::process::id()));
+    std::fs::write(&path, [7; 0x2000]).unwrap();
+    // Open for reading only, as the program that serves it may have it.
+    let file = std::fs::File::open(&path).unwrap();
+    let protected = Namespace::file(file, 512).unwrap().read_only();
+    let namespaces = vec![protected, Namespace::memory(0x2000, 512).unwrap()];
+    let mut driver = Driver::new(Arc::new(Emulated::new(Nvme::new(namespaces)).unwrap()));
+    let [one, two] = [1, 2].map(|id| identify(&mut driver, 0, id).unwrap()[99]);
+    assert_eq!((one, two), (1, 0), "namespace attributes");
+    shared::put(&driver.memory, DATA, &[0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    driver.command(1, 0x09, 2, [IOVA + DATA as u64, 0], [0, 4, 0]).unwrap();
+    // Writing, writing zeros, deallocating; then what changes nothing.
+    let protected = Err(0x20);
+    assert_eq!(driver.io(0x01, 1, 0, 0), protected);
+    assert_eq!(driver.io(0x08, 1, 0, 0), protected);
+    let range = [IOVA + DATA as u64, 0];
+    assert_eq!(driver.command(1, 0x09, 1, range, [0, 4, 0]), protected);
+    driver.io(0x00, 1, 0, 0).unwrap();
+    driver.io(0x02, 1, 3, 0).unwrap();
+    assert_eq!(shared::get(&driver.memory, DATA, 512), [7; 512]);
+    assert_eq!(std::fs::read(&path).unwrap(), [7; 0x2000]);
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
 fn unreachable_queues_are_a_fatal_status_until_a_reset() {
     let mut driver = Driver::new(Arc::new(nvme().0));
     driver.device.dma_unmap(IOVA, SIZE as u64).unwrap();
