@@ -5,7 +5,7 @@
 //! [`matrix`], [`mutants`], [`targets`], [`release`], [`performance`] and this file. [`boot`] makes one
 //! boot of one kernel, with its [`heartbeat`]; [`side_by_side`] makes several. [`kernels`],
 //! [`patched`], [`busybox`], [`payload`], [`compiler`] and [`guest`] provide the software of
-//! a guest, [`machine`] and [`root`] its machine. [`klog`], [`libtest`] and [`report`]
+//! a guest, [`machine`] and [`root`] its machine. [`huge_pages`] reserves memory for one. [`klog`], [`libtest`] and [`report`]
 //! evaluate the result.
 
 #![forbid(unsafe_code)]
@@ -26,6 +26,7 @@ mod guest;
 mod hazard;
 mod heartbeat;
 mod host;
+mod huge_pages;
 mod kernels;
 mod klog;
 mod libtest;
@@ -105,7 +106,13 @@ enum Task {
     },
     /// Test the emulated NVMe controller with the kernel's nvme driver, through QEMU's
     /// vfio-user-pci: it makes, writes and checks file systems. Part of `test`.
+    ///
+    /// The guest's memory is first a memfd, then a memfd of huge pages, then a file on a disk.
+    /// For the second, 256 pages of 2 MiB are reserved and given back.
     VfioUser {
+        /// Boot so many guests instead, one after another, with the same server.
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+        starts: Option<u32>,
         /// The kernel with the driver.
         #[arg(long, value_name = "NAME", default_value = NEWEST, value_parser = kernels::by_name)]
         kernel: &'static Kernel,
@@ -120,7 +127,8 @@ enum Task {
         seconds: u64,
     },
     /// Run what takes too long for `test`: a minute of races between moves and revocation
-    /// in the patched kernel, and ten million runs of each fuzz target.
+    /// in the patched kernel, twenty guests one after another at one vfio-user server, and
+    /// ten million runs of each fuzz target.
     Soak {
         #[command(flatten)]
         common: Common,
@@ -275,10 +283,13 @@ fn perform(task: Task) -> Result<ExitCode> {
             let passed = test::guest(&lab, &store, &guests, &libtest, all)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Task::VfioUser { kernel, common } => {
+        Task::VfioUser { starts, kernel, common } => {
             kernel.must_have_nvme("vfio-user")?;
             let (lab, store) = ready(common)?;
-            let passed = vfio_user::test(&lab, &store, kernel)?;
+            let passed = match starts {
+                None => vfio_user::test(&lab, &store, kernel)?,
+                Some(count) => vfio_user::starts(&lab, &store, kernel, count)?,
+            };
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Fuzz { seconds } => {

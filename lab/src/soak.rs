@@ -6,14 +6,18 @@ use crate::boot::{Ending, Lab};
 use crate::cache::Store;
 use crate::fuzz::{self, Limit};
 use crate::guest::Payload;
-use crate::kernels::{self, PATCHED};
+use crate::kernels::{self, NEWEST, PATCHED};
 use crate::libtest::Counts;
 use crate::machine::Variant;
 use crate::payload;
 use crate::ui;
+use crate::vfio_user;
 
 /// Runs of each fuzz target.
 const RUNS: u64 = 10_000_000;
+
+/// How many guests use one vfio-user server, one after another.
+const STARTS: u32 = 20;
 
 /// The long test among the tests of the kernel patches.
 const RACE: &str = "series::race::moves_against_revocation_for_a_minute";
@@ -22,7 +26,9 @@ const RACE: &str = "series::race::moves_against_revocation_for_a_minute";
 pub fn run(lab: &Lab, store: &Store) -> Result<bool> {
     // Runs the second even if the first failed.
     let raced = race(lab, store)?;
-    Ok(fuzz::run(Limit::Runs(RUNS))? && raced)
+    let newest = kernels::by_name(NEWEST).map_err(anyhow::Error::msg)?;
+    let started = vfio_user::starts(lab, store, newest, STARTS)?;
+    Ok(fuzz::run(Limit::Runs(RUNS))? && raced && started)
 }
 
 /// Moves a mapping while it is revoked, in the patched kernel.

@@ -1,11 +1,14 @@
 //! `cargo lab vfio-user`: tests the emulated NVMe controller with Linux's nvme driver,
 //! through QEMU's vfio-user-pci.
 //!
-//! `examples/serve.rs` serves the controller, whose first namespace is a file. The guest's
-//! `lab/guest/vfio-user` uses it. At the end the server is killed, so that data that was
-//! not flushed is lost, and the file is checked.
+//! `examples/serve` serves the controller, whose first namespace is a file. The guest's
+//! `lab/guest/vfio-user` uses it. The guest's memory is a memfd, a memfd of huge pages, or a
+//! file on a disk. At the end the server is killed, so that data that was not flushed is lost,
+//! and the file is checked.
+//!
+//! With `--starts`, several guests use the same server, one after another.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,6 +19,7 @@ use crate::boot::{Ending, Lab};
 use crate::cache::{self, Store};
 use crate::command;
 use crate::cpio::Archive;
+use crate::huge_pages::{self, HugePages};
 use crate::kernels::{Image, Kernel};
 use crate::payload;
 use crate::root::Root;
@@ -26,61 +30,193 @@ const INIT: &str = include_str!("../guest/vfio-user");
 const DATA: &str = "data";
 /// The size of the first namespace in bytes.
 const DISK: u64 = 64 << 20;
+/// The size of the guest's memory in bytes.
+const MEMORY: u64 = 512 << 20;
 /// The log must be complete. For the options see
 /// [`machine::kernel_command_line`](crate::machine::kernel_command_line).
 const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 panic=-1 no_timer_check ignore_loglevel log_buf_len=4M printk.devkmsg=on";
+/// The file systems of which our server maps files, as `stat -f` names them.
+const DISKS: [&str; 4] = ["ext2/ext3", "xfs", "btrfs", "f2fs"];
 
-/// Runs the test in one boot. Returns whether it passed, or was skipped because there is
-/// no QEMU for it. The boot is never repeated: if QEMU crashes or the guest stalls, our
-/// server may be the cause.
-pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
-    if !lab.root.has_vfio_user() {
-        ui::warning("skipped: vfio-user, since the mirror has no QEMU of 10.1 or newer");
-        return Ok(true);
+/// What the guest's memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    Memfd,
+    /// A memfd of pages of 2 MiB.
+    HugePages,
+    /// A file on a disk.
+    File,
+}
+
+impl Memory {
+    const ALL: [Self; 3] = [Self::Memfd, Self::HugePages, Self::File];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Memfd => "memfd",
+            Self::HugePages => "huge-pages",
+            Self::File => "file",
+        }
     }
-    let Some(image) = kernel.image(store)? else {
-        ui::warning(&format!(
-            "skipped: vfio-user, since the mirror does not have kernel {} any more",
-            kernel.name
-        ));
-        return Ok(true);
-    };
-    let program = payload::host_example("serve")?;
-    let root = &lab.root;
-    // In /tmp, since the path of a socket must be short.
-    let short = tempfile::tempdir()?;
-    let socket = short.path().join("nvme");
-    let disk = short.path().join("disk");
-    File::create(&disk)?.set_len(DISK)?;
 
-    fs::create_dir_all(&lab.logs)?;
-    let work = cache::work_directory(&lab.logs, "boot-of-")?;
-    let initramfs = work.path().join("initramfs");
-    let console = work.path().join("console");
-    fs::write(&initramfs, guest(&image, &lab.busybox, root)?)?;
-    let server = Server::start(&program, &socket, &disk)?;
-    let mut qemu = qemu(root, &image, &initramfs, &console, &socket);
-    let what = format!("linux {} with vfio-user-pci of QEMU {}", image.version, root.version);
-    let label = format!("{}-vfio-user", kernel.name);
-    let outcome = lab.run(&mut qemu, work.path(), &console, &what, &label)?;
-    // Kills it with SIGKILL, so that it does not write back its cache.
-    drop(server);
+    /// What QEMU is told; the file is to be made in `directory`.
+    fn object(self, directory: &Path) -> String {
+        let common = format!("id=memory,size={MEMORY},share=on");
+        match self {
+            Self::Memfd => format!("memory-backend-memfd,{common}"),
+            Self::HugePages => {
+                format!("memory-backend-memfd,{common},hugetlb=on,hugetlbsize={}", huge_pages::SIZE)
+            }
+            Self::File => {
+                let path = directory.join("memory");
+                format!("memory-backend-file,{common},mem-path={}", path.display())
+            }
+        }
+    }
 
-    let complaints = outcome.complaints();
-    if !matches!(outcome.ending, Ending::Exited(0)) || !complaints.is_empty() {
+    /// Why this machine does not have it.
+    fn is_missing(self, directory: &Path, pages: Option<&HugePages>) -> Result<Option<String>> {
+        Ok(match self {
+            Self::Memfd => None,
+            Self::HugePages => pages.is_none().then(|| {
+                let count = MEMORY / huge_pages::SIZE;
+                format!("the kernel does not reserve {count} pages of 2 MiB for us")
+            }),
+            Self::File => {
+                let output =
+                    command::output(Command::new("stat").args(["-f", "-c", "%T"]).arg(directory))?;
+                let name = output.trim();
+                (!DISKS.contains(&name)).then(|| {
+                    format!("{} is on {name}, which our server does not map", directory.display())
+                })
+            }
+        })
+    }
+}
+
+/// What all boots of a guest have in common.
+struct Guest<'a> {
+    lab: &'a Lab,
+    kernel: &'static Kernel,
+    image: Image,
+    initramfs: Vec<u8>,
+    program: PathBuf,
+}
+
+impl<'a> Guest<'a> {
+    /// `None`, with a warning, if there is no QEMU or no kernel for it.
+    fn new(lab: &'a Lab, store: &Store, kernel: &'static Kernel) -> Result<Option<Self>> {
+        if !lab.root.has_vfio_user() {
+            ui::warning("skipped: vfio-user, since the mirror has no QEMU of 10.1 or newer");
+            return Ok(None);
+        }
+        let Some(image) = kernel.image(store)? else {
+            ui::warning(&format!(
+                "skipped: vfio-user, since the mirror does not have kernel {} any more",
+                kernel.name
+            ));
+            return Ok(None);
+        };
+        let program = payload::host_example("serve")?;
+        fs::create_dir_all(&lab.logs)?;
+        let initramfs = guest(&image, &lab.busybox, &lab.root)?;
+        Ok(Some(Self { lab, kernel, image, initramfs, program }))
+    }
+
+    /// One boot with the device at `socket`; whether it went well. `more` is added to the
+    /// kernel's command line. It is never booted again: if QEMU crashes or the guest
+    /// stands still here, that may be our server's doing.
+    fn boot(
+        &self,
+        memory: Memory,
+        work: &Path,
+        socket: &Path,
+        label: &str,
+        more: &str,
+    ) -> Result<bool> {
+        let (root, image) = (&self.lab.root, &self.image);
+        let initramfs = work.join("initramfs");
+        let console = work.join("console");
+        fs::write(&initramfs, &self.initramfs)?;
+        let mut qemu = qemu(root, image, &initramfs, &console, socket);
+        qemu.arg("-object").arg(memory.object(work));
+        qemu.args(["-append", &format!("{KERNEL_COMMAND_LINE} {more}")]);
+        let what = format!("linux {} with vfio-user-pci of QEMU {}", image.version, root.version);
+        let label = format!("{}-vfio-user-{label}", self.kernel.name);
+        let outcome = self.lab.run(&mut qemu, work, &console, &what, &label)?;
+        let complaints = outcome.complaints();
+        let seconds = outcome.took.as_secs_f32();
+        if matches!(outcome.ending, Ending::Exited(0)) && complaints.is_empty() {
+            ui::status("Passed", &format!("vfio-user: {what}, {label} in {seconds:.1} s"));
+            return Ok(true);
+        }
         let log = outcome.log_path.display();
         // The complaints describe any other ending.
         let status = match outcome.ending {
             Ending::Exited(_) => format!("{}\n", outcome.ending),
             _ => String::new(),
         };
-        ui::error(&format!("vfio-user: {status}{complaints}the kernel log is {log}"));
-        return Ok(false);
+        ui::error(&format!("vfio-user: {label}: {status}{complaints}the kernel log is {log}"));
+        Ok(false)
     }
-    inspect(root, &disk, short.path()).context("the guest's disk has errors")?;
-    let seconds = outcome.took.as_secs_f32();
-    ui::status("Passed", &format!("vfio-user: {what} in {seconds:.1} s"));
+}
+
+/// Boots a guest once with each sort of memory. Whether it went well, or there is no QEMU
+/// for it.
+pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
+    let Some(guest) = Guest::new(lab, store, kernel)? else { return Ok(true) };
+    let mut passed = true;
+    for memory in Memory::ALL {
+        let work = cache::work_directory(&lab.logs, "boot-of-")?;
+        let reserved = match memory {
+            Memory::HugePages => HugePages::reserve(MEMORY / huge_pages::SIZE)?,
+            _ => None,
+        };
+        if let Some(reason) = memory.is_missing(work.path(), reserved.as_ref())? {
+            ui::warning(&format!("skipped: vfio-user with {}, since {reason}", memory.name()));
+            continue;
+        }
+        // In /tmp: a socket's path is short.
+        let short = tempfile::tempdir()?;
+        let socket = short.path().join("nvme");
+        let disk = short.path().join("disk");
+        let second = ["--namespace", "memory:64M,block=4096"];
+        let server = Server::start(&guest.program, &socket, &disk, &second)?;
+        let booted = guest.boot(memory, work.path(), &socket, memory.name(), "")?;
+        // SIGKILL: no cache is written back.
+        drop(server);
+        if booted {
+            inspect(&lab.root, &disk, short.path()).context("the guest has left a bad disk")?;
+        }
+        passed &= booted;
+    }
+    Ok(passed)
+}
+
+/// Boots guests one after another, all with the same server: each finds what those before
+/// have written. Whether all went well, or there is no QEMU for it.
+pub fn starts(lab: &Lab, store: &Store, kernel: &'static Kernel, count: u32) -> Result<bool> {
+    let Some(guest) = Guest::new(lab, store, kernel)? else { return Ok(true) };
+    let work = cache::work_directory(&lab.logs, "boot-of-")?;
+    let short = tempfile::tempdir()?;
+    let socket = short.path().join("nvme");
+    let disk = short.path().join("disk");
+    let mut server = Server::start(&guest.program, &socket, &disk, &[])?;
+    for start in 1..=count {
+        let more = format!("lab.start={start}");
+        if !guest.boot(Memory::Memfd, work.path(), &socket, "starts", &more)? {
+            ui::error(&format!("vfio-user: start {start} of {count} failed"));
+            return Ok(false);
+        }
+    }
+    ensure!(server.0.try_wait()?.is_none(), "the server has ended by itself");
+    let process = server.0.id().to_string();
+    command::output(Command::new("kill").args(["-s", "TERM", &process]))?;
+    let status = server.0.wait()?;
+    ensure!(status.success(), "the server ended with {status} after SIGTERM");
+    ensure!(!fs::exists(&socket)?, "the server left its socket behind");
+    command::output(lab.root.command("usr/sbin/e2fsck").args(["-f", "-n"]).arg(&disk))?;
     Ok(true)
 }
 
@@ -88,15 +224,16 @@ pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
 struct Server(Child);
 
 impl Server {
-    /// Starts it, and waits until it listens.
-    fn start(program: &Path, socket: &Path, disk: &Path) -> Result<Self> {
+    /// Starts it, with more arguments, and waits until it listens.
+    fn start(program: &Path, socket: &Path, disk: &Path, more: &[&str]) -> Result<Self> {
         let mut child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
             .arg(program)
             .args(["nvme", "--socket"])
             .arg(socket)
-            .arg("--file")
-            .arg(disk)
+            .arg("--namespace")
+            .arg(format!("file:{},size={DISK}", disk.display()))
+            .args(more)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -119,7 +256,8 @@ impl Drop for Server {
     }
 }
 
-/// The machine. Its memory is shared with the server.
+/// The machine, whose memory is shared with the server. The caller adds the memory and the
+/// kernel's command line.
 fn qemu(root: &Root, image: &Image, initramfs: &Path, console: &Path, socket: &Path) -> Command {
     let path = socket.display();
     let device = format!(
@@ -130,13 +268,11 @@ fn qemu(root: &Root, image: &Image, initramfs: &Path, console: &Path, socket: &P
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
         .args(["-M", "q35,memory-backend=memory", "-accel", "tcg,thread=multi", "-cpu", "max"])
         .args(["-smp", "2", "-m", "512M"])
-        .args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on"])
         .args(["-device", &device])
         .arg("-kernel")
         .arg(image.vmlinux())
         .arg("-initrd")
         .arg(initramfs)
-        .args(["-append", KERNEL_COMMAND_LINE])
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
         .args(["-serial", "file:/dev/stdout"])
