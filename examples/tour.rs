@@ -14,7 +14,9 @@ use clap::{Parser, ValueEnum};
 use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::{Value, json};
 use vfio_remap::space::{Attempt, KernelVersion, Outcome, Request};
-use vfio_remap::{Bar, Device, Placement, Register, Report, Reservation, Result, Strategy, Window};
+use vfio_remap::{
+    Device, Placement, Region, Register, Report, Reservation, Result, Strategy, Window,
+};
 
 /// Maps a BAR, duplicates and relocates the window, and reports which strategy was used and why.
 #[derive(Parser)]
@@ -81,7 +83,7 @@ fn tour(options: &Options) -> Result<()> {
     let mut story = Story { json: options.json, steps: Vec::new() };
     let common::Opened { device, process } = common::open(&options.device)?;
     story.say(format!("{} on Linux {}", device.name(), KernelVersion::running()));
-    let regions: Vec<Value> = device.bars().map(|bar| story.region(&bar)).collect();
+    let regions: Vec<Value> = device.regions().map(|region| story.region(&region)).collect();
     {
         let bar = choose(&device, options.bar)?;
         // The largest mappable part: all of most BARs, or what MSI-X leaves.
@@ -107,11 +109,11 @@ fn tour(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn choose(device: &Device, index: Option<u32>) -> Result<Bar<'_>> {
+fn choose(device: &Device, index: Option<u32>) -> Result<Region<'_>> {
     match index {
         Some(index) => device.bar(index),
         None => {
-            let mappable = |bar: &Bar<'_>| -> u64 {
+            let mappable = |bar: &Region<'_>| -> u64 {
                 bar.layout().mappable().map(|part| part.end - part.start).sum()
             };
             let largest = device.bars().min_by_key(|bar| Reverse(mappable(bar)));
@@ -220,7 +222,7 @@ fn request(placement: Placement, pin: Option<Pin>) -> Request {
 }
 
 /// Registers of the lab's devices that can be written and read back.
-fn scratch(device: &Device, bar: &Bar<'_>, window: &Window) -> Option<Scratch> {
+fn scratch(device: &Device, bar: &Region<'_>, window: &Window) -> Option<Scratch> {
     let keeps = |offset, what, values| Scratch {
         offset,
         answer_at: offset,
@@ -279,7 +281,7 @@ impl Story {
     }
 
     /// Draws a region: full blocks can be mapped, light ones are trapped.
-    fn region(&self, bar: &Bar<'_>) -> Value {
+    fn region(&self, bar: &Region<'_>) -> Value {
         const CELLS: u64 = 32;
         let size = bar.size();
         let drawing: String = (0..CELLS)
@@ -303,7 +305,7 @@ impl Story {
         json!({"index": bar.index(), "size": size, "backing": kind, "spans": spans.lines().collect::<Vec<_>>()})
     }
 
-    fn map(&mut self, bar: &Bar<'_>, window: &Window, cost: &Cost) {
+    fn map(&mut self, bar: &Region<'_>, window: &Window, cost: &Cost) {
         let (part, addresses) = (window.region_range(), window.addresses());
         self.say(format!(
             "\nmap         {:#x}..{:#x} of bar {}",

@@ -2,7 +2,7 @@
 //! reset. A mapped window of a BAR can be duplicated and relocated while the device runs.
 //!
 //! A program opens a [`Device`] through a [`Transport`] (Linux VFIO for real PCI devices), finds its
-//! [`Bar`]s, and maps [`Window`]s over them. An access to a [`Register`] in a window is one load or
+//! [`Region`]s, and maps [`Window`]s over them. An access to a [`Register`] in a window is one load or
 //! store. [`Window::duplicate`] and [`Window::relocate`] give the crate its name. They report which
 //! system call they used and why.
 //!
@@ -55,7 +55,7 @@
 //!    EIO.
 //! 4. Enable bus mastering: [`Config::set_bus_mastering`](device::Config::set_bus_mastering). It is
 //!    disabled when VFIO opens a device, and then DMA and MSI silently do nothing.
-//! 5. Map windows: [`Device::bar`], [`Bar::map`]. Get registers by [`Window::block`], if
+//! 5. Map windows: [`Device::bar`], [`Region::map`]. Get registers by [`Window::block`], if
 //!    [`register_block!`] declares them by name, or by [`Window::register`].
 //! 6. Map memory for DMA: [`Device::dma`], [`DmaSpace::buffer`](device::DmaSpace::buffer). Give the
 //!    device the address [`DmaBuffer::iova`](device::DmaBuffer::iova), never an address of this process.
@@ -138,7 +138,7 @@ pub mod transport;
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use device::{
-    Bar, Device, IoRegister, IoRegisterBlock, Register, RegisterBlock, Registers, Window,
+    Device, IoRegister, IoRegisterBlock, Region, Register, RegisterBlock, Registers, Window,
     poll_until, poll_until_async, try_poll_until,
 };
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]

@@ -43,10 +43,10 @@ pub fn drive(client: VfioUser, with_memory: bool) {
     let _ = client.dma_unmap(0, 0x1000);
     let _ = client.reset();
     let device = Device::new(client);
-    for bar in device.bars().take(8) {
+    for region in device.regions().take(8) {
         // The file is as long as was said, and stays so: every word can be loaded.
-        if let Some(part) = bar.layout().mappable().next()
-            && let Ok(window) = bar.map(part, Placement::Anywhere)
+        if let Some(part) = region.layout().mappable().next()
+            && let Ok(window) = region.map(part, Placement::Anywhere)
             && let Some(last) = window.size().checked_sub(1)
             && let Ok(register) = window.read_only_register::<u8>(last)
         {

@@ -1,6 +1,5 @@
-//! What a driver holds: [`Device`], its [`Bar`]s, [`Window`]s over them, and [`Register`]s in those.
+//! What a driver holds: [`Device`], its [`Region`]s, [`Window`]s over them, and [`Register`]s in those.
 
-mod bar;
 mod buffer_failed;
 mod capabilities;
 mod config;
@@ -20,6 +19,7 @@ mod iova;
 mod layout;
 mod poll;
 mod power;
+mod region;
 mod register;
 mod register_access;
 mod register_block;
@@ -43,7 +43,6 @@ use crate::space::Backing;
 use crate::sys;
 use crate::transport::{AffectedDevice, DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
 
-pub use bar::Bar;
 pub use buffer_failed::BufferFailed;
 pub use capabilities::{Capabilities, Capability, ExtendedCapabilities, ExtendedCapability};
 pub use config::Config;
@@ -59,6 +58,7 @@ pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
 pub use poll::{poll_until, poll_until_async, try_poll_until};
 pub use power::LowPower;
+pub use region::Region;
 pub use register::{
     IoRegister, Mode, ReadOnly, ReadWrite, Readable, Register, Registers, Width, Writable,
     WriteOnly,
@@ -80,7 +80,7 @@ pub struct Device {
 /// What a device shares with its windows. Fields are dropped in order: the backings of regions before the
 /// transport, so that mappings end before files are closed.
 struct Inner {
-    regions: Box<[OnceLock<Region>]>,
+    regions: Box<[OnceLock<KnownRegion>]>,
     msix: OnceLock<Option<config::Msix>>,
     dma: OnceLock<DmaSpace>,
     dma_lock: Mutex<()>,
@@ -95,11 +95,14 @@ struct Inner {
 /// How many holders an error names.
 const NAMED: usize = 8;
 
+/// How many regions are BARs: the first ones.
+const BARS: u32 = 6;
+
 /// The advice for a region that a device does not have.
-const OTHER_REGIONS: &str = "see which it has: Device::bars";
+const OTHER_REGIONS: &str = "see which it has: Device::regions";
 
 /// What is known about a region, once the transport was asked.
-struct Region {
+struct KnownRegion {
     info: RegionInfo,
     /// Without the MSI-X table.
     usual: Mappable,
@@ -189,12 +192,27 @@ impl Device {
         &*self.inner.transport
     }
 
-    /// The region `index`. On a PCI device, regions 0 to 5 are the BARs.
+    /// The BAR `index`, 0 to 5: the region of that number. Other regions are reached by
+    /// [`region`](Self::region).
+    ///
+    /// # Errors
+    /// As [`region`](Self::region); `NotFound` from 6 on.
+    pub fn bar(&self, index: u32) -> Result<Region<'_>> {
+        if index < BARS {
+            return self.region(index);
+        }
+        Err(Error::new(ErrorKind::NotFound, "find", format!("bar {index} of {}", self.name()))
+            .with_reason("BARs have the numbers 0 to 5")
+            .with_advice("reach other regions by Device::region"))
+    }
+
+    /// The region `index`, by VFIO's numbers. A PCI device has its BARs (0 to 5), the expansion ROM (6),
+    /// configuration space (7, also [`config`](Self::config)) and device-specific regions.
     ///
     /// # Errors
     /// `NotFound` if the device has no such region; `Malformed` if the transport describes an impossible
     /// region; `Gone` if configuration space reads all ones.
-    pub fn bar(&self, index: u32) -> Result<Bar<'_>> {
+    pub fn region(&self, index: u32) -> Result<Region<'_>> {
         let Some(cell) = self.inner.regions.get(index as usize) else {
             return Err(Error::new(ErrorKind::NotFound, "find", self.inner.region_name(index))
                 .with_reason(format!("the device has {} regions", self.inner.regions.len()))
@@ -212,17 +230,29 @@ impl Device {
                 cell.get_or_init(|| region)
             }
         };
-        Ok(Bar::new(self, index, region))
+        Ok(Region::new(self, index, region))
     }
 
-    /// All regions of the device, in order. A PCI device has its BARs (0 to 5) and, if they exist, the
-    /// expansion ROM (6), configuration space (7) and device-specific regions.
+    /// The BARs that the device has, in order.
+    ///
+    /// A BAR that cannot be read is left out. The error is logged unless it is `NotFound`;
+    /// [`bar`](Self::bar) returns it.
+    pub fn bars(&self) -> impl Iterator<Item = Region<'_>> + '_ {
+        self.regions_up_to(BARS)
+    }
+
+    /// All regions that the device has, in order: see [`region`](Self::region).
     ///
     /// A region that cannot be read is left out. The error is logged unless it is `NotFound`;
-    /// [`bar`](Self::bar) returns it.
-    pub fn bars(&self) -> impl Iterator<Item = Bar<'_>> + '_ {
-        (0..self.inner.regions.len() as u32).filter_map(|index| match self.bar(index) {
-            Ok(bar) => Some(bar),
+    /// [`region`](Self::region) returns it.
+    pub fn regions(&self) -> impl Iterator<Item = Region<'_>> + '_ {
+        self.regions_up_to(u32::MAX)
+    }
+
+    fn regions_up_to(&self, end: u32) -> impl Iterator<Item = Region<'_>> + '_ {
+        let end = end.min(self.inner.regions.len() as u32);
+        (0..end).filter_map(|index| match self.region(index) {
+            Ok(region) => Some(region),
             Err(error) => {
                 if error.kind() != ErrorKind::NotFound {
                     log::warn!("{error}");
@@ -327,10 +357,10 @@ impl Device {
         sys::page_size() as u64
     }
 
-    fn read_region(&self, index: u32) -> Result<Region> {
+    fn read_region(&self, index: u32) -> Result<KnownRegion> {
         let transport = self.transport();
         let info = transport.region(index)?;
-        let is_bar = self.info().pci && index < 6;
+        let is_bar = self.info().pci && index < BARS;
         let layout = if is_bar && self.config()?.is_io_port(index)? {
             Layout::io_ports(&info)
         } else {
@@ -341,7 +371,7 @@ impl Device {
             Layout::new(&info, &reserved, self.page_size())?
         };
         let usual = self.mappable(index, layout)?;
-        Ok(Region { info, usual, with_table: OnceLock::new() })
+        Ok(KnownRegion { info, usual, with_table: OnceLock::new() })
     }
 
     fn mappable(&self, index: u32, layout: Layout) -> Result<Mappable> {

@@ -64,7 +64,7 @@ impl Drop for Inner {
 }
 
 impl Window {
-    /// Maps `range` of a region, rounded to pages. `Bar` has checked that all of it can be mapped.
+    /// Maps `range` of a region, rounded to pages. `Region` has checked that all of it can be mapped.
     pub(super) fn map(
         device: &Arc<DeviceInner>,
         region: u32,
@@ -110,7 +110,7 @@ impl Window {
     }
 
     /// The region's index.
-    pub fn region(&self) -> u32 {
+    pub fn region_index(&self) -> u32 {
         self.inner.region
     }
 

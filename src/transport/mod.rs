@@ -299,7 +299,7 @@ impl DeviceInfo {
 
     /// The name of a region in errors and logs: "bar 0 of 0000:00:03.0".
     pub(crate) fn region_name(&self, index: u32) -> String {
-        let kind = if self.pci && index >= 6 { "region" } else { "bar" };
+        let kind = if index >= 6 { "region" } else { "bar" };
         format!("{kind} {index} of {}", self.name)
     }
 }

@@ -5,7 +5,7 @@ use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use vfio_remap::transport::{PciDevice, Sysfs};
-use vfio_remap::{Bar, Device, PciAddress, Placement, Window};
+use vfio_remap::{Device, PciAddress, Placement, Region, Window};
 
 use crate::machine::Machine;
 
@@ -47,7 +47,7 @@ pub const SUBJECTS: [Subject; 5] = [
 
 impl Subject {
     /// All of the BAR, its MSI-X table included, so that it is one span.
-    pub fn bar<'d>(&self, device: &'d Device) -> Bar<'d> {
+    pub fn bar<'d>(&self, device: &'d Device) -> Region<'d> {
         let bar = device.bar(self.bar).unwrap();
         if bar.layout().mappable().next() == Some(0..bar.size()) {
             return bar;
@@ -56,7 +56,7 @@ impl Subject {
     }
 
     /// Windows over all of the BAR and over a part.
-    pub fn ranges(&self, bar: &Bar<'_>) -> [std::ops::Range<u64>; 2] {
+    pub fn ranges(&self, bar: &Region<'_>) -> [std::ops::Range<u64>; 2] {
         [0..bar.size(), self.part.clone()]
     }
 

@@ -59,6 +59,7 @@ fn what_makes_no_sense_is_refused_with_a_reason_and_advice() {
     let device = Device::new(Arc::new(Regions(MemoryDevice::new(SIZE).unwrap())));
     for index in [1, 2, u32::MAX] {
         advises(device.bar(index), NotFound);
+        advises(device.region(index), NotFound);
     }
 
     let bar = device.bar(0).unwrap();

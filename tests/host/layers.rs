@@ -14,7 +14,7 @@ const EXPORTS: [(&str, &str); 13] = [
     ("Strategy", "space"),
     ("PciAddress", "transport"),
     ("Transport", "transport"),
-    ("Bar", "device"),
+    ("Region", "device"),
     ("Device", "device"),
     ("IoRegister", "device"),
     ("Register", "device"),

@@ -26,7 +26,7 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// A device with regions 1, 6 and 7; what it says of region 2 makes no sense, and there are no others.
+/// A device with regions 1, 6 and 7. Its region 2 makes no sense, and it has no others.
 #[derive(Debug)]
 struct Sparse;
 
@@ -53,14 +53,28 @@ impl Transport for Sparse {
 }
 
 #[test]
-fn bars_gives_each_region_and_logs_one_that_makes_no_sense() {
+fn each_region_is_listed_and_one_that_makes_no_sense_is_logged() {
     alone(|| {
         log::set_logger(&LOG).unwrap();
         log::set_max_level(log::LevelFilter::Warn);
         let device = Device::new(Arc::new(Sparse));
-        let indexes: Vec<_> = device.bars().map(|bar| bar.index()).collect();
+        let indexes: Vec<_> = device.regions().map(|region| region.index()).collect();
         assert_eq!(indexes, [1, 6, 7]);
         assert_eq!(*LOG.0.lock().unwrap(), ["cannot read region 2: it is odd"]);
         assert_eq!(device.bar(2).unwrap_err().kind(), ErrorKind::Malformed);
     });
+}
+
+#[test]
+fn only_the_first_six_regions_are_bars() {
+    let device = Device::new(Arc::new(Sparse));
+    assert_eq!(device.bars().map(|bar| bar.index()).collect::<Vec<_>>(), [1]);
+    assert_eq!((device.bar(1).unwrap().index(), device.region(7).unwrap().index()), (1, 7));
+    let error = device.bar(7).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert_eq!(
+        error.to_string(),
+        "cannot find bar 7 of sparse: BARs have the numbers 0 to 5; reach other regions by \
+         Device::region"
+    );
 }

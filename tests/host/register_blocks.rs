@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vfio_remap::device::IoRegisterBlock;
 use vfio_remap::transport::MemoryDevice;
 use vfio_remap::{
-    Bar, Device, ErrorKind, Placement, RegisterBlock, Reservation, Window, register_block,
+    Device, ErrorKind, Placement, Region, RegisterBlock, Reservation, Window, register_block,
 };
 
 register_block! {
@@ -67,7 +67,7 @@ fn window(device: &Device) -> Window {
 }
 
 /// The bytes of the device, by another way than the block's.
-fn bytes<const N: usize>(bar: &Bar<'_>, offset: u64) -> [u8; N] {
+fn bytes<const N: usize>(bar: &Region<'_>, offset: u64) -> [u8; N] {
     std::array::from_fn(|at| bar.trapped::<u8>(offset + at as u64).unwrap().read().unwrap())
 }
 

@@ -148,7 +148,7 @@ impl Entropy {
 
 /// The BAR and the offset where registers of this kind are, and what the capability has at its end.
 fn locate(device: &Device, kind: u8) -> Result<(u32, u64, u32)> {
-    let config = device.bar(CONFIG_SPACE)?;
+    let config = device.region(CONFIG_SPACE)?;
     for capability in device.config()?.capabilities() {
         let capability = capability?;
         if capability.id != VENDOR_SPECIFIC {

@@ -8,22 +8,22 @@ use super::register::{IoRegister, ReadOnly, Width};
 use super::register_block::IoRegisterBlock;
 use super::register_layout::BlockLayout;
 use super::window::Window;
-use super::{Device, Mappable, Region};
+use super::{Device, KnownRegion, Mappable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, BackingKind, Failed, Placement};
 use crate::transport::RegionInfo;
 
-/// A BAR, or another region of a device.
+/// A region of a device: a BAR, or another one.
 #[derive(Clone)]
-pub struct Bar<'d> {
+pub struct Region<'d> {
     device: &'d Device,
     index: u32,
-    region: &'d Region,
+    region: &'d KnownRegion,
     mappable: &'d Mappable,
 }
 
-impl<'d> Bar<'d> {
-    pub(super) fn new(device: &'d Device, index: u32, region: &'d Region) -> Self {
+impl<'d> Region<'d> {
+    pub(super) fn new(device: &'d Device, index: u32, region: &'d KnownRegion) -> Self {
         Self { device, index, region, mappable: &region.usual }
     }
 
@@ -60,16 +60,16 @@ impl<'d> Bar<'d> {
     /// # Errors
     /// `NotMappable` if the kernel does not allow it (Linux 4.16 and newer do, if interrupts are remapped or
     /// isolated in another way); `Malformed` if the region's file ends before the table.
-    pub fn with_msix_table(&self) -> Result<Bar<'d>> {
+    pub fn with_msix_table(&self) -> Result<Region<'d>> {
         let info = &self.region.info;
         if !info.msix_mappable {
             return Err(Error::new(ErrorKind::NotMappable, "map", self.name())
                 .with_reason("the transport does not let the MSI-X table be mapped")
                 .with_advice(
-                    "reach it by Bar::trapped; vectors are set up by Device::vectors, without the table",
+                    "reach it by Region::trapped; vectors are set up by Device::vectors, without the table",
                 ));
         }
-        let Region { usual, with_table, .. } = self.region;
+        let KnownRegion { usual, with_table, .. } = self.region;
         let is_msix = |span: &Span| matches!(span.trap, Some(Trap::MsixTable | Trap::MsixPending));
         let mappable = match with_table.get() {
             Some(mappable) => mappable,
@@ -206,10 +206,10 @@ impl<'d> Bar<'d> {
             .map(|part| format!("{:#x}..{:#x}", part.start, part.end))
             .collect();
         if parts.is_empty() {
-            error.with_advice("reach it by Bar::trapped")
+            error.with_advice("reach it by Region::trapped")
         } else {
             error.with_advice(format!(
-                "map {} as windows of their own, and reach the rest by Bar::trapped",
+                "map {} as windows of their own, and reach the rest by Region::trapped",
                 parts.join(", ")
             ))
         }
@@ -231,8 +231,8 @@ fn refused(error: Error, placement: Placement) -> Failed {
     }
 }
 
-impl fmt::Debug for Bar<'_> {
+impl fmt::Debug for Region<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Bar({}, {:#x} bytes)", self.name(), self.size())
+        write!(f, "Region({}, {:#x} bytes)", self.name(), self.size())
     }
 }
