@@ -138,7 +138,7 @@ pub mod transport;
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use device::{
-    Device, IoRegister, IoRegisterBlock, Region, Register, RegisterBlock, Registers, Window,
+    Device, IoRegister, IoRegisterBlock, Region, Register, RegisterArray, RegisterBlock, Window,
     poll_until, poll_until_async, try_poll_until,
 };
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]

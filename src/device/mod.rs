@@ -60,7 +60,7 @@ pub use poll::{poll_until, poll_until_async, try_poll_until};
 pub use power::LowPower;
 pub use region::Region;
 pub use register::{
-    IoRegister, Mode, ReadOnly, ReadWrite, Readable, Register, Registers, Width, Writable,
+    IoRegister, Mode, ReadOnly, ReadWrite, Readable, Register, RegisterArray, Width, Writable,
     WriteOnly,
 };
 pub use register_block::{IoRegisterBlock, RegisterBlock};

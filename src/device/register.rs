@@ -160,13 +160,13 @@ impl<T: Width, M: Mode> fmt::Debug for Register<T, M> {
 }
 
 /// `count` registers of `T`, `stride` bytes apart, such as doorbells.
-pub struct Registers<T: Width, M: Mode = ReadWrite> {
+pub struct RegisterArray<T: Width, M: Mode = ReadWrite> {
     first: Register<T, M>,
     stride: usize,
     count: usize,
 }
 
-impl<T: Width, M: Mode> Registers<T, M> {
+impl<T: Width, M: Mode> RegisterArray<T, M> {
     pub(super) fn new(window: &Window, offset: usize, stride: usize, count: usize) -> Result<Self> {
         let refuse = |kind, reason: &'static str, advice: String| {
             let object = format!("{count} registers at {offset:#x}, {stride:#x} bytes apart");
@@ -228,7 +228,7 @@ impl<T: Width, M: Mode> Registers<T, M> {
     }
 }
 
-impl<T: Width> Registers<T, ReadWrite> {
+impl<T: Width> RegisterArray<T, ReadWrite> {
     /// Writes the register at `index`, as [`Register::write`].
     ///
     /// # Panics
@@ -243,13 +243,13 @@ impl<T: Width> Registers<T, ReadWrite> {
     }
 }
 
-impl<T: Width, M: Mode> Clone for Registers<T, M> {
+impl<T: Width, M: Mode> Clone for RegisterArray<T, M> {
     fn clone(&self) -> Self {
         Self { first: self.first.clone(), stride: self.stride, count: self.count }
     }
 }
 
-impl<T: Width, M: Mode> fmt::Debug for Registers<T, M> {
+impl<T: Width, M: Mode> fmt::Debug for RegisterArray<T, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} × {:?}, {:#x} bytes apart", self.count, self.first, self.stride)
     }

@@ -165,7 +165,7 @@ impl<L, B> BlockAt<L, B> {
 
     /// An array of registers of this block, as one of the outer block.
     #[inline(always)]
-    pub const fn registers<R, T, M>(
+    pub const fn register_array<R, T, M>(
         self,
         at: RegisterArrayAt<B, R, T, M>,
     ) -> RegisterArrayAt<L, R, T, M> {
@@ -181,7 +181,7 @@ impl<L, B> BlockAt<L, B> {
 
     /// An array of blocks in this block, as one of the outer block.
     #[inline(always)]
-    pub const fn blocks<C>(self, at: BlockArrayAt<B, C>) -> BlockArrayAt<L, C> {
+    pub const fn block_array<C>(self, at: BlockArrayAt<B, C>) -> BlockArrayAt<L, C> {
         let BlockArrayAt { first, stride, count } = at;
         BlockArrayAt { first: self.block(first), stride, count }
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use slab::Slab;
 
-use super::register::{ReadOnly, ReadWrite, Register, Registers, Width, permits};
+use super::register::{ReadOnly, ReadWrite, Register, RegisterArray, Width, permits};
 use super::{Holder, Inner as DeviceInner};
 use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::space::{
@@ -155,26 +155,26 @@ impl Window {
     ///
     /// # Errors
     /// As [`register`](Self::register); `Unaligned` for a stride that makes them overlap.
-    pub fn registers<T: Width>(
+    pub fn register_array<T: Width>(
         &self,
         offset: usize,
         stride: usize,
         count: usize,
-    ) -> Result<Registers<T, ReadWrite>> {
-        Registers::new(self, offset, stride, count)
+    ) -> Result<RegisterArray<T, ReadWrite>> {
+        RegisterArray::new(self, offset, stride, count)
     }
 
-    /// As [`registers`](Self::registers), for reading.
+    /// As [`register_array`](Self::register_array), for reading.
     ///
     /// # Errors
-    /// As [`registers`](Self::registers).
-    pub fn read_only_registers<T: Width>(
+    /// As [`register_array`](Self::register_array).
+    pub fn read_only_register_array<T: Width>(
         &self,
         offset: usize,
         stride: usize,
         count: usize,
-    ) -> Result<Registers<T, ReadOnly>> {
-        Registers::new(self, offset, stride, count)
+    ) -> Result<RegisterArray<T, ReadOnly>> {
+        RegisterArray::new(self, offset, stride, count)
     }
 
     /// Makes a second window over the same bytes. This window and its registers keep working.

@@ -14,7 +14,7 @@ pub fn faults() -> i64 {
 fn the_first_touch_of_64_mib_costs_at_most_32_faults() {
     let device = lab::open("ivshmem64m");
     let window = lab::map_all(&device, 2);
-    let pages = window.registers::<u32>(0, 4096, window.size() / 4096).unwrap();
+    let pages = window.register_array::<u32>(0, 4096, window.size() / 4096).unwrap();
     // The loop and its like are in memory already.
     pages.clone().count();
     let before = faults();

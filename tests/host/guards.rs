@@ -20,7 +20,7 @@ use crate::support::scripted::Scripted;
 fn registers_past_the_last_are_not_reached() {
     let device = Device::new(Arc::new(MemoryDevice::new(0x1000).unwrap()));
     let window = device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
-    let doorbells = window.registers::<u32>(0x100, 8, 4).unwrap();
+    let doorbells = window.register_array::<u32>(0x100, 8, 4).unwrap();
     let past = window.register::<u32>(0x120).unwrap();
     past.write(7);
     for index in 0..4 {

@@ -83,11 +83,11 @@ fn what_makes_no_sense_is_refused_with_a_reason_and_advice() {
     advises(window.register::<u32>(0x1000 - 3), OutOfRange);
     advises(window.register::<u64>(usize::MAX), OutOfRange);
     advises(window.register::<u32>(6), Unaligned);
-    advises(window.registers::<u32>(0, 4, 0), OutOfRange);
-    advises(window.registers::<u32>(0, 2, 2), Unaligned);
-    advises(window.registers::<u32>(0, 6, 2), Unaligned);
-    advises(window.registers::<u32>(0, 8, 0x201), OutOfRange);
-    advises(window.registers::<u32>(0, 8, usize::MAX), OutOfRange);
+    advises(window.register_array::<u32>(0, 4, 0), OutOfRange);
+    advises(window.register_array::<u32>(0, 2, 2), Unaligned);
+    advises(window.register_array::<u32>(0, 6, 2), Unaligned);
+    advises(window.register_array::<u32>(0, 8, 0x201), OutOfRange);
+    advises(window.register_array::<u32>(0, 8, usize::MAX), OutOfRange);
     let (copy, _) = window.duplicate_read_only(Placement::Anywhere).unwrap();
     advises(copy.register::<u32>(0), ReadOnly);
     advises(copy.clone().into_reservation(), ErrorKind::InUse);

@@ -18,7 +18,7 @@ const EXPORTS: [(&str, &str); 13] = [
     ("Device", "device"),
     ("IoRegister", "device"),
     ("Register", "device"),
-    ("Registers", "device"),
+    ("RegisterArray", "device"),
     ("Window", "device"),
     ("Emulated", "emulated"),
 ];

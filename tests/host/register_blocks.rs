@@ -123,12 +123,12 @@ fn arrays_and_inner_blocks_have_their_strides() {
     block.write(Peripheral::CHANNEL.at(1).register(Channel::BASE), 0x55);
     assert_eq!(bytes(&bar, 0xc0), [0x55]);
     let inner = Peripheral::CHANNEL.at(1).block(Channel::INNER);
-    block.write(inner.registers(Inner::BYTES).at(7), 0x66);
+    block.write(inner.register_array(Inner::BYTES).at(7), 0x66);
     assert_eq!(bytes(&bar, 0xc0 + 0x17), [0x66]);
     let channel: RegisterBlock<Channel> = block.block(Peripheral::CHANNEL.at(1));
     drop(block);
     assert_eq!(channel.read(Channel::BASE), 0x55);
-    assert_eq!(channel.read(Channel::INNER.registers(Inner::BYTES).at(7)), 0x66);
+    assert_eq!(channel.read(Channel::INNER.register_array(Inner::BYTES).at(7)), 0x66);
     assert_eq!(channel.block(Channel::INNER).read(Inner::BYTES.at(7)), 0x66);
 }
 
