@@ -33,7 +33,7 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     #[allow(deprecated)]
     let done = AsyncFd::new(vectors.vector(0)?)?;
 
-    let register = |offset| -> Result<IoRegister<u32>> { device.bar(0)?.trapped(offset) };
+    let register = |offset| -> Result<IoRegister<u32>> { device.bar(0)?.trapped_register(offset) };
     let (factorial, status) = (register(0x08)?, register(0x20)?);
     let (causes, acknowledge) = (register(0x24)?, register(0x64)?);
     // Enables the interrupt at the end of a computation.

@@ -15,7 +15,7 @@ use crate::sys::fork;
 /// While this lives
 /// - an access through a [`Window`](super::Window) raises SIGBUS, until this is dropped or
 ///   [`woken`](Self::woken) returns true, even if the device woke earlier;
-/// - an access through the kernel, to a [`Region::trapped`](super::Region::trapped) register or to
+/// - an access through the kernel, to a [`Region::trapped_register`](super::Region::trapped_register) register or to
 ///   [`Config`](super::Config), wakes the device and works, and so do calls that set up interrupts or reset it.
 ///   The device sleeps again afterwards, unless this came from [`Device::low_power_until_woken`];
 /// - the device raises no interrupts and does no DMA.

@@ -66,7 +66,7 @@ impl<'d> Region<'d> {
             return Err(Error::new(ErrorKind::NotMappable, "map", self.name())
                 .with_reason("the transport does not let the MSI-X table be mapped")
                 .with_advice(
-                    "reach it by Region::trapped; vectors are set up by Device::vectors, without the table",
+                    "reach it by Region::trapped_register; vectors are set up by Device::vectors, without the table",
                 ));
         }
         let KnownRegion { usual, with_table, .. } = self.region;
@@ -118,15 +118,18 @@ impl<'d> Region<'d> {
     ///
     /// # Errors
     /// `OutOfRange`, `Unaligned`.
-    pub fn trapped<T: Width>(&self, offset: u64) -> Result<IoRegister<T>> {
+    pub fn trapped_register<T: Width>(&self, offset: u64) -> Result<IoRegister<T>> {
         IoRegister::trapped(self.device.inner.clone(), self.index, offset, self.size())
     }
 
     /// A trapped register that can only be read.
     ///
     /// # Errors
-    /// As [`trapped`](Self::trapped).
-    pub fn trapped_read_only<T: Width>(&self, offset: u64) -> Result<IoRegister<T, ReadOnly>> {
+    /// As [`trapped_register`](Self::trapped_register).
+    pub fn read_only_trapped_register<T: Width>(
+        &self,
+        offset: u64,
+    ) -> Result<IoRegister<T, ReadOnly>> {
         IoRegister::trapped(self.device.inner.clone(), self.index, offset, self.size())
     }
 
@@ -144,7 +147,7 @@ impl<'d> Region<'d> {
         }
     }
 
-    /// A block of trapped registers: see [`trapped`](Self::trapped).
+    /// A block of trapped registers: see [`trapped_register`](Self::trapped_register).
     ///
     /// # Errors
     /// `OutOfRange`, `Unaligned`.
@@ -206,10 +209,10 @@ impl<'d> Region<'d> {
             .map(|part| format!("{:#x}..{:#x}", part.start, part.end))
             .collect();
         if parts.is_empty() {
-            error.with_advice("reach it by Region::trapped")
+            error.with_advice("reach it by Region::trapped_register")
         } else {
             error.with_advice(format!(
-                "map {} as windows of their own, and reach the rest by Region::trapped",
+                "map {} as windows of their own, and reach the rest by Region::trapped_register",
                 parts.join(", ")
             ))
         }

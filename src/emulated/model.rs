@@ -48,7 +48,7 @@ use crate::transport::{IrqInfo, RegionInfo};
 /// }
 ///
 /// let device = Device::new(std::sync::Arc::new(Emulated::new(Counter(0))?));
-/// let register = device.bar(0)?.trapped::<u32>(0)?;
+/// let register = device.bar(0)?.trapped_register::<u32>(0)?;
 /// assert_eq!((register.read()?, register.read()?), (1, 2));
 /// device.reset()?;
 /// assert_eq!(register.read()?, 1);

@@ -80,13 +80,13 @@ fn ranges_that_make_no_sense() {
     refused(ErrorKind::OutOfRange, &["leaves"], || window.register::<u32>(window.size()));
     refused(ErrorKind::OutOfRange, &["leaves"], || window.register::<u64>(usize::MAX));
     refused(ErrorKind::Unaligned, &["multiple of 4"], || window.register::<u32>(2));
-    refused(ErrorKind::OutOfRange, &[], || bar.trapped::<u32>(u64::MAX - 1));
+    refused(ErrorKind::OutOfRange, &[], || bar.trapped_register::<u32>(u64::MAX - 1));
     for offset in [bar.size() - 2, bar.size(), u64::MAX - 1] {
         let transport = device.transport();
         refused(ErrorKind::OutOfRange, &["leave"], || transport.read_at(0, offset, &mut [0; 4]));
         refused(ErrorKind::OutOfRange, &["leave"], || transport.write_at(0, offset, &[0; 4]));
     }
-    refused(ErrorKind::Unaligned, &[], || bar.trapped::<u64>(4));
+    refused(ErrorKind::Unaligned, &[], || bar.trapped_register::<u64>(4));
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn regions_that_cannot_be_mapped() {
     let map = |index: u32| {
         device.region(index).unwrap().map(.., Placement::Anywhere).map_err(Error::from)
     };
-    refused(ErrorKind::NotMappable, &["I/O ports", "Region::trapped"], || map(2));
+    refused(ErrorKind::NotMappable, &["I/O ports", "Region::trapped_register"], || map(2));
     refused(ErrorKind::NotMappable, &["region 7"], || map(7));
     refused(ErrorKind::NotMappable, &["MSI-X table", "as windows of their own"], || map(3));
 }

@@ -123,7 +123,7 @@ const ACKNOWLEDGE: u64 = 0x64;
 fn an_intx_is_unmasked_by_an_eventfd_as_a_hypervisor_does_it() {
     let device = lab::open("edu");
     let bar = device.bar(0).unwrap();
-    let register = |offset| bar.trapped::<u32>(offset).unwrap();
+    let register = |offset| bar.trapped_register::<u32>(offset).unwrap();
     let mut vectors = device.vectors(Interrupt::Intx, 1).unwrap();
     assert!(vectors.resample_fd().is_none());
     vectors.enable_resample().unwrap();
@@ -160,7 +160,7 @@ fn without_bus_mastering_dma_and_msi_silently_do_nothing_and_an_intx_comes() {
     let config = device.config().unwrap();
     assert!(!config.bus_mastering().unwrap(), "VFIO opens a device with it off");
     let bar = device.bar(0).unwrap();
-    let register = |offset| bar.trapped::<u32>(offset).unwrap();
+    let register = |offset| bar.trapped_register::<u32>(offset).unwrap();
     let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(28));
     let buffer = device.dma().unwrap().buffer_with(request).unwrap();
     for (kind, mastering) in

@@ -55,7 +55,7 @@ fn a_sleeping_device_is_reached_through_the_kernel_only_until_it_is_woken() {
                 assert_eq!(probe::load(at), None, "a mapped access works");
                 // The kernel wakes it for these, and no longer than they take.
                 let bar = device.bar(0).unwrap();
-                assert_eq!(bar.trapped::<u32>(STATUS).unwrap().read().unwrap(), awake);
+                assert_eq!(bar.trapped_register::<u32>(STATUS).unwrap().read().unwrap(), awake);
                 assert_eq!(device.config().unwrap().vendor().unwrap(), 0x8086);
                 assert_eq!(probe::load(at), None, "a mapped access works");
                 assert!(!low_power.woken(Duration::ZERO).unwrap());

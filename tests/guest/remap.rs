@@ -227,15 +227,15 @@ fn registers_that_cannot_be_mapped_are_trapped() {
         let text = bar.layout().to_string();
         assert!(text.contains("trapped: MSI-X table"), "{text}");
         let mapped = bar.map(0..0x1000, Placement::Anywhere).unwrap();
-        let trapped = bar.trapped::<u32>(8).unwrap();
+        let trapped = bar.trapped_register::<u32>(8).unwrap();
         assert_eq!(trapped.read().unwrap(), mapped.register::<u32>(8).unwrap().read(), "VS");
-        let aqa = bar.trapped::<u32>(0x24).unwrap();
+        let aqa = bar.trapped_register::<u32>(0x24).unwrap();
         aqa.write(0x7_0007).unwrap();
         assert_eq!(mapped.register::<u32>(0x24).unwrap().read(), 0x7_0007);
         let ports = lab::open("testdev");
         let text = ports.bar(1).unwrap().layout().to_string();
         assert_eq!(text, "0x0..0x100 trapped: I/O ports");
-        ports.bar(1).unwrap().trapped::<u8>(0).unwrap().read().unwrap();
+        ports.bar(1).unwrap().trapped_register::<u8>(0).unwrap().read().unwrap();
         close(ports);
     }
     close(device);

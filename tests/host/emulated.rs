@@ -341,7 +341,7 @@ fn a_busy_model_lets_registers_have_their_turns() {
     const READS: u64 = 200;
     let polls = Arc::new(AtomicU64::new(0));
     let device = Device::new(Arc::new(Emulated::new(Busy(polls.clone())).unwrap()));
-    let register = device.bar(0).unwrap().trapped::<u64>(0).unwrap();
+    let register = device.bar(0).unwrap().trapped_register::<u64>(0).unwrap();
     let mut last = 0;
     for _ in 0..READS {
         // Once the model has had a turn since the last.

@@ -71,9 +71,9 @@ fn what_makes_no_sense_is_refused_with_a_reason_and_advice() {
         OutOfRange,
     );
     advises(bar.with_msix_table(), NotMappable);
-    advises(bar.trapped::<u32>(SIZE - 3), OutOfRange);
-    advises(bar.trapped::<u32>(u64::MAX - 1), OutOfRange);
-    advises(bar.trapped::<u32>(2), Unaligned);
+    advises(bar.trapped_register::<u32>(SIZE - 3), OutOfRange);
+    advises(bar.trapped_register::<u32>(u64::MAX - 1), OutOfRange);
+    advises(bar.trapped_register::<u32>(2), Unaligned);
     let vast = Device::new(Arc::new(MemoryDevice::new(1 << 53).unwrap()));
     advises(vast.bar(0).unwrap().map(.., Placement::Anywhere), OutOfRange);
     advises(bar.map(.., Placement::At(1)), Unaligned);

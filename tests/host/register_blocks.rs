@@ -68,7 +68,9 @@ fn window(device: &Device) -> Window {
 
 /// The bytes of the device, by another way than the block's.
 fn bytes<const N: usize>(bar: &Region<'_>, offset: u64) -> [u8; N] {
-    std::array::from_fn(|at| bar.trapped::<u8>(offset + at as u64).unwrap().read().unwrap())
+    std::array::from_fn(|at| {
+        bar.trapped_register::<u8>(offset + at as u64).unwrap().read().unwrap()
+    })
 }
 
 #[test]
@@ -85,7 +87,7 @@ fn registers_lie_where_the_layout_says() {
     );
     block.write(Peripheral::ACKNOWLEDGE, 0x0102_0304);
     assert_eq!(bytes(&bar, 0x100c), [4, 3, 2, 1]);
-    bar.trapped::<u32>(0x1000).unwrap().write(0xed).unwrap();
+    bar.trapped_register::<u32>(0x1000).unwrap().write(0xed).unwrap();
     assert_eq!(block.read(Peripheral::ID), 0xed);
     assert_eq!(block.read_relaxed(Peripheral::LENGTH), 0x99aa);
 }
@@ -100,7 +102,7 @@ fn values_have_the_register_s_type() {
     assert_eq!(bytes(&bar, 4), [0b1011, 0, 0, 0]);
     let control = block.read(Peripheral::CONTROL);
     assert_eq!((control.enabled(), control.mode()), (true, 5));
-    let status = bar.trapped::<u32>(8).unwrap();
+    let status = bar.trapped_register::<u32>(8).unwrap();
     for (value, expected) in [(0, Status::Idle), (1, Status::Busy), (7, Status::Unknown(7))] {
         status.write(value).unwrap();
         assert_eq!(block.read(Peripheral::STATUS), expected);

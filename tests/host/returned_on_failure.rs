@@ -145,8 +145,8 @@ fn every_failure_converts_by_question_mark() {
 fn a_clone_holds_the_device() {
     let device = Device::new(Arc::new(MemoryDevice::new(0x2000).unwrap()));
     let clone = device.clone();
-    let register = clone.bar(0).unwrap().trapped_read_only::<u32>(0).unwrap();
-    drop(clone.bar(0).unwrap().trapped::<u32>(0).unwrap());
+    let register = clone.bar(0).unwrap().read_only_trapped_register::<u32>(0).unwrap();
+    drop(clone.bar(0).unwrap().trapped_register::<u32>(0).unwrap());
     let still = device.close().unwrap_err();
     let text = still.to_string();
     assert!(text.contains("it is held by 2 trapped registers or clones of the device"), "{text}");

@@ -33,7 +33,7 @@ impl Doorbells {
             Err(failed) => {
                 // For example, a page that also holds the MSI-X table.
                 log::info!("doorbells by system calls: {}", Error::from(failed));
-                let register = |offset| bar.trapped(offset);
+                let register = |offset| bar.trapped_register(offset);
                 Ok(Self { tail: register(start)?, head: register(start + stride)?, window: None })
             }
         }

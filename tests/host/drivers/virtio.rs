@@ -124,7 +124,7 @@ impl Entropy {
         let (bar, offset, multiplier) = locate(device, 2)?;
         common.write(Common::QUEUE_SELECT, 0)?;
         let queue = u64::from(common.read(Common::QUEUE_NOTIFY_OFF)?);
-        device.bar(bar)?.trapped(offset + queue * u64::from(multiplier))
+        device.bar(bar)?.trapped_register(offset + queue * u64::from(multiplier))
     }
 
     /// `len` random bytes, 4096 at most.

@@ -137,7 +137,7 @@ pub fn is_reached_through_windows(device: &Device) {
     }
     let buffer = bar.map(mapped[1].clone(), Placement::Anywhere).unwrap();
     buffer.register::<u64>(8).unwrap().write(0x0123_4567_89ab_cdef);
-    let trapped = bar.trapped::<u64>(0x4_0008).unwrap();
+    let trapped = bar.trapped_register::<u64>(0x4_0008).unwrap();
     assert_eq!(trapped.read().unwrap(), 0x0123_4567_89ab_cdef);
     trapped.write(1).unwrap();
     assert_eq!(buffer.register::<u64>(8).unwrap().read(), 1);
