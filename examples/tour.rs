@@ -239,7 +239,7 @@ fn scratch(device: &Device, bar: &Region<'_>, window: &Window) -> Option<Scratch
     };
     let config = device.config().ok()?;
     let start = window.region_range().start as usize;
-    let scratch = match (config.vendor().ok()?, config.device().ok()?, bar.index()) {
+    let scratch = match (config.vendor_id().ok()?, config.device_id().ok()?, bar.index()) {
         // The emulated edu maps a mailbox; QEMU's maps the registers themselves.
         (0x1234, 0x11e8, 0) if start == 0x1_0000 => {
             inverts(0x1_0004, 0x1_0008, "edu's liveness mailbox, which inverts,")

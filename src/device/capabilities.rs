@@ -257,8 +257,8 @@ mod tests {
         );
         assert_eq!(places(&device).unwrap(), [(9, 0x40), (0x11, 0x80), (9, 0x60)]);
         let config = device.config().unwrap();
-        assert_eq!(config.capability(9).unwrap(), Some(0x40));
-        assert_eq!(config.capability(0x11).unwrap(), Some(0x80));
+        assert_eq!(config.capability(9).unwrap(), Some(Capability { id: 9, offset: 0x40 }));
+        assert_eq!(config.capability(0x11).unwrap().unwrap().offset, 0x80);
         assert_eq!(config.capability(5).unwrap(), None);
         assert_eq!(extended_places(&device).unwrap(), [], "there is no room for any");
     }
@@ -267,6 +267,16 @@ mod tests {
     fn a_device_without_a_list_has_no_capabilities() {
         assert_eq!(places(&device(256, &[(0x34, &[0x40]), (0x40, &[9])])).unwrap(), []);
         assert_eq!(places(&device(256, &[LIST])).unwrap(), []);
+    }
+
+    #[test]
+    fn identification_is_read_from_the_header() {
+        let header = [0x86, 0x80, 0xd3, 0x10, 7, 0, 0x10, 0, 0x03, 0x02, 0x08, 0x01];
+        let device = device(256, &[(0, &header)]);
+        let config = device.config().unwrap();
+        assert_eq!(config.vendor_id().unwrap(), 0x8086);
+        assert_eq!(config.device_id().unwrap(), 0x10d3);
+        assert_eq!(config.class_code().unwrap(), 0x010802);
     }
 
     #[test]

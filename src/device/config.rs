@@ -11,6 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 const REGION: u32 = 7;
 
 const COMMAND: u64 = 0x04;
+const REVISION_AND_CLASS: u64 = 0x08;
 const BAR0: u64 = 0x10;
 const EXPRESS: u8 = 0x10;
 const MSIX: u8 = 0x11;
@@ -111,7 +112,7 @@ impl<'d> Config<'d> {
     ///
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
-    pub fn vendor(&self) -> Result<u16> {
+    pub fn vendor_id(&self) -> Result<u16> {
         self.read_u16(0)
     }
 
@@ -119,8 +120,17 @@ impl<'d> Config<'d> {
     ///
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
-    pub fn device(&self) -> Result<u16> {
+    pub fn device_id(&self) -> Result<u16> {
         self.read_u16(2)
+    }
+
+    /// The class code in the lower 24 bits: base class, sub-class, programming interface (PCI 3.0 §6.2.1). An
+    /// NVMe controller has 0x010802.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn class_code(&self) -> Result<u32> {
+        Ok(self.read_u32(REVISION_AND_CLASS)? >> 8)
     }
 
     /// Whether the device responds to accesses to its memory BARs.
@@ -186,18 +196,18 @@ impl<'d> Config<'d> {
             return Err(Error::new(ErrorKind::Unsupported, "enable error reporting on", object)
                 .with_reason("the device is not PCI Express"));
         };
-        self.set_bits(capability + DEVICE_CONTROL, REPORT_UNCORRECTABLE, on)
+        self.set_bits(capability.offset + DEVICE_CONTROL, REPORT_UNCORRECTABLE, on)
     }
 
-    /// The offset of the first capability with this ID (PCI 3.0 §6.7); `None` if there is none.
+    /// The first capability with this ID (PCI 3.0 §6.7); `None` if there is none.
     /// [`capabilities`](Self::capabilities) lists all of them.
     ///
     /// # Errors
     /// `Malformed` if the list loops or points into the header; as
     /// [`memory_decoding`](Self::memory_decoding).
-    pub fn capability(&self, id: u8) -> Result<Option<u64>> {
+    pub fn capability(&self, id: u8) -> Result<Option<Capability>> {
         let wanted = |found: &Result<Capability>| found.as_ref().map_or(true, |it| it.id == id);
-        Ok(self.capabilities().find(wanted).transpose()?.map(|found| found.offset))
+        self.capabilities().find(wanted).transpose()
     }
 
     /// The size in bytes: 256, or 4096 with extended configuration space.
@@ -217,7 +227,7 @@ impl<'d> Config<'d> {
     }
 
     pub(super) fn msix(&self) -> Result<Option<Msix>> {
-        let Some(at) = self.capability(MSIX)? else { return Ok(None) };
+        let Some(Capability { offset: at, .. }) = self.capability(MSIX)? else { return Ok(None) };
         let vectors = u64::from(self.present_u16(at + 2)? & 0x7ff) + 1;
         let place = |offset: u64, size: u64| -> Result<(u32, Range<u64>)> {
             let value = self.present_u32(at + offset)?;

@@ -56,7 +56,7 @@ fn a_sleeping_device_is_reached_through_the_kernel_only_until_it_is_woken() {
                 // The kernel wakes it for these, and no longer than they take.
                 let bar = device.bar(0).unwrap();
                 assert_eq!(bar.trapped_register::<u32>(STATUS).unwrap().read().unwrap(), awake);
-                assert_eq!(device.config().unwrap().vendor().unwrap(), 0x8086);
+                assert_eq!(device.config().unwrap().vendor_id().unwrap(), 0x8086);
                 assert_eq!(probe::load(at), None, "a mapped access works");
                 assert!(!low_power.woken(Duration::ZERO).unwrap());
                 let error = device.low_power().unwrap_err();
@@ -83,7 +83,7 @@ fn an_access_through_the_kernel_wakes_a_device_that_is_to_tell_of_it() {
             becomes(&device, "suspended");
             assert!(!low_power.woken(Duration::ZERO).unwrap());
             assert_eq!(probe::load(at), None);
-            assert_eq!(device.config().unwrap().vendor().unwrap(), 0x8086);
+            assert_eq!(device.config().unwrap().vendor_id().unwrap(), 0x8086);
             assert!(low_power.woken(Duration::from_secs(5)).unwrap());
             assert!(probe::load(at).is_some(), "it does not stay awake");
             // While its sleep is held, the device cannot be closed, and the error says so.

@@ -21,7 +21,7 @@ fn edu_does_all_that_is_documented() {
     edu::does_all_that_is_documented(&edu);
     let device = Device::new(Arc::new(edu));
     edu::is_reached_through_windows(&device);
-    assert_eq!(device.config().unwrap().vendor().unwrap(), 0x1234);
+    assert_eq!(device.config().unwrap().vendor_id().unwrap(), 0x1234);
     device.close().unwrap();
 }
 
@@ -418,7 +418,7 @@ fn a_shape_that_makes_no_device_is_an_error() {
     for shape in fine {
         let device = Device::new(Arc::new(Emulated::new(Shaped(shape.clone())).unwrap()));
         // Without a region of that number, these are errors and no more.
-        let _ = (device.bar(0).map(drop), device.config().map(|config| config.vendor()));
+        let _ = (device.bar(0).map(drop), device.config().map(|config| config.vendor_id()));
         let _ = device.interrupt(Interrupt::MsiX);
     }
 }

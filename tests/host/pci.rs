@@ -139,7 +139,7 @@ fn a_device_that_has_gone_is_not_one_with_io_ports() {
     let pci = Pci::new(0x4000, 0x2000, 0x4000);
     let device = Device::new(pci.clone());
     let config = device.config().unwrap();
-    assert_eq!(config.capability(0x10).unwrap(), Some(0x60));
+    assert_eq!(config.capability(0x10).unwrap().unwrap().offset, 0x60);
     pci.pull();
     let gone = |error: Error| {
         assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
@@ -155,7 +155,7 @@ fn a_device_that_has_gone_is_not_one_with_io_ports() {
     gone(config.set_error_reporting(true).unwrap_err());
     assert_eq!(*pci.written.lock().unwrap(), [], "nothing is written to what has gone");
     // What programs ask for by its offset they get as it is.
-    assert_eq!((config.vendor().unwrap(), config.read_u32(4).unwrap()), (u16::MAX, u32::MAX));
+    assert_eq!((config.vendor_id().unwrap(), config.read_u32(4).unwrap()), (u16::MAX, u32::MAX));
 }
 
 /// A register of all ones by itself: the device goes between one read and the next.

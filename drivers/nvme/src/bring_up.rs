@@ -102,7 +102,7 @@ impl Hardware {
         let muted = self.device.config().and_then(|config| {
             config.set_bus_mastering(false)?;
             // What is read comes after all that the device has written.
-            config.vendor().map(drop)
+            config.vendor_id().map(drop)
         });
         for error in [&disabled, &muted].into_iter().filter_map(|result| result.as_ref().err()) {
             log::info!("nvme: {error}");
