@@ -139,7 +139,7 @@ pub mod transport;
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use device::{
     Device, IoRegister, IoRegisterBlock, Region, Register, RegisterArray, RegisterBlock, Window,
-    poll_until, poll_until_async, try_poll_until,
+    poll_until, try_poll_until, try_poll_until_async,
 };
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use error::{Error, ErrorKind, Result};

@@ -56,7 +56,7 @@ pub use dma_placement::IovaPlacement;
 pub use events::{Event, Events};
 pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
-pub use poll::{poll_until, poll_until_async, try_poll_until};
+pub use poll::{poll_until, try_poll_until, try_poll_until_async};
 pub use power::LowPower;
 pub use region::Region;
 pub use register::{

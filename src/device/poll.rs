@@ -87,7 +87,7 @@ pub fn try_poll_until<T: Debug>(
 ///
 /// # Errors
 /// As [`try_poll_until`].
-pub async fn poll_until_async<T: Debug>(
+pub async fn try_poll_until_async<T: Debug>(
     what: impl Display,
     timeout: Duration,
     mut read: impl FnMut() -> Result<T>,
@@ -249,11 +249,12 @@ mod tests {
     #[test]
     fn an_async_wait_lets_others_run() {
         let mut count = count_up();
-        let wait = poll_until_async("a count", LONG, || Ok(count()), |count| *count == SPINS + 10);
+        let wait =
+            try_poll_until_async("a count", LONG, || Ok(count()), |count| *count == SPINS + 10);
         let (value, turns) = run(wait);
         assert_eq!((value.unwrap(), turns), (SPINS + 10, 10));
 
-        let wait = poll_until_async("a bit", Duration::from_millis(1), || Ok(0), |_| false);
+        let wait = try_poll_until_async("a bit", Duration::from_millis(1), || Ok(0), |_| false);
         assert_eq!(run(wait).0.unwrap_err().kind(), ErrorKind::TimedOut);
     }
 }
