@@ -18,8 +18,8 @@ async fn fired(vector: &AsyncFd<Vector>) -> std::io::Result<u64> {
         let mut guard = vector.readable().await?;
         match guard.get_inner().take()? {
             // The readiness was old: tokio has to poll again.
-            0 => guard.clear_ready(),
-            count => return Ok(count),
+            None => guard.clear_ready(),
+            Some(count) => return Ok(count),
         }
     }
 }

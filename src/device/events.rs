@@ -25,7 +25,7 @@ pub enum Event {
     Release,
 }
 
-/// The events of a device. The descriptor is readable while [`poll`](Self::poll) has an event to return.
+/// The events of a device. The descriptor is readable while [`take`](Self::take) has an event to return.
 ///
 /// Unbinding a device waits until its user closes it. A driver that does not watch for [`Event::Release`] makes
 /// it wait until the driver exits.
@@ -88,10 +88,10 @@ impl Events {
     ///
     /// # Errors
     /// `Os` if the eventfd cannot be read.
-    pub fn poll(&self) -> Result<Option<Event>> {
+    pub fn take(&self) -> Result<Option<Event>> {
         for (eventfd, event) in [(&self.error, Event::Error), (&self.release, Event::Release)] {
             if let Some(eventfd) = eventfd
-                && take(eventfd, || self.name())? > 0
+                && take(eventfd, || self.name())?.is_some()
             {
                 return Ok(Some(event));
             }
@@ -99,12 +99,12 @@ impl Events {
         Ok(None)
     }
 
-    /// Waits for an event; `None` after the time limit.
+    /// Waits for an event.
     ///
     /// # Errors
-    /// As [`poll`](Self::poll).
-    pub fn wait(&self, timeout: Duration) -> Result<Option<Event>> {
-        wait_until(self.as_fd(), timeout, || self.poll(), || self.name())
+    /// `TimedOut` after the time limit; as [`take`](Self::take).
+    pub fn wait(&self, timeout: Duration) -> Result<Event> {
+        wait_until(self.as_fd(), timeout, || self.take(), || self.name())
     }
 
     fn name(&self) -> String {

@@ -446,7 +446,7 @@ impl Inner {
             Holder::Block { name, region, range } => {
                 format!("the register block {name}, {}", self.range_name(*region, range))
             }
-            Holder::Vectors { kind, count } => format!("{count} vectors of {kind:?}"),
+            Holder::Vectors { kind, count } => format!("{count} vectors of {kind}"),
             Holder::Events => "events".to_owned(),
             Holder::LowPower => "a low power state".to_owned(),
         }

@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use super::signals::{eventfd, wait};
 use super::{Device, Holder, Inner};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
 
 /// A device in a low power state. Dropping this wakes it.
 ///
 /// While this lives
 /// - an access through a [`Window`](super::Window) raises SIGBUS, until this is dropped or
-///   [`woken`](Self::woken) returns true, even if the device woke earlier;
+///   [`woken`](Self::woken) has returned `Ok`, even if the device woke earlier;
 /// - an access through the kernel, to a [`Region::trapped_register`](super::Region::trapped_register) register or to
 ///   [`Config`](super::Config), wakes the device and works, and so do calls that set up interrupts or reset it.
 ///   The device sleeps again afterwards, unless this came from [`Device::low_power_until_woken`];
@@ -40,7 +40,7 @@ impl Device {
     }
 
     /// As [`low_power`](Self::low_power), until something wakes the device: the device itself, or an access
-    /// through the kernel. The device then stays awake, and [`LowPower::woken`] returns true.
+    /// through the kernel. The device then stays awake, and [`LowPower::woken`] returns `Ok`.
     ///
     /// # Errors
     /// As [`low_power`](Self::low_power).
@@ -60,16 +60,18 @@ impl Device {
 }
 
 impl LowPower {
-    /// Waits until something wakes the device. Returns false after the time limit, and always after
-    /// [`Device::low_power`]. Once it returns true, windows work.
+    /// Waits until something wakes the device. Once it has returned `Ok`, windows work.
     ///
     /// # Errors
+    /// `TimedOut` after the time limit; `Unsupported` after [`Device::low_power`], which reports no wake-up;
     /// `Os` if the eventfd cannot be read.
-    pub fn woken(&self, timeout: Duration) -> Result<bool> {
+    pub fn woken(&self, timeout: Duration) -> Result<()> {
         let name = || format!("the wake-up of {}", self.device.info.name);
         match &self.wakeup {
-            Some(wakeup) => Ok(wait(wakeup, timeout, name)? > 0),
-            None => Ok(false),
+            Some(wakeup) => wait(wakeup, timeout, name).map(drop),
+            None => Err(Error::new(ErrorKind::Unsupported, "wait for", name())
+                .with_reason("nothing reports it after Device::low_power")
+                .with_advice("use Device::low_power_until_woken")),
         }
     }
 

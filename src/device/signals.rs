@@ -8,46 +8,51 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::write;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
 
 pub(super) fn eventfd() -> Result<OwnedFd> {
     sys::eventfd::new().map_err(|errno| Error::os(errno, "make", "an eventfd"))
 }
 
-/// Reads the counter of an eventfd and resets it to zero.
-pub(super) fn take(eventfd: impl AsFd, name: impl Fn() -> String) -> Result<u64> {
-    sys::eventfd::take(eventfd).map_err(|errno| Error::os(errno, "wait for", name()))
+/// Reads the counter of an eventfd and resets it to zero; `None` if it was zero.
+pub(super) fn take(eventfd: impl AsFd, name: impl Fn() -> String) -> Result<Option<u64>> {
+    match sys::eventfd::take(eventfd) {
+        Ok(count) => Ok(Some(count).filter(|&count| count > 0)),
+        Err(errno) => Err(Error::os(errno, "wait for", name())),
+    }
 }
 
-/// Waits until the counter of an eventfd is not zero, reads it and resets it; 0 after the time limit.
+/// Waits until the counter of an eventfd is not zero, reads it and resets it. `TimedOut` after the time limit.
 pub(super) fn wait(
     eventfd: impl AsFd,
     timeout: Duration,
     name: impl Fn() -> String,
 ) -> Result<u64> {
-    let ready = || Ok(Some(take(&eventfd, &name)?).filter(|&count| count > 0));
-    Ok(wait_until(eventfd.as_fd(), timeout, ready, &name)?.unwrap_or(0))
+    wait_until(eventfd.as_fd(), timeout, || take(&eventfd, &name), &name)
 }
 
-/// Waits until `ready` returns `Some`. It is called whenever `fd` is readable. `None` after the time limit.
+/// Waits until `ready` returns `Some`. It is called whenever `fd` is readable. `TimedOut` after the time limit.
 pub(super) fn wait_until<T>(
     fd: BorrowedFd<'_>,
     timeout: Duration,
     ready: impl Fn() -> Result<Option<T>>,
     name: impl Fn() -> String,
-) -> Result<Option<T>> {
+) -> Result<T> {
     let deadline = Instant::now().checked_add(timeout);
     loop {
-        let result = ready()?;
+        if let Some(value) = ready()? {
+            return Ok(value);
+        }
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        if result.is_some() || left == Some(Duration::ZERO) {
-            return Ok(result);
+        if left == Some(Duration::ZERO) {
+            return Err(Error::new(ErrorKind::TimedOut, "wait for", name())
+                .with_reason(format!("timed out after {timeout:?}")));
         }
         // Rounded up, so that the last millisecond is not a busy loop.
         let left = left.unwrap_or(Duration::MAX).saturating_add(Duration::from_micros(999));
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) {
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], left) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(Error::os(errno, "wait for", name())),
         }

@@ -4,6 +4,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use nix::sys::resource::{Resource, setrlimit};
 
@@ -116,6 +117,36 @@ fn vectors_are_disconnected_when_they_are_dropped() {
 }
 
 #[test]
+fn a_wait_that_is_over_says_so_and_what_to_check() {
+    const TIME: Duration = Duration::from_millis(1);
+    let (recorder, device) = device(false);
+    let text = |error: Error| {
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        error.to_string()
+    };
+    let msi = "cannot wait for vector 0 of MSI of recorder: timed out after 1ms; \
+               check that the device may send it: Config::set_bus_mastering";
+    let vectors = device.vectors(Interrupt::Msi, 1).unwrap();
+    assert_eq!(text(vectors.wait(0, TIME).unwrap_err()), msi);
+    assert_eq!(text(vectors.vector(0).unwrap().wait(TIME).unwrap_err()), msi);
+    drop(vectors);
+    let vectors = device.vectors(Interrupt::Intx, 1).unwrap();
+    let error = vectors.wait(0, TIME).unwrap_err();
+    assert!(error.advice().contains("Vectors::set_masked"), "{error}");
+    let events = device.events().unwrap();
+    let wanted = "cannot wait for events of recorder: timed out after 1ms";
+    assert_eq!(text(events.wait(TIME).unwrap_err()), wanted);
+    let low_power = device.low_power_until_woken().unwrap();
+    let wanted = "cannot wait for the wake-up of recorder: timed out after 1ms";
+    assert_eq!(text(low_power.woken(TIME).unwrap_err()), wanted);
+    drop(low_power);
+    let low_power = device.low_power().unwrap();
+    assert_eq!(low_power.woken(TIME).unwrap_err().kind(), ErrorKind::Unsupported);
+    drop((vectors, events, low_power));
+    closes(recorder, device);
+}
+
+#[test]
 fn vectors_that_fail_leave_nothing_connected() {
     let (recorder, device) = device(false);
     recorder.fail("connect MSI 0..2");
@@ -136,7 +167,7 @@ fn growth_that_fails_leaves_the_vectors_as_they_were() {
     let restored = ["disconnect MSI", "connect MSI 0..4", "connect MSI 0..2"];
     assert_eq!((recorder.calls(), vectors.count()), (restored.map(str::to_owned).into(), 2));
     // Each vector is signalled, for an interrupt that came meanwhile.
-    assert_eq!([0, 1].map(|vector| vectors.take(vector).unwrap()), [1, 1]);
+    assert_eq!([0, 1].map(|vector| vectors.take(vector).unwrap()), [Some(1); 2]);
     drop(vectors);
     closes(recorder, device);
 }

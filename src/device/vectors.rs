@@ -35,6 +35,16 @@ impl Interrupt {
     }
 }
 
+impl fmt::Display for Interrupt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Intx => "INTx",
+            Self::Msi => "MSI",
+            Self::MsiX => "MSI-X",
+        })
+    }
+}
+
 /// How vectors were added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -90,24 +100,26 @@ impl Slot {
 #[derive(Clone)]
 pub struct Vector {
     eventfd: Arc<OwnedFd>,
+    kind: Interrupt,
     name: Arc<str>,
 }
 
 impl Vector {
-    /// Waits until it has fired. Returns how often it has fired since the last call, 0 after the time limit.
+    /// Waits until it has fired. Returns how often it has fired since the last call: at least once.
+    ///
+    /// # Errors
+    /// `TimedOut` after the time limit; `Os` if the eventfd cannot be read.
+    pub fn wait(&self, timeout: Duration) -> Result<u64> {
+        wait(&*self.eventfd, timeout, || self.name.to_string())
+            .map_err(|error| advise(error, self.kind))
+    }
+
+    /// How often it has fired since the last call; `None` if it has not. Does not wait. Afterwards its
+    /// descriptor is not readable until it fires again.
     ///
     /// # Errors
     /// `Os` if the eventfd cannot be read.
-    pub fn wait(&self, timeout: Duration) -> Result<u64> {
-        wait(&*self.eventfd, timeout, || self.name.to_string())
-    }
-
-    /// How often it has fired since the last call. Does not wait. Afterwards its descriptor is not readable
-    /// until it fires again.
-    ///
-    /// # Errors
-    /// As [`wait`](Self::wait).
-    pub fn take(&self) -> Result<u64> {
+    pub fn take(&self) -> Result<Option<u64>> {
         take(&*self.eventfd, || self.name.to_string())
     }
 }
@@ -193,14 +205,14 @@ impl Inner {
 
 fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()> {
     let refuse = |reason: String, advice: String| {
-        let object = format!("{count} vectors of {kind:?} of {name}");
+        let object = format!("{count} vectors of {kind} of {name}");
         Err(Error::new(ErrorKind::OutOfRange, "set up", object)
             .with_reason(reason)
             .with_advice(advice))
     };
     match info.count as usize {
         0 => refuse(
-            format!("the device has no {kind:?}"),
+            format!("the device has no {kind}"),
             "use another kind; Device::interrupt reports which the device has".to_owned(),
         ),
         most if count == 0 || count > most => {
@@ -210,6 +222,20 @@ fn check(kind: Interrupt, info: &IrqInfo, count: usize, name: &str) -> Result<()
             refuse("they cannot signal an eventfd".to_owned(), "use another kind".to_owned())
         }
         _ => Ok(()),
+    }
+}
+
+/// Adds to the error of a wait why a vector may not fire.
+#[cold]
+fn advise(error: Error, kind: Interrupt) -> Error {
+    match (error.kind(), kind) {
+        (ErrorKind::TimedOut, Interrupt::Intx) => {
+            error.with_advice("unmask it after each interrupt: Vectors::set_masked")
+        }
+        (ErrorKind::TimedOut, Interrupt::Msi | Interrupt::MsiX) => {
+            error.with_advice("check that the device may send it: Config::set_bus_mastering")
+        }
+        _ => error,
     }
 }
 
@@ -241,26 +267,27 @@ impl Vectors {
     pub fn vector(&self, vector: usize) -> Result<Vector> {
         self.one(vector, "hand out")?;
         let eventfd = self.slots[vector].eventfd.clone();
-        Ok(Vector { eventfd, name: self.name(vector).into() })
+        Ok(Vector { eventfd, kind: self.kind, name: self.name(vector).into() })
     }
 
-    /// Waits until a vector has fired. Returns how often it has fired since the last call, 0 after the time
-    /// limit.
+    /// Waits until a vector has fired. Returns how often it has fired since the last call: at least once.
     ///
     /// It waits no longer than `timeout`, even if a vfio-user server, which shares the eventfd, changes its
     /// status flags or its counter (`preadv2(2)` with `RWF_NOWAIT`, Linux 5.8).
     ///
     /// # Errors
-    /// `OutOfRange` for a hole, and past the last.
+    /// `TimedOut` after the time limit; `OutOfRange` for a hole, and past the last; `Os` if the eventfd cannot
+    /// be read.
     pub fn wait(&self, vector: usize, timeout: Duration) -> Result<u64> {
         wait(self.eventfd(vector)?, timeout, || self.name(vector))
+            .map_err(|error| advise(error, self.kind))
     }
 
-    /// How often a vector has fired since the last call. Does not wait.
+    /// How often a vector has fired since the last call; `None` if it has not. Does not wait.
     ///
     /// # Errors
-    /// As [`wait`](Self::wait).
-    pub fn take(&self, vector: usize) -> Result<u64> {
+    /// `OutOfRange` for a hole, and past the last; `Os` if the eventfd cannot be read.
+    pub fn take(&self, vector: usize) -> Result<Option<u64>> {
         take(self.eventfd(vector)?, || self.name(vector))
     }
 
@@ -404,7 +431,7 @@ impl Vectors {
     }
 
     fn name(&self, vector: usize) -> String {
-        format!("vector {vector} of {:?} of {}", self.kind, self.device.info.name)
+        format!("vector {vector} of {} of {}", self.kind, self.device.info.name)
     }
 }
 
@@ -422,6 +449,6 @@ impl Drop for Vectors {
 
 impl fmt::Debug for Vectors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} vectors of {:?} of {}", self.count(), self.kind, self.device.info.name)
+        write!(f, "{} vectors of {} of {}", self.count(), self.kind, self.device.info.name)
     }
 }

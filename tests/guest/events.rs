@@ -28,11 +28,11 @@ fn lets_go_when_asked(name: &str, request: impl FnOnce(), done: impl FnOnce()) -
         let device = lab::open(name);
         let window = lab::map_all(&device, 0);
         let events = device.events().unwrap();
-        assert_eq!(events.poll().unwrap(), None);
+        assert_eq!(events.take().unwrap(), None);
         assert!(works(name, &window));
         let start = Instant::now();
         request();
-        assert_eq!(events.wait(PATIENCE).unwrap(), Some(Event::Release));
+        assert_eq!(events.wait(PATIENCE).unwrap(), Event::Release);
         // Until it lets go, the device works, and what holds it has a name.
         assert!(works(name, &window));
         let still = device.close().unwrap_err();
@@ -191,8 +191,8 @@ fn an_error_that_the_device_reports_is_an_event() {
     // A completer abort: uncorrectable, and not fatal (PCIe 5.0, table 6-5).
     let answer = machine.say("pcie_aer_inject_error errant COMP_ABORT");
     assert!(answer.starts_with("OK"), "{answer}");
-    assert_eq!(events.wait(PATIENCE).unwrap(), Some(Event::Error));
-    assert_eq!(events.poll().unwrap(), None);
+    assert_eq!(events.wait(PATIENCE).unwrap(), Event::Error);
+    assert_eq!(events.take().unwrap(), None);
     assert_eq!(queues.read(), 1);
     drop((queues, events));
     device.close().unwrap();

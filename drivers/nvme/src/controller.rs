@@ -345,8 +345,14 @@ impl Controller {
         Some(usize::from(queue).min(vectors.count() - 1))
     }
 
-    pub(super) fn wait(&self, vector: usize, time: Duration) -> Result<u64> {
-        self.vectors.as_ref().map_or(Ok(0), |vectors| vectors.wait(vector, time))
+    /// Waits for a vector. Returns whether it has fired.
+    pub(super) fn wait(&self, vector: usize, time: Duration) -> Result<bool> {
+        let Some(vectors) = &self.vectors else { return Ok(false) };
+        match vectors.wait(vector, time) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::TimedOut => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Requests the abort of a command (NVMe Base 1.4 §5.1). The command may still complete normally.

@@ -200,8 +200,8 @@ impl IoQueue {
     fn sleep(&mut self, vector: usize) {
         self.pair.ring();
         match self.controller.wait(vector, CHECK_INTERVAL) {
-            Ok(0) => self.check(),
-            Ok(_) => {}
+            Ok(true) => {}
+            Ok(false) => self.check(),
             Err(error) => {
                 log::warn!("nvme: polling instead: {error}");
                 self.vector = None;
