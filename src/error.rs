@@ -1,5 +1,6 @@
 //! The error type: what failed, on which object, why, and what to do.
 
+mod gives_back;
 mod io;
 
 use std::borrow::Cow;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
-pub(crate) use io::gives_back;
+pub(crate) use gives_back::gives_back;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -24,15 +24,10 @@ impl BufferFailed {
         Self { error: error.with_reason(reason).with_advice(advice), buffer }
     }
 
-    /// What went wrong.
-    pub fn error(&self) -> &Error {
-        &self.error
-    }
-
     /// The buffer, unchanged.
     pub fn into_buffer(self) -> DmaBuffer {
         self.buffer
     }
 }
 
-gives_back!(BufferFailed);
+gives_back!(BufferFailed { buffer: DmaBuffer }, "The error, and the buffer, unchanged.");

@@ -480,18 +480,13 @@ pub struct StillInUse {
 }
 
 impl StillInUse {
-    /// What holds the device.
-    pub fn error(&self) -> &Error {
-        &self.error
-    }
-
     /// The device, unchanged.
     pub fn into_device(self) -> Device {
         self.device
     }
 }
 
-gives_back!(StillInUse);
+gives_back!(StillInUse { device: Device }, "The error, and the device, unchanged.");
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

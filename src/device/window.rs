@@ -367,11 +367,6 @@ pub struct StillMapped {
 }
 
 impl StillMapped {
-    /// Why it is still mapped.
-    pub fn error(&self) -> &Error {
-        &self.error
-    }
-
     /// The window, unchanged; `None` if it was lost
     /// ([`ErrorKind::ReservationLost`](crate::ErrorKind::ReservationLost)).
     pub fn into_window(self) -> Option<Window> {
@@ -379,7 +374,10 @@ impl StillMapped {
     }
 }
 
-gives_back!(StillMapped);
+gives_back!(
+    StillMapped { window: Option<Window> },
+    "The error, and what [`into_window`](Self::into_window) returns."
+);
 
 impl fmt::Debug for Window {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,4 +1,4 @@
-//! Conversions: errors of the standard library and of other libraries, and errors that return a value.
+//! Conversions: errors of the standard library and of other libraries.
 
 use std::convert::Infallible;
 use std::fmt::Display;
@@ -83,38 +83,6 @@ impl From<Error> for io::Error {
         io::Error::new(kind, error)
     }
 }
-
-/// Implements [`std::error::Error`] for a type with a field `error` and other fields that it returns to the
-/// caller. `?` converts the type into an [`Error`] or an [`io::Error`].
-macro_rules! gives_back {
-    ($type:ty) => {
-        impl From<$type> for $crate::Error {
-            fn from(failed: $type) -> Self {
-                failed.error
-            }
-        }
-
-        impl From<$type> for std::io::Error {
-            fn from(failed: $type) -> Self {
-                failed.error.into()
-            }
-        }
-
-        impl std::fmt::Display for $type {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                std::fmt::Display::fmt(&self.error, f)
-            }
-        }
-
-        impl std::error::Error for $type {
-            fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-                std::error::Error::source(&self.error)
-            }
-        }
-    };
-}
-
-pub(crate) use gives_back;
 
 #[cfg(test)]
 mod tests {

@@ -186,7 +186,7 @@ mod tests {
                 let words = failed.to_string();
                 println!("{words}");
                 failed.kind() == ErrorKind::LockedMemory
-                    && failed.errno() == Some(libc::EAGAIN)
+                    && failed.error().errno() == Some(libc::EAGAIN)
                     && words.contains("may have 7340032 (RLIMIT_MEMLOCK)")
                     && words.contains("--memlock=")
             })
@@ -225,7 +225,7 @@ mod tests {
                 let words = failed.to_string();
                 println!("{words}");
                 failed.kind() == ErrorKind::AddressSpace
-                    && failed.errno() == Some(libc::ENOMEM)
+                    && failed.error().errno() == Some(libc::ENOMEM)
                     && words.contains(&format!("may have {limit} (RLIMIT_AS)"))
                     && words.contains("--as=")
             })

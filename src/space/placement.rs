@@ -1,7 +1,6 @@
 //! Where a mapping goes, by which strategies, and what a failure returns.
 
 use std::fmt;
-use std::ops::Deref;
 
 use super::Reservation;
 use crate::error::{Error, gives_back};
@@ -107,16 +106,6 @@ impl Failed {
         Self { error, reservation }
     }
 
-    /// What went wrong.
-    pub fn error(&self) -> &Error {
-        &self.error
-    }
-
-    /// The error, and what [`into_reservation`](Self::into_reservation) returns.
-    pub fn into_parts(self) -> (Error, Option<Reservation>) {
-        (self.error, self.reservation)
-    }
-
     /// The reservation of [`Placement::In`]. `None` if there was none, or if it was lost
     /// ([`ErrorKind::ReservationLost`](crate::ErrorKind::ReservationLost)).
     pub fn into_reservation(self) -> Option<Reservation> {
@@ -130,15 +119,10 @@ impl From<Error> for Failed {
     }
 }
 
-gives_back!(Failed);
-
-impl Deref for Failed {
-    type Target = Error;
-
-    fn deref(&self) -> &Error {
-        &self.error
-    }
-}
+gives_back!(
+    Failed { reservation: Option<Reservation> },
+    "The error, and what [`into_reservation`](Self::into_reservation) returns."
+);
 
 impl fmt::Debug for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

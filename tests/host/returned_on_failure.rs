@@ -20,6 +20,9 @@ fn a_window_in_use_comes_back_as_it_was() {
     let still = window.into_reservation().unwrap_err();
     assert_eq!(still.error().kind(), ErrorKind::InUse, "{still}");
     assert_eq!(still.to_string(), still.error().to_string());
+    let (error, window) = still.into_parts();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    let still = window.expect("it is mapped").into_reservation().unwrap_err();
     let window = still.into_window().expect("it is mapped");
     assert_eq!(window.addresses(), addresses);
     register.write(7);
@@ -90,6 +93,32 @@ fn a_binding_that_cannot_be_undone_comes_back_to_try_again() {
     }
     let error: Error = borrow(&tree, &device).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+}
+
+/// All errors that return a value have the same methods.
+#[test]
+fn every_failure_has_an_error_a_kind_and_parts() {
+    macro_rules! parts {
+        ($failed:expr, $kind:ident) => {{
+            let failed = $failed;
+            assert_eq!((failed.kind(), failed.error().kind()), (ErrorKind::$kind, failed.kind()));
+            let text = failed.to_string();
+            let (error, value) = failed.into_parts();
+            assert_eq!(error.to_string(), text);
+            value
+        }};
+    }
+    let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
+    let place = Reservation::new(4096).unwrap();
+    let range = place.range();
+    let bar = device.bar(0).unwrap();
+    let place = parts!(bar.map(0..1, Placement::In(place)).unwrap_err(), NotMappable);
+    assert_eq!(place.unwrap().range(), range);
+    let buffer = device.dma().unwrap().buffer(4096).unwrap();
+    let buffer = parts!(buffer.split_at(0).unwrap_err(), OutOfRange);
+    let device = parts!(device.close().unwrap_err(), InUse);
+    drop(buffer);
+    device.close().unwrap();
 }
 
 /// `?` in a function that returns `E`.

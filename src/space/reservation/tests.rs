@@ -128,7 +128,7 @@ fn a_bad_split_gives_the_reservation_back() {
     let range = whole.range();
     let failed = whole.split_at(MIB).unwrap_err();
     assert_eq!(failed.kind(), ErrorKind::OutOfRange);
-    assert_eq!(failed.object(), format!("addresses {:#x}..{:#x}", range.start, range.end));
+    assert_eq!(failed.error().object(), format!("addresses {:#x}..{:#x}", range.start, range.end));
     let failed = failed.into_reservation().unwrap().split_at(1).unwrap_err();
     assert_eq!(failed.kind(), ErrorKind::Unaligned);
     assert_eq!(failed.into_reservation().unwrap().range(), range);

@@ -100,7 +100,7 @@ fn only_lasting_results_of_a_probe_are_remembered() {
         || window.duplicate(Access::ReadWrite, Placement::Anywhere.only(Strategy::DontUnmap));
     let is_probe = |call| call == Call::DontUnmap;
     let refused = spy::refuse(Errno::EINVAL, is_probe, by_dont_unmap).unwrap_err();
-    assert_eq!((refused.kind(), refused.errno()), (ErrorKind::Refused, Some(libc::EINVAL)));
+    assert_eq!((refused.kind(), refused.error().errno()), (ErrorKind::Refused, Some(libc::EINVAL)));
     assert!(by_dont_unmap().is_ok(), "asked again");
     let passing = shared(PAGE);
     let any = || passing.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap().1;
@@ -148,7 +148,10 @@ fn a_refused_fixed_call_never_costs_the_caller_its_reservation() {
                 result = request.take().map(|request| window.relocate(request));
             });
             let failed = result.unwrap().unwrap_err();
-            assert_eq!((failed.kind(), failed.errno()), (ErrorKind::Refused, Some(libc::EIO)));
+            assert_eq!(
+                (failed.kind(), failed.error().errno()),
+                (ErrorKind::Refused, Some(libc::EIO))
+            );
             assert_eq!(failed.into_reservation().unwrap().range(), range);
             assert_eq!((window.range(), read(&window, 0)), (at, 7), "the window is where it was");
         }
@@ -212,7 +215,7 @@ fn when_the_old_side_cannot_be_covered_nothing_has_changed() {
             },
             || window.relocate(Placement::In(place).only(strategy)).unwrap_err(),
         );
-        assert_eq!(failed.errno(), Some(libc::ENOMEM));
+        assert_eq!(failed.error().errno(), Some(libc::ENOMEM));
         assert!(failed.to_string().contains("nothing has changed"), "{failed}");
         assert_eq!(failed.into_reservation().unwrap().range(), range);
         assert_eq!(state(&range), (0, 0), "the new side is gone, and the reservation dropped");
@@ -387,7 +390,7 @@ fn an_unsuitable_placement_is_refused_and_given_back() {
     assert_eq!(failed.kind(), ErrorKind::AddressTaken);
     assert!(failed.to_string().contains("vfio-remap-test"), "{failed}");
     let named = window.duplicate(Access::ReadWrite, Placement::Anywhere.by(&[])).unwrap_err();
-    assert_eq!(named.object(), "bar 0 of test, 0x0..0x400000");
+    assert_eq!(named.error().object(), "bar 0 of test, 0x0..0x400000");
     assert_eq!(named.kind(), ErrorKind::Refused, "nothing was allowed");
 }
 
@@ -458,10 +461,10 @@ fn the_error_advises_map_again_if_it_was_not_allowed() {
         spy::refuse(Errno::EIO, any, || window.duplicate(Access::ReadWrite, request).unwrap_err())
     };
     let all = duplicate(Strategy::DEFAULT_ORDER);
-    assert_eq!((all.kind(), all.errno()), (ErrorKind::Refused, Some(libc::EIO)), "{all}");
-    assert!(!all.advice().contains("MapAgain"), "{all}");
+    assert_eq!((all.kind(), all.error().errno()), (ErrorKind::Refused, Some(libc::EIO)), "{all}");
+    assert!(!all.error().advice().contains("MapAgain"), "{all}");
     let first = duplicate(&[Strategy::DontUnmap]);
-    assert!(first.advice().contains("allow MapAgain"), "{first}");
+    assert!(first.error().advice().contains("allow MapAgain"), "{first}");
 }
 
 #[test]

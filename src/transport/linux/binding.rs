@@ -147,18 +147,13 @@ pub struct StillBound {
 }
 
 impl StillBound {
-    /// The error of sysfs.
-    pub fn error(&self) -> &Error {
-        &self.error
-    }
-
     /// The binding, to try again.
     pub fn into_binding(self) -> Binding {
         self.binding
     }
 }
 
-gives_back!(StillBound);
+gives_back!(StillBound { binding: Binding }, "The error, and the binding, to try again.");
 
 #[cfg(test)]
 mod tests {
