@@ -32,6 +32,7 @@ mod tests;
 mod vectors;
 mod window;
 
+use std::any::Any;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -190,6 +191,26 @@ impl Device {
     /// The transport that reaches the device.
     pub fn transport(&self) -> &dyn Transport {
         &*self.inner.transport
+    }
+
+    /// The transport that reaches the device, by its type; `None` if it has another one.
+    ///
+    /// ```no_run
+    /// use std::sync::Arc;
+    /// use vfio_remap::Device;
+    /// use vfio_remap::transport::Vfio;
+    ///
+    /// let first = Device::open("0000:04:00.0")?;
+    /// if let Some(vfio) = first.transport_as::<Vfio>() {
+    ///     // A second device that shares the address space of the first.
+    ///     let options = Vfio::options().beside(vfio);
+    ///     let second = Device::new(Arc::new(options.open("0000:05:00.0".parse()?)?));
+    /// }
+    /// # Ok::<(), vfio_remap::Error>(())
+    /// ```
+    pub fn transport_as<T: Transport>(&self) -> Option<&T> {
+        let transport: &dyn Any = &*self.inner.transport;
+        transport.downcast_ref()
     }
 
     /// The BAR `index`, 0 to 5: the region of that number. Other regions are reached by

@@ -14,6 +14,7 @@ mod reset;
 #[cfg(feature = "vfio-user")]
 pub(crate) mod vfio_user;
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -42,7 +43,9 @@ pub use vfio_user::{TimeLimits, VfioUser};
 ///
 /// A method that a transport does not offer returns `Unsupported`. Methods that later versions of this
 /// crate add will return it by default.
-pub trait Transport: Send + Sync + Debug {
+///
+/// [`Device::transport_as`](crate::Device::transport_as) gives back the type of a device's transport.
+pub trait Transport: Any + Send + Sync + Debug {
     /// The name and the features of the device.
     fn info(&self) -> DeviceInfo;
 

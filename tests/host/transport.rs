@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vfio_remap::device::{Iova, IovaPlacement};
 use vfio_remap::space::{Access, DmaMemory};
-use vfio_remap::transport::{AffectedDevice, DeviceInfo, DmaLimits, RegionInfo};
+use vfio_remap::transport::{AffectedDevice, DeviceInfo, DmaLimits, MemoryDevice, RegionInfo};
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result, Transport};
 
 /// One of two functions in a slot, whose I/O address space somebody else uses, too.
@@ -65,6 +65,16 @@ fn devices_that_a_hot_reset_affects_are_told_of() {
     let names: Vec<_> = affected.iter().map(ToString::to_string).collect();
     assert_eq!(names, ["0000:02:00.0 (no driver)", "0000:02:00.1 (e1000e)"]);
     assert_eq!(affected.iter().map(|device| device.owned).collect::<Vec<_>>(), [true, false]);
+}
+
+#[test]
+fn a_device_gives_its_transport_back_by_type() {
+    let device = Device::new(Arc::new(Ours::default()));
+    let ours = device.transport_as::<Ours>().expect("it is that one");
+    ours.0.lock().unwrap().insert(0x5000);
+    let again = device.clone();
+    assert!(again.transport_as::<Ours>().unwrap().0.lock().unwrap().contains(&0x5000));
+    assert!(device.transport_as::<MemoryDevice>().is_none());
 }
 
 #[test]
