@@ -438,6 +438,7 @@ fn no_room(size: u64, limit: u64) -> Error {
 }
 
 /// Memory that is mapped for the device. Dropping this unmaps it.
+#[must_use = "dropping it unmaps the memory for the device"]
 pub struct DmaMapping {
     space: DmaSpace,
     memory: DmaMemory,

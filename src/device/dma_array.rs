@@ -30,6 +30,7 @@ use crate::error::ErrorKind;
 /// assert_eq!(ring.load(3, 7), 8);
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
+#[must_use = "dropping it frees the memory"]
 pub struct DmaArray<T: Width, const N: usize> {
     first: NonNull<T>,
     len: usize,

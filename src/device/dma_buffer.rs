@@ -21,6 +21,7 @@ use crate::space::DmaMemory;
 use crate::sys;
 
 /// The size and the options of a buffer.
+#[must_use = "it makes no buffer: pass it to DmaSpace::buffer_with"]
 #[derive(Clone, Copy, Debug)]
 pub struct BufferRequest {
     size: usize,
@@ -71,6 +72,7 @@ impl BufferRequest {
 ///
 /// DMA needs [`Config::set_bus_mastering`](super::Config::set_bus_mastering): without it the device reads and
 /// writes nothing, and reports no error.
+#[must_use = "dropping its last part frees the memory"]
 pub struct DmaBuffer {
     first: NonNull<u8>,
     /// The first byte's address for the device.

@@ -48,6 +48,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// assert_eq!(ring.load(0).status.get(), 0);
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
+#[must_use = "dropping it frees the memory"]
 pub struct Descriptors<D, W: Width = u64> {
     words: DmaArray<W, 1>,
     len: usize,

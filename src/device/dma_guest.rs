@@ -23,6 +23,7 @@ use crate::space::{Access, DmaMemory};
 
 /// A guest's memory, mapped for a device at its guest-physical addresses. Dropping this unmaps all of it.
 #[derive(Debug)]
+#[must_use = "dropping it unmaps the memory for the device"]
 pub struct GuestMapping {
     regions: Vec<DmaMapping>,
 }

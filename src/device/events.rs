@@ -29,6 +29,7 @@ pub enum Event {
 ///
 /// Unbinding a device waits until its user closes it. A driver that does not watch for [`Event::Release`] makes
 /// it wait until the driver exits.
+#[must_use = "dropping it ends the watch"]
 pub struct Events {
     device: Arc<Inner>,
     error: Option<OwnedFd>,

@@ -73,6 +73,7 @@ pub use window::{StillMapped, Window};
 ///
 /// Clones are the same device. They, its windows and its registers keep it open; [`close`](Self::close) names
 /// those that do.
+#[must_use = "dropping its last user closes it"]
 #[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,

@@ -21,6 +21,7 @@ use crate::sys::fork;
 /// - the device raises no interrupts and does no DMA.
 ///
 /// The device may lose its state. The kernel saves and restores configuration space, nothing else.
+#[must_use = "dropping it wakes the device"]
 pub struct LowPower {
     device: Arc<Inner>,
     wakeup: Option<OwnedFd>,

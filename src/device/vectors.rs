@@ -61,6 +61,7 @@ pub enum Growth {
 /// MSI and MSI-X are writes that the device starts. Without
 /// [`Config::set_bus_mastering`](super::Config::set_bus_mastering) they never arrive, and no error is reported.
 /// INTx does not need bus mastering.
+#[must_use = "dropping them disables the interrupt"]
 pub struct Vectors {
     device: Arc<Inner>,
     kind: Interrupt,
@@ -97,6 +98,7 @@ impl Slot {
 /// not fire any more. Clones are the same vector and share its counter.
 ///
 /// tokio's `AsyncFd` accepts it; the example `async_interrupts` shows how.
+#[must_use = "it does nothing by itself: wait for it"]
 #[derive(Clone)]
 pub struct Vector {
     eventfd: Arc<OwnedFd>,

@@ -35,6 +35,7 @@ use crate::sys;
 /// A child of `fork(2)` does not inherit the mapping (`MADV_DONTFORK`), and anything may be mapped at its
 /// addresses. `fork` is `unsafe`, and this is a part of its contract: the child does not access the window or
 /// its registers. It may drop them, call `exec`, or exit.
+#[must_use = "dropping its last user unmaps it"]
 #[derive(Clone)]
 pub struct Window {
     pub(super) inner: Arc<Inner>,

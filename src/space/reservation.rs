@@ -22,6 +22,7 @@ use crate::sys::{self, fork, maps, mm};
 /// reservation may be dropped in any order. The addresses are unmapped when the last piece, and the last
 /// window placed in one, is dropped. Until then a dropped piece stays reserved, so that the whole never
 /// has a hole.
+#[must_use = "dropping it frees the addresses"]
 pub struct Reservation {
     area: Arc<Area>,
     start: usize,

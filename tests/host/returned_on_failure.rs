@@ -132,12 +132,12 @@ where
         "unmap" => {
             let window = bar.map(0x4_0000..0x4_1000, Placement::Anywhere)?;
             let _register = window.register::<u32>(0)?;
-            window.into_reservation()?;
+            drop(window.into_reservation()?);
         }
         "split" => drop(device.dma()?.buffer(4096)?.split_at(0)?),
         "array" => {
             let (odd, _) = device.dma()?.buffer(4096)?.split_at(1)?;
-            DmaArray::<u8, 2>::new(odd)?;
+            drop(DmaArray::<u8, 2>::new(odd)?);
         }
         "close" => {
             let other = Device::new(Arc::new(Emulated::new(Edu::new())?));

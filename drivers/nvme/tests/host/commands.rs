@@ -96,7 +96,7 @@ fn what_is_written_is_read_at_every_length_and_alignment() {
                 let data = pattern(size, round + skip);
                 let buffer = part(size);
                 buffer.write(0, &data);
-                write(&mut queue, &namespace, round as u64, buffer);
+                drop(write(&mut queue, &namespace, round as u64, buffer));
                 let mut found = vec![0; size];
                 read(&mut queue, &namespace, round as u64, part(size)).read(0, &mut found);
                 assert!(found == data, "{size} bytes, {skip} into a page, namespace {id}");
@@ -224,7 +224,7 @@ fn a_completion_of_no_command_resets_an_idle_controller() {
             assert!(queue.wait().is_none());
         }
         assert_eq!((queue.generation(), controller.generation()), (1, 1));
-        write(&mut queue, &namespace, 0, buffer);
+        drop(write(&mut queue, &namespace, 0, buffer));
         drop(queue);
         controller.close().unwrap();
     }
@@ -259,7 +259,7 @@ fn a_completion_that_comes_twice_ends_no_other_command() {
         assert!(!status.is_success() || buffer.load::<u8>(4095) == 0x5a, "it was read");
         assert!(queue.wait().is_none());
         assert_eq!(queue.generation(), 1, "the controller was reset");
-        read(&mut queue, &namespace, 0, buffer);
+        drop(read(&mut queue, &namespace, 0, buffer));
         drop(queue);
         controller.close().unwrap();
     });
