@@ -74,6 +74,8 @@
 /// `[count]` after the type makes an array of it, whose elements touch; with `[count, stride = bytes]` they
 /// lie further apart. [`at`](crate::device::RegisterArrayAt::at) names an element.
 ///
+/// A register that has `#[cfg(...)]` is there only under that condition.
+///
 /// # Bit fields
 /// `Type` may be a type of yours: an enumeration, a number with a unit. Fields in braces after the offset
 /// declare `Type` here, by the crate [bitfield-struct](https://docs.rs/bitfield-struct) and in its syntax: from
@@ -100,7 +102,7 @@ macro_rules! register_block {
         $(#[$attribute:meta])*
         $visibility:vis $block:ident [$size:expr] {
             $(
-                $(#[$meta:meta])*
+                $(#[$($meta:tt)*])*
                 $name:ident $type:tt $([$($array:tt)+])? @ $offset:tt
                 $({ $($fields:tt)* })? $(;)?
             )*
@@ -114,24 +116,24 @@ macro_rules! register_block {
             const NAME: &'static str = stringify!($block);
             const SIZE: usize = $size;
             const ALIGN: usize = $crate::__register_block::max_align(
-                &[$($crate::__register_block!(@align $type)),*]
+                &[$($crate::__register_block!(@cfg (align $type) [] [$(#[$($meta)*])*])),*]
             );
         }
 
         impl $block {
             $(
                 $crate::__register_block! {
-                    @place [$(#[$meta])*] [$visibility] $block $name $type [$($($array)+)?] $offset
+                    @place [$(#[$($meta)*])*] [$visibility] $block $name $type [$($($array)+)?] $offset
                 }
             )*
         }
 
         // Checks every declared offset, used or not.
-        const _: () = { $(let _ = $block::$name;)* };
+        $($crate::__register_block! { @cfg (check $block $name) [] [$(#[$($meta)*])*] })*
 
-        $($(
-            $crate::__register_block! { @type [$visibility] $block $name $type {$($fields)*} }
-        )?)*
+        $($crate::__register_block! {
+            @cfg (type [$visibility] $block $name $type $({$($fields)*})?) [] [$(#[$($meta)*])*]
+        })*
     )+};
 }
 
@@ -139,6 +141,25 @@ macro_rules! register_block {
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __register_block {
+    // Of the attributes of a register, only `cfg` is for everything that belongs to the register.
+    (@cfg $then:tt [$($kept:tt)*] [#[cfg $condition:tt] $($rest:tt)*]) => {
+        $crate::__register_block! { @cfg $then [$($kept)* #[cfg $condition]] [$($rest)*] }
+    };
+    (@cfg $then:tt $kept:tt [#[$($other:tt)*] $($rest:tt)*]) => {
+        $crate::__register_block! { @cfg $then $kept [$($rest)*] }
+    };
+    (@cfg (align $type:tt) [$($cfg:tt)*] []) => {
+        $crate::__register_block::max_align(&[$($cfg)* $crate::__register_block!(@align $type)])
+    };
+    (@cfg (check $block:ident $name:ident) [$($cfg:tt)*] []) => {
+        $($cfg)*
+        const _: () = { let _ = $block::$name; };
+    };
+    (@cfg (type $visibility:tt $block:ident $name:ident $type:tt) $cfg:tt []) => {};
+    (@cfg (type $visibility:tt $block:ident $name:ident $type:tt $fields:tt) $cfg:tt []) => {
+        $crate::__register_block! { @type $cfg $visibility $block $name $type $fields }
+    };
+
     (@align (ro $raw:ident $($rest:tt)*)) => { ::core::mem::size_of::<$raw>() };
     (@align (wo $raw:ident $($rest:tt)*)) => { ::core::mem::size_of::<$raw>() };
     (@align (block $block:ty)) => { <$block as $crate::device::BlockLayout>::ALIGN };
@@ -238,15 +259,21 @@ macro_rules! __register_block {
             $crate::device::BlockArrayAt::new($offset, $stride, $count);
     };
 
-    (@type $visibility:tt $block:ident $name:ident (ro $raw:ident => $type:ident) $fields:tt) => {
-        $crate::__register_block! { @type $visibility $block $name ($raw => $type) $fields }
-    };
-    (@type $visibility:tt $block:ident $name:ident (wo $raw:ident => $type:ident) $fields:tt) => {
-        $crate::__register_block! { @type $visibility $block $name ($raw => $type) $fields }
+    (
+        @type $cfg:tt $visibility:tt $block:ident $name:ident (ro $raw:ident => $type:ident) $fields:tt
+    ) => {
+        $crate::__register_block! { @type $cfg $visibility $block $name ($raw => $type) $fields }
     };
     (
-        @type [$visibility:vis] $block:ident $name:ident ($raw:ident => $type:ident) {$($fields:tt)*}
+        @type $cfg:tt $visibility:tt $block:ident $name:ident (wo $raw:ident => $type:ident) $fields:tt
     ) => {
+        $crate::__register_block! { @type $cfg $visibility $block $name ($raw => $type) $fields }
+    };
+    (
+        @type [$($cfg:tt)*] [$visibility:vis] $block:ident $name:ident ($raw:ident => $type:ident)
+        {$($fields:tt)*}
+    ) => {
+        $($cfg)*
         #[doc = concat!("What [`", stringify!($block), "::", stringify!($name), "`] holds.")]
         #[$crate::__register_block::bitfield($raw)]
         #[derive(PartialEq, Eq)]

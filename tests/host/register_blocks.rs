@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vfio_remap::device::IoRegisterBlock;
+use vfio_remap::device::{BlockLayout, IoRegisterBlock};
 use vfio_remap::transport::MemoryDevice;
 use vfio_remap::{
     Device, ErrorKind, Placement, Region, RegisterBlock, Reservation, Window, register_block,
@@ -38,6 +38,40 @@ register_block! {
     Inner[0x08] {
         BYTES(u8)[8] @ 0x00;
     }
+}
+
+register_block! {
+    /// Two revisions of a device.
+    Revisions[0x10] {
+        ID(ro u32) @ 0x00;
+        /// This one is wider than the others, and leaves the block.
+        #[cfg(any())]
+        OLD(u64 => Mode) @ 0x10 {
+            pub fast: bool,
+            #[bits(63)]
+            __: u64,
+        }
+        /// The same name at another place.
+        #[cfg(all())]
+        OLD(u32 => Mode) @ 0x08 {
+            pub fast: bool,
+            #[bits(31)]
+            __: u32,
+        }
+        #[cfg(any())]
+        #[doc(alias = "missing")]
+        GONE(ro u64)[2] @ 0x00;
+    }
+}
+
+#[test]
+fn a_register_under_a_false_condition_is_not_there() {
+    assert_eq!((Revisions::OLD.offset(), Revisions::ALIGN), (8, 4));
+    let device = device();
+    let block = window(&device).block::<Revisions>(4).unwrap();
+    block.write(Revisions::OLD, Mode::new().with_fast(true));
+    assert_eq!(bytes(&device.bar(0).unwrap(), 12), [1, 0, 0, 0]);
+    assert_eq!(block.read(Revisions::ID), 0);
 }
 
 /// A type of the driver's own.
