@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::ops::{Add, RangeInclusive};
+use std::num::ParseIntError;
+use std::ops::{Add, RangeInclusive, Sub};
+use std::str::FromStr;
 
 /// An I/O virtual address: the address by which a device reaches memory.
 ///
@@ -10,10 +12,12 @@ use std::ops::{Add, RangeInclusive};
 /// use vfio_remap::device::Iova;
 ///
 /// let iova = Iova(0x1000) + 0x20;
-/// assert_eq!(format!("{iova} {iova:x} {iova:#010x}"), "0x1020 1020 0x00001020");
+/// assert_eq!(format!("{iova} {iova:x} {iova:#010x} {iova:?}"), "0x1020 1020 0x00001020 Iova(0x1020)");
+/// assert_eq!((iova - 0x20, iova - Iova(0x1000)), (Iova(0x1000), 0x20));
 /// assert_eq!(iova.checked_add(u64::MAX), None);
+/// assert_eq!("0x1020".parse(), Ok(iova));
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Iova(pub u64);
 
 impl Iova {
@@ -33,6 +37,44 @@ impl Add<u64> for Iova {
     }
 }
 
+/// Overflow panics as for integers.
+impl Sub<u64> for Iova {
+    type Output = Self;
+
+    #[inline]
+    fn sub(self, bytes: u64) -> Self {
+        Self(self.0 - bytes)
+    }
+}
+
+/// The distance in bytes. Overflow panics as for integers.
+impl Sub for Iova {
+    type Output = u64;
+
+    #[inline]
+    fn sub(self, other: Self) -> u64 {
+        self.0 - other.0
+    }
+}
+
+/// Hexadecimal digits after `0x` or `0X`, otherwise decimal ones.
+impl FromStr for Iova {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+            Some(digits) => u64::from_str_radix(digits, 16).map(Self),
+            None => text.parse().map(Self),
+        }
+    }
+}
+
+impl From<u64> for Iova {
+    fn from(address: u64) -> Self {
+        Self(address)
+    }
+}
+
 impl From<Iova> for u64 {
     fn from(iova: Iova) -> Self {
         iova.0
@@ -42,6 +84,18 @@ impl From<Iova> for u64 {
 impl fmt::LowerHex for Iova {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::LowerHex::fmt(&self.0, f)
+    }
+}
+
+impl fmt::UpperHex for Iova {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::UpperHex::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Debug for Iova {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Iova({:#x})", self.0)
     }
 }
 
@@ -253,6 +307,18 @@ impl IovaAllocator {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_read_and_written_in_both_cases() {
+        for text in ["0xfee00000", "0XFEE00000", "4276092928"] {
+            assert_eq!(text.parse(), Ok(Iova::from(0xfee0_0000)), "{text}");
+        }
+        for text in ["", "0x", "fee00000", "-1", "0x10000000000000000"] {
+            assert!(text.parse::<Iova>().is_err(), "{text}");
+        }
+        let iova = Iova(0xfee0_0000);
+        assert_eq!(format!("{iova:X} {iova:?}"), "FEE00000 Iova(0xfee00000)");
+    }
 
     #[test]
     fn the_smallest_range_that_fits_is_taken_and_its_neighbours_joined_again() {

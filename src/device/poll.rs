@@ -10,8 +10,16 @@ use crate::error::{Error, ErrorKind, Result};
 /// Reads in a tight loop, before other threads are let run between two reads.
 const SPINS: u32 = 128;
 
-/// Reads until `done` returns true, and returns that value. The first reads are a tight loop; later ones let
-/// other threads run in between. `what` names the awaited thing in the error.
+/// How long other threads are let run between two reads, before the thread sleeps between them.
+const YIELDS: Duration = Duration::from_millis(4);
+
+/// The longest sleep between two reads.
+const SLEEP: Duration = Duration::from_millis(1);
+
+/// Reads until `done` returns true, and returns that value. `what` names the awaited thing in the error.
+///
+/// The first reads are a tight loop; later ones let other threads run in between. After 4 ms the thread sleeps
+/// between two reads: a sixteenth of the time that it has waited, and at most 1 ms.
 ///
 /// The last read is after the deadline, so a thread that did not run for a while misses nothing.
 ///
@@ -75,7 +83,10 @@ pub fn try_poll_until<T: Debug>(
         if wait.spins() {
             std::hint::spin_loop();
         } else {
-            std::thread::yield_now();
+            match wait.sleep() {
+                Some(time) => std::thread::sleep(time),
+                None => std::thread::yield_now(),
+            }
         }
     }
 }
@@ -111,6 +122,7 @@ pub async fn try_poll_until_async<T: Debug>(
 
 /// The state of a wait.
 struct Wait {
+    begun: Instant,
     timeout: Duration,
     /// `None` if it is beyond the range of the clock.
     deadline: Option<Instant>,
@@ -119,12 +131,20 @@ struct Wait {
 
 impl Wait {
     fn new(timeout: Duration) -> Self {
-        Self { timeout, deadline: Instant::now().checked_add(timeout), count: 0 }
+        let begun = Instant::now();
+        Self { begun, timeout, deadline: begun.checked_add(timeout), count: 0 }
     }
 
     /// Whether the next read follows at once.
     fn spins(&self) -> bool {
         self.count < SPINS
+    }
+
+    /// How long to sleep before the next read; `None` in the first milliseconds.
+    fn sleep(&self) -> Option<Duration> {
+        let waited = self.begun.elapsed();
+        let time = (waited >= YIELDS).then(|| SLEEP.min(waited / 16))?;
+        Some(time.min(self.timeout.saturating_sub(waited)))
     }
 
     /// Reads once. `None` means: read again.
@@ -207,6 +227,16 @@ mod tests {
             count()
         };
         assert_eq!(poll_until("two", timeout, read, |count| *count == 2).unwrap(), 2);
+    }
+
+    #[test]
+    fn a_long_wait_sleeps() {
+        let (begun, mut late) = (Instant::now(), 0);
+        let read = || late += u32::from(begun.elapsed() > 4 * YIELDS);
+        let timeout = 4 * YIELDS + 50 * SLEEP;
+        poll_until("it", timeout, read, |()| false).unwrap_err();
+        // Without sleeps there are hundreds of thousands.
+        assert!((1..=100).contains(&late), "{late} reads");
     }
 
     #[test]

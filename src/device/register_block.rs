@@ -13,7 +13,7 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::register::{Mode, ReadWrite, Readable, Register, Width, Writable};
+use super::register::{Mode, ReadOnly, ReadWrite, Readable, Register, Width, Writable};
 use super::register_layout::{BlockAt, BlockLayout, Invariant, RegisterAt};
 use super::window::{self, Window};
 use super::{Holder, Inner, Trapped};
@@ -122,6 +122,20 @@ impl<L: BlockLayout> RegisterBlock<L> {
     }
 }
 
+impl<L: BlockLayout> RegisterBlock<L, ReadOnly> {
+    /// One register, as an object of its own, for reading. It keeps the window mapped and in place, too.
+    pub fn register<R: Width, T, A: Readable>(
+        &self,
+        at: RegisterAt<L, R, T, A>,
+    ) -> Register<R, ReadOnly> {
+        // SAFETY: a `RegisterAt` of this layout lies within it, and `self.at` has `L::SIZE` bytes behind it,
+        // which can be read, as `new` checked.
+        let at = unsafe { self.at.byte_add(at.offset()) }.cast();
+        // SAFETY: in bounds and aligned, as the head of the file proves; mapped while the window lives.
+        unsafe { Register::within(at, self.hold.window.clone()) }
+    }
+}
+
 impl<L, M: Mode> Clone for RegisterBlock<L, M> {
     fn clone(&self) -> Self {
         Self { at: self.at, hold: self.hold.clone(), _what: PhantomData }
@@ -194,7 +208,7 @@ impl Window {
     pub fn read_only_block<L: BlockLayout>(
         &self,
         offset: usize,
-    ) -> Result<RegisterBlock<L, super::ReadOnly>> {
+    ) -> Result<RegisterBlock<L, ReadOnly>> {
         RegisterBlock::new(self, offset)
     }
 }

@@ -229,7 +229,11 @@ fn a_read_only_window_has_read_only_blocks() {
     let (window, _) = window(&device).duplicate_read_only(Placement::Anywhere).unwrap();
     let error = window.block::<Peripheral>(0).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
-    assert_eq!(window.read_only_block::<Peripheral>(0).unwrap().read(Peripheral::ID), 0);
+    let block = window.read_only_block::<Peripheral>(0).unwrap();
+    assert_eq!(block.read(Peripheral::ID), 0);
+    let length = block.register(Peripheral::LENGTH);
+    device.bar(0).unwrap().trapped_register::<u16>(0x18).unwrap().write(0x1234).unwrap();
+    assert_eq!(length.read(), 0x1234);
 }
 
 #[test]
