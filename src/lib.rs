@@ -2,9 +2,9 @@
 //! reset. A mapped window of a BAR can be duplicated and relocated while the device runs.
 //!
 //! A program opens a [`Device`] through a [`Transport`] (Linux VFIO for real PCI devices), finds its
-//! [`Region`]s, and maps [`Window`]s over them. An access to a [`Register`] in a window is one load or
-//! store. [`Window::duplicate`] and [`Window::relocate`] give the crate its name. They report which
-//! system call they used and why.
+//! [`Region`]s, such as BARs, and maps [`Window`]s over them. An access to a [`Register`] in a window is
+//! one load or store. [`Window::duplicate`] and [`Window::relocate`] give the crate its name. They report
+//! which system call they used and why.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -57,8 +57,10 @@
 //!    disabled when VFIO opens a device, and then DMA and MSI silently do nothing.
 //! 5. Map windows: [`Device::bar`], [`Region::map`]. Get registers by [`Window::block`], if
 //!    [`register_block!`] declares them by name, or by [`Window::register`].
-//! 6. Map memory for DMA: [`Device::dma`], [`DmaSpace::buffer`](device::DmaSpace::buffer). Give the
-//!    device the address [`DmaBuffer::iova`](device::DmaBuffer::iova), never an address of this process.
+//! 6. Map memory for DMA: [`Device::dma`], [`DmaSpace::buffer`](device::DmaSpace::buffer). For a device
+//!    with fewer than 64 address bits, pass
+//!    [`IovaPlacement::below_bits`](device::IovaPlacement::below_bits). Give the device the address
+//!    [`DmaBuffer::iova`](device::DmaBuffer::iova), never an address of this process.
 //!    For rings there is [`Descriptors`](device::Descriptors).
 //! 7. Connect interrupts: [`Device::vectors`]. For devices without interrupts, [`poll_until`] waits.
 //! 8. Watch for events: [`Device::events`]. The kernel reports errors, and requests that the device be
@@ -70,7 +72,7 @@
 //!
 //! ```no_run
 //! use std::time::Duration;
-//! use vfio_remap::device::Interrupt;
+//! use vfio_remap::device::{BufferRequest, Interrupt, IovaPlacement};
 //! use vfio_remap::transport::Sysfs;
 //! use vfio_remap::{Device, PciAddress, Placement};
 //!
@@ -80,7 +82,9 @@
 //! device.config()?.set_memory_decoding(true)?;
 //! device.config()?.set_bus_mastering(true)?;
 //! let window = device.bar(0)?.map(.., Placement::Anywhere)?;
-//! let buffer = device.dma()?.buffer(4096)?;
+//! // This device has 28 address bits. Without a placement, memory gets an address above 4 GiB.
+//! let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(28));
+//! let buffer = device.dma()?.buffer_with(request)?;
 //! let vectors = device.vectors(Interrupt::Msi, 1)?;
 //! let events = device.events()?;
 //!
@@ -103,8 +107,11 @@
 //!
 //! # Errors
 //! An [`Error`] says which operation failed on which object, the errno, the reason, and what to do. A
-//! verb that takes a [`Placement`] returns a [`space::Failed`], which gives the reservation back. If a
-//! verb fails, nothing has changed, or the error says what has.
+//! verb that takes a [`Placement`] returns a [`Failed`], which gives the reservation back. If a verb fails,
+//! the window has not changed. A reservation is lost only with [`ErrorKind::ReservationLost`]: a failing call
+//! may have unmapped it, and the crate leaves alone what is mapped there now.
+//!
+//! A wait that reaches its time limit fails with [`ErrorKind::TimedOut`].
 //!
 //! # Cargo features
 //! - `vfio-user` (default): the client of vfio-user servers, `transport::VfioUser`.
@@ -144,7 +151,7 @@ pub use device::{
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use error::{Error, ErrorKind, Result};
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
-pub use space::{Placement, Report, Reservation, Strategy};
+pub use space::{Access, Failed, Placement, Relocation, Report, Reservation, Strategy};
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use transport::{PciAddress, Transport};
 

@@ -54,7 +54,8 @@ impl DmaSpace {
         Ok(Self { inner: Arc::new(Inner { limits, addresses, arenas, mappings, lost, transport }) })
     }
 
-    /// The limits of the IOMMU, as they were when the space was made.
+    /// The limits of the IOMMU, as they were when the space was made. `available_mappings` does not follow the
+    /// mappings that were made since: [`Transport::dma_limits`] returns the present number.
     pub fn limits(&self) -> &DmaLimits {
         &self.inner.limits
     }
@@ -80,6 +81,24 @@ impl DmaSpace {
     /// - Memory is locked before it is used.
     ///
     /// [`BufferRequest::own_mapping`] asks for a mapping that is not shared.
+    ///
+    /// # Address bits
+    /// Its address is above 4 GiB, if the IOMMU has such addresses. A device with fewer than 64 address bits
+    /// drops the upper ones and reaches something else, or nothing, and no error is reported: use
+    /// [`buffer_with`](Self::buffer_with) and [`IovaPlacement::below_bits`].
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use vfio_remap::{Device, emulated::{Edu, Emulated}};
+    /// # let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
+    /// use vfio_remap::device::{BufferRequest, IovaPlacement};
+    ///
+    /// // QEMU's edu has 28 address bits.
+    /// let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(28));
+    /// let buffer = device.dma()?.buffer_with(request)?;
+    /// assert!(buffer.iova().0 < 1 << 28);
+    /// # Ok::<(), vfio_remap::Error>(())
+    /// ```
     ///
     /// # Errors
     /// As [`map`](Self::map); `Os` if the kernel has no memory.

@@ -223,6 +223,10 @@ impl<D: FromBytes + IntoBytes + Immutable, W: Width> Descriptors<D, W> {
 impl DmaSpace {
     /// Allocates a buffer for `len` entries of `N` words of `T`, all zero.
     ///
+    /// # Address bits
+    /// As for [`buffer`](Self::buffer). For a device with few address bits, make it of a buffer that has a low
+    /// address: [`DmaArray::new`].
+    ///
     /// # Errors
     /// As [`buffer`](Self::buffer).
     pub fn array<T: Width, const N: usize>(&self, len: usize) -> Result<DmaArray<T, N>> {
@@ -230,6 +234,10 @@ impl DmaSpace {
     }
 
     /// Allocates a buffer for `len` descriptors, all zero: see [`Descriptors`].
+    ///
+    /// # Address bits
+    /// As for [`buffer`](Self::buffer). For a device with few address bits, make them of a buffer that has a
+    /// low address: [`Descriptors::new`].
     ///
     /// # Errors
     /// As [`buffer`](Self::buffer).

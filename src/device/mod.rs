@@ -295,6 +295,11 @@ impl Device {
     /// The memory that the device reaches by DMA. DMA needs [`Config::set_bus_mastering`]: without it the
     /// device reads and writes nothing, and reports no error.
     ///
+    /// # Address bits
+    /// Unless a placement says otherwise, memory gets an address above 4 GiB. A device that has fewer than 64
+    /// address bits drops the upper ones and reaches something else, or nothing, and no error is reported: pass
+    /// [`IovaPlacement::below_bits`] with the number of its bits.
+    ///
     /// # Errors
     /// `Unsupported` if the device does no DMA, or its transport offers none to this process.
     pub fn dma(&self) -> Result<DmaSpace> {

@@ -15,9 +15,9 @@ use crate::sys::fork;
 /// While this lives
 /// - an access through a [`Window`](super::Window) raises SIGBUS, until this is dropped or
 ///   [`woken`](Self::woken) has returned `Ok`, even if the device woke earlier;
-/// - an access through the kernel, to a [`Region::trapped_register`](super::Region::trapped_register) register or to
-///   [`Config`](super::Config), wakes the device and works, and so do calls that set up interrupts or reset it.
-///   The device sleeps again afterwards, unless this came from [`Device::low_power_until_woken`];
+/// - an access through the kernel, to a trapped register
+///   ([`Region::trapped_register`](super::Region::trapped_register)) or to [`Config`](super::Config), wakes the
+///   device and works, and so do calls that set up interrupts or reset it. The device sleeps again afterwards, unless this came from [`Device::low_power_until_woken`];
 /// - the device raises no interrupts and does no DMA.
 ///
 /// The device may lose its state. The kernel saves and restores configuration space, nothing else.

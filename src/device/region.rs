@@ -14,6 +14,9 @@ use crate::space::{Access, BackingKind, Failed, Placement};
 use crate::transport::RegionInfo;
 
 /// A region of a device: a BAR, or another one.
+///
+/// It borrows the device. A driver that needs it later keeps the [`Device`], of which clones are cheap, and
+/// asks for the region again: the transport is asked only once.
 #[derive(Clone)]
 pub struct Region<'d> {
     device: &'d Device,
@@ -96,7 +99,10 @@ impl<'d> Region<'d> {
     ///
     /// # Errors
     /// `OutOfRange` if the range is empty or leaves the region; `NotMappable` with the part that cannot be
-    /// mapped; the errors of the [`Placement`].
+    /// mapped; `UnsuitablePlacement`, `AddressTaken`, `TooManyMappings`, `AddressSpace`, `LockedMemory`; `Gone`
+    /// if the device was removed; the kernel's error. The failure returns a reservation that was passed, except
+    /// with `ReservationLost`: a failing call may have unmapped it, and what is mapped there now may belong to
+    /// other code.
     pub fn map(
         &self,
         range: impl RangeBounds<u64>,

@@ -258,7 +258,8 @@ impl<T: Width, M: Mode> fmt::Debug for RegisterArray<T, M> {
 /// A register that is mapped (reached through a window) or trapped (reached by reads and writes of the device's
 /// file). Only trapped accesses can fail.
 ///
-/// [`Region::trapped_register`](super::Region::trapped_register) makes a trapped one, `From<Register>` a mapped one.
+/// [`Region::trapped_register`](super::Region::trapped_register) makes a trapped one, `From<Register>` a mapped
+/// one.
 #[derive(Debug)]
 pub struct IoRegister<T: Width, M: Mode = ReadWrite>(Route<T, M>);
 

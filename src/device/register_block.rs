@@ -216,8 +216,9 @@ impl Window {
 /// A block of registers that is mapped (reached through a window) or trapped (reached by reads and writes of
 /// the device's file). Only trapped accesses can fail.
 ///
-/// [`Region::block`](super::Region::block) makes a mapped one if the region allows it, and a trapped one otherwise.
-/// [`Region::trapped_block`](super::Region::trapped_block) makes a trapped one, `From<RegisterBlock>` a mapped one.
+/// [`Region::block`](super::Region::block) makes a mapped one if the region allows it, and a trapped one
+/// otherwise. [`Region::trapped_block`](super::Region::trapped_block) makes a trapped one,
+/// `From<RegisterBlock>` a mapped one.
 ///
 /// ```
 /// # use std::sync::Arc;

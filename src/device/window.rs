@@ -182,8 +182,10 @@ impl Window {
     ///
     /// # Errors
     /// `Refused` with the kernel's error for each strategy, `Hazard`, `UnsuitablePlacement`, `AddressTaken`,
-    /// `TooManyMappings`, `AddressSpace`, `LockedMemory`. This window is unchanged, and the failure returns a
-    /// reservation that was passed.
+    /// `TooManyMappings`, `AddressSpace`, `LockedMemory`; `Gone` if the device was removed, or in a child of
+    /// `fork(2)`. This window is unchanged, and the failure returns a reservation that was passed, except with
+    /// `ReservationLost`: a failing call may have unmapped it, and what is mapped there now may belong to other
+    /// code.
     pub fn duplicate(
         &self,
         request: impl Into<Request>,
@@ -220,7 +222,7 @@ impl Window {
     /// # Errors
     /// `InUse` while a clone or a register of it lives, because their addresses cannot change. A running driver
     /// calls [`duplicate`](Self::duplicate), switches to the new window, and drops the old one. Otherwise as
-    /// `duplicate`. The window is unchanged.
+    /// `duplicate`. The window is unchanged. Only the reservation can be lost, as for `duplicate`.
     pub fn relocate(
         &mut self,
         request: impl Into<Request>,

@@ -50,7 +50,7 @@ pub enum Placement {
     At(usize),
     /// At the start of a reservation, which must be at least as large as the mapping. From 2 MiB on, its
     /// address must be congruent to the offset in the region modulo 2 MiB. A failure gives the
-    /// reservation back ([`Failed::into_reservation`]).
+    /// reservation back ([`Failed::into_reservation`]), except with `ReservationLost`.
     In(Reservation),
 }
 
@@ -61,7 +61,8 @@ impl Placement {
         Request { placement: self, strategies: [Some(strategy), None, None], pinned: true }
     }
 
-    /// This placement, by these strategies in this order. Repetitions are ignored.
+    /// This placement, by these strategies in this order. Repetitions are ignored. If there are none, the verb
+    /// is `Refused`.
     #[must_use]
     pub fn by(self, strategies: &[Strategy]) -> Request {
         let mut order = [None; 3];

@@ -236,6 +236,11 @@ impl Mapping {
 
     /// The error if no strategy worked.
     fn refused(&self, operation: &'static str, attempts: &[Attempt]) -> Error {
+        if attempts.is_empty() {
+            return Error::new(ErrorKind::Refused, operation, self.object())
+                .with_reason("no strategy is allowed")
+                .with_advice("name at least one in Placement::by, or use the placement alone");
+        }
         let reason = attempts.iter().map(Attempt::to_string).collect::<Vec<_>>().join("; ");
         let errno = attempts.iter().rev().find_map(|attempt| match attempt.outcome {
             Outcome::Refused { errno, .. } => Some(Errno::from_raw(errno)),

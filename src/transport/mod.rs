@@ -244,7 +244,7 @@ pub struct DmaLimits {
     pub ranges: Vec<RangeInclusive<u64>>,
     /// The smallest page that can be mapped, in bytes: a power of two.
     pub page_size: u64,
-    /// How many more mappings can be made, if that is limited.
+    /// How many more mappings could be made when the limits were read, if that is limited.
     pub available_mappings: Option<u32>,
     /// How many more bytes can be mapped before the limit on locked memory is met (RLIMIT_MEMLOCK). `None` if
     /// there is no limit, or if the transport locks nothing.

@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&str; 5] = ["sys", "space", "transport", "device", "emulated"];
 
 /// What lib.rs exports again, by where it is from.
-const EXPORTS: [(&str, &str); 13] = [
+const EXPORTS: [(&str, &str); 16] = [
+    ("Access", "space"),
+    ("Failed", "space"),
     ("Placement", "space"),
+    ("Relocation", "space"),
     ("Report", "space"),
     ("Reservation", "space"),
     ("Strategy", "space"),

@@ -392,6 +392,7 @@ fn an_unsuitable_placement_is_refused_and_given_back() {
     let named = window.duplicate(Access::ReadWrite, Placement::Anywhere.by(&[])).unwrap_err();
     assert_eq!(named.error().object(), "bar 0 of test, 0x0..0x400000");
     assert_eq!(named.kind(), ErrorKind::Refused, "nothing was allowed");
+    assert_eq!(named.error().reason(), "no strategy is allowed");
 }
 
 #[test]
