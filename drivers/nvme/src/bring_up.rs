@@ -6,13 +6,10 @@ use std::time::Duration;
 use vfio_remap::{Device, Error, ErrorKind, Result};
 
 use super::admin::Admin;
-use super::registers::{Capabilities, Registers};
+use super::registers::{CLASS_CODE, Capabilities, Registers, has_gone};
 
 /// Mass storage, non-volatile memory, NVMe (PCI code and ID assignment, class 01h).
 const CLASS: u32 = 0x01_0802;
-/// Where configuration space has the class, above the revision. Linux VFIO reads it from the device;
-/// vendor and device ID it keeps.
-const CLASS_CODE: u64 = 0x08;
 /// The largest page that queues and transfers are made of, as a power of two: 1 MiB.
 const LARGEST_PAGE: u32 = 20;
 
@@ -117,13 +114,6 @@ impl Hardware {
             std::mem::forget(told);
         }
     }
-}
-
-/// Whether the device is not there any more: configuration space reads all ones. Registers alone may do
-/// that for a while.
-pub fn has_gone(device: &Device) -> bool {
-    let read = device.config().and_then(|config| config.read_u32(CLASS_CODE));
-    read.map_or(true, |class| class == u32::MAX)
 }
 
 impl Drop for Hardware {

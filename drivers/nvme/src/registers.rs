@@ -9,8 +9,6 @@ use std::time::{Duration, Instant};
 
 use vfio_remap::{Device, Error, ErrorKind, IoRegisterBlock, Result, register_block};
 
-use super::bring_up::has_gone;
-
 register_block! {
     /// Addresses and CAP have 64 bits, and are accessed by halves: not every transport has accesses of 64
     /// bits.
@@ -102,6 +100,10 @@ register_block! {
         }
     }
 }
+
+/// The offset of the class in configuration space, above the revision. Linux VFIO reads it from the device,
+/// while it keeps copies of the vendor ID and the device ID.
+pub const CLASS_CODE: u64 = 0x08;
 
 /// Where the doorbells begin.
 pub const DOORBELLS: u64 = 0x1000;
@@ -360,6 +362,13 @@ impl Registers {
             .with_reason("its registers read all ones")
             .with_advice("check that it is still present, and powered")
     }
+}
+
+/// Whether the device is gone: configuration space reads all ones. Registers alone may read all ones for a
+/// while.
+pub fn has_gone(device: &Device) -> bool {
+    let read = device.config().and_then(|config| config.read_u32(CLASS_CODE));
+    read.map_or(true, |class| class == u32::MAX)
 }
 
 /// Between two looks, the longer the more time has passed: real controllers take milliseconds, emulated
