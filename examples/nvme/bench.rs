@@ -27,14 +27,11 @@ struct Tally {
 
 /// Measures, and prints the results.
 pub fn run(options: &Options, bench: &Bench) -> Result<()> {
-    let settings = Settings {
-        queues: bench.threads.max(1),
-        entries: u16::try_from(bench.depth.saturating_add(1))
-            .unwrap_or(u16::MAX)
-            .max(Settings::default().entries),
-        interrupts: bench.interrupts,
-        ..Settings::default()
-    };
+    let entries = u16::try_from(bench.depth.saturating_add(1)).unwrap_or(u16::MAX);
+    let settings = Settings::DEFAULT
+        .with_queues(bench.threads.max(1))
+        .with_entries(entries.max(Settings::DEFAULT.entries))
+        .with_interrupts(bench.interrupts);
     let session = Session::open(&options.common, settings)?;
     check(bench, &session)?;
     if bench.read_percent < 100 {
@@ -170,14 +167,14 @@ impl Worker {
             rest = after;
         }
         buffers.push(cut(rest, bench.block_size)?);
-        let blocks = (bench.block_size >> namespace.block_shift) as u64;
+        let blocks = (bench.block_size >> namespace.block_shift()) as u64;
         Ok(Self {
             // Different for each thread, the same in each run.
             random: 0x9e37_79b9_7f4a_7c15 ^ u64::from(queue.id()) << 32,
             queue,
             namespace,
             blocks,
-            places: namespace.block_count / blocks,
+            places: namespace.block_count() / blocks,
             reads_below: (u64::from(bench.read_percent) << 32) / 100,
             submitted: 0,
             since: vec![None; depth],
@@ -198,7 +195,7 @@ impl Worker {
             // Takes all completions and submits as many requests, before the doorbell is rung.
             let mut done = self.queue.wait();
             while let Some(Completion { tag, status, buffer, .. }) = done {
-                status.check("read or write", || format!("namespace {}", self.namespace.id))?;
+                status.check("read or write", || format!("namespace {}", self.namespace.id()))?;
                 operations += 1;
                 if let Some(since) = self.since[tag as usize].take() {
                     now = Instant::now();

@@ -21,7 +21,7 @@ const SEGMENT: u64 = 16 << 20;
 /// Copies blocks to a file.
 pub fn read(options: &Options, copy: &Copy) -> Result<()> {
     let session = Session::open(&options.common, Settings::default())?;
-    let Namespace { block_shift, .. } = session.namespace;
+    let block_shift = session.namespace.block_shift();
     let length = copy.length.unwrap_or(session.namespace.size().saturating_sub(copy.offset));
     let blocks = blocks(&session.namespace, copy.offset, length)?;
     let failed = |error| about(copy, "write", &error);
@@ -55,7 +55,7 @@ pub fn write(options: &Options, copy: &Copy) -> Result<()> {
     guard::permit(&options.common, &session, &mut mover)?;
     let start = Instant::now();
     let progress = Progress::new(&options.common, "writing", length);
-    let shift = session.namespace.block_shift;
+    let shift = session.namespace.block_shift();
     for part in segments(all, SEGMENT >> shift) {
         let end = (part.end << shift) - copy.offset;
         mover.write(part, |block, bytes| {
@@ -81,7 +81,7 @@ pub fn segments(blocks: Range<u64>, size: u64) -> impl Iterator<Item = Range<u64
 /// The blocks of the `length` bytes at `offset`.
 fn blocks(namespace: &Namespace, offset: u64, length: u64) -> Result<Range<u64>> {
     let size = namespace.block_size() as u64;
-    let object = || format!("{length} bytes at {offset} of namespace {}", namespace.id);
+    let object = || format!("{length} bytes at {offset} of namespace {}", namespace.id());
     if !offset.is_multiple_of(size) || !length.is_multiple_of(size) {
         return Err(Error::new(ErrorKind::Unaligned, "copy", object())
             .with_reason(format!("a block has {size} bytes"))

@@ -61,14 +61,14 @@ pub fn permit(common: &Common, session: &Session, mover: &mut Mover) -> Result<(
     }
     let size = session.namespace.size().min(EXAMINED);
     let mut start = vec![0; size as usize];
-    let shift = session.namespace.block_shift;
+    let shift = session.namespace.block_shift();
     mover.read(0..size >> shift, |block, bytes| {
         let at = (block << shift) as usize;
         start[at..at + bytes.len()].copy_from_slice(bytes);
         Ok(())
     })?;
     let found = found(&start);
-    let object = format!("namespace {} of {}", session.namespace.id, common.device);
+    let object = format!("namespace {} of {}", session.namespace.id(), common.device);
     let refuse = |reason: String| {
         Err(Error::new(ErrorKind::InUse, "write to", object)
             .with_reason(reason)

@@ -53,7 +53,7 @@ impl Mover {
             buffers: buffers.collect::<Result<_>>()?,
             queue,
             namespace,
-            chunk_blocks: (chunk >> namespace.block_shift) as u64,
+            chunk_blocks: (chunk >> namespace.block_shift()) as u64,
             bytes: vec![0; chunk],
             undecided: 0,
         })
@@ -137,7 +137,7 @@ impl Mover {
         if status.is_undecided() {
             return Ok(false);
         }
-        status.check("flush", || format!("namespace {}", self.namespace.id))?;
+        status.check("flush", || format!("namespace {}", self.namespace.id()))?;
         Ok(true)
     }
 
@@ -151,7 +151,7 @@ impl Mover {
         let buffer = if blocks == self.chunk_blocks {
             self.buffers.pop()
         } else {
-            Some(buffer(&self.queue, (blocks as usize) << self.namespace.block_shift)?)
+            Some(buffer(&self.queue, (blocks as usize) << self.namespace.block_shift())?)
         };
         let Some(buffer) = buffer else { return Ok(None) };
         let part = *next;
@@ -189,7 +189,7 @@ impl Mover {
     }
 
     fn place(&self, block: u64) -> String {
-        format!("block {block} of namespace {}", self.namespace.id)
+        format!("block {block} of namespace {}", self.namespace.id())
     }
 }
 

@@ -37,7 +37,7 @@ pub fn open_controller(
 ) -> Result<(Arc<Controller>, Option<Process>)> {
     let Opened { device, process } = common::open(&common.device)?;
     let timeout = Duration::from_secs(common.timeout.max(1));
-    Ok((Controller::new(device, Settings { timeout, ..settings })?, process))
+    Ok((Controller::new(device, settings.with_timeout(timeout))?, process))
 }
 
 #[cfg(test)]

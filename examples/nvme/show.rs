@@ -33,10 +33,10 @@ fn as_json(
     let namespaces: Vec<Value> = namespaces
         .iter()
         .map(|namespace| match namespace {
-            Ok(Namespace { id, block_count, .. }) => {
-                let block_size = namespace.as_ref().map_or(0, Namespace::block_size);
-                json!({"id": id, "blocks": block_count, "block_size": block_size})
-            }
+            Ok(namespace) => json!({
+                "id": namespace.id(), "blocks": namespace.block_count(),
+                "block_size": namespace.block_size(),
+            }),
             Err(error) => json!({"error": error.to_string()}),
         })
         .collect();
@@ -81,8 +81,8 @@ fn print(
         match namespace {
             Ok(namespace) => println!(
                 "  namespace {}: {} blocks of {} bytes, {:.1} MiB",
-                namespace.id,
-                namespace.block_count,
+                namespace.id(),
+                namespace.block_count(),
                 namespace.block_size(),
                 namespace.size() as f64 / f64::from(1 << 20)
             ),

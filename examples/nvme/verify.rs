@@ -63,7 +63,11 @@ pub fn run(options: &Options, verify: &Verify) -> Result<()> {
     let mut state = State::begin(verify, &session)?;
     guard::permit(&options.common, &session, &mut mover)?;
     if state.written > 0 && !options.common.json {
-        println!("continuing after {} of {} blocks", state.written, session.namespace.block_count);
+        println!(
+            "continuing after {} of {} blocks",
+            state.written,
+            session.namespace.block_count()
+        );
     }
     let start = Instant::now();
     write(options, verify, &session, &mut mover, &mut state)?;
@@ -92,7 +96,8 @@ fn write(
     let namespace = session.namespace;
     let progress = Progress::new(&options.common, "writing", namespace.size());
     let seed = state.seed;
-    for part in segments(state.written..namespace.block_count, SEGMENT >> namespace.block_shift) {
+    for part in segments(state.written..namespace.block_count(), SEGMENT >> namespace.block_shift())
+    {
         let end = part.end;
         mover.write(part, |first, bytes| {
             let blocks = bytes.chunks_exact_mut(namespace.block_size());
@@ -101,7 +106,7 @@ fn write(
         })?;
         state.written = end;
         state.save(verify)?;
-        progress.set(end << namespace.block_shift);
+        progress.set(end << namespace.block_shift());
     }
     progress.done();
     Ok(())
@@ -119,7 +124,8 @@ fn check(
     let mut faults = Faults::default();
     let mut room = vec![0; namespace.block_size()];
     let seed = state.seed;
-    for part in segments(state.checked..namespace.block_count, SEGMENT >> namespace.block_shift) {
+    for part in segments(state.checked..namespace.block_count(), SEGMENT >> namespace.block_shift())
+    {
         let end = part.end;
         mover.read(part, |first, bytes| {
             let blocks = bytes.chunks_exact(namespace.block_size());
@@ -130,7 +136,7 @@ fn check(
             }
             Ok(())
         })?;
-        progress.set(end << namespace.block_shift);
+        progress.set(end << namespace.block_shift());
         // After a fault, a continued run has to check these blocks again.
         if faults.count == 0 {
             state.checked = end;
@@ -143,7 +149,7 @@ fn check(
 
 fn report(options: &Options, session: &Session, state: &State, faults: &Faults, start: Instant) {
     let seconds = start.elapsed().as_secs_f64();
-    let (blocks, bytes) = (session.namespace.block_count, session.namespace.size());
+    let (blocks, bytes) = (session.namespace.block_count(), session.namespace.size());
     if options.common.json {
         println!(
             "{}",
@@ -172,8 +178,8 @@ impl State {
             "{} {} namespace {}, {} blocks of {}",
             identity.model,
             identity.serial,
-            namespace.id,
-            namespace.block_count,
+            namespace.id(),
+            namespace.block_count(),
             namespace.block_size()
         );
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
@@ -196,7 +202,7 @@ impl State {
         if verify.seed.is_some_and(|seed| seed != found.seed) {
             return Err(refuse(format!("its seed is {}", found.seed)));
         }
-        if found.written > namespace.block_count || found.checked > found.written {
+        if found.written > namespace.block_count() || found.checked > found.written {
             return Err(refuse("its progress is beyond the last block".to_owned()));
         }
         Ok(found)

@@ -395,7 +395,7 @@ impl Inner {
             format!("{size:#x} bytes at {start:#x}"),
         )
         .with_reason("a part of it is mapped already")
-        .with_advice("unmap it first, or use IovaPlacement::Anywhere"))
+        .with_advice("unmap it first, or use IovaPlacement::default"))
     }
 
     /// The error for memory that does not consist of whole pages.
@@ -431,7 +431,7 @@ impl Inner {
             .collect();
         error(ErrorKind::OutOfRange)
             .with_reason(format!("the IOMMU maps {}", ranges.join(", ")))
-            .with_advice("use an address in those ranges, or IovaPlacement::Anywhere")
+            .with_advice("use an address in those ranges, or IovaPlacement::default")
     }
 }
 

@@ -92,6 +92,7 @@ pub trait Model: Send {
 
 /// When a model has to be polled again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Activity {
     /// At once: there was work, and there may be more.
     Busy,

@@ -40,6 +40,7 @@ impl fmt::Display for Strategy {
 
 /// Where a mapping goes.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Placement {
     /// At an address that the kernel chooses. From a size of 2 MiB on, the address is congruent to the
     /// offset in the region modulo 2 MiB (from 1 GiB on, modulo 1 GiB), so that Linux 6.12 and newer use

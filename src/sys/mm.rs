@@ -21,6 +21,7 @@ type Result<T> = std::result::Result<T, Errno>;
 
 /// Whether a mapping can be written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Access {
     /// `PROT_READ`
     ReadOnly,

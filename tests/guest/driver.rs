@@ -366,7 +366,7 @@ fn by_group(name: &str) -> Device {
 
 #[test]
 fn a_window_of_another_device_can_be_mapped_for_peer_to_peer_in_a_container() {
-    let placement = IovaPlacement::Anywhere { alignment: 1 << 21, limit: u64::MAX };
+    let placement = IovaPlacement::default().aligned(1 << 21);
     let (device, peer) = (by_group("edu"), by_group("ivshmem64m"));
     let mut window = peer.bar(2).unwrap().map(0..0x20_0000, Placement::Anywhere).unwrap();
     let (copy, _) = window.duplicate(Placement::Anywhere).unwrap();

@@ -153,7 +153,7 @@ fn without_iommu_memory_is_where_it_is_and_a_wish_for_another_place_is_refused()
         };
         let placed = |placement| BufferRequest::new(4096).placement(placement);
         // The first page of all is the firmware's.
-        let low = IovaPlacement::Anywhere { alignment: 1, limit: 0xfff };
+        let low = IovaPlacement::up_to(0xfff);
         refused(placed(low), ErrorKind::OutOfRange, "the memory is at 0x");
         refused(placed(IovaPlacement::SameAsAddress), ErrorKind::OutOfRange, "no IOMMU translates");
         refused(BufferRequest::new(64 << 20), ErrorKind::Unsupported, "vm.nr_hugepages");

@@ -13,15 +13,7 @@ use vfio_remap::{Device, ErrorKind};
 use crate::{lab, leftovers};
 use vfio_remap_nvme::{Controller, IoQueue, Namespace, Settings};
 
-const SETTINGS: Settings = Settings {
-    queues: 2,
-    entries: 64,
-    interrupts: false,
-    timeout: Duration::from_secs(10),
-    grace: Duration::from_secs(1),
-    admin_timeout: Duration::from_secs(5),
-    ..Settings::DEFAULT
-};
+const SETTINGS: Settings = Settings::DEFAULT.with_queues(2).with_entries(64);
 
 /// The ways to the device that this kernel has: its group, and a file of its own.
 fn ways() -> Vec<fn() -> Vfio> {
@@ -37,7 +29,7 @@ fn open(way: fn() -> Vfio, settings: Settings) -> Arc<Controller> {
 /// Writes all of `data` from the first block on, several requests at a time, and flushes.
 fn write(queue: &mut IoQueue, to: &Namespace, data: &[u8]) {
     let chunk = queue.controller().identity().max_transfer;
-    for (part, at) in data.chunks(chunk).zip((0..).step_by(chunk >> to.block_shift)) {
+    for (part, at) in data.chunks(chunk).zip((0..).step_by(chunk >> to.block_shift())) {
         if queue.outstanding() == 8 {
             assert!(queue.wait().unwrap().status.is_success());
         }
@@ -57,7 +49,7 @@ fn write(queue: &mut IoQueue, to: &Namespace, data: &[u8]) {
 fn read(queue: &mut IoQueue, of: &Namespace, size: usize) -> Vec<u8> {
     let chunk = queue.controller().identity().max_transfer;
     let mut data = vec![0; size];
-    for (part, at) in data.chunks_mut(chunk).zip((0..).step_by(chunk >> of.block_shift)) {
+    for (part, at) in data.chunks_mut(chunk).zip((0..).step_by(chunk >> of.block_shift())) {
         let buffer = queue.controller().buffer(part.len()).unwrap();
         queue.read(of, at, buffer, at).unwrap();
         let done = queue.wait().unwrap();
@@ -83,7 +75,7 @@ fn nvme_reads_what_it_wrote_in_every_block_size_by_every_way_and_sort_of_complet
     for (number, way) in ways().into_iter().enumerate() {
         for interrupts in [false, true] {
             leftovers::none_of(|| {
-                let controller = open(way, Settings { interrupts, ..SETTINGS });
+                let controller = open(way, SETTINGS.with_interrupts(interrupts));
                 assert_eq!(controller.namespaces().unwrap(), [1, 2]);
                 let mut queue = controller.queue().unwrap();
                 for (id, block_size) in [(1, 512), (2, 4096)] {
@@ -116,7 +108,7 @@ fn zeroes(queue: &mut IoQueue, namespace: &Namespace, mut data: Vec<u8>) {
     let (start, end) = (16 * namespace.block_size(), 24 * namespace.block_size());
     let found = read(queue, namespace, data.len());
     assert!(found[..start] == data[..start] && found[end..] == data[end..], "neighbours stay");
-    if namespace.deallocated_reads_zeros {
+    if namespace.deallocated_reads_zeros() {
         assert!(found[start..end].iter().all(|byte| *byte == 0));
     }
 }

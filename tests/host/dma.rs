@@ -136,7 +136,7 @@ fn what_is_mapped_elsewhere_keeps_to_limit_and_alignment() {
     let neighbours = vec![0..=0x1ff_ffff, 1 << 32..=(1 << 32) + 0xffff];
     let transport = Arc::new(Scripted { neighbours, ..Scripted::default() });
     let space = Device::new(transport.clone()).dma().unwrap();
-    let placement = IovaPlacement::Anywhere { alignment: 1 << 16, limit: 0xfff_ffff };
+    let placement = IovaPlacement::below_bits(28).aligned(1 << 16);
     let buffer = space.buffer_with(BufferRequest::new(4096).placement(placement)).unwrap();
     assert!((0x200_0000..=0xfff_ffff).contains(&buffer.iova().0), "{buffer:?}");
     assert_eq!(buffer.iova().0 % (1 << 16), 0);
@@ -151,7 +151,7 @@ fn untranslated_memory_is_where_it_may_be_or_refused() {
         let limits = limits.clone();
         let physical = Some(physical);
         let transport = Arc::new(Scripted { physical, ..Scripted::with_limits(limits) });
-        let placement = IovaPlacement::Anywhere { alignment, limit };
+        let placement = IovaPlacement::up_to(limit).aligned(alignment);
         let request = BufferRequest::new(4096).placement(placement);
         Device::new(transport).dma().unwrap().buffer_with(request).map_err(|error| error.kind())
     };
@@ -308,7 +308,7 @@ fn placements_that_make_no_sense_do_not_reach_the_transport() {
     let space = Device::new(transport.clone()).dma().unwrap();
     let page = space.buffer(4096).unwrap();
     let taken = transport.mapped();
-    let anywhere = |alignment, limit| IovaPlacement::Anywhere { alignment, limit };
+    let anywhere = |alignment, limit| IovaPlacement::up_to(limit).aligned(alignment);
     for (placement, kind) in [
         (IovaPlacement::At(Iova(0xfee0_0000)), ErrorKind::OutOfRange),
         (IovaPlacement::At(Iova(0xfedf_f800)), ErrorKind::Unaligned),

@@ -232,6 +232,6 @@ impl Admin {
 }
 
 fn page(space: &DmaSpace) -> Result<DmaBuffer> {
-    let placement = IovaPlacement::Anywhere { alignment: PAGE as u64, limit: u64::MAX };
+    let placement = IovaPlacement::default().aligned(PAGE as u64);
     space.buffer_with(BufferRequest::new(PAGE).placement(placement))
 }

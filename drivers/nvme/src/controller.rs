@@ -27,7 +27,17 @@ const LONGEST_SHUTDOWN: Duration = Duration::from_secs(60);
 const ALL: u32 = u32::MAX;
 
 /// The settings of a controller.
-#[derive(Clone, Copy, Debug)]
+///
+/// ```
+/// use std::time::Duration;
+/// use vfio_remap_nvme::Settings;
+///
+/// // Four queues that wait for interrupts.
+/// const SETTINGS: Settings = Settings::DEFAULT.with_queues(4).with_interrupts(true);
+/// assert_eq!((SETTINGS.queues, SETTINGS.timeout), (4, Duration::from_secs(10)));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Settings {
     /// How many I/O queues to request: one for each thread.
     pub queues: u16,
@@ -63,6 +73,55 @@ impl Settings {
         admin_timeout: Duration::from_secs(5),
         disable_delay: Duration::ZERO,
     };
+
+    /// The same settings with this value of [`queues`](Self::queues).
+    #[must_use]
+    pub const fn with_queues(mut self, queues: u16) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// The same settings with this value of [`entries`](Self::entries).
+    #[must_use]
+    pub const fn with_entries(mut self, entries: u16) -> Self {
+        self.entries = entries;
+        self
+    }
+
+    /// The same settings with this value of [`interrupts`](Self::interrupts).
+    #[must_use]
+    pub const fn with_interrupts(mut self, interrupts: bool) -> Self {
+        self.interrupts = interrupts;
+        self
+    }
+
+    /// The same settings with this value of [`timeout`](Self::timeout).
+    #[must_use]
+    pub const fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The same settings with this value of [`grace`](Self::grace).
+    #[must_use]
+    pub const fn with_grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
+    /// The same settings with this value of [`admin_timeout`](Self::admin_timeout).
+    #[must_use]
+    pub const fn with_admin_timeout(mut self, admin_timeout: Duration) -> Self {
+        self.admin_timeout = admin_timeout;
+        self
+    }
+
+    /// The same settings with this value of [`disable_delay`](Self::disable_delay).
+    #[must_use]
+    pub const fn with_disable_delay(mut self, disable_delay: Duration) -> Self {
+        self.disable_delay = disable_delay;
+        self
+    }
 }
 
 impl Default for Settings {
@@ -249,7 +308,7 @@ impl Controller {
     /// A buffer for data, at the beginning of a page.
     pub fn buffer(&self, size: usize) -> Result<DmaBuffer> {
         let alignment = 1 << self.hardware.capabilities.page_shift();
-        let placement = IovaPlacement::Anywhere { alignment, limit: u64::MAX };
+        let placement = IovaPlacement::default().aligned(alignment);
         self.space.buffer_with(BufferRequest::new(size).placement(placement))
     }
 

@@ -91,17 +91,15 @@ impl Identity {
     }
 }
 
-/// A namespace: blocks, numbered from zero.
+/// A namespace: blocks, numbered from zero. [`Controller::namespace`](crate::Controller::namespace) returns it,
+/// with values that were checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    /// The namespace ID (NSID).
-    pub id: u32,
-    /// How many blocks there are.
-    pub block_count: u64,
-    /// The binary logarithm of the block size in bytes.
-    pub block_shift: u32,
-    /// Whether the namespace states that deallocated blocks read as zeros (DLFEAT).
-    pub deallocated_reads_zeros: bool,
+    id: u32,
+    block_count: u64,
+    /// 9 to 30, such that the size in bytes fits into 64 bits.
+    block_shift: u32,
+    deallocated_reads_zeros: bool,
 }
 
 impl Namespace {
@@ -148,6 +146,29 @@ impl Namespace {
         }
         let deallocated_reads_zeros = data[33] & 7 == 1;
         Ok(Self { id, block_count: blocks, block_shift: shift, deallocated_reads_zeros })
+    }
+
+    /// The namespace ID (NSID).
+    #[inline]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// How many blocks there are.
+    #[inline]
+    pub fn block_count(&self) -> u64 {
+        self.block_count
+    }
+
+    /// The binary logarithm of the block size in bytes.
+    #[inline]
+    pub fn block_shift(&self) -> u32 {
+        self.block_shift
+    }
+
+    /// Whether the namespace states that deallocated blocks read as zeros (DLFEAT).
+    pub fn deallocated_reads_zeros(&self) -> bool {
+        self.deallocated_reads_zeros
     }
 
     /// The block size in bytes.

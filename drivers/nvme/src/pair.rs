@@ -102,6 +102,7 @@ pub struct QueuePair {
 /// The completion of a command.
 #[derive(Debug)]
 #[must_use]
+#[non_exhaustive]
 pub struct Completion {
     /// The tag of the submission.
     pub tag: u64,
@@ -115,6 +116,7 @@ pub struct Completion {
 
 /// The error for a command that was not submitted.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct SubmitError {
     /// The reason.
     pub error: Error,
@@ -409,7 +411,7 @@ fn memory<const N: usize>(
     page: usize,
 ) -> Result<([DmaBuffer; N], DmaBuffer)> {
     let sizes = sizes.map(|size| size.next_multiple_of(page));
-    let placement = IovaPlacement::Anywhere { alignment: page as u64, limit: u64::MAX };
+    let placement = IovaPlacement::default().aligned(page as u64);
     let request = BufferRequest::new(sizes.iter().sum::<usize>() + 1).placement(placement);
     let mut rest = space.buffer_with(request)?;
     let mut parts = Vec::with_capacity(N);

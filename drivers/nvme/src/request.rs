@@ -49,17 +49,17 @@ impl IoQueue {
         tag: u64,
     ) -> Submitted {
         let size = buffer.size();
-        let count = (size >> namespace.block_shift) as u64;
+        let count = (size >> namespace.block_shift()) as u64;
         let fits = size & (namespace.block_size() - 1) == 0
             && size.wrapping_sub(1) < self.max_transfer
             && buffer.iova().0 & 3 == 0
-            && count <= namespace.block_count
-            && block <= namespace.block_count - count
+            && count <= namespace.block_count()
+            && block <= namespace.block_count() - count
             && self.pair.room() > 0;
         if !fits {
             return self.refuse(opcode, namespace, block, buffer, tag);
         }
-        let command = Command::new(opcode, namespace.id).blocks(block, count);
+        let command = Command::new(opcode, namespace.id()).blocks(block, count);
         self.pair.put(command, Some(buffer), tag);
         Ok(())
     }
@@ -69,7 +69,7 @@ impl IoQueue {
     /// # Errors
     /// `InUse` if the queue is full; the error that made the queue fail.
     pub fn flush(&mut self, namespace: &Namespace, tag: u64) -> Submitted {
-        self.submit(Command::new(io::FLUSH, namespace.id), None, tag)
+        self.submit(Command::new(io::FLUSH, namespace.id()), None, tag)
     }
 
     /// Makes blocks read as zeros, without a transfer.
@@ -87,7 +87,7 @@ impl IoQueue {
                 buffer: None,
             });
         }
-        self.submit(Command::new(io::WRITE_ZEROES, of.id).blocks(block, count), None, tag)
+        self.submit(Command::new(io::WRITE_ZEROES, of.id()).blocks(block, count), None, tag)
     }
 
     /// Tells the controller that the data of blocks is not needed any more. They then read as zeros, ones, or
@@ -117,7 +117,7 @@ impl IoQueue {
             scratch.write(4 * at, &word.to_le_bytes());
         }
         // One range; the count is zero-based.
-        let command = Command::new(io::DATASET_MANAGEMENT, of.id).dwords_10(0, DEALLOCATE);
+        let command = Command::new(io::DATASET_MANAGEMENT, of.id()).dwords_10(0, DEALLOCATE);
         self.submit(command, Some(scratch), tag)
     }
 
@@ -151,7 +151,7 @@ impl IoQueue {
         self.recreate_if_failed();
         let operation = if opcode == io::READ { "read" } else { "write" };
         let (size, block_size) = (buffer.size(), namespace.block_size());
-        let object = || format!("{size} bytes at block {block} of namespace {}", namespace.id);
+        let object = || format!("{size} bytes at block {block} of namespace {}", namespace.id());
         let error =
             |kind, reason: String| Error::new(kind, operation, object()).with_reason(reason);
         let count = (size / block_size) as u64;
@@ -181,14 +181,13 @@ impl IoQueue {
 }
 
 fn within(namespace: &Namespace, block: u64, count: u64) -> bool {
-    count > 0 && block.checked_add(count).is_some_and(|end| end <= namespace.block_count)
+    count > 0 && block.checked_add(count).is_some_and(|end| end <= namespace.block_count())
 }
 
 fn outside(operation: &'static str, namespace: &Namespace, block: u64, count: u64) -> Error {
-    let Namespace { id, block_count, .. } = namespace;
-    let object = format!("{count} blocks from {block} of namespace {id}");
+    let object = format!("{count} blocks from {block} of namespace {}", namespace.id());
     Error::new(ErrorKind::OutOfRange, operation, object)
-        .with_reason(format!("it has {block_count} blocks"))
+        .with_reason(format!("it has {} blocks", namespace.block_count()))
 }
 
 fn unsupported(
@@ -197,7 +196,7 @@ fn unsupported(
     buffer: Option<DmaBuffer>,
 ) -> SubmitError {
     let error =
-        Error::new(ErrorKind::Unsupported, operation, format!("namespace {}", namespace.id))
+        Error::new(ErrorKind::Unsupported, operation, format!("namespace {}", namespace.id()))
             .with_reason("the controller does not offer it (ONCS)");
     SubmitError { error, buffer }
 }

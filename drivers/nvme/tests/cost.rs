@@ -64,7 +64,7 @@ fn counted_submission(
     for (tag, buffer) in buffers.iter_mut().enumerate() {
         let Some(buffer) = buffer.take() else { continue };
         // Apart, so that blocks are not consecutive.
-        let block = (tag as u64).wrapping_mul(0x9e37_79b9) % of.block_count;
+        let block = (tag as u64).wrapping_mul(0x9e37_79b9) % of.block_count();
         queue.read(of, block, buffer, tag as u64).unwrap();
     }
     queue.ring();

@@ -12,21 +12,18 @@ use vfio_remap_nvme::{Completion, Controller, Settings, Status, SubmitError};
 use crate::scripted::{HONEST, Script, ScriptedController};
 
 /// Patient: what must succeed has time to, on whatever machine.
-const SETTINGS: Settings = Settings {
-    queues: 2,
-    entries: 32,
-    interrupts: false,
-    timeout: Duration::from_secs(20),
-    grace: Duration::from_secs(20),
-    admin_timeout: Duration::from_secs(20),
-    ..Settings::DEFAULT
-};
+const SETTINGS: Settings = Settings::DEFAULT
+    .with_queues(2)
+    .with_entries(32)
+    .with_timeout(Duration::from_secs(20))
+    .with_grace(Duration::from_secs(20))
+    .with_admin_timeout(Duration::from_secs(20));
 
 /// For commands in I/O queues that are never answered.
 const NO_ANSWER: Settings =
-    Settings { timeout: Duration::from_millis(200), grace: Duration::from_millis(100), ..SETTINGS };
+    SETTINGS.with_timeout(Duration::from_millis(200)).with_grace(Duration::from_millis(100));
 /// For those of the admin queue.
-const NO_ADMIN: Settings = Settings { admin_timeout: Duration::from_millis(500), ..SETTINGS };
+const NO_ADMIN: Settings = SETTINGS.with_admin_timeout(Duration::from_millis(500));
 
 /// For what does not become ready, or does not cease to be: CAP.TO, with half a second.
 const IMPATIENT: u64 = HONEST.capabilities & !(0xff << 24) | 1 << 24;
@@ -195,7 +192,7 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
     let buffers = || (0..64).map(|_| controller.buffer(4096).unwrap()).collect::<Vec<_>>();
     let reused = || buffers().iter().any(|buffer| buffer.iova() == iova);
     assert!(!reused(), "the controller may still write there");
-    let SubmitError { error: reason, buffer } =
+    let SubmitError { error: reason, buffer, .. } =
         queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 6).unwrap_err();
     assert!(buffer.is_some());
     drop(buffer);
@@ -329,7 +326,7 @@ fn usable(script: Script) -> Subject {
     let subject = Subject::new(script);
     let controller = subject.open().unwrap();
     assert_eq!(controller.namespaces().unwrap(), [1]);
-    assert_eq!(controller.namespace(1).unwrap().block_count, 1000);
+    assert_eq!(controller.namespace(1).unwrap().block_count(), 1000);
     controller.close().unwrap();
     subject
 }
@@ -381,7 +378,7 @@ fn without_a_list_namespaces_are_tried_one_by_one() {
     for (what, script) in cases {
         let controller = Subject::new(script).open().unwrap();
         assert_eq!(controller.namespaces().unwrap(), THERE, "{what}");
-        assert_eq!(controller.namespace(3).unwrap().block_count, 1000, "{what}");
+        assert_eq!(controller.namespace(3).unwrap().block_count(), 1000, "{what}");
         error(controller.namespace(2), ErrorKind::NotFound, "there are [1, 3]");
         error(controller.namespace(5), ErrorKind::NotFound, "there are [1, 3]");
         controller.close().unwrap();
@@ -391,7 +388,7 @@ fn without_a_list_namespaces_are_tried_one_by_one() {
     let script = Script { version: 0, there: &[1, 0xffff_fffe], controller: most, ..HONEST };
     let controller = Subject::new(script).open().unwrap();
     assert_eq!(controller.namespaces().unwrap(), [1], "of those up to 1024");
-    assert_eq!(controller.namespace(0xffff_fffe).unwrap().block_count, 1000);
+    assert_eq!(controller.namespace(0xffff_fffe).unwrap().block_count(), 1000);
     controller.close().unwrap();
     let controller = Subject::new(Script { there: &[], ..HONEST }).open().unwrap();
     assert!(controller.namespaces().unwrap().is_empty());
@@ -447,7 +444,7 @@ fn registers_are_left_alone_for_the_time_in_settings() {
     let subject = Subject::new(Script { deaf: delay, ..HONEST });
     // Whoever had it before leaves it enabled.
     subject.device.write_at(0, 0x14, &1u32.to_le_bytes()).unwrap();
-    let controller = subject.open_with(Settings { disable_delay: delay, ..SETTINGS }).unwrap();
+    let controller = subject.open_with(SETTINGS.with_disable_delay(delay)).unwrap();
     controller.reset().unwrap();
     controller.close().unwrap();
     assert!(!subject.script.lock().unwrap().disturbed);
@@ -460,7 +457,7 @@ fn an_open_just_after_a_disable_waits_for_registers() {
     for value in [1u32, 0] {
         subject.device.write_at(0, 0x14, &value.to_le_bytes()).unwrap();
     }
-    let settings = Settings { disable_delay: Duration::from_secs(1), ..SETTINGS };
+    let settings = SETTINGS.with_disable_delay(Duration::from_secs(1));
     subject.open_with(settings).unwrap().close().unwrap();
 }
 
@@ -477,7 +474,7 @@ fn a_ready_time_longer_than_cap_to_says_is_waited_for() {
 #[test]
 fn interrupts_without_vectors_are_refused() {
     let subject = Subject::new(HONEST);
-    let settings = Settings { interrupts: true, ..SETTINGS };
+    let settings = SETTINGS.with_interrupts(true);
     error(subject.open_with(settings), ErrorKind::Unsupported, "no MSI-X vectors");
     assert!(subject.is_quiet());
     subject.open().unwrap().close().unwrap();

@@ -9,16 +9,13 @@ use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind};
 use vfio_remap_nvme::{Completion, Controller, IoQueue, Namespace, Settings, Status};
 
-const SETTINGS: Settings = Settings {
-    queues: 4,
-    entries: 64,
-    interrupts: false,
-    // Nothing here is about commands that are late.
-    timeout: Duration::from_secs(30),
-    grace: Duration::from_secs(30),
-    admin_timeout: Duration::from_secs(30),
-    ..Settings::DEFAULT
-};
+/// Nothing here is about commands that are late.
+const SETTINGS: Settings = Settings::DEFAULT
+    .with_queues(4)
+    .with_entries(64)
+    .with_timeout(Duration::from_secs(30))
+    .with_grace(Duration::from_secs(30))
+    .with_admin_timeout(Duration::from_secs(30));
 
 /// Two namespaces: 1 MiB in blocks of 512, 4 MiB in blocks of 4096 bytes.
 fn model() -> (Emulated, Power) {
@@ -111,7 +108,7 @@ fn what_is_written_is_read_at_every_length_and_alignment() {
 fn four_threads_fill_their_queues_by_polling_and_by_interrupts() {
     for interrupts in [false, true] {
         let (model, _) = model();
-        let controller = controller(&model, Settings { interrupts, ..SETTINGS });
+        let controller = controller(&model, SETTINGS.with_interrupts(interrupts));
         let namespace = controller.namespace(2).unwrap();
         std::thread::scope(|scope| {
             for thread in 0..4u64 {
@@ -268,7 +265,7 @@ fn a_completion_that_comes_twice_ends_no_other_command() {
 #[test]
 fn pop_alone_makes_room_for_completions() {
     let (model, _) = model();
-    let controller = controller(&model, Settings { entries: 4, ..SETTINGS });
+    let controller = controller(&model, SETTINGS.with_entries(4));
     let namespace = controller.namespace(1).unwrap();
     let mut queue = controller.queue().unwrap();
     let start = Instant::now();
@@ -324,7 +321,7 @@ fn identifiers_outlast_the_longest_queue() {
     let storage = Storage::memory(1 << 20, 512).unwrap();
     let model = Emulated::new(Nvme::new(vec![storage]).with_faults(&faults)).unwrap();
     let timeout = Duration::from_secs(3600);
-    let controller = controller(&model, Settings { entries: 512, timeout, ..SETTINGS });
+    let controller = controller(&model, SETTINGS.with_entries(512).with_timeout(timeout));
     let namespace = controller.namespace(1).unwrap();
     let mut queue = controller.queue().unwrap();
     queue.flush(&namespace, u64::MAX).unwrap();
@@ -365,7 +362,7 @@ fn a_device_that_was_closed_is_quiet_and_usable_by_the_next() {
 #[test]
 fn requests_that_make_no_sense_give_the_buffer_back() {
     let (model, _) = model();
-    let controller = controller(&model, Settings { entries: 4, ..SETTINGS });
+    let controller = controller(&model, SETTINGS.with_entries(4));
     let namespace = controller.namespace(1).unwrap();
     let mut queue = controller.queue().unwrap();
     let whole = |size: usize| controller.buffer(size).unwrap();
@@ -400,7 +397,11 @@ fn requests_that_make_no_sense_give_the_buffer_back() {
         assert!(done.status.is_success());
     }
     // What the controller refuses says why: the driver's view of a namespace may be old.
-    let larger = Namespace { block_count: 4096, ..namespace };
+    let storage = Storage::memory(2 << 20, 512).unwrap();
+    let other = Emulated::new(Nvme::new(vec![storage])).unwrap();
+    let other = Controller::new(Device::new(Arc::new(other)), SETTINGS).unwrap();
+    let larger = other.namespace(1).unwrap();
+    assert_eq!((larger.id(), larger.block_count()), (1, 4096));
     queue.read(&larger, 3000, whole(4096), 1).unwrap();
     let error = done(&mut queue).status.check("read", || "block 3000".to_owned()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfRange);
@@ -490,7 +491,7 @@ fn a_controller_says_what_it_is_and_how_it_fares() {
     assert_eq!((health.warnings, health.temperature, health.spare), (0, 300, 100));
     assert_eq!(controller.errors().unwrap(), []);
     let namespace = controller.namespace(2).unwrap();
-    assert_eq!((namespace.block_count, namespace.size()), (1024, 4 << 20));
+    assert_eq!((namespace.block_count(), namespace.size()), (1024, 4 << 20));
     let error = controller.namespace(3).unwrap_err();
     assert!(error.to_string().contains("there are [1, 2]"), "{error}");
     // Each queue has a window over its own doorbells.

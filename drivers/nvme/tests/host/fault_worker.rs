@@ -160,15 +160,12 @@ impl Run {
 
     /// Brings the controller up, by as many attempts as it takes while faults strike.
     fn open(&self) -> (Arc<Controller>, Namespace, IoQueue) {
-        let settings = Settings {
-            queues: 1,
-            entries: 16,
-            interrupts: !self.seed.is_multiple_of(2),
-            timeout: Duration::from_millis(TIMEOUT),
-            grace: Duration::from_millis(GRACE),
-            admin_timeout: Duration::from_millis(ADMIN),
-            ..Settings::DEFAULT
-        };
+        let settings = Settings::DEFAULT
+            .with_entries(16)
+            .with_interrupts(!self.seed.is_multiple_of(2))
+            .with_timeout(Duration::from_millis(TIMEOUT))
+            .with_grace(Duration::from_millis(GRACE))
+            .with_admin_timeout(Duration::from_millis(ADMIN));
         let open = || {
             self.faults.plug_in();
             let device = Device::new(Arc::new(self.model.clone()));
