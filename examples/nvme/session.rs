@@ -26,7 +26,7 @@ impl Session {
 
     /// Shuts the controller down.
     pub fn close(self) -> Result<()> {
-        self.controller.close()
+        Ok(self.controller.close()?)
     }
 }
 

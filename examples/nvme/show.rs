@@ -19,7 +19,7 @@ pub fn identify(options: &Options) -> Result<()> {
     } else {
         print(&controller, &namespaces, &health, errors)?;
     }
-    controller.close()
+    Ok(controller.close()?)
 }
 
 fn as_json(

@@ -3,6 +3,7 @@
 mod namespaces;
 mod queues;
 
+use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use vfio_remap::{Device, Error, ErrorKind, Result};
 
 use super::admin::{Admin, AdminCommand, PAGE};
 use super::bring_up::Hardware;
+use super::close_error::CloseError;
 use super::command::{Command, admin, feature};
 use super::doorbells;
 use super::events::AsyncEvent;
@@ -501,13 +503,14 @@ impl Controller {
     /// Shuts the controller down, so that all written data is durable, and closes the device.
     ///
     /// # Errors
-    /// `InUse` while queues exist; the controller's error, after which it is disabled anyway.
-    pub fn close(self: Arc<Self>) -> Result<()> {
-        let name = self.name().to_owned();
-        let controller = Arc::try_unwrap(self).map_err(|_| {
-            Error::new(ErrorKind::InUse, "shut down", &name)
-                .with_reason("it still has queues")
-                .with_advice("drop them first")
+    /// `InUse` while queues or clones exist: the error returns the controller, which still works. The
+    /// controller's error, or `InUse` while buffers exist: the controller is then disabled anyway.
+    pub fn close(self: Arc<Self>) -> std::result::Result<(), CloseError> {
+        let controller = Arc::try_unwrap(self).map_err(|controller| {
+            let error = Error::new(ErrorKind::InUse, "shut down", controller.name())
+                .with_reason("it still has queues, or there are clones of its Arc")
+                .with_advice("drop them first");
+            CloseError { error, controller: Some(controller) }
         })?;
         let device = controller.hardware.device.clone();
         let time = controller.identity.shutdown_time.clamp(SHUTDOWN, LONGEST_SHUTDOWN);
@@ -515,7 +518,16 @@ impl Controller {
         drop(controller);
         shut_down?;
         // Nothing else holds the device.
-        Arc::into_inner(device).map_or(Ok(()), |device| Ok(device.close()?))
+        match Arc::into_inner(device) {
+            Some(device) => Ok(device.close().map_err(Error::from)?),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Controller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Controller({})", self.name())
     }
 }
 

@@ -33,7 +33,7 @@
 //!     assert!(block.iter().all(|byte| *byte == 0));
 //!
 //!     drop((queue, buffer));
-//!     controller.close()
+//!     Ok(controller.close()?)
 //! }
 //! ```
 //!
@@ -59,6 +59,7 @@
 
 mod admin;
 mod bring_up;
+mod close_error;
 mod command;
 mod controller;
 mod doorbells;
@@ -71,6 +72,7 @@ mod registers;
 mod request;
 mod status;
 
+pub use close_error::CloseError;
 pub use controller::{Controller, Settings};
 pub use events::AsyncEvent;
 pub use identify::{Identity, Namespace};

@@ -347,8 +347,10 @@ fn a_device_that_was_closed_is_quiet_and_usable_by_the_next() {
     for _ in 0..2 {
         let controller = controller(&model, SETTINGS);
         let queue = controller.queue().unwrap();
-        let error = controller.clone().close().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::InUse);
+        let failed = controller.close().unwrap_err();
+        assert_eq!(failed.kind(), ErrorKind::InUse, "{failed}");
+        let controller = failed.into_controller().unwrap();
+        assert_eq!(controller.namespaces().unwrap(), [1, 2], "it still works");
         drop(queue);
         controller.close().unwrap();
         let mut command = [0; 2];
