@@ -280,5 +280,5 @@ fn lab_device(name: &str) -> Result<PciDevice> {
         .split_ascii_whitespace()
         .find_map(|entry| entry.strip_prefix(name)?.strip_prefix('='))
         .ok_or_else(|| format!("the lab has no device {name}"))?;
-    Ok(Sysfs::default().device(address.parse()?)?)
+    Ok(Sysfs::default().device(address)?)
 }

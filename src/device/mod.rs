@@ -157,7 +157,7 @@ impl Device {
         A: TryInto<PciAddress>,
         Error: From<A::Error>,
     {
-        Ok(Self::new(Arc::new(Vfio::open(address.try_into()?)?)))
+        Ok(Self::new(Arc::new(Vfio::open(address)?)))
     }
 
     /// A device that `transport` offers.

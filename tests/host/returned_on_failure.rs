@@ -75,7 +75,7 @@ impl Drop for Tree {
 #[test]
 fn a_binding_that_cannot_be_undone_comes_back_to_try_again() {
     let tree = Tree::new();
-    let device = Sysfs::at(&tree.0).device(Tree::DEVICE.parse().unwrap()).unwrap();
+    let device = Sysfs::at(&tree.0).device(Tree::DEVICE).unwrap();
     let binding = device.bind_vfio_pci().unwrap();
     tree.lose_override();
     let still = binding.restore().unwrap_err();

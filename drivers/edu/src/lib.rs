@@ -10,11 +10,19 @@
 //! use vfio_remap::emulated::{self, Emulated};
 //! use vfio_remap_edu::Edu;
 //!
-//! // A real one: Device::open("0000:00:03.0")?
 //! let device = Device::new(Arc::new(Emulated::new(emulated::Edu::new())?));
 //! let edu = Edu::new(device, Interrupt::Msi)?;
 //! assert_eq!(edu.factorial(10)?, 3_628_800);
 //! edu.close()?;
+//! # Ok::<(), vfio_remap::Error>(())
+//! ```
+//!
+//! A real device is one that is bound to vfio-pci:
+//!
+//! ```no_run
+//! # use vfio_remap::{Device, device::Interrupt};
+//! # use vfio_remap_edu::Edu;
+//! let edu = Edu::new(Device::open("0000:00:03.0")?, Interrupt::Msi)?;
 //! # Ok::<(), vfio_remap::Error>(())
 //! ```
 //!

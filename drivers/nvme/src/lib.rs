@@ -2,8 +2,7 @@
 //!
 //! It works with any [`Device`](vfio_remap::Device) that is an NVMe controller: one that is bound to vfio-pci
 //! ([`Vfio`](https://docs.rs/vfio-remap/latest/vfio_remap/transport/struct.Vfio.html)), one of a vfio-user
-//! server, or one that is emulated in this process. This program reads a block of an emulated one. Replace
-//! `Emulated::new(model)?` with `Vfio::open("0000:00:03.0")?` to read a block of a disk.
+//! server, or one that is emulated in this process. This program reads a block of an emulated one.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -35,6 +34,15 @@
 //!     drop((queue, buffer));
 //!     Ok(controller.close()?)
 //! }
+//! ```
+//!
+//! A real controller is one that is bound to vfio-pci:
+//!
+//! ```no_run
+//! # use vfio_remap::Device;
+//! # use vfio_remap_nvme::{Controller, Settings};
+//! let controller = Controller::new(Device::open("0000:00:03.0")?, Settings::default())?;
+//! # Ok::<(), vfio_remap::Error>(())
 //! ```
 //!
 //! # Threads and queues

@@ -89,6 +89,7 @@ impl fmt::Display for PciAddress {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Sysfs, Vfio};
     use super::*;
 
     #[test]
@@ -111,6 +112,13 @@ mod tests {
             "123456789:00:00.0",
         ] {
             assert!(text.parse::<PciAddress>().is_err(), "{text}");
+            // What takes an address takes text too.
+            let error = Vfio::open(text).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
+            let error = Vfio::options().by_group().open(text).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
+            let error = Sysfs::default().device(text).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
         }
     }
 }

@@ -187,7 +187,7 @@ mod tests {
         }
 
         fn device(&self) -> PciDevice {
-            Sysfs::at(&self.0).device("0000:00:03.0".parse().unwrap()).unwrap()
+            Sysfs::at(&self.0).device("0000:00:03.0").unwrap()
         }
 
         /// The contents of `driver_override`. A shorter value overwrites only the beginning of a longer

@@ -15,9 +15,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// use vfio_remap::transport::{Vfio, VfToken};
 /// # fn main() -> vfio_remap::Result<()> {
 /// let token: VfToken = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3".parse()?;
-/// let function = Vfio::options().vf_token(token).open("0000:04:10.0".parse()?)?;
+/// let function = Vfio::options().vf_token(token).open("0000:04:10.0")?;
 /// // A second device, opened by its group, that reaches the same memory at the same addresses.
-/// let second = Vfio::options().beside(&function).by_group().open("0000:05:00.0".parse()?)?;
+/// let second = Vfio::options().beside(&function).by_group().open("0000:05:00.0")?;
 /// # Ok(())
 /// # }
 /// ```
@@ -64,14 +64,18 @@ impl<'a> VfioOptions<'a> {
         Self { token: Some(token), ..self }
     }
 
-    /// Opens the device at `address`.
+    /// Opens the device at `address`, a [`PciAddress`] or text.
     ///
     /// # Errors
     /// As [`Vfio::open`]; `VfToken` if a token is missing, wrong, or given although the device takes
     /// none; `Unsupported` if the kernel does not offer the requested way, or the device
     /// [`beside`](Self::beside) it was opened another way.
-    pub fn open(self, address: PciAddress) -> Result<Vfio> {
-        self.open_in(&Sysfs::default(), address)
+    pub fn open<A>(self, address: A) -> Result<Vfio>
+    where
+        A: TryInto<PciAddress>,
+        Error: From<A::Error>,
+    {
+        self.open_in(&Sysfs::default(), address.try_into()?)
     }
 
     pub(super) fn open_in(self, sysfs: &Sysfs, address: PciAddress) -> Result<Vfio> {
@@ -90,8 +94,12 @@ impl<'a> VfioOptions<'a> {
     /// # Safety
     /// As [`Vfio::open_noiommu`].
     #[expect(unsafe_code, reason = "the caller vouches for what no type shows")]
-    pub unsafe fn open_noiommu(self, address: PciAddress) -> Result<Vfio> {
-        self.open_without_iommu(address)
+    pub unsafe fn open_noiommu<A>(self, address: A) -> Result<Vfio>
+    where
+        A: TryInto<PciAddress>,
+        Error: From<A::Error>,
+    {
+        self.open_without_iommu(address.try_into()?)
     }
 
     /// As [`open_noiommu`](Self::open_noiommu). The callers have its contract.

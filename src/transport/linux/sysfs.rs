@@ -41,11 +41,16 @@ impl Sysfs {
         Ok(addresses.into_iter().map(|address| self.entry(address)).collect())
     }
 
-    /// The device at `address`.
+    /// The device at `address`, a [`PciAddress`] or text such as `"0000:00:03.0"`.
     ///
     /// # Errors
-    /// `NotFound` if there is none.
-    pub fn device(&self, address: PciAddress) -> Result<PciDevice> {
+    /// `NotFound` if there is none; `Malformed` if the text is not an address.
+    pub fn device<A>(&self, address: A) -> Result<PciDevice>
+    where
+        A: TryInto<PciAddress>,
+        Error: From<A::Error>,
+    {
+        let address = address.try_into()?;
         let device = self.entry(address);
         if device.path().exists() {
             return Ok(device);

@@ -51,7 +51,8 @@ struct Region {
 }
 
 impl Vfio {
-    /// Opens the device at `address`: by its own file and iommufd if the kernel offers that, and
+    /// Opens the device at `address`, a [`PciAddress`] or text such as `"0000:00:03.0"`: by its own file and
+    /// iommufd if the kernel offers that, and
     /// otherwise by its IOMMU group. Devices of one group that are open in this process share an address
     /// space for DMA; other devices each have their own. [`options`](Self::options) has other ways.
     ///
@@ -59,7 +60,11 @@ impl Vfio {
     /// `NotFound`; `NotBound` if the device is bound to a kernel driver or to none; `NoIommu`;
     /// `GroupNotViable`, naming the devices in the way; `PermissionDenied`; `InUse` if the group is
     /// open already; `VfToken` for an SR-IOV function that requires a token. Each error says what to do.
-    pub fn open(address: PciAddress) -> Result<Self> {
+    pub fn open<A>(address: A) -> Result<Self>
+    where
+        A: TryInto<PciAddress>,
+        Error: From<A::Error>,
+    {
         Self::options().open(address)
     }
 
@@ -117,8 +122,12 @@ impl Vfio {
     /// particular, no code gives the device addresses other than those of live DMA mappings. And before
     /// such a mapping is dropped, the device is stopped, by a reset or by disabling bus mastering.
     #[expect(unsafe_code, reason = "the caller vouches for what no type shows")]
-    pub unsafe fn open_noiommu(address: PciAddress) -> Result<Self> {
-        Self::options().open_without_iommu(address)
+    pub unsafe fn open_noiommu<A>(address: A) -> Result<Self>
+    where
+        A: TryInto<PciAddress>,
+        Error: From<A::Error>,
+    {
+        Self::options().open_without_iommu(address.try_into()?)
     }
 
     /// Sets the VF token (Linux 5.7). Opening a virtual function of this device requires it, and so does
