@@ -87,7 +87,7 @@ struct Inner {
     errno: Option<Errno>,
     reason: Cow<'static, str>,
     advice: Cow<'static, str>,
-    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+    inner: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
@@ -106,7 +106,7 @@ impl Error {
             errno: None,
             reason: Cow::Borrowed(""),
             advice: Cow::Borrowed(""),
-            source: None,
+            inner: None,
         }))
     }
 
@@ -198,14 +198,31 @@ impl Error {
         self
     }
 
-    /// Adds the error of another library that caused this one, as its
-    /// [`source`](std::error::Error::source). The reason must contain the text of that error too.
+    /// Adds the error of another library that caused this one. If this error has no reason yet, the text of
+    /// that error becomes its reason.
+    ///
+    /// As with an [`io::Error`](std::io::Error), [`inner`](Self::inner) returns the other error, and
+    /// [`source`](std::error::Error::source) the source of the other error. So a program that prints a chain of
+    /// errors prints no text twice.
+    ///
+    /// ```
+    /// use vfio_remap::{Error, ErrorKind};
+    ///
+    /// let parsing = "x".parse::<u32>().expect_err("it is not a number");
+    /// let error = Error::new(ErrorKind::Malformed, "read", "a number").with_inner(parsing);
+    /// assert_eq!(error.to_string(), "cannot read a number: invalid digit found in string");
+    /// assert!(error.inner().is_some_and(|inner| inner.is::<std::num::ParseIntError>()));
+    /// ```
     #[must_use]
-    pub fn with_source(
+    pub fn with_inner(
         mut self,
-        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+        inner: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        self.0.source = Some(source.into().into());
+        let inner = inner.into();
+        if self.0.reason.is_empty() {
+            self.0.reason = inner.to_string().into();
+        }
+        self.0.inner = Some(inner.into());
         self
     }
 
@@ -232,6 +249,11 @@ impl Error {
     /// Why it failed, in one sentence. May be empty.
     pub fn reason(&self) -> &str {
         &self.0.reason
+    }
+
+    /// The error of another library that caused this one: see [`with_inner`](Self::with_inner).
+    pub fn inner(&self) -> Option<&(dyn std::error::Error + Send + Sync + 'static)> {
+        self.0.inner.as_deref()
     }
 
     /// What to do. May be empty.
@@ -286,7 +308,8 @@ impl fmt::Debug for Error {
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.0.source.as_ref().map(|source| &**source as _)
+        // The text of `inner` is part of this error's text.
+        self.0.inner.as_ref()?.source()
     }
 }
 

@@ -8,7 +8,7 @@ use super::{Cow, Error, ErrorKind};
 
 impl Error {
     /// Converts an error of the standard library. The kind follows from its errno or its kind. If it
-    /// contains another error, that is the [`source`](std::error::Error::source).
+    /// contains another error, [`inner`](Self::inner) returns that.
     ///
     /// It is public for a [`Transport`](crate::Transport) of your own. `?` converts an [`io::Error`] too,
     /// but without operation and object.
@@ -40,7 +40,7 @@ impl Error {
         }
         let this = this.into_kind(kind);
         match error.into_inner() {
-            Some(source) => this.with_source(source),
+            Some(inner) => this.with_inner(inner),
             None => this,
         }
     }
@@ -63,6 +63,9 @@ impl From<io::Error> for Error {
     }
 }
 
+/// The kind of the result follows from the errno, or else from the kind. It contains the [`Error`]
+/// ([`get_ref`](io::Error::get_ref)), with its text; its `raw_os_error()` is `None`, since the standard library
+/// has no error with both. [`Error::errno`] of the contained error returns the number.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match error.errno() {
@@ -86,8 +89,6 @@ impl From<Error> for io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::error::Error as _;
-
     use nix::errno::Errno;
 
     use super::*;
@@ -144,15 +145,46 @@ mod tests {
         assert_eq!(Error::from(io::Error::from(io::ErrorKind::WriteZero)).kind(), ErrorKind::Os);
     }
 
+    /// A chain of errors as programs print it: each one, then its source.
+    fn chain(error: &dyn std::error::Error) -> Vec<String> {
+        std::iter::successors(Some(error), |error| error.source())
+            .map(ToString::to_string)
+            .collect()
+    }
+
     #[test]
-    fn the_source_is_the_error_of_another_library() {
+    fn a_chain_of_errors_has_each_text_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("the outer one")]
+        struct Outer(#[source] std::num::ParseIntError);
+
+        let digit = "invalid digit found in string";
+        let parsing = "x".parse::<u32>().unwrap_err();
+        let error = Error::from_io(io::Error::other(parsing.clone()), "read", "a number");
+        assert_eq!(chain(&error), [format!("cannot read a number: {digit}")]);
+        let error = Error::from_io(io::Error::other(Outer(parsing)), "read", "it");
+        assert_eq!(chain(&error), ["cannot read it: the outer one", digit]);
+        // What contains the error prints it as its own text.
+        assert_eq!(chain(&io::Error::from(error)), ["cannot read it: the outer one", digit]);
+    }
+
+    #[test]
+    fn a_number_is_in_the_error_that_an_io_error_contains() {
+        let error = io::Error::from(Error::os(Errno::EACCES, "open", "it"));
+        assert_eq!(error.raw_os_error(), None);
+        let contained = error.get_ref().unwrap().downcast_ref::<Error>().unwrap();
+        assert_eq!(contained.errno(), Some(Errno::EACCES as i32));
+    }
+
+    #[test]
+    fn the_inner_error_is_that_of_another_library() {
         let parsing = "x".parse::<u32>().unwrap_err();
         let error = Error::from_io(io::Error::other(parsing.clone()), "read", "a number");
         assert_eq!(error.to_string(), "cannot read a number: invalid digit found in string");
-        let source = error.source().unwrap().downcast_ref::<std::num::ParseIntError>().unwrap();
-        assert_eq!(*source, parsing);
-        assert!(Error::new(ErrorKind::Gone, "read", "it").source().is_none());
-        let error = Error::new(ErrorKind::Gone, "read", "it").with_source(parsing.clone());
-        assert_eq!(error.source().unwrap().to_string(), parsing.to_string());
+        let inner = error.inner().unwrap().downcast_ref::<std::num::ParseIntError>().unwrap();
+        assert_eq!(*inner, parsing);
+        assert!(Error::new(ErrorKind::Gone, "read", "it").inner().is_none());
+        let error = Error::new(ErrorKind::Gone, "read", "it").with_reason("why");
+        assert_eq!(error.with_inner(parsing).to_string(), "cannot read it: why");
     }
 }
