@@ -84,7 +84,9 @@ impl DmaSpace {
     /// # Safety
     /// While `memory` lives, each region is mapped as one range that starts at its host address. Nothing makes
     /// a reference to its contents, and all reads and writes are atomic or volatile accesses: a device changes
-    /// the contents at any time. If a region names a file, its pages are those of the file.
+    /// the contents at any time. If a region names a file, its pages are those of the file, and another process
+    /// may write them at any later time, even after all of it was unmapped and dropped: a vfio-user server may
+    /// keep the file mapped for ever. So they never become Rust's again, as for [`DmaMemory::new`].
     pub unsafe fn map_guest_backend<M>(
         &self,
         memory: Arc<M>,

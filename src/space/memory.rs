@@ -45,6 +45,10 @@ impl DmaMemory {
     /// # Safety
     /// The range is mapped as long as `owner` lives. No reference to its contents ever exists, and every
     /// access to it is atomic or volatile, because a device may change it at any time.
+    ///
+    /// If `file` is given, another process may write the pages at any later time, even after the memory was
+    /// unmapped from DMA and `owner` was dropped: a vfio-user server gets the file, and may keep it mapped for
+    /// ever. So they never become Rust's again: no mapping of these pages of the file ever holds Rust values.
     pub unsafe fn new(
         address: usize,
         size: usize,
