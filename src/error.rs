@@ -19,6 +19,10 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
+    /// An argument of the caller is not what it must be: text that is no PCI address or no VF token, a device
+    /// name with a NUL. For ranges and alignments there are [`OutOfRange`](Self::OutOfRange) and
+    /// [`Unaligned`](Self::Unaligned).
+    InvalidInput,
     /// There is no such device, region or file.
     NotFound,
     /// The device is not bound to a VFIO driver.

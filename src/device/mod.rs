@@ -151,7 +151,7 @@ impl Device {
     /// device work: without it the device does no DMA and sends no MSI, and reports no error.
     ///
     /// # Errors
-    /// As [`Vfio::open`]; `Malformed` if the text is not an address.
+    /// As [`Vfio::open`].
     pub fn open<A>(address: A) -> Result<Self>
     where
         A: TryInto<PciAddress>,

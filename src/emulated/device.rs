@@ -59,8 +59,8 @@ impl Emulated {
     ///
     /// # Errors
     /// `Os` if the kernel has no memory or no thread left; `OutOfRange` if a mapped part leaves its region, or
-    /// an interrupt has more than 2048 vectors; `Malformed` if the name has a NUL; `Gone` if the model's reset
-    /// panics.
+    /// an interrupt has more than 2048 vectors; `InvalidInput` if the name has a NUL; `Gone` if the model's
+    /// reset panics.
     pub fn new(model: impl Model + 'static) -> Result<Self> {
         let core = Core::new(model)?;
         let thread = thread::Builder::new().name(core.info.name.clone());
@@ -105,7 +105,7 @@ fn check(shape: &Shape) -> Result<()> {
         Err(Error::new(kind, "create", format!("the device {:?}", shape.name)).with_reason(reason))
     };
     if shape.name.contains('\0') {
-        return error(ErrorKind::Malformed, "its name has a NUL".to_owned());
+        return error(ErrorKind::InvalidInput, "its name has a NUL".to_owned());
     }
     if let Some(irq) = shape.irqs.iter().find(|irq| irq.count > MAX_VECTORS) {
         let reason = format!("{} vectors are more than the {MAX_VECTORS} of MSI-X", irq.count);

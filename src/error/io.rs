@@ -30,6 +30,7 @@ impl Error {
             io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
             io::ErrorKind::TimedOut => ErrorKind::TimedOut,
             io::ErrorKind::ResourceBusy => ErrorKind::InUse,
+            io::ErrorKind::InvalidInput => ErrorKind::InvalidInput,
             io::ErrorKind::InvalidData => ErrorKind::Malformed,
             io::ErrorKind::Unsupported => ErrorKind::Unsupported,
             _ => ErrorKind::Os,
@@ -75,9 +76,10 @@ impl From<Error> for io::Error {
                 ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
                 ErrorKind::TimedOut => io::ErrorKind::TimedOut,
                 ErrorKind::InUse => io::ErrorKind::ResourceBusy,
-                ErrorKind::OutOfRange | ErrorKind::Unaligned | ErrorKind::UnsuitablePlacement => {
-                    io::ErrorKind::InvalidInput
-                }
+                ErrorKind::InvalidInput
+                | ErrorKind::OutOfRange
+                | ErrorKind::Unaligned
+                | ErrorKind::UnsuitablePlacement => io::ErrorKind::InvalidInput,
                 ErrorKind::Malformed => io::ErrorKind::InvalidData,
                 ErrorKind::Unsupported => io::ErrorKind::Unsupported,
                 _ => io::ErrorKind::Other,
@@ -136,6 +138,7 @@ mod tests {
             (io::ErrorKind::PermissionDenied, ErrorKind::PermissionDenied),
             (io::ErrorKind::TimedOut, ErrorKind::TimedOut),
             (io::ErrorKind::ResourceBusy, ErrorKind::InUse),
+            (io::ErrorKind::InvalidInput, ErrorKind::InvalidInput),
             (io::ErrorKind::InvalidData, ErrorKind::Malformed),
             (io::ErrorKind::Unsupported, ErrorKind::Unsupported),
         ] {

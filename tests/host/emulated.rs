@@ -389,7 +389,7 @@ fn a_shape_that_makes_no_device_is_an_error() {
         region
     };
     let cases: [(&str, Shape, ErrorKind); 8] = [
-        ("a NUL in its name", Shape::new("a\0b", Vec::new()), ErrorKind::Malformed),
+        ("a NUL in its name", Shape::new("a\0b", Vec::new()), ErrorKind::InvalidInput),
         ("too many vectors", vectors(2049), ErrorKind::OutOfRange),
         ("far too many vectors", vectors(u32::MAX), ErrorKind::OutOfRange),
         ("larger than a file", region(mappable(u64::MAX)), ErrorKind::Os),

@@ -186,7 +186,7 @@ fn a_clone_holds_the_device() {
 #[test]
 fn a_device_is_opened_by_text_or_address() {
     let error = Device::open("no address").unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
     let nowhere = PciAddress { domain: 0xffff_0000, bus: 0xff, device: 0x1f, function: 7 };
     let error = Device::open(nowhere).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");

@@ -32,6 +32,12 @@ impl Status {
         Self(field & 0x7ff)
     }
 
+    /// The status code type (SCT) in bits 10:8, the status code (SC) in bits 7:0.
+    #[inline]
+    pub fn code(self) -> u16 {
+        self.0
+    }
+
     /// Whether the command has succeeded.
     #[inline]
     pub fn is_success(self) -> bool {
@@ -48,7 +54,14 @@ impl Status {
         if self.is_success() { Ok(()) } else { Err(self.error(operation, object())) }
     }
 
-    /// An error with this operation and object.
+    /// An error with this operation and object. [`Error::inner`] returns the status.
+    ///
+    /// ```
+    /// # use vfio_remap_nvme::Status;
+    /// let error = Status::INVALID_NAMESPACE.error("read", "block 7");
+    /// let status = error.inner().and_then(|inner| inner.downcast_ref::<Status>());
+    /// assert_eq!(status.map(|status| status.code()), Some(0x00b));
+    /// ```
     pub fn error(self, operation: &'static str, object: impl fmt::Display) -> Error {
         let kind = match self.0 {
             0x001 => ErrorKind::Unsupported,
@@ -58,7 +71,7 @@ impl Status {
             0x080 => ErrorKind::OutOfRange,
             _ => ErrorKind::Os,
         };
-        Error::new(kind, operation, object).with_reason(self.to_string())
+        Error::new(kind, operation, object).with_inner(self)
     }
 
     fn text(self) -> &'static str {
@@ -111,6 +124,8 @@ impl fmt::Display for Status {
         write!(f, "{} (status {:#05x})", self.text(), self.0)
     }
 }
+
+impl std::error::Error for Status {}
 
 #[cfg(test)]
 mod tests {

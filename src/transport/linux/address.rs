@@ -25,7 +25,7 @@ pub struct ParseAddressError(String);
 
 impl From<ParseAddressError> for Error {
     fn from(error: ParseAddressError) -> Self {
-        Error::new(ErrorKind::Malformed, "read", format!("{:?}", error.0))
+        Error::new(ErrorKind::InvalidInput, "read", format!("{:?}", error.0))
             .with_reason("it is not a PCI address such as 0000:00:03.0 or 00:03.0")
     }
 }
@@ -114,11 +114,11 @@ mod tests {
             assert!(text.parse::<PciAddress>().is_err(), "{text}");
             // What takes an address takes text too.
             let error = Vfio::open(text).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
             let error = Vfio::options().by_group().open(text).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
             let error = Sysfs::default().device(text).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Malformed, "{error}");
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
         }
     }
 }

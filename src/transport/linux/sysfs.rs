@@ -44,7 +44,7 @@ impl Sysfs {
     /// The device at `address`, a [`PciAddress`] or text such as `"0000:00:03.0"`.
     ///
     /// # Errors
-    /// `NotFound` if there is none; `Malformed` if the text is not an address.
+    /// `NotFound` if there is none; `InvalidInput` if the text is not an address.
     pub fn device<A>(&self, address: A) -> Result<PciDevice>
     where
         A: TryInto<PciAddress>,

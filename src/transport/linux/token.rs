@@ -31,11 +31,13 @@ impl FromStr for VfToken {
     fn from_str(text: &str) -> Result<Self, Error> {
         parse(text).ok_or_else(|| {
             // The error does not show the text: it may be a secret token with a typing error.
-            Error::new(ErrorKind::Malformed, "read", format!("a VF token of {} bytes", text.len()))
-                .with_reason("it is not a UUID")
-                .with_advice(
-                    "write it like bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3; uuidgen makes one",
-                )
+            Error::new(
+                ErrorKind::InvalidInput,
+                "read",
+                format!("a VF token of {} bytes", text.len()),
+            )
+            .with_reason("it is not a UUID")
+            .with_advice("write it like bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3; uuidgen makes one")
         })
     }
 }
@@ -128,7 +130,7 @@ mod tests {
             "éd8d9d2b-5a5f-4f5a-a211-f591514ba1f3",
         ] {
             let error = bad.parse::<VfToken>().unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Malformed, "{bad}");
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{bad}");
         }
     }
 }

@@ -57,7 +57,8 @@ impl Vfio {
     /// space for DMA; other devices each have their own. [`options`](Self::options) has other ways.
     ///
     /// # Errors
-    /// `NotFound`; `NotBound` if the device is bound to a kernel driver or to none; `NoIommu`;
+    /// `InvalidInput` if the text is not an address; `NotFound`; `NotBound` if the device is bound to a kernel
+    /// driver or to none; `NoIommu`;
     /// `GroupNotViable`, naming the devices in the way; `PermissionDenied`; `InUse` if the group is
     /// open already; `VfToken` for an SR-IOV function that requires a token. Each error says what to do.
     pub fn open<A>(address: A) -> Result<Self>
