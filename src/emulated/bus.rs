@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Thread;
 
@@ -14,11 +15,18 @@ use super::server::wire::Wire;
 use super::user::{Cost, User};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
+use crate::transport::irq_index;
 use crate::transport::vfio_user::protocol::dma::{self, DmaTable, Piece, Rights};
 
 /// A model's access to the rest of the machine.
+///
+/// While bus mastering is off, a PCI device cannot access memory, and its MSI and MSI-X are lost. Off is the
+/// state after a reset. The Bus reads the bit from the command register of the model's configuration space
+/// whenever that is written.
 pub struct Bus {
     name: String,
+    /// Always on for a device that has no command register.
+    bus_mastering: AtomicBool,
     memories: Box<[Option<Memory>]>,
     irqs: Mutex<Box<[Irq]>>,
     dma: Mutex<DmaTable<Mapping>>,
@@ -50,6 +58,7 @@ impl Bus {
     pub(super) fn new(name: String, memories: Box<[Option<Memory>]>, irqs: Box<[Irq]>) -> Self {
         Self {
             name,
+            bus_mastering: AtomicBool::new(true),
             memories,
             irqs: Mutex::new(irqs),
             // Each user has a limit of its own.
@@ -66,9 +75,10 @@ impl Bus {
     /// Reads DMA memory of the driver: `data.len()` bytes at the IOVA `address`.
     ///
     /// # Errors
-    /// `OutOfRange` if a part of it is not mapped, or not for reading; the error of a client that has the
-    /// memory.
+    /// `PermissionDenied` if bus mastering is off; `OutOfRange` if a part of it is not mapped, or not for
+    /// reading; the error of a client that has the memory.
     pub fn dma_read(&self, address: u64, data: &mut [u8]) -> Result<()> {
+        self.check_bus_mastering("read", address, data.len())?;
         // Locked while copying, so that memory is not accessed after the driver unmapped it.
         let table = self.dma();
         // One deadline for all messages to a client, because others wait for the table.
@@ -99,6 +109,7 @@ impl Bus {
     /// # Errors
     /// As [`dma_read`](Self::dma_read). After an error, the first bytes may be written.
     pub fn dma_write(&self, address: u64, data: &[u8]) -> Result<()> {
+        self.check_bus_mastering("write", address, data.len())?;
         let table = self.dma();
         let mut deadline = None;
         let failed = |errno| self.dma_error(errno, "write", address, data.len());
@@ -126,8 +137,13 @@ impl Bus {
     }
 
     /// Fires a vector, as a message-signalled interrupt does. A vector that does not exist or is not connected
-    /// is ignored. A masked vector fires when it is unmasked.
+    /// is ignored, and so are MSI and MSI-X while bus mastering is off. A masked vector fires when it is
+    /// unmasked.
     pub fn fire(&self, index: u32, vector: u32) {
+        let is_message = [irq_index::MSI, irq_index::MSIX].contains(&index);
+        if is_message && !self.bus_mastering.load(Ordering::Relaxed) {
+            return;
+        }
         if let (Some(irq), Some(end)) = (self.irqs().get_mut(index as usize), vector.checked_add(1))
         {
             // The error means that the vector does not exist.
@@ -154,6 +170,20 @@ impl Bus {
         if let Some(thread) = self.worker.get() {
             thread.unpark();
         }
+    }
+
+    pub(super) fn set_bus_mastering(&self, on: bool) {
+        self.bus_mastering.store(on, Ordering::Relaxed);
+    }
+
+    fn check_bus_mastering(&self, operation: &'static str, address: u64, len: usize) -> Result<()> {
+        if self.bus_mastering.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let object = format!("{len} bytes at IOVA {address:#x} for {}", self.name);
+        Err(Error::new(ErrorKind::PermissionDenied, operation, object)
+            .with_reason("bus mastering is off")
+            .with_advice("enable it in the driver: Config::set_bus_mastering"))
     }
 
     pub(super) fn set_worker(&self, thread: Thread) {

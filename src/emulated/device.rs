@@ -26,10 +26,20 @@ use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, T
 /// How often the thread of a watching model polls before it sleeps, and its longest sleep.
 const EAGER: u32 = 64;
 const NAP: Duration = Duration::from_millis(1);
+/// The region of configuration space.
+const CONFIG: u32 = 7;
 /// Most vectors of an interrupt (PCIe 5.0 §7.7.2.2).
 const MAX_VECTORS: u32 = 2048;
 
+/// The offset of the command register in configuration space, and its bit for bus mastering (PCI 3.0 §6.2.2).
+const COMMAND: u64 = 0x04;
+const BUS_MASTER: u16 = 1 << 2;
+
 /// A [`Model`] in this process. Clones are the same device.
+///
+/// It is as strict as hardware about bus mastering: see [`Bus`]. It is more lenient about memory decoding: BARs
+/// can be accessed while it is off, through windows and by calls. On real devices such an access raises SIGBUS,
+/// or fails with EIO.
 #[derive(Clone)]
 pub struct Emulated {
     pub(super) core: Arc<Core>,
@@ -169,7 +179,33 @@ impl Core {
     }
 
     fn reset(&self) -> Result<()> {
-        self.call("reset", &self.info.name, |model, bus| model.reset(bus))
+        self.call("reset", &self.info.name, |model, bus| {
+            bus.set_bus_mastering(!self.has_command_register());
+            model.reset(bus);
+        })
+    }
+
+    /// Whether the device has a command register, which the model serves.
+    fn has_command_register(&self) -> bool {
+        let config = self.regions.get(CONFIG as usize);
+        self.info.pci && config.is_some_and(|config| config.size >= COMMAND + 2 && !config.mappable)
+    }
+
+    /// Writes a part of a region that the model serves.
+    fn write(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        let is_command = region == CONFIG
+            && offset < COMMAND + 2
+            && offset + data.len() as u64 > COMMAND
+            && self.has_command_register();
+        self.access(region, "write", |model, bus| {
+            model.write(bus, region, offset, data)?;
+            if is_command {
+                let mut command = [0; 2];
+                model.read(bus, CONFIG, COMMAND, &mut command)?;
+                bus.set_bus_mastering(u16::from_le_bytes(command) & BUS_MASTER != 0);
+            }
+            Ok(())
+        })
     }
 
     /// Tells the model that a client has left.
@@ -325,9 +361,7 @@ impl Transport for Emulated {
     fn write_at(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
         match self.core.locate(region, offset, data.len(), "write")? {
             Some(memory) => memory.store(offset, data),
-            None => self
-                .core
-                .access(region, "write", |model, bus| model.write(bus, region, offset, data)),
+            None => self.core.write(region, offset, data),
         }
     }
 

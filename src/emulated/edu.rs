@@ -141,7 +141,7 @@ impl Edu {
         }
         if !bus.is_connected(irq_index::MSI) {
             bus.set_level(irq_index::INTX, true);
-        } else if self.config.bus_mastering() {
+        } else {
             bus.fire(irq_index::MSI, 0);
         }
     }
@@ -182,7 +182,7 @@ impl Edu {
             .checked_sub(BUFFER)
             .and_then(|start| start.checked_add(count))
             .is_some_and(|end| end <= BUFFER_SIZE);
-        let Some(shared) = bus.memory(BAR).filter(|_| inside && self.config.bus_mastering()) else {
+        let Some(shared) = bus.memory(BAR).filter(|_| inside) else {
             log::debug!("edu: no transfer of {count} bytes at {buffer:#x} of the BAR");
             return Ok(());
         };

@@ -13,6 +13,10 @@ use crate::transport::{IrqInfo, RegionInfo};
 ///
 /// Drivers are not trusted: addresses, values and lengths may be anything.
 ///
+/// A PCI device ([`Shape::pci`]) has a command register: the model stores what a driver writes to it and resets
+/// it to 0, as [`PciConfig`](super::PciConfig) does. Without bus mastering there, the [`Bus`] refuses DMA and
+/// drops MSI. Memory decoding has no effect on mapped parts; a model may ignore it.
+///
 /// If a model panics, the device is gone: that call fails with `Gone`, and so does every later call except
 /// those that unmap and disconnect. A model that calls its own device, through an [`Emulated`](super::Emulated)
 /// that it holds, gets `InUse`. A model must not wait for another thread that calls the device: that thread

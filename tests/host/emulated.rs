@@ -246,6 +246,79 @@ impl Model for Odd {
     }
 }
 
+/// A PCI device that writes 7 to an IOVA and fires its vector, when it is asked to. Then the register has what
+/// came of it.
+struct Master {
+    config: PciConfig,
+    wrote: u32,
+}
+
+impl Model for Master {
+    fn shape(&self) -> Shape {
+        let mut shape = Shape::pci("master", 256);
+        shape.regions[0] = RegionInfo::trapped(8);
+        shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(1);
+        shape
+    }
+
+    fn read(&mut self, _: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        match region {
+            0 => data.copy_from_slice(&self.wrote.to_le_bytes()),
+            _ => self.config.read(offset, data),
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        if region != 0 {
+            self.config.write(offset, data);
+            return Ok(());
+        }
+        let iova = u64::from_le_bytes(data.try_into().unwrap());
+        let done = bus.dma_write(iova, &[7]).and_then(|()| bus.dma_read(iova, &mut [0]));
+        self.wrote = match done {
+            Ok(()) => 1,
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => 2,
+            Err(error) => panic!("{error}"),
+        };
+        bus.fire(irq_index::MSIX, 0);
+        Ok(())
+    }
+
+    fn reset(&mut self, _: &Bus) {
+        self.config.reset();
+    }
+}
+
+#[test]
+fn without_bus_mastering_there_is_no_dma_and_no_message() {
+    let config = PciConfig::new(256, 0x1234, 1, 0, 0).bar32(0, 16).msix(1, (0, 0), (0, 0));
+    let emulated = Arc::new(Emulated::polled(Master { config, wrote: 0 }).unwrap());
+    let device = Device::new(emulated.clone());
+    let buffer = device.dma().unwrap().buffer(4096).unwrap();
+    let event = edu::event();
+    emulated.set_irqs(irq_index::MSIX, 0, &[Some(event.as_fd())]).unwrap();
+    let attempt = || {
+        buffer.write(0, &[0]);
+        emulated.write_at(0, 0, &buffer.iova().0.to_le_bytes()).unwrap();
+        let (mut wrote, mut byte) = ([0; 4], [0]);
+        emulated.read_at(0, 0, &mut wrote).unwrap();
+        buffer.read(0, &mut byte);
+        (u32::from_le_bytes(wrote), byte[0], event.read().unwrap_or(0))
+    };
+    let config = device.config().unwrap();
+    assert_eq!(attempt(), (2, 0, 0), "after power on");
+    config.set_bus_mastering(true).unwrap();
+    assert_eq!(attempt(), (1, 7, 1));
+    config.set_bus_mastering(false).unwrap();
+    assert_eq!(attempt(), (2, 0, 0));
+    // By a write of a whole double word.
+    emulated.write_at(7, 4, &4u32.to_le_bytes()).unwrap();
+    assert_eq!(attempt(), (1, 7, 1));
+    emulated.reset().unwrap();
+    assert_eq!(attempt(), (2, 0, 0), "after a reset");
+}
+
 #[test]
 fn a_model_that_panics_is_a_device_that_has_gone() {
     for does in [Oddity::PanicsInPoll, Oddity::PanicsInRead] {

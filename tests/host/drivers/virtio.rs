@@ -81,6 +81,9 @@ pub struct Entropy {
 
 impl Entropy {
     pub fn new(device: &Device, timeout: Duration) -> Result<Self> {
+        let config = device.config()?;
+        config.set_memory_decoding(true)?;
+        config.set_bus_mastering(true)?;
         let (bar, offset, _) = locate(device, 1)?;
         let common = device.bar(bar)?.block::<Common>(offset)?;
         common.write(Common::STATUS, Status::new())?;

@@ -19,6 +19,8 @@ pub struct Entropy {
     missing: u8,
     /// Does not accept the driver's features.
     refuses: bool,
+    /// Of configuration space.
+    command: u16,
     status: u8,
     feature_select: u32,
     enabled: bool,
@@ -45,6 +47,7 @@ impl Entropy {
     fn config(&self) -> [u8; 256] {
         let mut config = [0; 256];
         config[..4].copy_from_slice(&[0xf4, 0x1a, 0x44, 0x10]);
+        config[4..6].copy_from_slice(&self.command.to_le_bytes());
         config[6] = 0x10;
         let mut link = 0x34;
         // Not in the order of their kinds, and with another capability among them.
@@ -87,7 +90,8 @@ impl Entropy {
         match offset {
             0x00 => self.feature_select = value,
             0x14 if value == 0 => {
-                *self = Self { missing: self.missing, refuses: self.refuses, ..Self::default() }
+                let Self { missing, refuses, command, .. } = *self;
+                *self = Self { missing, refuses, command, ..Self::default() }
             }
             0x14 => self.status = value as u8 & if self.refuses { !FEATURES_OK } else { !0 },
             0x18 => self.size = value as u16,
@@ -147,6 +151,7 @@ impl Model for Entropy {
     fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
         let value = data.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));
         match (region, offset.checked_sub(COMMON)) {
+            (CONFIG, _) if offset == 4 => self.command = value as u16,
             (BAR, Some(common)) if common < 0x38 => self.store(common, value),
             (BAR, _) if offset == NOTIFY + MULTIPLIER * u64::from(NOTIFY_OFF) => self.serve(bus)?,
             _ => {}
@@ -156,5 +161,6 @@ impl Model for Entropy {
 
     fn reset(&mut self, _: &Bus) {
         self.store(0x14, 0);
+        self.command = 0;
     }
 }
