@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vfio_remap::device::{BufferRequest, Iova, IovaPlacement};
 use vfio_remap::emulated::{Bus, Edu, Emulated, Model, Namespace, Nvme, Shape};
-use vfio_remap::transport::{IrqInfo, RegionInfo, VfioUser};
+use vfio_remap::transport::{IrqInfo, RegionInfo, VfioUser, region_index};
 use vfio_remap::{Device, Result};
 
 use crate::conversation::{drive, record};
@@ -12,7 +12,7 @@ use crate::messages::flag::CHOICE;
 use crate::messages::{Message, append, decode};
 
 /// Of a PCI device: configuration space.
-const CONFIG: u32 = 7;
+const CONFIG: u32 = region_index::CONFIG;
 /// Its command register, and memory decoding and bus mastering there.
 const COMMAND: (u32, u64, u64) = (CONFIG, 4, 6);
 
@@ -45,8 +45,7 @@ struct Little;
 
 impl Model for Little {
     fn shape(&self) -> Shape {
-        let mut mapped = RegionInfo::mappable(0x2000);
-        mapped.areas = Some(vec![0..0x1000]);
+        let mapped = RegionInfo::trapped(0x2000).with_areas([0..0x1000]);
         let mut shape = Shape::new("little", vec![mapped, RegionInfo::trapped(4)]);
         shape.irqs = vec![IrqInfo::eventfds(2)];
         shape

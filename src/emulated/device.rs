@@ -21,13 +21,13 @@ use crate::space::{Access, DmaMemory};
 use crate::sys::{self, fork};
 use crate::transport::dma_error::map_refused;
 use crate::transport::vfio_user::protocol::dma::Rights;
-use crate::transport::{DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport};
+use crate::transport::{
+    DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport, region_index,
+};
 
 /// How often the thread of a watching model polls before it sleeps, and its longest sleep.
 const EAGER: u32 = 64;
 const NAP: Duration = Duration::from_millis(1);
-/// The region of configuration space.
-const CONFIG: u32 = 7;
 /// Most vectors of an interrupt (PCIe 5.0 §7.7.2.2).
 const MAX_VECTORS: u32 = 2048;
 
@@ -187,13 +187,13 @@ impl Core {
 
     /// Whether the device has a command register, which the model serves.
     fn has_command_register(&self) -> bool {
-        let config = self.regions.get(CONFIG as usize);
+        let config = self.regions.get(region_index::CONFIG as usize);
         self.info.pci && config.is_some_and(|config| config.size >= COMMAND + 2 && !config.mappable)
     }
 
     /// Writes a part of a region that the model serves.
     fn write(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        let is_command = region == CONFIG
+        let is_command = region == region_index::CONFIG
             && offset < COMMAND + 2
             && offset + data.len() as u64 > COMMAND
             && self.has_command_register();
@@ -201,7 +201,7 @@ impl Core {
             model.write(bus, region, offset, data)?;
             if is_command {
                 let mut command = [0; 2];
-                model.read(bus, CONFIG, COMMAND, &mut command)?;
+                model.read(bus, region_index::CONFIG, COMMAND, &mut command)?;
                 bus.set_bus_mastering(u16::from_le_bytes(command) & BUS_MASTER != 0);
             }
             Ok(())

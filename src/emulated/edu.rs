@@ -6,10 +6,9 @@ use super::model::{Activity, Model, Shape};
 use super::pci::PciConfig;
 use crate::device::Register;
 use crate::error::Result;
-use crate::transport::{IrqInfo, RegionInfo, irq_index};
+use crate::transport::{irq_index, region_index};
 
 const BAR: u32 = 0;
-const CONFIG: u32 = 7;
 const BAR_SIZE: u64 = 1 << 20;
 
 const ID: u32 = 0x0100_00ed;
@@ -244,19 +243,12 @@ fn factorial(n: u32) -> u32 {
 
 impl Model for Edu {
     fn shape(&self) -> Shape {
-        let mut shape = Shape::pci("edu", 256);
-        shape.regions[BAR as usize] = RegionInfo {
-            areas: Some(vec![MAILBOX..MAILBOX + PART, BUFFER..BUFFER + PART]),
-            ..RegionInfo::mappable(BAR_SIZE)
-        };
-        shape.irqs[irq_index::INTX as usize] =
-            IrqInfo { maskable: true, automasked: true, ..IrqInfo::eventfds(1) };
-        shape.irqs[irq_index::MSI as usize] = IrqInfo { noresize: true, ..IrqInfo::eventfds(1) };
-        shape
+        let parts = [MAILBOX..MAILBOX + PART, BUFFER..BUFFER + PART];
+        self.config.shape("edu").with_areas(BAR, parts)
     }
 
     fn read(&mut self, _: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        if region == CONFIG {
+        if region == region_index::CONFIG {
             self.config.read(offset, data);
             return Ok(());
         }
@@ -268,7 +260,7 @@ impl Model for Edu {
     }
 
     fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        if region == CONFIG {
+        if region == region_index::CONFIG {
             self.config.write(offset, data);
             return Ok(());
         }

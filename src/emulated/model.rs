@@ -1,8 +1,10 @@
 //! The trait for device models.
 
+use std::ops::Range;
+
 use super::bus::Bus;
 use crate::error::Result;
-use crate::transport::{IrqInfo, RegionInfo};
+use crate::transport::{IrqInfo, RegionInfo, region_index};
 
 /// A device model: the behaviour of a device's registers.
 ///
@@ -126,11 +128,25 @@ impl Shape {
         Self { name: name.into(), pci: false, regions, irqs: Vec::new() }
     }
 
+    /// The same device, with a region of which these byte ranges can be mapped. See
+    /// [`RegionInfo::with_areas`].
+    ///
+    /// # Panics
+    /// If `region` is past the last, as for slices.
+    #[must_use]
+    #[track_caller]
+    pub fn with_areas(mut self, region: u32, areas: impl Into<Vec<Range<u64>>>) -> Self {
+        let region = &mut self.regions[region as usize];
+        *region = std::mem::take(region).with_areas(areas);
+        self
+    }
+
     /// A PCI device with `config` bytes of configuration space. It has the nine regions and five interrupts of
-    /// Linux VFIO; the others are empty and can be filled in.
+    /// Linux VFIO ([`region_index`], [`irq_index`](crate::transport::irq_index)); the others are empty and can
+    /// be filled in. [`PciConfig::shape`](super::PciConfig::shape) fills in what a configuration space states.
     pub fn pci(name: impl Into<String>, config: u64) -> Self {
         let mut regions = vec![RegionInfo::default(); 9];
-        regions[7] = RegionInfo::trapped(config);
+        regions[region_index::CONFIG as usize] = RegionInfo::trapped(config);
         Self { name: name.into(), pci: true, regions, irqs: vec![IrqInfo::default(); 5] }
     }
 }

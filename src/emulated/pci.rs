@@ -1,5 +1,8 @@
 //! Configuration space for models of PCI devices.
 
+use super::model::Shape;
+use crate::transport::{IrqInfo, RegionInfo, irq_index};
+
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BARS: usize = 0x10;
@@ -15,8 +18,14 @@ const HAS_CAPABILITIES: u16 = 1 << 4;
 const MSI: u8 = 0x05;
 const MSIX: u8 = 0x11;
 
+/// Most vectors of MSI-X (PCIe 5.0 §7.7.2.2).
+const MAX_VECTORS: u16 = 2048;
+
 /// Configuration space: its bytes, and which bits can be written. A BAR returns its size after all ones were
 /// written, as PCI specifies.
+///
+/// [`shape`](Self::shape) makes the [`Shape`] of the device from it, so that both have the same BARs and
+/// interrupts.
 #[derive(Clone, Debug)]
 pub struct PciConfig {
     bytes: Vec<u8>,
@@ -26,6 +35,10 @@ pub struct PciConfig {
     next: usize,
     /// The offset of the pointer to the next capability.
     link: usize,
+    /// The sizes of BARs; 0 if there is none.
+    bars: [u64; 6],
+    /// The number of vectors of INTx, MSI and MSI-X.
+    vectors: [u32; 3],
 }
 
 impl PciConfig {
@@ -39,6 +52,8 @@ impl PciConfig {
             initial: Vec::new(),
             next: FIRST_CAPABILITY,
             link: CAPABILITIES,
+            bars: [0; 6],
+            vectors: [0; 3],
         };
         config.set(0, &vendor.to_le_bytes());
         config.set(2, &device.to_le_bytes());
@@ -55,30 +70,94 @@ impl PciConfig {
         self.sealed()
     }
 
-    /// Adds a 32-bit memory BAR of `size` bytes: a power of two, at least 16. Indexes above 5 are ignored.
+    /// Adds a 32-bit memory BAR of `size` bytes.
+    ///
+    /// # Panics
+    /// If `size` is not a power of two of at least 16, if `index` is above 5, or if another BAR has it.
     #[must_use]
+    #[track_caller]
     pub fn bar32(mut self, index: usize, size: u32) -> Self {
-        if index < 6 {
-            self.allow(BARS + 4 * index, &(!size.wrapping_sub(1) & !0xf).to_le_bytes());
-        }
+        self.add_bar(index, 1, size.into());
+        self.allow(BARS + 4 * index, &(!(size - 1)).to_le_bytes());
         self.sealed()
     }
 
-    /// Adds a 64-bit memory BAR of `size` bytes: a power of two, at least 16. It takes the next index, too.
-    /// Indexes above 4 are ignored.
+    /// Adds a 64-bit memory BAR of `size` bytes. It takes the next index, too.
+    ///
+    /// # Panics
+    /// If `size` is not a power of two of at least 16, if `index` is above 4, or if another BAR has it or the
+    /// next one.
     #[must_use]
+    #[track_caller]
     pub fn bar64(mut self, index: usize, size: u64) -> Self {
-        if index < 5 {
-            self.set(BARS + 4 * index, &4u32.to_le_bytes());
-            self.allow(BARS + 4 * index, &(!size.wrapping_sub(1) & !0xf).to_le_bytes());
-        }
+        self.add_bar(index, 2, size);
+        self.set(BARS + 4 * index, &4u32.to_le_bytes());
+        self.allow(BARS + 4 * index, &(!(size - 1)).to_le_bytes());
         self.sealed()
+    }
+
+    /// Checks a BAR that takes `count` indexes from `index` on, and stores its size.
+    #[track_caller]
+    fn add_bar(&mut self, index: usize, count: usize, size: u64) {
+        assert!(
+            size.is_power_of_two() && size >= 16,
+            "a BAR of {size:#x} bytes: its size must be a power of two, at least 16"
+        );
+        assert!(
+            index < self.bars.len() && index + count <= self.bars.len(),
+            "there is no BAR {index}"
+        );
+        let is_taken = |index: usize| {
+            let is_upper_half = index > 0
+                && self.bars[index - 1] != 0
+                && self.bytes[BARS + 4 * (index - 1)] & 4 != 0;
+            self.bars[index] != 0 || is_upper_half
+        };
+        assert!(
+            !(index..index + count).any(is_taken),
+            "BAR {index} or its upper half exists already"
+        );
+        self.bars[index] = size;
+    }
+
+    /// The shape of a device with this configuration space: its BARs, all trapped, and its interrupts, with the
+    /// features that Linux VFIO reports for them. Make a BAR mappable by [`Shape::with_areas`], or by
+    /// [`RegionInfo::mappable`] in [`Shape::regions`].
+    ///
+    /// ```
+    /// use vfio_remap::emulated::PciConfig;
+    ///
+    /// let config = PciConfig::new(256, 0x1234, 0x5678, 0x00_ff00, 0)
+    ///     .bar32(0, 0x4000)
+    ///     .msix(3, (0, 0x2000), (0, 0x3000));
+    /// let shape = config.shape("example").with_areas(0, [0..0x2000]);
+    /// assert_eq!((shape.regions[0].size, shape.irqs[2].count), (0x4000, 3));
+    /// ```
+    pub fn shape(&self, name: impl Into<String>) -> Shape {
+        let mut shape = Shape::pci(name, self.bytes.len() as u64);
+        for (region, size) in shape.regions.iter_mut().zip(self.bars) {
+            if size != 0 {
+                *region = RegionInfo::trapped(size);
+            }
+        }
+        let [intx, msi, msix] = self.vectors;
+        for (index, count, features) in [
+            (irq_index::INTX, intx, IrqInfo::with_automasking as fn(IrqInfo) -> IrqInfo),
+            (irq_index::MSI, msi, IrqInfo::with_noresize),
+            (irq_index::MSIX, msix, |vectors| vectors),
+        ] {
+            if count != 0 {
+                shape.irqs[index as usize] = features(IrqInfo::eventfds(count));
+            }
+        }
+        shape
     }
 
     /// Adds INTA#.
     #[must_use]
     pub fn intx(mut self) -> Self {
         self.set(INTERRUPT + 1, &[1]);
+        self.vectors[0] = 1;
         self.sealed()
     }
 
@@ -87,6 +166,7 @@ impl PciConfig {
     #[must_use]
     pub fn msi(mut self) -> Self {
         let at = self.capability(MSI, 14);
+        self.vectors[1] = 1;
         self.set(at + 2, &0x80u16.to_le_bytes());
         self.allow(at + 2, &1u16.to_le_bytes());
         self.allow(at + 4, &0xffff_ffff_ffff_fffcu64.to_le_bytes());
@@ -94,15 +174,25 @@ impl PciConfig {
         self.sealed()
     }
 
-    /// Adds MSI-X with `count` vectors (1 to 2048), and the table and the pending bits at these offsets of BARs
-    /// (PCIe 5.0 §7.7.2). A function has one MSI-X capability: the last call counts.
+    /// Adds MSI-X with `count` vectors, and the table and the pending bits at these offsets of BARs (PCIe 5.0
+    /// §7.7.2). A function has one MSI-X capability: the last call counts.
+    ///
+    /// # Panics
+    /// If `count` is 0 or above 2048, if a BAR is above 5, or if an offset is not a multiple of eight.
     #[must_use]
+    #[track_caller]
     pub fn msix(mut self, count: u16, table: (u8, u32), pending: (u8, u32)) -> Self {
+        assert!((1..=MAX_VECTORS).contains(&count), "MSI-X with {count} vectors");
+        for (bar, offset) in [table, pending] {
+            assert!(bar < 6, "there is no BAR {bar}");
+            assert!(offset.is_multiple_of(8), "{offset:#x} is not a multiple of eight");
+        }
         let at = self.capability(MSIX, 12);
-        self.set(at + 2, &(count.clamp(1, 2048) - 1).to_le_bytes());
+        self.vectors[2] = count.into();
+        self.set(at + 2, &(count - 1).to_le_bytes());
         self.allow(at + 2, &0xc000u16.to_le_bytes());
         for (place, (bar, offset)) in [(at + 4, table), (at + 8, pending)] {
-            self.set(place, &((offset & !7) | u32::from(bar & 7)).to_le_bytes());
+            self.set(place, &(offset | u32::from(bar)).to_le_bytes());
         }
         self.sealed()
     }
@@ -196,6 +286,44 @@ mod tests {
         assert_eq!(bars, [0xfff0_0000, 0, 4, 0xffff_fffe]);
         config.reset();
         assert_eq!(read_u32(&config, 0x10), 0);
+    }
+
+    #[test]
+    fn a_shape_has_what_its_configuration_space_states() {
+        let shape = config().intx().shape("it");
+        let sizes: Vec<_> = shape.regions.iter().map(|region| region.size).collect();
+        assert_eq!(sizes, [1 << 20, 0, 1 << 33, 0, 0, 0, 0, 256, 0]);
+        let counts: Vec<_> = shape.irqs.iter().map(|irq| irq.count).collect();
+        assert_eq!(counts, [1, 1, 5, 0, 0]);
+        assert!(shape.irqs[0].automasked && shape.irqs[1].noresize && !shape.irqs[2].noresize);
+        let shape = config().shape("it").with_areas(2, [0..4096]);
+        assert_eq!(shape.regions[2], RegionInfo::trapped(1 << 33).with_areas([0..4096]));
+        assert_eq!(shape.irqs[0].count, 0);
+    }
+
+    #[test]
+    fn what_no_device_can_have_is_refused() {
+        let empty = || PciConfig::new(256, 1, 2, 3, 4);
+        let refused = |make: &dyn Fn() -> PciConfig| {
+            let make = std::panic::AssertUnwindSafe(make);
+            std::panic::catch_unwind(|| drop(make())).is_err()
+        };
+        for size in [0, 8, 3000] {
+            assert!(refused(&|| empty().bar32(0, size)), "{size}");
+            assert!(refused(&|| empty().bar64(0, size.into())), "{size}");
+        }
+        for index in [6, 9, usize::MAX] {
+            assert!(refused(&|| empty().bar32(index, 16)), "{index}");
+            assert!(refused(&|| empty().bar64(index - 1, 16)), "{index}");
+        }
+        assert!(refused(&|| config().bar32(0, 16)), "it exists");
+        assert!(refused(&|| config().bar32(3, 16)), "the upper half of another");
+        assert!(refused(&|| config().bar64(1, 16)), "its upper half exists");
+        drop(empty().bar32(5, 16).bar64(3, 16));
+        assert!(refused(&|| empty().bar32(5, 1 << 31).msix(0, (5, 0), (5, 8))));
+        assert!(refused(&|| empty().msix(2049, (5, 0), (5, 8))));
+        assert!(refused(&|| empty().msix(1, (6, 0), (5, 8))));
+        assert!(refused(&|| empty().msix(1, (5, 0), (5, 12))));
     }
 
     #[test]

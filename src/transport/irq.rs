@@ -35,4 +35,22 @@ impl IrqInfo {
     pub fn eventfds(count: u32) -> Self {
         Self { count, eventfd: true, ..Self::default() }
     }
+
+    /// The same vectors, each of which can be masked and unmasked.
+    #[must_use]
+    pub fn with_masking(self) -> Self {
+        Self { maskable: true, ..self }
+    }
+
+    /// The same vectors, which can be masked, and each of which is masked when it fires, as an INTx is.
+    #[must_use]
+    pub fn with_automasking(self) -> Self {
+        Self { maskable: true, automasked: true, ..self }
+    }
+
+    /// The same vectors, all of which must be disabled before one is added.
+    #[must_use]
+    pub fn with_noresize(self) -> Self {
+        Self { noresize: true, ..self }
+    }
 }

@@ -31,15 +31,14 @@ pub use linux::{
     VfioOptions,
 };
 pub use memory::MemoryDevice;
-pub use region::RegionInfo;
+pub use region::{RegionInfo, region_index};
 pub use reset::AffectedDevice;
 #[cfg(feature = "vfio-user")]
 pub use vfio_user::{TimeLimits, VfioUser};
 
 /// Access to one device. The trait is object-safe; implement it for devices of your own.
 ///
-/// Regions have VFIO's numbers: for a PCI device 0 to 5 are BARs, 6 is the expansion ROM and 7
-/// configuration space.
+/// Regions have VFIO's numbers: for a PCI device 0 to 5 are BARs; [`region_index`] has the others.
 ///
 /// A method that a transport does not offer returns `Unsupported`. Methods that later versions of this
 /// crate add will return it by default.

@@ -12,6 +12,14 @@ use vfio_bindings::bindings::vfio::{
 use super::info_reply::InfoReply;
 use crate::error::Result;
 
+/// The region indexes of a PCI device (`linux/vfio.h`). BARs have 0 to 5.
+pub mod region_index {
+    /// The expansion ROM.
+    pub const ROM: u32 = 6;
+    /// Configuration space.
+    pub const CONFIG: u32 = 7;
+}
+
 /// The size of a region, and what accesses it allows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -39,6 +47,20 @@ impl RegionInfo {
     /// A region of `size` bytes that can be read and written, but not mapped.
     pub fn trapped(size: u64) -> Self {
         Self { size, readable: true, writable: true, ..Self::default() }
+    }
+
+    /// The same region, of which only these byte ranges can be mapped.
+    ///
+    /// ```
+    /// use vfio_remap::transport::RegionInfo;
+    ///
+    /// // Registers in the first page, which are trapped, and doorbells in the second.
+    /// let bar = RegionInfo::trapped(0x2000).with_areas([0x1000..0x2000]);
+    /// assert!(bar.mappable);
+    /// ```
+    #[must_use]
+    pub fn with_areas(self, areas: impl Into<Vec<Range<u64>>>) -> Self {
+        Self { mappable: true, areas: Some(areas.into()), ..self }
     }
 
     /// Decodes the reply to `VFIO_DEVICE_GET_REGION_INFO`, a `struct vfio_region_info` with its

@@ -24,10 +24,9 @@ use super::model::{Activity, Model, Shape};
 use super::pci::PciConfig;
 use crate::device::Register;
 use crate::error::Result;
-use crate::transport::{IrqInfo, RegionInfo, irq_index};
+use crate::transport::{irq_index, region_index};
 
 const BAR: u32 = 0;
-const CONFIG: u32 = 7;
 const BAR_SIZE: u64 = 0x4000;
 const DOORBELLS: u64 = 0x1000;
 const MSIX_TABLE: u64 = 0x2000;
@@ -361,13 +360,7 @@ enum Progress {
 
 impl Model for Nvme {
     fn shape(&self) -> Shape {
-        let mut shape = Shape::pci("nvme", 256);
-        shape.regions[BAR as usize] = RegionInfo {
-            areas: Some(vec![DOORBELLS..MSIX_TABLE]),
-            ..RegionInfo::mappable(BAR_SIZE)
-        };
-        shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(VECTORS.into());
-        shape
+        self.config.shape("nvme").with_areas(BAR, [DOORBELLS..MSIX_TABLE])
     }
 
     fn read(&mut self, bus: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
@@ -376,7 +369,7 @@ impl Model for Nvme {
             data.fill(0xff);
             return Ok(());
         }
-        if region == CONFIG {
+        if region == region_index::CONFIG {
             self.config.read(offset, data);
             return Ok(());
         }
@@ -397,7 +390,7 @@ impl Model for Nvme {
         if self.is_removed(bus) {
             return Ok(());
         }
-        if region == CONFIG {
+        if region == region_index::CONFIG {
             self.config.write(offset, data);
             return Ok(());
         }

@@ -2,12 +2,10 @@
 
 use vfio_remap::Result;
 use vfio_remap::emulated::{Activity, Bus, Model, PciConfig, Shape};
-use vfio_remap::transport::{IrqInfo, RegionInfo, irq_index};
+use vfio_remap::transport::{irq_index, region_index};
 
-const CONTROL: u32 = 0;
 const MEMORY: u32 = 2;
 const SIZE: u64 = 64 << 20;
-const CONFIG: u32 = 7;
 const CHECKSUM: usize = 2;
 const BAD_RANGE: u32 = 2;
 
@@ -41,15 +39,13 @@ impl Card {
 
 impl Model for Card {
     fn shape(&self) -> Shape {
-        let mut shape = Shape::pci("fpga", 256);
-        shape.regions[CONTROL as usize] = RegionInfo::trapped(0x1_0000);
-        shape.regions[MEMORY as usize] = RegionInfo::mappable(SIZE);
-        shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(4);
+        let mut shape = self.config.shape("fpga");
+        shape.regions[MEMORY as usize].mappable = true;
         shape
     }
 
     fn read(&mut self, _: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        if region == CONFIG {
+        if region == region_index::CONFIG {
             self.config.read(offset, data);
             return Ok(());
         }
@@ -64,7 +60,7 @@ impl Model for Card {
     }
 
     fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        if region == CONFIG {
+        if region == region_index::CONFIG {
             self.config.write(offset, data);
             return Ok(());
         }

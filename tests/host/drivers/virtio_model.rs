@@ -2,9 +2,8 @@
 
 use vfio_remap::Result;
 use vfio_remap::emulated::{Bus, Model, Shape};
-use vfio_remap::transport::RegionInfo;
+use vfio_remap::transport::{RegionInfo, region_index};
 
-const CONFIG: u32 = 7;
 const BAR: u32 = 4;
 const COMMON: u64 = 0x1000;
 const NOTIFY: u64 = 0x3000;
@@ -139,7 +138,7 @@ impl Model for Entropy {
     }
 
     fn read(&mut self, _: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        if region == CONFIG {
+        if region == region_index::CONFIG {
             data.copy_from_slice(&self.config()[offset as usize..offset as usize + data.len()]);
             return Ok(());
         }
@@ -151,7 +150,7 @@ impl Model for Entropy {
     fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
         let value = data.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));
         match (region, offset.checked_sub(COMMON)) {
-            (CONFIG, _) if offset == 4 => self.command = value as u16,
+            (region_index::CONFIG, _) if offset == 4 => self.command = value as u16,
             (BAR, Some(common)) if common < 0x38 => self.store(common, value),
             (BAR, _) if offset == NOTIFY + MULTIPLIER * u64::from(NOTIFY_OFF) => self.serve(bus)?,
             _ => {}

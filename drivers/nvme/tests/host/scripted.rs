@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use vfio_remap::Result;
 use vfio_remap::emulated::{Activity, Bus, Model, PciConfig, Shape};
-use vfio_remap::transport::{IrqInfo, RegionInfo, irq_index};
+use vfio_remap::transport::{IrqInfo, RegionInfo, irq_index, region_index};
 
 /// Doorbells up to here.
 pub const BAR: u64 = 0x2000;
@@ -243,15 +243,14 @@ impl ScriptedController {
 impl Model for ScriptedController {
     fn shape(&self) -> Shape {
         let mut shape = Shape::pci("scripted", 256);
-        shape.regions[0] = RegionInfo::mappable(BAR);
         let start = if self.script().mapped { 0 } else { 0x1000 };
-        shape.regions[0].areas = Some(vec![start..BAR]);
+        shape.regions[0] = RegionInfo::trapped(BAR).with_areas([start..BAR]);
         shape.irqs[irq_index::MSIX as usize] = IrqInfo::eventfds(0);
         shape
     }
 
     fn read(&mut self, _: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        if region == 7 {
+        if region == region_index::CONFIG {
             self.config.read(offset, data);
             return Ok(());
         }
@@ -276,7 +275,7 @@ impl Model for ScriptedController {
     }
 
     fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        if region == 7 {
+        if region == region_index::CONFIG {
             self.config.write(offset, data);
             return Ok(());
         }
