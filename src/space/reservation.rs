@@ -427,7 +427,8 @@ impl Reservation {
 }
 
 /// Reserves exactly `size` bytes at an address that is `want` modulo `modulus`. It tries such addresses
-/// downwards from the one that the kernel chooses, since the kernel allocates downwards too.
+/// downwards from the one that the kernel chooses, since the kernel allocates downwards too. The kernel may choose
+/// a small gap above a large mapping.
 fn search(
     lock: &MmapLock,
     file: BorrowedFd<'_>,
@@ -435,7 +436,6 @@ fn search(
     modulus: usize,
     want: usize,
 ) -> std::result::Result<usize, Errno> {
-    const ATTEMPTS: usize = 64;
     let at = mm::reserve(lock, file, 0, size)?;
     let below = at.wrapping_sub(want) & (modulus - 1);
     if below == 0 {
@@ -443,13 +443,32 @@ fn search(
     }
     // SAFETY: the range was reserved above, and nothing else has its address.
     unsafe { unmap_or_leak(&(at..at + size)) };
-    for step in 0..ATTEMPTS {
-        let Some(start) = at.checked_sub(below + step * modulus) else { break };
+    let start = at.checked_sub(below).ok_or(Errno::ENOMEM)?;
+    search_below(lock, file, size, modulus, start)
+}
+
+/// Reserves exactly `size` bytes at `start`, or below at an address congruent to it modulo `modulus`. Each
+/// attempt skips the mappings that were in the way of the last: one may be far larger than `modulus`.
+fn search_below(
+    lock: &MmapLock,
+    file: BorrowedFd<'_>,
+    size: usize,
+    modulus: usize,
+    mut start: usize,
+) -> std::result::Result<usize, Errno> {
+    const ATTEMPTS: usize = 64;
+    for _ in 0..ATTEMPTS {
         match mm::reserve_at(lock, start, file, 0, size) {
             Ok(()) => return Ok(start),
             Err(Errno::EEXIST) => {}
             Err(errno) => return Err(errno),
         }
+        let end = start + size;
+        let taken = maps::overlapping(&(start..end)).first().map(|taken| taken.range.start);
+        // At least 1, since what overlaps begins before the end.
+        let excess = end - taken.unwrap_or(end - 1);
+        let lower = start.checked_sub(excess.next_multiple_of(modulus));
+        start = lower.ok_or(Errno::ENOMEM)?;
     }
     Err(Errno::ENOMEM)
 }
