@@ -39,7 +39,7 @@ fn main() -> ExitCode {
         );
         return ExitCode::SUCCESS;
     };
-    let device = Device::new(Arc::new(Vfio::open_by_group(edu).expect("a group")));
+    let device = Device::new(Arc::new(Vfio::options().by_group().open(edu).expect("a group")));
     let space = device.dma().expect("edu does DMA");
     // Fragments the allocator's free ranges, as in a running driver.
     let own = BufferRequest::new(4096).own_mapping();

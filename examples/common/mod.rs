@@ -6,7 +6,8 @@ use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_remap::emulated::{Edu, Emulated, Namespace, Nvme, Server};
+use vfio_remap::emulated::nvme::Namespace;
+use vfio_remap::emulated::{Edu, Emulated, Nvme, Server};
 use vfio_remap::transport::VfioUser;
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
 

@@ -97,7 +97,7 @@ fn introduce(bench: &Bench, session: &Session, queues: &[IoQueue]) {
          {threads} threads, {seconds} s",
         session.controller.name()
     );
-    let (_, pairs) = session.controller.doorbells();
+    let pairs = session.controller.queues_per_doorbell_page();
     for queue in queues {
         match queue.doorbell_range() {
             Some(range) => println!(

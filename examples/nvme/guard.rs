@@ -84,7 +84,8 @@ pub fn permit(common: &Common, session: &Session, mover: &mut Mover) -> Result<(
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use vfio_remap::emulated::{Namespace, Nvme};
+    use vfio_remap::emulated::Nvme;
+    use vfio_remap::emulated::nvme::Namespace;
 
     use super::*;
     use crate::options::Options;

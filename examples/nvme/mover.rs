@@ -201,8 +201,9 @@ fn buffer(queue: &IoQueue, size: usize) -> Result<DmaBuffer> {
 
 #[cfg(test)]
 mod tests {
-    use vfio_remap::emulated::Namespace as Storage;
-    use vfio_remap::emulated::{Fault, Faults, Nvme};
+    use vfio_remap::emulated::Nvme;
+    use vfio_remap::emulated::nvme::Namespace as Storage;
+    use vfio_remap::emulated::nvme::{Fault, Faults};
 
     use super::*;
 

@@ -29,7 +29,7 @@ fn as_json(
     errors: usize,
 ) -> Result<Value> {
     let Identity { vendor, serial, model, firmware, max_transfer, .. } = controller.identity();
-    let (stride, pairs) = controller.doorbells();
+    let (stride, pairs) = (controller.doorbell_stride(), controller.queues_per_doorbell_page());
     let namespaces: Vec<Value> = namespaces
         .iter()
         .map(|namespace| match namespace {
@@ -75,7 +75,7 @@ fn print(
         (true, false) => "disabled",
     };
     println!("  volatile write cache: {cache}");
-    let (stride, pairs) = controller.doorbells();
+    let (stride, pairs) = (controller.doorbell_stride(), controller.queues_per_doorbell_page());
     println!("  doorbells {stride} bytes apart: those of {pairs} pairs of queues share a page");
     for namespace in namespaces {
         match namespace {

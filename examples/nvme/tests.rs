@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use clap::Parser;
-use vfio_remap::emulated::{ClientLimits, Emulated, Namespace, Nvme, Server};
+use vfio_remap::emulated::nvme::Namespace;
+use vfio_remap::emulated::{ClientLimits, Emulated, Nvme, Server};
 use vfio_remap::{ErrorKind, Result};
 
 use crate::options::Options;

@@ -10,7 +10,8 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use vfio_remap::emulated::{Edu, Emulated, Namespace, Nvme, Server};
+use vfio_remap::emulated::{Edu, Emulated, Nvme, Server};
+use vfio_remap::emulated::nvme::Namespace;
 use vfio_remap::transport::Transport;
 use vfio_remap_fuzz::messages::{Message, Said, decode, flag};
 use vfio_remap_fuzz::{eventfd, memory, seeds, start};

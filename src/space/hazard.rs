@@ -11,11 +11,27 @@ use super::kernel::KernelVersion;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Hazard {
-    /// See [`Hazard::one_gib_entry`].
+    /// Moving page tables that hold a 1 GiB (PUD) entry of a device mapping corrupts them.
+    ///
+    /// The kernel's `move_page_tables` does not handle such entries in a `VM_PFNMAP` mapping. It logs
+    /// `bad pud` and clears the entry without flushing the TLB. The old address then still reaches the
+    /// device, even after other memory is mapped there. Observed on 6.12 to 7.3; 6.12 is the first kernel
+    /// on which vfio-pci was seen to insert such entries. The crate assumes the fault on every kernel,
+    /// because the insertion may be backported and no fix is released.
     OneGibEntry,
-    /// See [`Hazard::source_may_spin`].
+    /// After `MREMAP_DONTUNMAP` of a touched BAR the source spins in the page-fault handler.
+    ///
+    /// Up to 6.9 vfio-pci keeps a list of its mappings (`vma_list`) and maps all of a mapping on its
+    /// first fault. A fault in a mapping that is already on the list inserts nothing and is retried
+    /// forever (observed on 5.10 and 6.1, with a patch that lets `DONTUNMAP` through). 6.10 rewrote the
+    /// handler; 6.12 is the oldest kernel on which faults were seen to fill the source again.
     SourceMaySpin,
-    /// See [`Hazard::move_escapes_revocation`].
+    /// The driver does not revoke a touched BAR after it was moved.
+    ///
+    /// Up to 6.9 (see [`SourceMaySpin`](Self::SourceMaySpin)) the moved mapping is not on vfio-pci's
+    /// `vma_list`. When memory decoding is switched off, or the device is reset, the driver does not zap
+    /// it, and it still reaches the bus. On 5.10 and 6.1 the move also raises a WARNING in `untrack_pfn`,
+    /// which stops a machine that runs with `panic_on_warn`.
     MoveEscapesRevocation,
     /// It is not known whether faults fill the source again for this backing. An `AF_PACKET` ring, for
     /// example, can be moved, but then an access to the old side raises SIGBUS.
@@ -25,17 +41,9 @@ pub enum Hazard {
 const GIB: u64 = 1 << 30;
 
 impl Hazard {
-    /// Moving page tables that hold a 1 GiB (PUD) entry of a device mapping corrupts them.
-    ///
-    /// The kernel's `move_page_tables` does not handle such entries in a `VM_PFNMAP` mapping. It logs
-    /// `bad pud` and clears the entry without flushing the TLB. The old address then still reaches the
-    /// device, even after other memory is mapped there. Observed on 6.12 to 7.3; 6.12 is the first kernel
-    /// on which vfio-pci was seen to insert such entries. The crate assumes the fault on every kernel,
-    /// because the insertion may be backported and no fix is released.
-    ///
-    /// An entry can exist only if address and offset are congruent modulo 1 GiB and the range
-    /// holds a whole aligned GiB.
-    pub fn one_gib_entry(address: usize, offset: u64, size: usize) -> Option<Self> {
+    /// [`OneGibEntry`](Self::OneGibEntry) if the range may hold such an entry: address and offset are
+    /// congruent modulo 1 GiB, and the range holds a whole aligned GiB.
+    pub(crate) fn one_gib_entry(address: usize, offset: u64, size: usize) -> Option<Self> {
         let start = address as u64;
         let end = start.saturating_add(size as u64);
         let congruent = start % GIB == offset % GIB;
@@ -43,23 +51,13 @@ impl Hazard {
         (congruent && first.checked_add(GIB)? <= end).then_some(Self::OneGibEntry)
     }
 
-    /// After `MREMAP_DONTUNMAP` of a touched BAR the source spins in the page-fault handler.
-    ///
-    /// Up to 6.9 vfio-pci keeps a list of its mappings (`vma_list`) and maps all of a mapping on its
-    /// first fault. A fault in a mapping that is already on the list inserts nothing and is retried
-    /// forever (observed on 5.10 and 6.1, with a patch that lets `DONTUNMAP` through). 6.10 rewrote the
-    /// handler; 6.12 is the oldest kernel on which faults were seen to fill the source again.
-    pub fn source_may_spin(kernel: KernelVersion) -> Option<Self> {
+    /// [`SourceMaySpin`](Self::SourceMaySpin) if the kernel is old enough.
+    pub(crate) fn source_may_spin(kernel: KernelVersion) -> Option<Self> {
         (kernel < KernelVersion::new(6, 12)).then_some(Self::SourceMaySpin)
     }
 
-    /// The driver does not revoke a touched BAR after it was moved.
-    ///
-    /// Up to 6.9 (see [`Hazard::source_may_spin`]) the moved mapping is not on vfio-pci's `vma_list`.
-    /// When memory decoding is switched off, or the device is reset, the driver does not zap it, and it
-    /// still reaches the bus. On 5.10 and 6.1 the move also raises a WARNING in `untrack_pfn`, which
-    /// stops a machine that runs with `panic_on_warn`.
-    pub fn move_escapes_revocation(kernel: KernelVersion) -> Option<Self> {
+    /// [`MoveEscapesRevocation`](Self::MoveEscapesRevocation) if the kernel is old enough.
+    pub(crate) fn move_escapes_revocation(kernel: KernelVersion) -> Option<Self> {
         (kernel < KernelVersion::new(6, 10)).then_some(Self::MoveEscapesRevocation)
     }
 }

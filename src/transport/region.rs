@@ -72,6 +72,8 @@ impl RegionInfo {
     /// # Errors
     /// `Malformed` if the reply is too short, or its capability chain loops, points outside the reply, or
     /// claims more areas than the reply holds.
+    // Public for the fuzz targets and the property tests, which are other crates.
+    #[doc(hidden)]
     pub fn from_vfio(reply: &[u8]) -> Result<(Self, u64)> {
         let reply = InfoReply::new(reply, "region information");
         let flags = reply.u32(std::mem::offset_of!(vfio_region_info, flags))?;

@@ -23,7 +23,7 @@ fn devices_of_several_groups_share_an_address_space_until_each_is_closed() {
     for way in ways() {
         leftovers::none_of(|| {
             let igb = way.open(lab::address("igb")).unwrap();
-            let edu = igb.open_beside(lab::address("edu")).unwrap();
+            let edu = Vfio::options().beside(&igb).open(lab::address("edu")).unwrap();
             let nvme = way.beside(&edu).open(lab::address("nvme")).unwrap();
             let [igb, edu, nvme] = [igb, edu, nvme].map(|vfio| Device::new(Arc::new(vfio)));
             // What one has mapped is taken for the others, and edu reaches it.
@@ -56,7 +56,7 @@ fn thousands_of_pages_of_a_neighbour_are_no_obstacle() {
     for way in ways() {
         leftovers::none_of(|| {
             let igb = way.open(lab::address("igb")).unwrap();
-            let edu = Arc::new(igb.open_beside(lab::address("edu")).unwrap());
+            let edu = Arc::new(Vfio::options().beside(&igb).open(lab::address("edu")).unwrap());
             assert!(igb.address_space().is_some());
             assert_eq!(igb.address_space(), edu.address_space());
             let (igb, edu_device) = (Device::new(Arc::new(igb)), Device::new(edu.clone()));
@@ -99,7 +99,7 @@ fn what_a_device_leaves_mapped_is_unmapped_as_it_leaves() {
     for way in ways() {
         leftovers::none_of(|| {
             let igb = way.open(lab::address("igb")).unwrap();
-            let edu = igb.open_beside(lab::address("edu")).unwrap();
+            let edu = Vfio::options().beside(&igb).open(lab::address("edu")).unwrap();
             let model = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
             let window = model.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
             let memory = window.dma_memory();
@@ -117,20 +117,20 @@ fn what_a_device_leaves_mapped_is_unmapped_as_it_leaves() {
 fn a_device_that_has_an_address_space_of_its_own_is_not_taken_into_another() {
     let (edu, igb) = (lab::address("edu"), lab::address("igb"));
     leftovers::none_of(|| {
-        let alone = Vfio::open_by_group(edu).unwrap();
-        let other = Vfio::open_by_group(igb).unwrap();
-        let error = other.open_beside(edu).unwrap_err();
+        let alone = Vfio::options().by_group().open(edu).unwrap();
+        let other = Vfio::options().by_group().open(igb).unwrap();
+        let error = Vfio::options().beside(&other).open(edu).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
         assert!(error.to_string().contains("an address space of its own"), "{error}");
         drop(alone);
-        drop(other.open_beside(edu).unwrap());
+        drop(Vfio::options().beside(&other).open(edu).unwrap());
         let error = Vfio::options().by_cdev().beside(&other).open(edu).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
         assert!(error.to_string().contains("opened by its group"), "{error}");
     });
     if lab::kernel() == "patched" {
         leftovers::none_of(|| {
-            let other = Vfio::open_by_cdev(igb).unwrap();
+            let other = Vfio::options().by_cdev().open(igb).unwrap();
             let error = Vfio::options().by_group().beside(&other).open(edu).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
             assert!(error.to_string().contains("opened by iommufd"), "{error}");
@@ -153,7 +153,7 @@ fn a_file_of_its_own_is_taken_where_there_is_one_and_a_group_else() {
         assert_eq!((held("/dev/iommu"), held("/dev/vfio/vfio")), (by_cdev, !by_cdev));
         // What is open by its group is opened by that once more.
         drop(device);
-        let first = Vfio::open_by_group(edu).unwrap();
+        let first = Vfio::options().by_group().open(edu).unwrap();
         let second = Vfio::open(edu).unwrap();
         assert!(held("/dev/vfio/vfio") && !held("/dev/iommu"));
         drop((first, second));
@@ -163,8 +163,9 @@ fn a_file_of_its_own_is_taken_where_there_is_one_and_a_group_else() {
     }
     // Without iommufd it is the group again, and who insists is told what is missing.
     std::fs::rename("/dev/iommu", "/dev/iommu.away").unwrap();
-    let (either, forced) =
-        leftovers::none_of(|| (Vfio::open(edu).map(drop), Vfio::open_by_cdev(edu).map(drop)));
+    let (either, forced) = leftovers::none_of(|| {
+        (Vfio::open(edu).map(drop), Vfio::options().by_cdev().open(edu).map(drop))
+    });
     std::fs::rename("/dev/iommu.away", "/dev/iommu").unwrap();
     either.unwrap();
     let error = forced.unwrap_err();
@@ -174,11 +175,11 @@ fn a_file_of_its_own_is_taken_where_there_is_one_and_a_group_else() {
     }
     // A device that somebody has open by a file of its own.
     leftovers::none_of(|| {
-        let _first = Vfio::open_by_cdev(edu).unwrap();
-        let error = Vfio::open_by_cdev(edu).unwrap_err();
+        let _first = Vfio::options().by_cdev().open(edu).unwrap();
+        let error = Vfio::options().by_cdev().open(edu).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
         assert!(error.to_string().contains("fuser"), "{error}");
-        let error = Vfio::open_by_group(edu).unwrap_err();
+        let error = Vfio::options().by_group().open(edu).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
     });
 }

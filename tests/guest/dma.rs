@@ -44,13 +44,13 @@ fn the_limit_on_locked_memory_is_named_with_the_need_and_the_command_that_raises
 #[test]
 #[ignore = "a child of the test above: it runs as nobody"]
 fn by_group_nobody_locks_too_much() {
-    locks_too_much(|| Vfio::open_by_group(lab::address("edu")).unwrap());
+    locks_too_much(|| Vfio::options().by_group().open(lab::address("edu")).unwrap());
 }
 
 #[test]
 #[ignore = "a child of the test above: it runs as nobody"]
 fn by_cdev_nobody_locks_too_much() {
-    locks_too_much(|| Vfio::open_by_cdev(lab::address("edu")).unwrap());
+    locks_too_much(|| Vfio::options().by_cdev().open(lab::address("edu")).unwrap());
 }
 
 fn locks_too_much(open: impl Fn() -> Vfio) {
@@ -142,7 +142,8 @@ fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
     const MOST: u32 = 100;
     leftovers::none_of(|| {
         let _limit = lab::Setting::set(LIMIT, MOST);
-        let device = Device::new(Arc::new(Vfio::open_by_group(lab::address("edu")).unwrap()));
+        let device =
+            Device::new(Arc::new(Vfio::options().by_group().open(lab::address("edu")).unwrap()));
         let space = device.dma().unwrap();
         assert_eq!(space.limits().available_mappings, Some(MOST));
         let buffer = space.buffer(4096).unwrap();

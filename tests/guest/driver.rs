@@ -359,7 +359,8 @@ fn a_device_that_reaches_outside_its_mappings_is_stopped_by_the_iommu() {
 
 /// Opens a device by its group, although the kernel may offer a file of its own.
 fn by_group(name: &str) -> Device {
-    let device = Device::new(Arc::new(Vfio::open_by_group(lab::address(name)).unwrap()));
+    let device =
+        Device::new(Arc::new(Vfio::options().by_group().open(lab::address(name)).unwrap()));
     device.config().unwrap().set_memory_decoding(true).unwrap();
     device
 }
@@ -381,7 +382,7 @@ fn a_window_of_another_device_can_be_mapped_for_peer_to_peer_in_a_container() {
         let device = lab::open("edu");
         let map = || device.dma().unwrap().map(window.dma_memory(), placement, Access::ReadWrite);
         let error = map().unwrap_err();
-        assert!(error.to_string().contains("open_by_group"), "{error}");
+        assert!(error.to_string().contains("by_group()"), "{error}");
         device.close().unwrap();
     }
     drop((window, copy));
@@ -395,19 +396,19 @@ fn a_device_has_a_file_of_its_own_where_the_kernel_makes_one_and_works_by_its_gr
     assert_eq!(by_group.factorial(5).unwrap(), 120);
     by_group.close().unwrap();
     if lab::kernel() != "patched" {
-        let error = leftovers::none_of(|| Vfio::open_by_cdev(edu).unwrap_err());
+        let error = leftovers::none_of(|| Vfio::options().by_cdev().open(edu).unwrap_err());
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains("CONFIG_VFIO_DEVICE_CDEV"), "{error}");
         return;
     }
     leftovers::none_of(|| {
-        let device = Device::new(Arc::new(Vfio::open_by_cdev(edu).unwrap()));
+        let device = Device::new(Arc::new(Vfio::options().by_cdev().open(edu).unwrap()));
         let by_cdev = Edu::new(device, Interrupt::Msi).unwrap();
         by_cdev.there_and_back(0, 4096, 4096).unwrap();
         by_cdev.close().unwrap();
         // Two devices in one address space: what one has mapped is taken for the other.
-        let first = Vfio::open_by_cdev(edu).unwrap();
-        let second = Arc::new(first.open_beside(lab::address("igb")).unwrap());
+        let first = Vfio::options().by_cdev().open(edu).unwrap();
+        let second = Arc::new(Vfio::options().beside(&first).open(lab::address("igb")).unwrap());
         let (first, second) = (Device::new(Arc::new(first)), Device::new(second));
         let at = BufferRequest::new(4096).placement(IovaPlacement::At(Iova(0x10_0000)));
         let buffer = first.dma().unwrap().buffer_with(at).unwrap();

@@ -14,7 +14,8 @@ fn fewer_vectors_are_an_error_that_counts_them_without_intremap() {
     const ALLOWED: &str = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts";
     let _allowed = lab::Setting::set(ALLOWED, 1);
     leftovers::none_of(|| {
-        let device = Device::new(Arc::new(Vfio::open_by_group(lab::address("xhci")).unwrap()));
+        let device =
+            Device::new(Arc::new(Vfio::options().by_group().open(lab::address("xhci")).unwrap()));
         assert_eq!(device.interrupt(Interrupt::MsiX).unwrap().count, 0);
         let offered = device.interrupt(Interrupt::Msi).unwrap().count as usize;
         assert!(offered >= 4, "{offered}");

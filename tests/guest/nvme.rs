@@ -17,8 +17,8 @@ const SETTINGS: Settings = Settings::DEFAULT.with_queues(2).with_entries(64);
 
 /// The ways to the device that this kernel has: its group, and a file of its own.
 fn ways() -> Vec<fn() -> Vfio> {
-    let by_group = || Vfio::open_by_group(lab::address("disk")).unwrap();
-    let by_cdev = || Vfio::open_by_cdev(lab::address("disk")).unwrap();
+    let by_group = || Vfio::options().by_group().open(lab::address("disk")).unwrap();
+    let by_cdev = || Vfio::options().by_cdev().open(lab::address("disk")).unwrap();
     if lab::kernel() == "patched" { vec![by_group, by_cdev] } else { vec![by_group] }
 }
 

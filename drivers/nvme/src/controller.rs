@@ -281,11 +281,16 @@ impl Controller {
         })
     }
 
-    /// The distance of two doorbells in bytes, and how many pairs of queues have their doorbells on one page.
-    pub fn doorbells(&self) -> (u64, u64) {
-        let stride = self.hardware.capabilities.doorbell_stride();
+    /// The distance of two doorbells in bytes (CAP.DSTRD).
+    pub fn doorbell_stride(&self) -> u64 {
+        self.hardware.capabilities.doorbell_stride()
+    }
+
+    /// How many pairs of queues have their doorbells on one page of this process, so that a wrong pointer into
+    /// the window of one reaches the others.
+    pub fn queues_per_doorbell_page(&self) -> u64 {
         let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten();
-        (stride, doorbells::pairs_sharing_a_page(stride, page.unwrap_or(4096) as u64))
+        doorbells::pairs_sharing_a_page(self.doorbell_stride(), page.unwrap_or(4096) as u64)
     }
 
     /// The entries of an I/O queue, and the binary logarithm of the controller's page size.
@@ -301,10 +306,6 @@ impl Controller {
 
     pub(super) fn space(&self) -> &DmaSpace {
         &self.space
-    }
-
-    pub(super) fn stride(&self) -> u64 {
-        self.hardware.capabilities.doorbell_stride()
     }
 
     /// A buffer for data, at the beginning of a page.

@@ -7,13 +7,13 @@
 //! ```
 //! use std::sync::Arc;
 //!
-//! use vfio_remap::emulated::{self, Emulated, Nvme};
+//! use vfio_remap::emulated::{Emulated, Nvme, nvme};
 //! use vfio_remap::{Device, Result};
 //! use vfio_remap_nvme::{Controller, Settings};
 //!
 //! fn main() -> Result<()> {
 //!     // A controller with one namespace of 1 MiB, in blocks of 4 KiB.
-//!     let model = Nvme::new(vec![emulated::Namespace::memory(1 << 20, 4096)?]);
+//!     let model = Nvme::new(vec![nvme::Namespace::memory(1 << 20, 4096)?]);
 //!     let device = Device::new(Arc::new(Emulated::new(model)?));
 //!
 //!     let controller = Controller::new(device, Settings::default())?;

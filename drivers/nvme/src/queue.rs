@@ -63,7 +63,7 @@ impl IoQueue {
         // The controller may hold the next interrupt back until the completions before it are acknowledged.
         let acknowledge_after = if vector.is_some() { 1 } else { entries.div_ceil(2) };
         let shape = QueueShape { entries, page_shift, max_transfer, acknowledge_after };
-        let doorbells = Doorbells::new(controller.device(), id, controller.stride())?;
+        let doorbells = Doorbells::new(controller.device(), id, controller.doorbell_stride())?;
         let mut pair = QueuePair::new(controller.space(), doorbells, &shape)?;
         let attached = controller.attach(&pair, id);
         let generation = attached.inspect_err(|_| controller.discard(&mut pair))?;

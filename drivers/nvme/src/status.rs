@@ -28,7 +28,7 @@ impl Status {
     /// From bits 63:49 of a completion's last two double words. Its other bits (More, Do Not Retry) are
     /// dropped.
     #[inline]
-    pub fn from_field(field: u16) -> Self {
+    pub(super) fn from_field(field: u16) -> Self {
         Self(field & 0x7ff)
     }
 

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use allocation_counter::measure;
 use vfio_remap::Device;
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::emulated::{Activity, Emulated, Namespace as Storage, Nvme};
+use vfio_remap::emulated::nvme::Namespace as Storage;
+use vfio_remap::emulated::{Activity, Emulated, Nvme};
 use vfio_remap_nvme::{Completion, Controller, IoQueue, Namespace, Settings};
 
 const DEPTH: usize = 32;

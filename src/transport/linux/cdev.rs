@@ -114,7 +114,7 @@ fn not_made(device: &PciDevice, mode: IommuMode) -> Error {
             .with_reason(
                 "the kernel has no files for single devices (CONFIG_VFIO_DEVICE_CDEV, Linux 6.6)",
             )
-            .with_advice("open it by its group: Vfio::open_by_group, or Vfio::open, which tries both"),
+            .with_advice("open it by its group: Vfio::options().by_group(), or Vfio::open, which tries both"),
         IommuMode::NoIommu => error
             .with_reason(
                 "the kernel has no files for single devices without an IOMMU (CONFIG_VFIO_DEVICE_CDEV and \

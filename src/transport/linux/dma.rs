@@ -145,7 +145,7 @@ impl AddressSpace {
             (Errno::EFAULT, Self::Ioas(_)) => error.with_reason(
                 "a part of the memory is not mapped, or is a device's, which iommufd does not map by \
                  address",
-            ).with_advice("for peer-to-peer, open both devices by their groups: Vfio::open_by_group"),
+            ).with_advice("for peer-to-peer, open both devices by their groups: Vfio::options().by_group()"),
             (Errno::EFAULT, _) => {
                 error.with_reason("a part of the memory is not mapped, or cannot be pinned")
             }

@@ -249,7 +249,7 @@ fn set_container_error(errno: Errno, object: &str, beside: bool) -> Error {
         Errno::EINVAL => error.with_reason("the group has a container already"),
         _ if beside => error
             .with_reason("it cannot share the other device's address space")
-            .with_advice("open it in its own address space: Vfio::open_by_group"),
+            .with_advice("open it in its own address space: Vfio::options().by_group()"),
         _ => error,
     }
 }

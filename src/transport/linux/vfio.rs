@@ -75,32 +75,6 @@ impl Vfio {
         VfioOptions::default()
     }
 
-    /// Opens the device by its IOMMU group (`/dev/vfio/N`), even if the kernel offers its own file.
-    ///
-    /// # Errors
-    /// As [`open`](Self::open).
-    pub fn open_by_group(address: PciAddress) -> Result<Self> {
-        Self::options().by_group().open(address)
-    }
-
-    /// Opens the device by its own file (`/dev/vfio/devices/vfioN`) and iommufd.
-    ///
-    /// # Errors
-    /// As [`open`](Self::open); `Unsupported` if the kernel has no such file; `NotFound` if it has no
-    /// iommufd.
-    pub fn open_by_cdev(address: PciAddress) -> Result<Self> {
-        Self::options().by_cdev().open(address)
-    }
-
-    /// Opens another device in the same address space, and the same way: memory that is mapped for one of
-    /// them is mapped for both. See [`VfioOptions::beside`].
-    ///
-    /// # Errors
-    /// As [`VfioOptions::open`].
-    pub fn open_beside(&self, address: PciAddress) -> Result<Self> {
-        Self::options().beside(self).open(address)
-    }
-
     /// Opens the device at `address`, which no IOMMU confines (Linux 4.5, a kernel with
     /// CONFIG_VFIO_NOIOMMU): by its own file if the kernel makes one for such devices (Linux 7.3), and
     /// otherwise by its group (`/dev/vfio/noiommu-N`).

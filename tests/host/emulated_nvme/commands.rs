@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vfio_remap::ErrorKind;
-use vfio_remap::emulated::{Emulated, Namespace, Nvme, Server};
+use vfio_remap::emulated::nvme::Namespace;
+use vfio_remap::emulated::{Emulated, Nvme, Server};
 use vfio_remap::space::Access;
 use vfio_remap::transport::{Transport, VfioUser};
 

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use vfio_remap::emulated::{Emulated, Fault, Faults, Namespace, Nvme};
+use vfio_remap::emulated::nvme::{Fault, Faults, Namespace};
+use vfio_remap::emulated::{Emulated, Nvme};
 
 use super::{DATA, Driver, IOVA};
 use crate::support::{edu, shared, watch};

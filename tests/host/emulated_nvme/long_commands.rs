@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vfio_remap::emulated::{Activity, Emulated, Namespace, Nvme, Server};
+use vfio_remap::emulated::nvme::Namespace;
+use vfio_remap::emulated::{Activity, Emulated, Nvme, Server};
 use vfio_remap::transport::{Transport, VfioUser};
 
 use super::{DATA, Driver, ENTRIES, IOVA, nvme};

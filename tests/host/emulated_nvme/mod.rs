@@ -6,7 +6,8 @@ mod long_commands;
 
 use std::sync::Arc;
 
-use vfio_remap::emulated::{Emulated, Namespace, Nvme, Power};
+use vfio_remap::emulated::nvme::{Namespace, Power};
+use vfio_remap::emulated::{Emulated, Nvme};
 use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::Transport;
 use vfio_remap::{Device, Placement, Window};

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::emulated::{Activity, Emulated, Fault, Faults, Namespace as Storage, Nvme, Power};
+use vfio_remap::emulated::nvme::{Fault, Faults, Namespace as Storage, Power};
+use vfio_remap::emulated::{Activity, Emulated, Nvme};
 use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind};
 use vfio_remap_nvme::{Completion, Controller, IoQueue, Namespace, Settings, Status};
@@ -502,7 +503,7 @@ fn a_controller_says_what_it_is_and_how_it_fares() {
         queues.each_ref().map(|queue| queue.doorbell_range().unwrap()),
         [0x1008..0x1010, 0x1010..0x1018]
     );
-    assert_eq!(controller.doorbells(), (4, 512));
+    assert_eq!((controller.doorbell_stride(), controller.queues_per_doorbell_page()), (4, 512));
     drop(queues);
     controller.close().unwrap();
 }

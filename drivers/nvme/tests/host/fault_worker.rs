@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::emulated::Namespace as Storage;
-use vfio_remap::emulated::{Emulated, Fault, Faults, Nvme, Power};
+use vfio_remap::emulated::nvme::Namespace as Storage;
+use vfio_remap::emulated::nvme::{Fault, Faults, Power};
+use vfio_remap::emulated::{Emulated, Nvme};
 use vfio_remap::{Device, Result};
 
 use vfio_remap_nvme::{Completion, Controller, IoQueue, Namespace, Settings};

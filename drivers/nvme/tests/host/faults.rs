@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use vfio_remap::emulated::Fault;
+use vfio_remap::emulated::nvme::Fault;
 
 use crate::fault_worker::{Outcome, Run};
 
