@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind as Io};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use vfio_remap::emulated::Namespace;
+use vfio_remap::emulated::nvme::Namespace;
 use vfio_remap::{Error, ErrorKind, Result};
 
 /// `memory:SIZE` or `file:PATH`, and options.

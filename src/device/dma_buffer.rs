@@ -38,7 +38,6 @@ impl BufferRequest {
     }
 
     /// The placement of the buffer in the device's addresses.
-    #[must_use]
     pub fn placement(self, placement: IovaPlacement) -> Self {
         Self { placement, ..self }
     }
@@ -46,7 +45,6 @@ impl BufferRequest {
     /// Uses pages of 2 MiB from the pool (`vm.nr_hugepages`), and an IOVA that is a multiple of 2 MiB if the
     /// placement allows it. If the pool has too few, ordinary pages are used, and
     /// [`DmaBuffer::huge_pages_refused`] says why.
-    #[must_use]
     pub fn huge_pages(self) -> Self {
         Self { huge_pages: true, ..self }
     }
@@ -57,7 +55,6 @@ impl BufferRequest {
     ///
     /// A buffer always has a mapping of its own if its [placement](Self::placement) is a given address, or if
     /// no IOMMU translates the device's addresses.
-    #[must_use]
     pub fn own_mapping(self) -> Self {
         Self { own_mapping: true, ..self }
     }

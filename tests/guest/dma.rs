@@ -104,7 +104,8 @@ fn nobody_locks_all_there_is() {
     const LIMIT: usize = 4 << 20;
     setrlimit(Resource::RLIMIT_MEMLOCK, LIMIT as u64, LIMIT as u64).unwrap();
     leftovers::none_of(|| {
-        let device = Device::new(Arc::new(Vfio::open_by_group(lab::address("edu")).unwrap()));
+        let device =
+            Device::new(Arc::new(Vfio::options().by_group().open(lab::address("edu")).unwrap()));
         let space = device.dma().unwrap();
         assert_eq!(space.limits().lockable_bytes, Some(LIMIT as u64));
         for _ in 0..2 {

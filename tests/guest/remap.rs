@@ -168,7 +168,10 @@ fn a_window_is_never_taken_to_bits_by_a_pinned_strategy_that_is_refused() {
     if lab::kernel() == "patched" {
         assert_eq!(failed.kind(), ErrorKind::Hazard);
     } else {
-        assert_eq!((failed.kind(), failed.errno()), (ErrorKind::Refused, Some(libc::EINVAL)));
+        assert_eq!(
+            (failed.kind(), failed.error().errno()),
+            (ErrorKind::Refused, Some(libc::EINVAL))
+        );
     }
     assert_eq!(failed.into_reservation().unwrap().range(), there);
     assert_eq!(window.addresses(), at);

@@ -196,7 +196,7 @@ fn what_is_placed_or_not_translated_has_a_mapping_of_its_own() {
 fn limits_and_alignments_are_kept_in_shared_mappings() {
     let (few, space) = space_of(Few { most: 64, ..Few::default() });
     let request = |alignment, limit| {
-        let placement = IovaPlacement::Anywhere { alignment, limit };
+        let placement = IovaPlacement::up_to(limit).aligned(alignment);
         space.buffer_with(BufferRequest::new(PAGE).placement(placement)).unwrap()
     };
     const LIMITS: [u64; 3] = [0xfff_ffff, 0xffff_ffff, u64::MAX];
@@ -214,7 +214,7 @@ fn limits_and_alignments_are_kept_in_shared_mappings() {
         }
     }
     assert!(are_apart(buffers.iter()));
-    let placement = IovaPlacement::Anywhere { alignment: 3, limit: u64::MAX };
+    let placement = IovaPlacement::default().aligned(3);
     let error = space.buffer_with(BufferRequest::new(PAGE).placement(placement)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unaligned, "{error}");
     assert!(error.to_string().contains("0x1000 bytes"), "what was asked for: {error}");
@@ -389,7 +389,7 @@ fn threads_that_allocate_at_random_agree_with_a_naive_model() {
                 let most = if random.below(50) == 0 { 300 } else { 8 };
                 let count = 1 + random.below(most) as usize;
                 let alignment = 1 << random.below(16);
-                let placement = IovaPlacement::Anywhere { alignment, limit: u64::MAX };
+                let placement = IovaPlacement::default().aligned(alignment);
                 let request = BufferRequest::new(count * PAGE).placement(placement);
                 let buffer = space.buffer_with(request).unwrap();
                 assert!(buffer.iova().0.is_multiple_of(alignment) && few.reaches(&buffer));

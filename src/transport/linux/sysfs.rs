@@ -95,7 +95,7 @@ impl PciDevice {
     ///
     /// # Errors
     /// `NotFound` if the device is gone; `Malformed` if the file in sysfs does not hold a number.
-    pub fn vendor(&self) -> Result<u16> {
+    pub fn vendor_id(&self) -> Result<u16> {
         Ok(self.number("vendor")? as u16)
     }
 
@@ -103,7 +103,7 @@ impl PciDevice {
     ///
     /// # Errors
     /// As [`vendor`](Self::vendor).
-    pub fn device(&self) -> Result<u16> {
+    pub fn device_id(&self) -> Result<u16> {
         Ok(self.number("device")? as u16)
     }
 

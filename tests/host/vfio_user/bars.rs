@@ -49,7 +49,7 @@ fn bars_without_an_address_are_given_one_with_memory_decoding() {
         let (peer, stream) = without_addresses(version(0, 1, &json));
         let device = connect(stream);
         let refused = |bar: u32| {
-            let register = device.bar(bar).unwrap().trapped::<u32>(0).unwrap();
+            let register = device.bar(bar).unwrap().trapped_register::<u32>(0).unwrap();
             register.read().err().and_then(|error| error.errno()) == Some(libc::EINVAL)
         };
         assert_eq!([0, 2, 3].map(refused), [true, true, true]);

@@ -62,8 +62,8 @@ fn connect(stream: UnixStream) -> Device {
 /// What of BAR 0 can be mapped; all of it is reached by messages.
 fn mappable(device: &Device) -> Vec<std::ops::Range<u64>> {
     let bar = device.bar(0).unwrap();
-    assert_eq!(bar.trapped::<u32>(0).unwrap().read().unwrap(), 0x0707_0707);
-    bar.trapped::<u32>(0x3ffc).unwrap().write(1).unwrap();
+    assert_eq!(bar.trapped_register::<u32>(0).unwrap().read().unwrap(), 0x0707_0707);
+    bar.trapped_register::<u32>(0x3ffc).unwrap().write(1).unwrap();
     bar.layout().mappable().collect()
 }
 

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::emulated::{Emulated, Namespace as Storage, Nvme};
+use vfio_remap::emulated::nvme::Namespace as Storage;
+use vfio_remap::emulated::{Emulated, Nvme};
 use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionFile, RegionInfo, Transport};
 use vfio_remap::{Device, Error, ErrorKind, Result};
@@ -15,12 +16,10 @@ const MOST: usize = 16;
 const BLOCK: usize = 4096;
 const NAMESPACE: u64 = 64 << 20;
 
-const SETTINGS: Settings = Settings {
+const SETTINGS: Settings = Settings::DEFAULT
     // Nothing here is about commands that are late.
-    timeout: Duration::from_secs(60),
-    admin_timeout: Duration::from_secs(60),
-    ..Settings::DEFAULT
-};
+    .with_timeout(Duration::from_secs(60))
+    .with_admin_timeout(Duration::from_secs(60));
 
 /// A device that accepts so many mappings, and how many there are.
 #[derive(Debug)]
@@ -94,7 +93,7 @@ fn run(
 ) {
     let mut next = 0;
     loop {
-        while next < namespace.block_count
+        while next < namespace.block_count()
             && let Some(buffer) = buffers.pop()
         {
             let blocks = (buffer.size() / BLOCK) as u64;
@@ -107,7 +106,7 @@ fn run(
         done(tag, &buffer);
         buffers.push(buffer);
     }
-    assert_eq!(next, namespace.block_count);
+    assert_eq!(next, namespace.block_count());
 }
 
 #[test]
@@ -142,7 +141,7 @@ fn a_namespace_of_64_mib_is_written_and_read() {
 fn eight_threads_have_128_commands_each_with_a_buffer_for_each() {
     const THREADS: u64 = 8;
     const DEPTH: u64 = 128;
-    let (mapped, controller) = controller(Settings { queues: THREADS as u16, ..SETTINGS });
+    let (mapped, controller) = controller(SETTINGS.with_queues(THREADS as u16));
     let namespace = controller.namespace(1).unwrap();
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
