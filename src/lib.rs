@@ -119,7 +119,26 @@
 //!   `emulated::Server`, which serves one to other processes.
 //! - `vm-memory`: `DmaSpace::map_guest`, which maps all memory of a guest of the crate vm-memory for DMA.
 //!
-//! A driver for real devices needs none of them.
+//! A driver for real devices needs none of them. In production, depend on the crate with
+//! `default-features = false`: device models and the vfio-user server are then not built.
+//!
+//! # Public dependencies
+//! Types and traits of these crates are part of this crate's interface, so a new major version of one is a
+//! new major version of this crate: `zerocopy` 0.8 (the descriptors of [`Descriptors`](device::Descriptors)),
+//! `bitfield-struct` 0.13 (what [`register_block!`] declares), and `vm-memory` 0.18 with the feature
+//! `vm-memory`. [`zerocopy`] and `vm_memory` are re-exported, so that a driver names the version that this
+//! crate has:
+//!
+//! ```
+//! use vfio_remap::Result;
+//! use vfio_remap::device::{Descriptors, DmaSpace};
+//! use vfio_remap::zerocopy::little_endian::U64;
+//!
+//! /// A ring of 16 descriptors: an address and a length each.
+//! fn ring(space: &DmaSpace) -> Result<Descriptors<[U64; 2], u64>> {
+//!     space.descriptors(16)
+//! }
+//! ```
 
 #![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -154,6 +173,11 @@ pub use error::{Error, ErrorKind, Result};
 pub use space::{Access, Failed, Placement, Relocation, Report, Reservation, Strategy};
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub use transport::{PciAddress, Transport};
+
+#[cfg(all(target_os = "linux", target_pointer_width = "64", feature = "vm-memory"))]
+pub use vm_memory;
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+pub use zerocopy;
 
 /// Items that the expansion of [`register_block!`] uses.
 #[doc(hidden)]
