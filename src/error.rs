@@ -76,6 +76,46 @@ pub enum ErrorKind {
     Os,
 }
 
+impl ErrorKind {
+    fn text(self) -> &'static str {
+        match self {
+            Self::InvalidInput => "invalid argument",
+            Self::NotFound => "not found",
+            Self::NotBound => "not bound to a VFIO driver",
+            Self::GroupNotViable => "IOMMU group not viable",
+            Self::PermissionDenied => "permission denied",
+            Self::NoIommu => "no IOMMU",
+            Self::VfToken => "VF token missing or wrong",
+            Self::NotOwned => "other devices would be reset",
+            Self::OutOfRange => "out of range",
+            Self::Unaligned => "unaligned",
+            Self::NotMappable => "not mappable",
+            Self::ReadOnly => "access not allowed",
+            Self::UnsuitablePlacement => "unsuitable placement",
+            Self::AddressTaken => "address taken",
+            Self::InUse => "in use",
+            Self::Refused => "refused by the kernel",
+            Self::Hazard => "kernel hazard",
+            Self::ReservationLost => "reservation lost",
+            Self::Malformed => "malformed message or reply",
+            Self::TooManyMappings => "too many mappings",
+            Self::LockedMemory => "limit on locked memory reached",
+            Self::AddressSpace => "limit on address space reached",
+            Self::Gone => "device gone",
+            Self::TimedOut => "timed out",
+            Self::Unsupported => "not supported",
+            Self::Os => "error of the operating system",
+        }
+    }
+}
+
+/// A few words: "in use".
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.text())
+    }
+}
+
 /// What failed, on which object, why, and what to do.
 ///
 /// [`Display`](fmt::Display) shows all of it in one line: "cannot map bar 0 of 0000:00:03.0: EINVAL
@@ -331,5 +371,11 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::PermissionDenied);
         assert_eq!(error.errno(), Some(Errno::EACCES as i32));
         assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::PermissionDenied);
+    }
+
+    #[test]
+    fn a_kind_is_shown_in_words() {
+        assert_eq!(format!("[{:>8}]", ErrorKind::InUse), "[  in use]");
+        assert_eq!(ErrorKind::TimedOut.to_string(), "timed out");
     }
 }

@@ -97,6 +97,7 @@ pub enum Direction {
 }
 
 /// The driver, with the parts of the device that it uses.
+#[derive(Debug)]
 pub struct Edu {
     device: Device,
     registers: IoRegisterBlock<Registers>,

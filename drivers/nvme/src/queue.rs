@@ -1,6 +1,7 @@
 //! I/O queues.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,13 @@ pub struct IoQueue {
     scanned: u32,
     /// When the controller was last checked, in milliseconds since the queue was made.
     checked: u32,
+}
+
+impl fmt::Debug for IoQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (id, name, outstanding) = (self.id, self.controller.name(), self.outstanding());
+        write!(f, "IoQueue({id} of {name}, {outstanding} outstanding)")
+    }
 }
 
 impl IoQueue {

@@ -443,6 +443,14 @@ impl Drop for Vfio {
     }
 }
 
+/// The device's file, for ioctls that this crate does not have. The crate does not prevent you from changing
+/// the device's state behind its back.
+impl AsFd for Vfio {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+}
+
 impl fmt::Debug for Vfio {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Vfio({})", self.info.name)

@@ -503,6 +503,8 @@ fn a_controller_says_what_it_is_and_how_it_fares() {
         queues.each_ref().map(|queue| queue.doorbell_range().unwrap()),
         [0x1008..0x1010, 0x1010..0x1018]
     );
+    assert_eq!(format!("{controller:?}"), "Controller(emulated:nvme)");
+    assert_eq!(format!("{:?}", queues[1]), "IoQueue(2 of emulated:nvme, 0 outstanding)");
     assert_eq!((controller.doorbell_stride(), controller.queues_per_doorbell_page()), (4, 512));
     drop(queues);
     controller.close().unwrap();
