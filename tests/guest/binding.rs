@@ -39,7 +39,7 @@ fn devices_are_found_with_what_sysfs_knows_of_them() {
     let edu = devices.iter().find(|device| device.address() == lab::address("edu")).unwrap();
     assert_eq!((edu.vendor_id().unwrap(), edu.device_id().unwrap()), (0x1234, 0x11e8));
     let nvme = lab::sysfs("nvme");
-    assert_eq!(nvme.class().unwrap(), 0x01_0802);
+    assert_eq!(nvme.class_code().unwrap(), 0x01_0802);
     assert_eq!(nvme.group_members().unwrap().len(), 1);
 }
 

@@ -102,7 +102,7 @@ impl PciDevice {
     /// The device ID.
     ///
     /// # Errors
-    /// As [`vendor`](Self::vendor).
+    /// As [`vendor_id`](Self::vendor_id).
     pub fn device_id(&self) -> Result<u16> {
         Ok(self.number("device")? as u16)
     }
@@ -110,8 +110,8 @@ impl PciDevice {
     /// The class code, 24 bits: 0x010802 is an NVMe controller.
     ///
     /// # Errors
-    /// As [`vendor`](Self::vendor).
-    pub fn class(&self) -> Result<u32> {
+    /// As [`vendor_id`](Self::vendor_id).
+    pub fn class_code(&self) -> Result<u32> {
         self.number("class")
     }
 
