@@ -55,7 +55,8 @@ impl Fault {
 /// commands count, too, so faults also happen during a driver's recovery. Clones share one plan.
 ///
 /// ```
-/// use vfio_remap::emulated::{Emulated, Fault, Faults, Namespace, Nvme};
+/// use vfio_remap::emulated::nvme::{Fault, Faults, Namespace};
+/// use vfio_remap::emulated::{Emulated, Nvme};
 ///
 /// let faults = Faults::seeded(7, &Fault::ALL, 100, 10..=200);
 /// let nvme = Nvme::new(vec![Namespace::memory(1 << 20, 512)?]).with_faults(&faults);
