@@ -15,11 +15,32 @@ const BUS_MASTER: u16 = 1 << 2;
 /// I/O, memory, bus master, parity, SERR#, and interrupt disable (PCI 3.0 §6.2.2).
 const COMMAND_WRITABLE: u16 = 0x0547;
 const HAS_CAPABILITIES: u16 = 1 << 4;
+const POWER: u8 = 0x01;
 const MSI: u8 = 0x05;
+const EXPRESS: u8 = 0x10;
 const MSIX: u8 = 0x11;
 
 /// Most vectors of MSI-X (PCIe 5.0 §7.7.2.2).
 const MAX_VECTORS: u16 = 2048;
+/// The largest I/O BAR, in bytes (PCI 3.0 §6.2.5.1).
+const MAX_IO: u32 = 256;
+
+/// PMCSR: its offset, the bits of the power state, and the bits that can be written (PCIe 5.0 §7.5.2.2).
+const POWER_CONTROL: usize = 4;
+const POWER_STATE: u8 = 3;
+const POWER_WRITABLE: u16 = 0x0103;
+/// Version 3, states D0 and D3hot.
+const POWER_VERSION: u16 = 3;
+
+/// The capability of PCI Express (PCIe 5.0 §7.5.3): its size, and version 2 of an endpoint.
+const EXPRESS_SIZE: usize = 0x3c;
+const ENDPOINT: u16 = 2;
+/// Payloads of up to 512 bytes, error reporting by role, function level reset.
+const DEVICE_CAPABILITIES: u32 = 2 | 1 << 15 | 1 << 28;
+const DEVICE_CONTROL: usize = 0x08;
+const FUNCTION_RESET: u8 = 0x80;
+/// Four lanes at 2.5 GT/s: what the link can do, and its state.
+const LINK: u32 = 1 | 4 << 4;
 
 /// Configuration space: its bytes, and which bits can be written. A BAR returns its size after all ones were
 /// written, as PCI specifies.
@@ -96,6 +117,20 @@ impl PciConfig {
         self.sealed()
     }
 
+    /// Adds an I/O BAR of `size` bytes.
+    ///
+    /// # Panics
+    /// If `size` is not a power of two from 16 to 256, if `index` is above 5, or if another BAR has it.
+    #[must_use]
+    #[track_caller]
+    pub fn bar_io(mut self, index: usize, size: u32) -> Self {
+        assert!(size <= MAX_IO, "an I/O BAR of {size:#x} bytes: it has at most {MAX_IO:#x}");
+        self.add_bar(index, 1, size.into());
+        self.set(BARS + 4 * index, &1u32.to_le_bytes());
+        self.allow(BARS + 4 * index, &(!(size - 1)).to_le_bytes());
+        self.sealed()
+    }
+
     /// Checks a BAR that takes `count` indexes from `index` on, and stores its size.
     #[track_caller]
     fn add_bar(&mut self, index: usize, count: usize, size: u64) {
@@ -151,6 +186,31 @@ impl PciConfig {
             }
         }
         shape
+    }
+
+    /// Adds power management with the states D0 and D3hot (PCIe 5.0 §7.5.2).
+    #[must_use]
+    pub fn power_management(mut self) -> Self {
+        let at = self.capability(POWER, 8);
+        self.set(at + 2, &POWER_VERSION.to_le_bytes());
+        self.allow(at + POWER_CONTROL, &POWER_WRITABLE.to_le_bytes());
+        self.sealed()
+    }
+
+    /// Adds the capability of a PCI Express endpoint: function level reset, four lanes (PCIe 5.0 §7.5.3).
+    #[must_use]
+    pub fn express(mut self) -> Self {
+        let at = self.capability(EXPRESS, EXPRESS_SIZE);
+        self.set(at + 2, &ENDPOINT.to_le_bytes());
+        self.set(at + 4, &DEVICE_CAPABILITIES.to_le_bytes());
+        self.allow(at + DEVICE_CONTROL, &0xffffu16.to_le_bytes());
+        self.set(at + 0x0c, &LINK.to_le_bytes());
+        self.allow(at + 0x10, &0x00c3u16.to_le_bytes());
+        self.set(at + 0x12, &(LINK as u16).to_le_bytes());
+        // All ranges of completion timeouts, and the one that is selected.
+        self.set(at + 0x24, &0x1fu32.to_le_bytes());
+        self.allow(at + 0x28, &0x1fu16.to_le_bytes());
+        self.sealed()
     }
 
     /// Adds INTA#.
@@ -249,9 +309,24 @@ impl PciConfig {
         }
     }
 
-    /// Whether the device may start transactions: DMA and MSI.
+    /// Whether the device may start transactions, DMA and MSI: in D0, if the driver has enabled bus mastering.
     pub fn bus_mastering(&self) -> bool {
-        u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]]) & BUS_MASTER != 0
+        let command = u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]]);
+        command & BUS_MASTER != 0 && self.is_awake()
+    }
+
+    /// Whether the device is in D0; always, without power management. In D3hot its BARs do not respond.
+    pub fn is_awake(&self) -> bool {
+        self.find(POWER).is_none_or(|at| self.bytes[at + POWER_CONTROL] & POWER_STATE == 0)
+    }
+
+    /// Whether a function level reset was requested since the last call. The model must do it.
+    pub fn take_reset(&mut self) -> bool {
+        let Some(at) = self.find(EXPRESS) else { return false };
+        let control = &mut self.bytes[at + DEVICE_CONTROL + 1];
+        let asked = *control & FUNCTION_RESET != 0;
+        *control &= !FUNCTION_RESET;
+        asked
     }
 
     /// Restores the initial values, as a reset does.
@@ -348,6 +423,37 @@ mod tests {
         assert_eq!(read_u32(&config, 0x5c), 0, "there is no third");
         let size = |wanted| PciConfig::new(wanted, 0, 0, 0, 0).bytes.len();
         assert_eq!([0, 256, 4096, usize::MAX].map(size), [256, 256, 4096, 4096]);
+    }
+
+    #[test]
+    fn an_io_bar_says_that_it_is_one() {
+        let mut config = config().bar_io(4, 32);
+        config.write(0x20, &[0xff; 4]);
+        assert_eq!(read_u32(&config, 0x20), 0xffff_ffe1);
+    }
+
+    #[test]
+    fn a_device_in_d3hot_starts_nothing() {
+        let mut config = config().power_management();
+        config.write(4, &[4, 0]);
+        assert!(config.is_awake() && config.bus_mastering());
+        assert_eq!(read_u32(&config, 0x5c), 0x0003_0001);
+        config.write(0x60, &[0xff; 4]);
+        assert_eq!(read_u32(&config, 0x60), 0x0103);
+        assert!(!config.is_awake() && !config.bus_mastering());
+        config.write(0x60, &[0]);
+        assert!(config.bus_mastering());
+    }
+
+    #[test]
+    fn a_function_level_reset_is_requested_once() {
+        let mut config = config().express();
+        assert_eq!(read_u32(&config, 0x5c), 0x0002_0010);
+        assert_eq!(read_u32(&config, 0x6c), 0x0041_0000, "the link");
+        assert!(!config.take_reset());
+        config.write(0x64, &[0x10, 0xa8]);
+        assert!(config.take_reset() && !config.take_reset());
+        assert_eq!(read_u32(&config, 0x64), 0x2810, "the rest stays");
     }
 
     #[test]
