@@ -10,6 +10,7 @@ mod model;
 mod model_cell;
 pub mod nvme;
 mod pci;
+mod plan;
 mod server;
 mod signal;
 mod user;

@@ -1,11 +1,10 @@
 //! Fault injection for the NVMe controller, for tests of drivers.
 
-use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::command::Status;
 use super::{BAR, DOORBELLS, FATAL, Namespace, Nvme};
+use crate::emulated::plan::Plan;
 use crate::emulated::{Bus, Model};
 use crate::error::Result;
 
@@ -67,77 +66,35 @@ impl Fault {
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct Faults(Arc<Mutex<State>>);
-
-#[derive(Debug, Default)]
-struct State {
-    plan: BTreeMap<u64, Fault>,
-    injected: Vec<(u64, Fault)>,
-    /// How many commands the controller has taken.
-    taken: u64,
-    plug_in: bool,
-}
+pub struct Faults(Plan<Fault>);
 
 impl Faults {
     /// Faults, each at the command with its number.
     pub fn new(plan: impl IntoIterator<Item = (u64, Fault)>) -> Self {
-        let state = State { plan: plan.into_iter().collect(), ..State::default() };
-        Self(Arc::new(Mutex::new(state)))
+        Self(Plan::new(plan))
     }
 
     /// `count` pseudorandom faults of these kinds, with pseudorandom distances in `interval` commands. The same
     /// arguments always give the same faults. No faults if there are no kinds.
     pub fn seeded(seed: u64, kinds: &[Fault], count: usize, interval: RangeInclusive<u64>) -> Self {
-        let mut state = seed;
-        let (low, high) = (*interval.start(), *interval.end());
-        let span = high.saturating_sub(low).saturating_add(1);
-        let mut command = 0u64;
-        let plan = (0..count).map_while(|_| {
-            command = command.saturating_add((low + next(&mut state) % span).max(1));
-            let kind = next(&mut state).checked_rem(kinds.len() as u64)?;
-            Some((command, *kinds.get(kind as usize)?))
-        });
-        Self::new(plan)
+        Self(Plan::seeded(seed, kinds, count, interval))
     }
 
     /// The faults that were injected, with the numbers of their commands.
     pub fn injected(&self) -> Vec<(u64, Fault)> {
-        self.state().injected.clone()
+        self.0.injected()
     }
 
     /// How many faults have not been injected yet.
     pub fn remaining(&self) -> usize {
-        self.state().plan.len()
+        self.0.remaining()
     }
 
     /// Plugs a removed controller in. It is as after power on before the next access. No effect if it is not
     /// removed.
     pub fn plug_in(&self) {
-        self.state().plug_in = true;
+        self.0.plug_in();
     }
-
-    /// Counts a command and returns its fault.
-    fn inject(&self) -> Option<Fault> {
-        let mut state = self.state();
-        let command = state.taken;
-        state.taken += 1;
-        let fault = state.plan.remove(&command)?;
-        state.injected.push((command, fault));
-        Some(fault)
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
-fn next(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
 }
 
 /// A completion for the completion queue `to`.
@@ -174,7 +131,7 @@ impl Nvme {
     /// Counts a taken command and injects its fault, if any.
     pub(super) fn inject(&mut self, bus: &Bus) -> Delivery {
         let Some(faults) = &self.faults else { return Delivery::Posted };
-        match faults.inject() {
+        match faults.0.inject() {
             None => return Delivery::Posted,
             Some(Fault::LostCompletion) => return Delivery::Lost,
             Some(Fault::LateCompletion) => return Delivery::Late,
@@ -202,13 +159,13 @@ impl Nvme {
             log::error!("nvme: {error}");
         }
         if let Some(faults) = &self.faults {
-            faults.state().plug_in = false;
+            faults.0.remove();
         }
     }
 
     /// Whether the controller is removed.
     pub(super) fn is_removed(&mut self, bus: &Bus) -> bool {
-        if self.removed && self.faults.as_ref().is_some_and(|faults| faults.state().plug_in) {
+        if self.removed && self.faults.as_ref().is_some_and(|faults| faults.0.is_plugged_in()) {
             self.removed = false;
             self.reset(bus);
         }
@@ -239,7 +196,7 @@ mod tests {
     fn a_seed_always_gives_the_same_faults() {
         let plan = |seed| {
             let faults = Faults::seeded(seed, &Fault::ALL, 50, 3..=9);
-            faults.state().plan.clone()
+            faults.0.plan()
         };
         assert_eq!(plan(1), plan(1));
         assert_ne!(plan(1), plan(2));
