@@ -186,6 +186,11 @@ impl Bus {
             .with_advice("enable it in the driver: Config::set_bus_mastering"))
     }
 
+    /// The device's own thread, if it has one.
+    pub(super) fn worker(&self) -> Option<&Thread> {
+        self.worker.get()
+    }
+
     pub(super) fn set_worker(&self, thread: Thread) {
         self.worker.get_or_init(|| thread);
     }

@@ -4,6 +4,7 @@
 mod bus;
 mod device;
 mod edu;
+pub mod igb;
 mod irq;
 mod memory;
 mod model;
@@ -18,6 +19,7 @@ mod user;
 pub use bus::Bus;
 pub use device::Emulated;
 pub use edu::Edu;
+pub use igb::Igb;
 pub use memory::Memory;
 pub use model::{Activity, Model, Shape};
 pub use nvme::Nvme;

@@ -17,6 +17,8 @@ mod drivers;
 #[cfg(feature = "emulated")]
 mod emulated;
 #[cfg(feature = "emulated")]
+mod emulated_igb;
+#[cfg(feature = "emulated")]
 mod emulated_nvme;
 mod guards;
 #[cfg(all(feature = "emulated", feature = "vm-memory"))]
