@@ -205,7 +205,7 @@ impl Device {
     /// if let Some(vfio) = first.transport_as::<Vfio>() {
     ///     // A second device that shares the address space of the first.
     ///     let options = Vfio::options().beside(vfio);
-    ///     let second = Device::new(Arc::new(options.open("0000:05:00.0".parse()?)?));
+    ///     let second = Device::new(Arc::new(options.open("0000:05:00.0")?));
     /// }
     /// # Ok::<(), vfio_remap::Error>(())
     /// ```
