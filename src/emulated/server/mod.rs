@@ -87,6 +87,7 @@ impl From<Duration> for ClientLimits {
 /// # #[allow(unreachable_code)]
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
+#[must_use = "it answers no client before Server::serve"]
 pub struct Server {
     listener: Listener,
     path: PathBuf,
@@ -119,7 +120,6 @@ impl Server {
     }
 
     /// Sets the limits for each client.
-    #[must_use]
     pub fn with_limits(mut self, limits: impl Into<ClientLimits>) -> Self {
         self.limits = limits.into();
         self
@@ -127,7 +127,6 @@ impl Server {
 
     /// Lets clients wait while another one is served, and serves them in their order. Without this, the server
     /// replies to their first command with EBUSY and disconnects them.
-    #[must_use]
     pub fn with_queue(mut self) -> Self {
         self.queues = true;
         self
