@@ -7,6 +7,7 @@ mod binding;
 mod common;
 mod dma;
 mod driver;
+mod ethernet;
 mod events;
 mod foreign_file;
 mod lab;

@@ -9,7 +9,7 @@ use crate::machine::Machine;
 
 /// The PCIe slot registers of the root port above a device (PCIe 5.0 §7.5.3.10), written as a pull
 /// and a power-off look to pciehp; two writes back to back.
-fn pull(address: vfio_remap::PciAddress) {
+pub fn pull(address: vfio_remap::PciAddress) {
     use std::os::unix::fs::FileExt;
     let device = std::fs::canonicalize(format!("/sys/bus/pci/devices/{address}")).unwrap();
     let config = device.parent().unwrap().join("config");

@@ -1,0 +1,353 @@
+//! Receive queues (82576 datasheet §7.1, 82574 datasheet §7.1).
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vfio_remap::device::{Descriptors, DmaBuffer, Vector};
+use vfio_remap::{Error, ErrorKind, IoRegisterBlock, Result};
+
+use super::descriptors::{Descriptor, HASH, Received, STATUS};
+use super::interrupts::Waker;
+use super::nic::{Direction, Memory, Nic, Started};
+use super::pool::{Frame, Pool};
+use super::registers::Ring;
+
+/// After how many buffers the card is told of them, if frames come one after the other.
+const TELL_AFTER: usize = 16;
+
+/// After how many looks in vain, and after how long a wait, it is seen whether the card is well.
+const LOOK: u32 = 1 << 14;
+const WATCH: Duration = Duration::from_millis(50);
+
+/// A receive queue of a [`Nic`], for one thread; dropped, the card forgets it.
+///
+/// It has a register window of its own: see [`registers`](Self::registers) for what that does not keep apart.
+pub struct Receiver {
+    nic: Arc<Nic>,
+    queue: u16,
+    waker: Waker,
+    ring: IoRegisterBlock<Ring>,
+    descriptors: Option<Descriptors<Descriptor>>,
+    /// The buffer of each descriptor that the card has.
+    slots: Box<[Option<DmaBuffer>]>,
+    /// The number of descriptors, less one: they are a power of two.
+    mask: usize,
+    /// The next descriptor to look at.
+    next: usize,
+    /// The next one to fill; what is between is the card's, as far as it was told.
+    fill: usize,
+    /// The tail that the card knows.
+    told: usize,
+    /// The size of a buffer, as the card knows it.
+    buffer_size: usize,
+    /// The next descriptor goes on with a frame that is dropped.
+    within_dropped: bool,
+    dropped: u64,
+    /// The generation of the card that knows the queue.
+    generation: u32,
+    /// Looks in vain since the card was looked at.
+    polls: u32,
+}
+
+impl Receiver {
+    pub(crate) fn new(nic: Arc<Nic>, queue: u16) -> Result<Self> {
+        let offset = nic.hardware().model.receive_ring(queue);
+        let entries = nic.settings().receive_entries.into();
+        let Started { ring, descriptors, waker, generation } =
+            nic.start(Direction::Receive, queue, offset, entries)?;
+        Ok(Self {
+            waker,
+            buffer_size: nic.buffer_size(),
+            nic,
+            queue,
+            ring,
+            slots: std::iter::repeat_with(|| None).take(entries).collect(),
+            mask: descriptors.len() - 1,
+            descriptors: Some(descriptors),
+            next: 0,
+            fill: 0,
+            told: 0,
+            within_dropped: false,
+            dropped: 0,
+            generation,
+            polls: 0,
+        })
+    }
+
+    /// The queue's number.
+    pub fn queue(&self) -> u16 {
+        self.queue
+    }
+
+    /// The card that it belongs to.
+    pub fn nic(&self) -> &Arc<Nic> {
+        &self.nic
+    }
+
+    /// The bytes of BAR 0 that this queue's window shows, and no others can be reached through it.
+    ///
+    /// What the processor maps is the page that they lie on. The registers of *all* receive queues share one
+    /// page in both cards, and those of all transmit queues another (82576 datasheet §8.10 and §8.12: 0xc000
+    /// and 0xe000, 0x40 bytes each; 82574 datasheet §10.2: 0x2800 and 0x3800, 0x100 bytes each). So a
+    /// window is never exclusive: it keeps a thread's registers apart from others', but not from a stray
+    /// pointer. Give queues to threads that trust each other.
+    pub fn registers(&self) -> Range<u64> {
+        let start = self.nic.hardware().model.receive_ring(self.queue);
+        start..start + 0x40
+    }
+
+    /// Whether the registers are reached through a window, rather than by calls of the transport.
+    pub fn has_window(&self) -> bool {
+        self.ring.is_mapped()
+    }
+
+    /// Frames that were dropped since they did not fit into a buffer, or the card said that they are
+    /// damaged.
+    pub fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// How many buffers the card has, filled or not.
+    pub fn outstanding(&self) -> usize {
+        self.fill.wrapping_sub(self.next) & self.mask
+    }
+
+    /// Moves frames that have come to the end of `frames`, `limit` at most, and gives the card buffers of
+    /// the pool in their place, as many as the ring has room for. How many there were.
+    ///
+    /// It neither allocates nor copies if `frames` has room, and makes no system call if the registers
+    /// [have a window](Self::has_window). While the pool is empty, the card goes on with the buffers that it
+    /// has, and loses frames when there are none left.
+    ///
+    /// # Errors
+    /// `OutOfRange` if the pool's buffers are smaller than the card takes them for: it would write past
+    /// their ends. What the transport answers. Frames that have come are in `frames` all the same.
+    #[inline]
+    pub fn receive(
+        &mut self,
+        pool: &mut Pool,
+        frames: &mut Vec<Frame>,
+        limit: usize,
+    ) -> Result<usize> {
+        let before = frames.len();
+        let mut next = self.next;
+        if let Some(descriptors) = &self.descriptors {
+            let mut left = limit;
+            while left > 0 && next != self.fill {
+                let received = Received(descriptors.load_word(next, STATUS));
+                if !received.is_done() {
+                    break;
+                }
+                let Some(buffer) = self.slots[next].take() else { break };
+                let hash_at = next;
+                next = (next + 1) & self.mask;
+                let len = received.len();
+                if received.is_whole() && !self.within_dropped && len <= self.buffer_size {
+                    let hash = descriptors.load_word(hash_at, HASH);
+                    let request = received.request();
+                    frames.push(Frame { buffer, len, received, hash, request, packet: 0 });
+                    left -= 1;
+                } else {
+                    // Not by a method, which would borrow all of this.
+                    self.dropped += u64::from(received.is_end());
+                    self.within_dropped = !received.is_end();
+                    pool.reclaim(buffer);
+                }
+            }
+        }
+        self.next = next;
+        let count = frames.len() - before;
+        self.polls = if count == 0 { self.polls + 1 } else { 0 };
+        if self.polls == LOOK || self.generation != self.nic.generation() {
+            self.look()?;
+        }
+        self.refill(pool, count == 0)?;
+        Ok(count)
+    }
+
+    /// Whether the card is well, and knows the queue: if not, it is reset, and told.
+    #[cold]
+    #[inline(never)]
+    fn look(&mut self) -> Result<()> {
+        self.polls = 0;
+        if self.generation == self.nic.generation() {
+            let knows = self.nic.hardware().knows(&self.ring, self.mask + 1)?;
+            if knows {
+                return Ok(());
+            }
+            log::warn!("{}: something has reset it", self.nic.name());
+            self.nic.recover(self.generation)?;
+        }
+        // What has come before is received first, now or next time.
+        if self.has_frame() { Ok(()) } else { self.restart() }
+    }
+
+    /// Has the card, which was reset, know the queue again, with the buffers that it had.
+    fn restart(&mut self) -> Result<()> {
+        let Some(descriptors) = &self.descriptors else { return Ok(()) };
+        self.nic.is_quiet(self.generation).map_err(|failed| {
+            failed.unwrap_or_else(|| Error::new(ErrorKind::Gone, "use", self.nic.name()))
+        })?;
+        let buffers: Vec<_> = self.slots.iter_mut().filter_map(Option::take).collect();
+        (self.next, self.fill, self.told, self.within_dropped) = (0, 0, 0, false);
+        for buffer in buffers {
+            descriptors.store(self.fill, Descriptor::to_fill(buffer.iova()));
+            self.slots[self.fill] = Some(buffer);
+            self.fill += 1;
+        }
+        let iova = descriptors.iova(0).0;
+        self.generation = self.nic.restart(Direction::Receive, &self.ring, iova, self.mask + 1)?;
+        self.tell()
+    }
+
+    /// Gives the card buffers, and tells it of them: at once where it may wait for them.
+    #[inline]
+    fn refill(&mut self, pool: &mut Pool, idle: bool) -> Result<()> {
+        if pool.buffer_size() < self.buffer_size {
+            return Err(self.too_small(pool));
+        }
+        let Some(descriptors) = &self.descriptors else { return Ok(()) };
+        let mut fill = self.fill;
+        loop {
+            // One stays empty: a ring whose tail is its head has nothing for the card.
+            let after = (fill + 1) & self.mask;
+            if after == self.next {
+                break;
+            }
+            let Some(buffer) = pool.take() else { break };
+            descriptors.store(fill, Descriptor::to_fill(buffer.iova()));
+            // There is none in it to drop.
+            std::mem::forget(self.slots[fill].replace(buffer));
+            fill = after;
+        }
+        self.fill = fill;
+        let untold = fill.wrapping_sub(self.told) & self.mask;
+        if untold >= TELL_AFTER || idle { self.tell() } else { Ok(()) }
+    }
+
+    /// Waits until a frame has come, and whether one has in time: polls for [`Settings::poll`], then sleeps
+    /// until the queue interrupts, or takes naps if it has no [vector](Self::vector). The card is told of all
+    /// buffers first.
+    ///
+    /// An interrupt that gets lost costs 50 ms, and no frame. If something has reset the card, it is brought up
+    /// again.
+    ///
+    /// [`Settings::poll`]: super::Settings::poll
+    ///
+    /// # Errors
+    /// What the transport answers.
+    pub fn wait(&mut self, timeout: Duration) -> Result<bool> {
+        let mut poll = self.nic.settings().poll;
+        let deadline = Instant::now().checked_add(timeout);
+        loop {
+            if self.generation == self.nic.generation() {
+                self.tell()?;
+            } else {
+                self.look()?;
+            }
+            let left = deadline
+                .map_or(WATCH, |deadline| deadline.saturating_duration_since(Instant::now()));
+            if self.waker.wait(poll, left.min(WATCH), || self.has_frame())? {
+                return Ok(true);
+            }
+            self.look()?;
+            if left <= WATCH {
+                return Ok(self.has_frame());
+            }
+            poll = Duration::ZERO;
+        }
+    }
+
+    /// Whether a frame has come.
+    pub fn has_frame(&self) -> bool {
+        let done = |descriptors: &Descriptors<Descriptor>| {
+            Received(descriptors.load_word(self.next, STATUS)).is_done()
+        };
+        self.next != self.fill && self.descriptors.as_ref().is_some_and(done)
+    }
+
+    /// The vector that fires when a frame has come, for an event loop; `None` if it has none, without
+    /// [interrupts](super::Settings::interrupts) or since there are not as many. It fires once after each
+    /// [`arm`](Self::arm).
+    pub fn vector(&self) -> Option<&Vector> {
+        self.waker.vector()
+    }
+
+    /// Has the [vector](Self::vector) fire when the next frame comes. Look [whether one has](Self::has_frame)
+    /// afterwards, and before going to sleep: for one that has come before, it may not.
+    ///
+    /// # Errors
+    /// What the transport answers.
+    pub fn arm(&mut self) -> Result<()> {
+        self.tell()?;
+        self.waker.arm()
+    }
+
+    /// Has the [vector](Self::vector) not fire any more: a queue that is polled again need not interrupt.
+    ///
+    /// # Errors
+    /// What the transport answers.
+    pub fn disarm(&mut self) -> Result<()> {
+        self.waker.disarm()
+    }
+
+    /// Tells the card of all buffers.
+    fn tell(&mut self) -> Result<()> {
+        if self.told != self.fill {
+            self.told = self.fill;
+            self.ring.write(Ring::TAIL, self.fill as u32)?;
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn too_small(&self, pool: &Pool) -> Error {
+        let size = pool.buffer_size();
+        Error::new(ErrorKind::OutOfRange, "fill", format!("receive queue {}", self.queue))
+            .with_reason(format!(
+                "the pool's buffers have {size} bytes, and {} takes them for {}",
+                self.nic.name(),
+                self.buffer_size
+            ))
+            .with_advice("make the pool by Nic::pool of this card")
+    }
+
+    /// Has the card forget the queue, and puts all its buffers into the pool. Frames that have come and were
+    /// not received are lost.
+    ///
+    /// # Errors
+    /// If the card does not say that it has stopped: the memory that it may still write to is kept until it
+    /// cannot, at [`Nic::close`] at the latest.
+    pub fn stop(mut self, pool: &mut Pool) -> Result<()> {
+        let memory = self.release()?;
+        for buffer in memory.buffers {
+            pool.reclaim(buffer);
+        }
+        Ok(())
+    }
+
+    /// Has the card forget the queue; what it had.
+    fn release(&mut self) -> Result<Memory> {
+        let buffers = self.slots.iter_mut().filter_map(Option::take).collect();
+        let memory = Memory { ring: self.descriptors.take(), buffers };
+        self.nic.stop(Direction::Receive, self.queue, &self.ring, self.generation, memory)
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if self.descriptors.is_some()
+            && let Err(error) = self.release()
+        {
+            log::warn!("{}: {error}", self.nic.name());
+        }
+    }
+}
+
+impl fmt::Debug for Receiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Receiver({} of {}, {} buffers)", self.queue, self.nic.name(), self.outstanding())
+    }
+}

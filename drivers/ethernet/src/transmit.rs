@@ -1,0 +1,428 @@
+//! Transmit queues (82576 datasheet §7.2, 82574 datasheet §7.2).
+
+mod write;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vfio_remap::device::{Descriptors, DmaBuffer, Vector};
+use vfio_remap::{Error, ErrorKind, IoRegisterBlock, Result};
+
+use super::descriptors::{Descriptor, STATUS, transmit};
+use super::interrupts::Waker;
+use super::nic::{Direction, Memory, Nic, Started};
+use super::offload::Request;
+use super::pool::{Frame, Pool};
+use super::registers::Ring;
+use super::wait;
+use write::{Kind, Writer};
+
+/// After how many looks in vain, and after how long a wait, it is seen whether the card goes on sending.
+const LOOK: u32 = 1 << 12;
+const WATCH: Duration = Duration::from_millis(50);
+/// The shortest frame that is sent: an Ethernet header, and what the cards' datasheets ask for (82576
+/// §7.2.1.1, 17 bytes). Shorter ones than 60 bytes are padded.
+const SHORTEST: usize = 17;
+/// The most bytes of a buffer of a packet that has several.
+const MOST_OF_BUFFER: usize = 16 << 10;
+/// The most bytes, with the header of IP, that segments are made of.
+const MOST_SEGMENTED: usize = 0xffff;
+/// How long frames may take to be sent when the queue is stopped.
+const SEND: Duration = Duration::from_millis(500);
+
+/// A transmit queue of a [`Nic`], for one thread; dropped, the card forgets it.
+///
+/// It has a register window of its own: see [`Receiver::registers`](super::Receiver::registers) for what
+/// that does not keep apart.
+pub struct Transmitter {
+    nic: Arc<Nic>,
+    queue: u16,
+    waker: Waker,
+    ring: IoRegisterBlock<Ring>,
+    descriptors: Option<Descriptors<Descriptor>>,
+    slots: Box<[Slot]>,
+    /// The number of descriptors, less one: they are a power of two.
+    mask: usize,
+    /// The next descriptor that may be sent.
+    clean: usize,
+    /// The next one to fill, and the tail that the card knows.
+    tail: usize,
+    kind: Kind,
+    longest: usize,
+    /// The context that the card has.
+    context: Option<[u64; 2]>,
+    /// The generation of the card that knows the queue.
+    generation: u32,
+    /// Looks in vain since the clock was looked at, and since when the card has sent nothing.
+    polls: u32,
+    stalled: Option<Instant>,
+    lost: u64,
+}
+
+/// What a packet needs.
+struct Plan {
+    frames: usize,
+    descriptors: usize,
+}
+
+/// What a descriptor was filled with.
+#[derive(Default)]
+struct Slot {
+    buffer: Option<DmaBuffer>,
+    /// The descriptor that says when the batch that begins here is sent.
+    last: usize,
+}
+
+impl Transmitter {
+    pub(crate) fn new(nic: Arc<Nic>, queue: u16) -> Result<Self> {
+        let model = nic.model();
+        let entries = nic.settings().transmit_entries.into();
+        let Started { ring, descriptors, waker, generation } =
+            nic.start(Direction::Transmit, queue, model.transmit_ring(queue), entries)?;
+        Ok(Self {
+            waker,
+            longest: nic.longest_frame(),
+            nic,
+            queue,
+            ring,
+            slots: std::iter::repeat_with(Slot::default).take(entries).collect(),
+            mask: descriptors.len() - 1,
+            descriptors: Some(descriptors),
+            clean: 0,
+            tail: 0,
+            kind: Kind::new(model),
+            context: None,
+            generation,
+            polls: 0,
+            stalled: None,
+            lost: 0,
+        })
+    }
+
+    /// The queue's number.
+    pub fn queue(&self) -> u16 {
+        self.queue
+    }
+
+    /// The card that it belongs to.
+    pub fn nic(&self) -> &Arc<Nic> {
+        &self.nic
+    }
+
+    /// The bytes of BAR 0 that this queue's window shows: see
+    /// [`Receiver::registers`](super::Receiver::registers).
+    pub fn registers(&self) -> Range<u64> {
+        let start = self.nic.hardware().model.transmit_ring(self.queue);
+        start..start + 0x40
+    }
+
+    /// Whether the registers are reached through a window, rather than by calls of the transport.
+    pub fn has_window(&self) -> bool {
+        self.ring.is_mapped()
+    }
+
+    /// Frames that were not yet seen to be sent.
+    #[inline]
+    pub fn outstanding(&self) -> usize {
+        self.tail.wrapping_sub(self.clean) & self.mask
+    }
+
+    /// How many frames the ring has room for.
+    #[inline]
+    pub fn room(&self) -> usize {
+        // One stays empty: a ring whose tail is its head has nothing for the card.
+        self.mask - self.outstanding()
+    }
+
+    /// Gives the card frames from the front of `frames`, as many as the ring has room for, and tells it of
+    /// them once for all. How many there were; the others stay in `frames`. A packet of several frames is
+    /// sent whole or not at all.
+    ///
+    /// Buffers of frames that were sent go to `pool`, if the ring has no room for all without them. It
+    /// neither allocates nor copies, unless the pool is given more buffers than it was made with, and makes
+    /// no system call if the registers [have a window](Self::has_window).
+    ///
+    /// # Errors
+    /// `OutOfRange` if the first packet is shorter than 17 bytes or longer than the card sends, has no end,
+    /// or more buffers than the ring has room for; those before such a packet are sent first. What the
+    /// transport answers.
+    #[inline]
+    pub fn transmit(&mut self, frames: &mut Vec<Frame>, pool: &mut Pool) -> Result<usize> {
+        if self.generation != self.nic.generation() {
+            self.restart(pool)?;
+        }
+        if self.room() < 2 * frames.len() {
+            self.reclaim(pool);
+        }
+        let room = self.room();
+        let mut count = 0;
+        let mut descriptors = 0;
+        while let Some(frame) = frames.get(count) {
+            let is_sendable = (SHORTEST..=self.longest).contains(&frame.len);
+            let planned = if frame.is_simple() && is_sendable {
+                Plan { frames: 1, descriptors: 1 }
+            } else {
+                match self.plan(&mut frames[count..]) {
+                    Ok(plan) => plan,
+                    Err(refused) => return self.transmit_before(frames, count, refused),
+                }
+            };
+            if descriptors + planned.descriptors > room {
+                break;
+            }
+            count += planned.frames;
+            descriptors += planned.descriptors;
+        }
+        self.put(frames, count)
+    }
+
+    /// Sends the first `count` frames, if there are any; otherwise says why the next cannot be.
+    #[cold]
+    fn transmit_before(
+        &mut self,
+        frames: &mut Vec<Frame>,
+        count: usize,
+        (len, reason): (usize, &'static str),
+    ) -> Result<usize> {
+        if count > 0 {
+            return self.put(frames, count);
+        }
+        Err(Error::new(ErrorKind::OutOfRange, "send", format!("a packet of {len} bytes"))
+            .with_reason(format!(
+                "that {reason}: {} sends {SHORTEST} to {} bytes in a frame",
+                self.nic.name(),
+                self.longest
+            ))
+            .with_advice("split it, or bring the card up with a larger MTU (Settings::mtu)"))
+    }
+
+    /// What the first packet needs, which the card can send; or its length, and why not. Its length is noted
+    /// at its first frame.
+    fn plan(&self, frames: &mut [Frame]) -> std::result::Result<Plan, (usize, &'static str)> {
+        let (mut len, mut pieces) = (0usize, 0);
+        let mut fits = true;
+        let end = frames.iter().position(|frame| {
+            len = len.saturating_add(frame.len);
+            pieces += frame.pieces();
+            fits &= (1..=MOST_OF_BUFFER).contains(&frame.len);
+            !frame.goes_on()
+        });
+        let Some(last) = end else { return Err((len, "is a packet without an end")) };
+        let Some(first) = frames.first_mut() else {
+            return Err((0, "is a packet without a frame"));
+        };
+        first.packet = len as u32;
+        let request = first.request;
+        // One more for the context.
+        let plan = Plan { frames: last + 1, descriptors: pieces + 1 };
+        if plan.descriptors > self.mask {
+            return Err((len, "is in more pieces than the ring has room for"));
+        }
+        if !fits || len < SHORTEST {
+            let reason = "is too short, or has a frame without a byte or with more than 16 KiB";
+            return Err((len, reason));
+        }
+        if !request.has(Request::SEGMENTS) {
+            return if len <= self.longest { Ok(plan) } else { Err((len, "is too long")) };
+        }
+        let headers = request.headers_len();
+        if first.len < headers || headers + usize::from(request.mss) > self.longest {
+            return Err((
+                len,
+                "has segments that are too long, or headers that are no longer there",
+            ));
+        }
+        if len - usize::from(request.ethernet) > MOST_SEGMENTED || len == headers {
+            return Err((len, "has no data to make segments of, or more than IP allows"));
+        }
+        Ok(plan)
+    }
+
+    /// Gives the card the first `count` frames, for which there is room.
+    #[inline]
+    fn put(&mut self, frames: &mut Vec<Frame>, count: usize) -> Result<usize> {
+        let Some(descriptors) = self.descriptors.as_ref().filter(|_| count > 0) else {
+            return Ok(0);
+        };
+        let mut writer = Writer {
+            kind: self.kind,
+            descriptors,
+            slots: &mut self.slots,
+            context: &mut self.context,
+            mask: self.mask,
+            tail: self.tail,
+            first: self.tail,
+            packet: None,
+        };
+        let mut left = count;
+        for frame in frames.drain(..count) {
+            left -= 1;
+            writer.write(frame, left == 0);
+        }
+        self.tail = writer.tail;
+        self.ring.write(Ring::TAIL, self.tail as u32)?;
+        Ok(count)
+    }
+
+    /// Puts the buffers of frames that were sent into the pool. How many there were.
+    #[inline]
+    pub fn reclaim(&mut self, pool: &mut Pool) -> usize {
+        let Some(descriptors) = &self.descriptors else { return 0 };
+        let mut count = 0;
+        while self.clean != self.tail {
+            let last = self.slots[self.clean].last;
+            if descriptors.load_word(last, STATUS) & transmit::DONE == 0 {
+                break;
+            }
+            let end = (last + 1) & self.mask;
+            while self.clean != end {
+                if let Some(buffer) = self.slots[self.clean].buffer.take() {
+                    pool.reclaim(buffer);
+                    count += 1;
+                }
+                self.clean = (self.clean + 1) & self.mask;
+            }
+        }
+        if count > 0 || self.clean == self.tail {
+            (self.polls, self.stalled) = (0, None);
+        } else {
+            self.polls += 1;
+            if self.polls >= LOOK {
+                self.look();
+            }
+        }
+        count
+    }
+
+    /// Whether the card goes on sending: if not for too long, it is reset.
+    #[cold]
+    #[inline(never)]
+    fn look(&mut self) {
+        self.polls = 0;
+        if self.generation != self.nic.generation() {
+            return;
+        }
+        let limit = self.nic.settings().timeout;
+        let hangs = self.stalled.get_or_insert_with(Instant::now).elapsed() >= limit;
+        let knows = self.nic.hardware().knows(&self.ring, self.mask + 1);
+        if !hangs && matches!(knows, Ok(true)) {
+            return;
+        }
+        self.stalled = None;
+        // Without a link, frames wait for it.
+        if matches!(knows, Ok(true)) && matches!(self.nic.link(), Ok(None)) {
+            return;
+        }
+        log::warn!("{}: transmit queue {} hangs, or was reset", self.nic.name(), self.queue);
+        // Said in the log, and when frames are sent next.
+        let _ = self.nic.recover(self.generation);
+    }
+
+    /// Has the card, which was reset, know the queue again. Frames that it has not sent are lost.
+    #[cold]
+    fn restart(&mut self, pool: &mut Pool) -> Result<()> {
+        self.reclaim(pool);
+        self.nic.is_quiet(self.generation).map_err(|failed| {
+            failed.unwrap_or_else(|| Error::new(ErrorKind::Gone, "use", self.nic.name()))
+        })?;
+        for slot in &mut self.slots {
+            if let Some(buffer) = slot.buffer.take() {
+                pool.reclaim(buffer);
+                self.lost += 1;
+            }
+        }
+        (self.clean, self.tail, self.context, self.stalled) = (0, 0, None, None);
+        let Some(descriptors) = &self.descriptors else { return Ok(()) };
+        let iova = descriptors.iova(0).0;
+        self.generation = self.nic.restart(Direction::Transmit, &self.ring, iova, self.mask + 1)?;
+        Ok(())
+    }
+
+    /// Frames that the card had when it was reset, and that nobody knows to be sent.
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// Waits until frames can be [reclaimed](Self::reclaim), and whether they can in time; at once if there are
+    /// none. It polls and sleeps as [`Receiver::wait`](super::Receiver::wait) does.
+    ///
+    /// # Errors
+    /// What the transport answers.
+    pub fn wait(&mut self, timeout: Duration) -> Result<bool> {
+        let mut poll = self.nic.settings().poll;
+        let deadline = Instant::now().checked_add(timeout);
+        loop {
+            let left = deadline
+                .map_or(WATCH, |deadline| deadline.saturating_duration_since(Instant::now()));
+            if self.waker.wait(poll, left.min(WATCH), || self.has_sent())? {
+                return Ok(true);
+            }
+            self.look();
+            // All are, once they are lost.
+            let is_over = self.generation != self.nic.generation();
+            if is_over || left <= WATCH {
+                return Ok(is_over || self.has_sent());
+            }
+            poll = Duration::ZERO;
+        }
+    }
+
+    /// Whether frames can be reclaimed, or there are none.
+    fn has_sent(&self) -> bool {
+        let last = self.slots[self.clean].last;
+        let done = |descriptors: &Descriptors<Descriptor>| {
+            descriptors.load_word(last, STATUS) & transmit::DONE != 0
+        };
+        self.clean == self.tail || self.descriptors.as_ref().is_some_and(done)
+    }
+
+    /// The vector that fires when frames were sent: see [`Receiver::vector`](super::Receiver::vector).
+    pub fn vector(&self) -> Option<&Vector> {
+        self.waker.vector()
+    }
+
+    /// Waits until all frames are sent, for half a second at most, has the card forget the queue, and puts
+    /// all its buffers into the pool, also of frames that were not sent in time. How many those are.
+    ///
+    /// # Errors
+    /// If the card does not say that it has stopped: the memory that it may still read is kept until it
+    /// cannot, at [`Nic::close`] at the latest.
+    pub fn stop(mut self, pool: &mut Pool) -> Result<usize> {
+        wait::until(SEND, || {
+            self.reclaim(pool);
+            let is_over = self.outstanding() == 0 || self.generation != self.nic.generation();
+            Ok(is_over.then_some(()))
+        })?;
+        let unsent = self.outstanding();
+        for buffer in self.release()?.buffers {
+            pool.reclaim(buffer);
+        }
+        Ok(unsent)
+    }
+
+    /// Has the card forget the queue; what it had.
+    fn release(&mut self) -> Result<Memory> {
+        let buffers = self.slots.iter_mut().filter_map(|slot| slot.buffer.take()).collect();
+        let memory = Memory { ring: self.descriptors.take(), buffers };
+        self.nic.stop(Direction::Transmit, self.queue, &self.ring, self.generation, memory)
+    }
+}
+
+impl Drop for Transmitter {
+    fn drop(&mut self) {
+        if self.descriptors.is_some()
+            && let Err(error) = self.release()
+        {
+            log::warn!("{}: {error}", self.nic.name());
+        }
+    }
+}
+
+impl fmt::Debug for Transmitter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let outstanding = self.outstanding();
+        write!(f, "Transmitter({} of {}, {outstanding} frames)", self.queue, self.nic.name())
+    }
+}
