@@ -164,12 +164,28 @@ pub fn disk_files() -> impl Iterator<Item = (&'static str, u64)> {
     NAMESPACES.iter().map(|(file, _)| (*file, 64 << 20))
 }
 
+/// The user network of the cards that the Ethernet driver's tests use. Beside the gateway
+/// it has a station at 10.0.2.100: that echoes at port 7, and answers HTTP at port 80 with
+/// the numbers from 1 to 1,000,000, a line each.
+macro_rules! user_network {
+    ($id:literal) => {
+        concat!(
+            "user,id=",
+            $id,
+            ",guestfwd=tcp:10.0.2.100:7-cmd:/bin/cat,guestfwd=tcp:10.0.2.100:80-cmd:/bin/sh -c ",
+            r#""sed -u '/^.$/q' >/dev/null; "#,
+            r"printf 'HTTP/1.1 200 OK\r\nContent-Length: 6888896\r\nConnection: close\r\n\r\n'; ",
+            r#"seq 1 1000000""#
+        )
+    };
+}
+
 /// The back ends of the devices.
 const BACKENDS: [(&str, &str); 11] = [
     ("-blockdev", "driver=null-co,node-name=null,size=1073741824,read-zeroes=on"),
     ("-blockdev", "driver=null-co,node-name=null-4k,size=1073741824"),
-    ("-netdev", "user,id=net-e1000e"),
-    ("-netdev", "user,id=net-igb"),
+    ("-netdev", user_network!("net-e1000e")),
+    ("-netdev", user_network!("net-igb")),
     ("-netdev", "user,id=net-hot"),
     ("-netdev", "user,id=net-twin0"),
     ("-netdev", "user,id=net-twin1"),

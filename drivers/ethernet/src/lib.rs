@@ -46,6 +46,8 @@
 //! A queue is polled, or waited for: [`Receiver::wait`] polls for a while, then sleeps until the queue
 //! interrupts ([`Settings::interrupts`]). A queue that is polled does not interrupt.
 //!
+//! With the feature `smoltcp`, a pair of queues is a device of that TCP/IP stack.
+//!
 //! # Buffers
 //!
 //! A buffer that the card may write to or read from is owned by the queue, and comes back when the card is
@@ -73,6 +75,8 @@ mod pool;
 mod receive;
 mod registers;
 mod settings;
+#[cfg(feature = "smoltcp")]
+pub mod smoltcp;
 mod statistics;
 mod transmit;
 mod wait;

@@ -106,6 +106,50 @@ fn word(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]))
 }
 
+/// The request to put in the checksums of a packet of TCP, and their beginnings in it; `None` if it is no
+/// whole packet of TCP.
+#[cfg(feature = "smoltcp")]
+pub fn checksums_of_tcp(packet: &mut [u8]) -> Option<Request> {
+    let headers = Headers::of(packet).filter(|headers| headers.is_tcp)?;
+    let sum = headers.pseudo_sum(packet, headers.transport_length(packet));
+    let at = headers.transport_checksum_at();
+    packet.get_mut(at..at + 2)?.copy_from_slice(&sum.to_be_bytes());
+    let mut request = Request::default();
+    request.set_headers(headers);
+    request.set(Request::CHECKSUMS, true);
+    Some(request)
+}
+
+/// Whether a packet is of TCP, whole or a part, and if whole, whether its checksum is right.
+#[cfg(feature = "smoltcp")]
+pub fn tcp_is_right(packet: &[u8]) -> Option<bool> {
+    if let Some(headers) = Headers::of(packet) {
+        let length = headers.transport_length(packet);
+        let start = headers.transport_at();
+        let segment = packet.get(start..start + usize::from(length));
+        return headers.is_tcp.then(|| {
+            segment.is_some_and(|segment| {
+                let pseudo = u32::from(headers.pseudo_sum(packet, length));
+                let words = segment.chunks(2);
+                let bytes = words.map(|word| [word[0], word.get(1).copied().unwrap_or(0)]);
+                let sum: u32 = bytes.map(|word| u32::from(u16::from_be_bytes(word))).sum();
+                fold(pseudo + sum) == 0xffff
+            })
+        });
+    }
+    // A fragment, or after extensions: nobody can say before it is whole.
+    let protocol = match word(packet, ETHERNET - 2)? {
+        IPV4 => *packet.get(ETHERNET + 9)?,
+        IPV6 => match *packet.get(ETHERNET + 6)? {
+            // Hop-by-hop options, routing, a fragment, options for the destination.
+            0 | 43 | 44 | 60 => *packet.get(ETHERNET + 40)?,
+            protocol => protocol,
+        },
+        _ => return None,
+    };
+    (protocol == TCP).then_some(false)
+}
+
 fn fold(mut sum: u32) -> u16 {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
@@ -334,5 +378,38 @@ mod tests {
         let sum = 0x0a00 + 0x020f + 0x0a00 + 0x0202 + 6 + 27;
         assert_eq!(headers.pseudo_sum(&tcp(), 27), sum);
         assert_eq!(headers.pseudo_sum(&tcp(), 0xffff), sum - 27);
+    }
+
+    #[cfg(feature = "smoltcp")]
+    #[test]
+    fn a_checksum_of_tcp_is_told_from_a_wrong_one() {
+        let mut packet = tcp();
+        packet[16..18].copy_from_slice(&[0, 51]);
+        packet[61..65].copy_from_slice(b"odd!");
+        packet.extend([0; 3]);
+        assert_eq!(tcp_is_right(&packet), Some(false));
+        let request = checksums_of_tcp(&mut packet).unwrap();
+        assert!(request.has(Request::CHECKSUMS) && request.has(Request::TCP));
+        // The card sums all of the segment, the pseudo header's sum in it.
+        let words = packet[38..65].chunks(2);
+        let sum: u32 =
+            words.map(|word| u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0))).sum();
+        packet[54..56].copy_from_slice(&(!fold(sum)).to_be_bytes());
+        assert_eq!(tcp_is_right(&packet), Some(true));
+        for at in 38..65 {
+            packet[at] ^= 4;
+            assert_ne!(tcp_is_right(&packet), Some(true), "byte {at}");
+            packet[at] ^= 4;
+        }
+        // A part of a segment, and a length beyond the frame.
+        packet[20] = 0x20;
+        assert_eq!(tcp_is_right(&packet), Some(false));
+        packet[20..22].copy_from_slice(&[0, 0]);
+        packet[16..18].copy_from_slice(&[0xff, 0xff]);
+        assert_eq!(tcp_is_right(&packet), Some(false));
+        packet[23] = UDP;
+        assert_eq!(tcp_is_right(&packet), None);
+        assert!(checksums_of_tcp(&mut packet).is_none());
+        assert_eq!(tcp_is_right(&[]), None);
     }
 }

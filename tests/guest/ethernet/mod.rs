@@ -5,6 +5,7 @@ mod loopback;
 mod offloads;
 mod packets;
 mod recovery;
+mod stack;
 mod station;
 mod user_network;
 
