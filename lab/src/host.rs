@@ -7,10 +7,11 @@ use crate::tools::{self, Need};
 use crate::ui;
 
 /// The cargo commands that run them.
-const STEPS: [&str; 5] = [
+const STEPS: [&str; 6] = [
     "test --workspace --features vfio-remap/vm-memory",
     "test --release --test codegen",
     "test --release --package vfio-remap-nvme --test cost -- --include-ignored --skip counted --nocapture --test-threads=1",
+    "test --release --package vfio-remap-ethernet --test cost -- --include-ignored --skip counted --nocapture --test-threads=1",
     "run --release --example tour",
     "run --release --example nvme -- verify",
 ];

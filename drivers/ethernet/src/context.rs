@@ -1,7 +1,7 @@
 //! Context descriptors: what a card does to the packets after them, until there is another (82576
 //! datasheet §7.2.2.2, 82574 datasheet §7.2.11).
 
-use super::descriptors::{Descriptor, transmit};
+use super::descriptors::transmit;
 use super::model::Model;
 use super::offload::Request;
 
@@ -128,14 +128,6 @@ fn for_82574(request: Request, len: usize) -> Offloaded {
 fn asked(request: Request) -> (bool, bool, bool) {
     let has = |flag| request.has(flag);
     (has(Request::CHECKSUMS), has(Request::SEGMENTS), has(Request::TAGGED))
-}
-
-impl Descriptor {
-    /// The words of a context.
-    pub fn of_context([first, second]: [u64; 2]) -> Self {
-        let (command, options) = (second as u32, (second >> 32) as u32);
-        Self { address: first.into(), command: command.into(), options: options.into() }
-    }
 }
 
 #[cfg(test)]

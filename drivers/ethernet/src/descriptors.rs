@@ -3,28 +3,27 @@
 //! The 82576's advanced ones and the 82574's extended ones differ in two fields of the transmit
 //! descriptor.
 
-use vfio_remap::device::Iova;
-use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use vfio_remap::device::{DmaArray, Iova};
 
-use super::offload::Request;
+/// A ring of descriptors, each of two words.
+pub type Descriptors = DmaArray<u64, 2>;
+/// Bytes of a descriptor.
+pub const SIZE: usize = 16;
 
-/// A descriptor in either direction, as the driver writes it: 16 bytes.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable)]
-#[repr(C)]
+/// A descriptor in either direction, as the driver writes it.
+#[derive(Clone, Copy, Debug)]
 pub struct Descriptor {
-    pub address: U64,
+    pub address: Iova,
     /// Receive: zero. Transmit: length and command.
-    pub command: U32,
+    pub command: u32,
     /// Receive: zero. Transmit: status, options, and on the 82576 the length of all of the packet.
-    pub options: U32,
+    pub options: u32,
 }
 
 impl Descriptor {
-    /// For the card to fill a buffer.
     #[inline]
-    pub fn to_fill(buffer: Iova) -> Self {
-        Self { address: buffer.0.into(), command: 0.into(), options: 0.into() }
+    pub fn words(self) -> [u64; 2] {
+        [self.address.0, u64::from(self.options) << 32 | u64::from(self.command)]
     }
 }
 
@@ -64,17 +63,19 @@ impl Received {
     }
 
     #[inline]
-    pub fn len(self) -> usize {
-        (self.0 >> 32) as usize & 0xffff
+    pub fn len(self) -> u32 {
+        (self.0 >> 32) as u32 & 0xffff
     }
 
-    /// What a frame would have to be sent with, to be as it came.
+    /// The VLAN tag that the card has removed.
     #[inline]
-    pub fn request(self) -> Request {
-        let tagged = self.0 & Self::TAGGED != 0;
-        let flags = if tagged { Request::TAGGED } else { 0 };
-        let tag = if tagged { (self.0 >> 48) as u16 } else { 0 };
-        Request { flags, tag, ..Request::default() }
+    pub fn tag(self) -> Option<u16> {
+        (self.0 & Self::TAGGED != 0).then_some((self.0 >> 48) as u16)
+    }
+
+    #[inline]
+    pub fn without_tag(self) -> Self {
+        Self(self.0 & !Self::TAGGED)
     }
 
     pub fn checksums(self) -> Checksums {

@@ -9,17 +9,17 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vfio_remap::device::{BufferRequest, Descriptors, DmaBuffer, DmaSpace, IovaPlacement, Vector};
+use vfio_remap::device::{BufferRequest, DmaSpace, IovaPlacement, Vector};
 use vfio_remap::{Device, Error, ErrorKind, IoRegisterBlock, Result};
 
 use super::address::MacAddress;
 use super::close_error::CloseError;
-use super::descriptors::Descriptor;
+use super::descriptors::{self, Descriptors};
 use super::hardware::Hardware;
 use super::interrupts::{Interrupts, Waker, fires};
 use super::model::Model;
 use super::phy::Link;
-use super::pool::Pool;
+use super::pool::{Frame, Pool};
 use super::receive::Receiver;
 use super::registers::Ring;
 use super::settings::Settings;
@@ -38,14 +38,14 @@ pub enum Direction {
 #[derive(Debug)]
 pub struct Memory {
     #[expect(dead_code, reason = "it is held, and not looked at")]
-    pub ring: Option<Descriptors<Descriptor>>,
-    pub buffers: Vec<DmaBuffer>,
+    pub ring: Option<Descriptors>,
+    pub frames: Vec<Frame>,
 }
 
 /// A queue that the card knows.
 pub struct Started {
     pub ring: IoRegisterBlock<Ring>,
-    pub descriptors: Descriptors<Descriptor>,
+    pub descriptors: Descriptors,
     pub waker: Waker,
     /// The generation of the card that knows it.
     pub generation: u32,
@@ -349,7 +349,7 @@ impl Nic {
         match started {
             Ok(()) => Ok(Started { ring, descriptors, waker, generation }),
             Err(error) => {
-                let memory = Memory { ring: Some(descriptors), buffers: Vec::new() };
+                let memory = Memory { ring: Some(descriptors), frames: Vec::new() };
                 self.stop(direction, queue, &ring, generation, memory)
                     .inspect_err(|stop| log::warn!("{}: {stop}", self.name()))
                     .ok();
@@ -378,8 +378,8 @@ impl Nic {
     }
 
     /// Memory for a ring.
-    fn descriptors(&self, entries: usize) -> Result<Descriptors<Descriptor>> {
-        let size = entries * size_of::<Descriptor>();
+    fn descriptors(&self, entries: usize) -> Result<Descriptors> {
+        let size = entries * descriptors::SIZE;
         let placement = IovaPlacement::default().aligned(4096);
         let buffer = self.space.buffer_with(BufferRequest::new(size).placement(placement))?;
         Ok(Descriptors::new(buffer.slice(..size)?)?)

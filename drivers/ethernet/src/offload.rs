@@ -216,8 +216,8 @@ impl Frame {
         let (mut bytes, headers) = self.headers()?;
         let sum = headers.pseudo_sum(&bytes, headers.transport_length(&bytes));
         self.put_checksums(&mut bytes, headers, sum);
-        self.request.set(Request::CHECKSUMS, true);
-        self.request.set(Request::SEGMENTS, false);
+        self.0.request.set(Request::CHECKSUMS, true);
+        self.0.request.set(Request::SEGMENTS, false);
         Ok(())
     }
 
@@ -241,22 +241,22 @@ impl Frame {
         // The card puts in the length of each segment, and adds it to the sum.
         let ip = usize::from(headers.ethernet);
         let length_at = if headers.is_ipv4 { ip + 2 } else { ip + 4 };
-        self.buffer.write(length_at, &[0, 0]);
+        self.0.buffer.write(length_at, &[0, 0]);
         let sum = headers.pseudo_sum(&bytes, 0);
         self.put_checksums(&mut bytes, headers, sum);
-        self.request.mss = mss;
-        self.request.set(Request::CHECKSUMS | Request::SEGMENTS, true);
+        self.0.request.mss = mss;
+        self.0.request.set(Request::CHECKSUMS | Request::SEGMENTS, true);
         Ok(())
     }
 
     fn put_checksums(&mut self, bytes: &mut [u8], headers: Headers, sum: u16) {
         let at = headers.transport_checksum_at();
-        self.buffer.write(at, &sum.to_be_bytes());
+        self.0.buffer.write(at, &sum.to_be_bytes());
         bytes[at..at + 2].copy_from_slice(&sum.to_be_bytes());
         if headers.is_ipv4 {
-            self.buffer.write(usize::from(headers.ethernet) + IPV4_CHECKSUM, &[0, 0]);
+            self.0.buffer.write(usize::from(headers.ethernet) + IPV4_CHECKSUM, &[0, 0]);
         }
-        self.request.set_headers(headers);
+        self.0.request.set_headers(headers);
     }
 
     /// The first bytes, and where their headers are.
@@ -277,27 +277,40 @@ impl Frame {
     /// card has removed; of one to be sent, the one that it is to insert.
     #[inline]
     pub fn vlan(&self) -> Option<u16> {
-        self.request.has(Request::TAGGED).then_some(self.request.tag)
+        let request = self.0.request;
+        if request.has(Request::TAGGED) { Some(request.tag) } else { self.0.received.tag() }
     }
 
     /// Has the card insert a VLAN tag, or none. A frame that was received with one is sent with it.
     #[inline]
     pub fn set_vlan(&mut self, tag: Option<u16>) {
-        self.request.tag = tag.unwrap_or(0);
-        self.request.set(Request::TAGGED, tag.is_some());
+        self.0.received = self.0.received.without_tag();
+        self.0.request.tag = tag.unwrap_or(0);
+        self.0.request.set(Request::TAGGED, tag.is_some());
+    }
+
+    /// What was asked for, and the tag that it came with.
+    #[inline]
+    pub(crate) fn request(&self) -> Request {
+        let mut request = self.0.request;
+        if let Some(tag) = self.vlan() {
+            request.tag = tag;
+            request.set(Request::TAGGED, true);
+        }
+        request
     }
 
     /// Whether the next frame of a burst goes on with the packet of this one, as its next bytes.
     #[inline]
     pub fn goes_on(&self) -> bool {
-        self.request.has(Request::GOES_ON)
+        self.0.request.has(Request::GOES_ON)
     }
 
     /// Says whether the next frame of a burst goes on with the packet of this one. What the card is to do is
     /// asked for at the first frame.
     #[inline]
     pub fn set_goes_on(&mut self, goes_on: bool) {
-        self.request.set(Request::GOES_ON, goes_on);
+        self.0.request.set(Request::GOES_ON, goes_on);
     }
 }
 

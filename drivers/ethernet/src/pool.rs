@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use vfio_remap::device::{BufferRequest, DmaBuffer, DmaSpace, IovaPlacement};
+use vfio_remap::device::{BufferRequest, DmaBuffer, DmaSpace, Iova, IovaPlacement};
 use vfio_remap::{Error, ErrorKind, Result};
 
 use super::descriptors::{Checksums, Received};
@@ -15,7 +15,7 @@ use super::offload::Request;
 /// allocates nor copies, unless the pool is given more buffers than it was made with. A buffer may come
 /// back to another pool than it was taken from: that of the thread that sends.
 pub struct Pool {
-    buffers: Vec<DmaBuffer>,
+    frames: Vec<Frame>,
     size: usize,
 }
 
@@ -34,12 +34,13 @@ impl Pool {
         let all = count.checked_mul(size).filter(|all| *all > 0).ok_or_else(refused)?;
         let placement = IovaPlacement::default().aligned(4096);
         let memory = space.buffer_with(BufferRequest::new(all).placement(placement))?;
-        let mut buffers = Vec::with_capacity(count);
         // The last page has a rest that is no buffer.
-        buffers.extend(memory.slice(..all)?.chunks(size));
+        let buffers = memory.slice(..all)?.chunks(size);
+        let mut frames = Vec::with_capacity(count);
+        frames.extend(buffers.map(|buffer| Frame::whole(buffer, 0)));
         // The first is taken first.
-        buffers.reverse();
-        Ok(Self { buffers, size })
+        frames.reverse();
+        Ok(Self { frames, size })
     }
 
     /// How many bytes a buffer has, at least.
@@ -51,31 +52,25 @@ impl Pool {
     /// How many buffers are here now.
     #[inline]
     pub fn len(&self) -> usize {
-        self.buffers.len()
+        self.frames.len()
     }
 
     /// Whether all buffers are elsewhere.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.buffers.is_empty()
+        self.frames.is_empty()
     }
 
-    /// Takes a buffer, if there is one.
-    #[inline]
-    pub fn take(&mut self) -> Option<DmaBuffer> {
-        self.buffers.pop()
-    }
-
-    /// Puts a buffer back.
+    /// Puts a frame's buffer back.
     ///
     /// # Errors
-    /// The buffer, if it is smaller than those of this pool.
+    /// The frame, if its buffer is smaller than those of this pool.
     #[inline]
-    pub fn put(&mut self, buffer: DmaBuffer) -> std::result::Result<(), DmaBuffer> {
-        if buffer.size() < self.size {
-            return Err(buffer);
+    pub fn put(&mut self, frame: Frame) -> std::result::Result<(), Frame> {
+        if frame.0.buffer.size() < self.size {
+            return Err(frame);
         }
-        self.buffers.push(buffer);
+        self.frames.push(frame);
         Ok(())
     }
 
@@ -85,55 +80,92 @@ impl Pool {
         if len > self.size {
             return None;
         }
-        Some(Frame::whole(self.take()?, len))
+        let mut frame = self.take()?;
+        let Inner { len: length, received, hash, request, .. } = &mut *frame.0;
+        (*length, *received, *hash, *request) = (len as u32, Received(0), 0, Request::default());
+        Some(frame)
+    }
+
+    /// Takes as many buffers as there are, `count` at most, as frames that are what they were last.
+    #[inline]
+    pub(crate) fn take_some(&mut self, count: usize) -> impl Iterator<Item = Frame> {
+        let left = self.frames.len().saturating_sub(count);
+        self.frames.drain(left..)
+    }
+
+    fn take(&mut self) -> Option<Frame> {
+        self.frames.pop()
     }
 
     /// A frame with these bytes, which are copied; `None` as of [`frame`](Self::frame).
     pub fn frame_of(&mut self, bytes: &[u8]) -> Option<Frame> {
         let frame = self.frame(bytes.len())?;
-        frame.buffer.write(0, bytes);
+        frame.buffer().write(0, bytes);
         Some(frame)
     }
 
     /// Takes back what is no longer in use; what is too small for the pool goes.
     #[inline]
-    pub(crate) fn reclaim(&mut self, buffer: DmaBuffer) {
-        drop(self.put(buffer));
+    pub(crate) fn reclaim(&mut self, frame: Frame) {
+        if let Err(frame) = self.put(frame) {
+            release(frame);
+        }
     }
+}
+
+#[cold]
+#[inline(never)]
+fn release(frame: Frame) {
+    drop(frame);
 }
 
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Pool({} buffers of {:#x} bytes are here)", self.buffers.len(), self.size)
+        write!(f, "Pool({} buffers of {:#x} bytes are here)", self.frames.len(), self.size)
     }
 }
 
 /// A frame: the beginning of a buffer, without the checksum of Ethernet, which the card appends and removes.
+///
+/// It moves as one pointer.
 #[derive(Debug)]
 #[must_use]
-pub struct Frame {
-    pub(crate) buffer: DmaBuffer,
-    pub(crate) len: usize,
-    pub(crate) received: Received,
-    /// The first word of the descriptor: kinds, and the hash.
-    pub(crate) hash: u64,
-    pub(crate) request: Request,
+pub struct Frame(pub(crate) Box<Inner>);
+
+#[derive(Debug)]
+pub struct Inner {
+    /// The buffer's.
+    pub iova: Iova,
+    pub len: u32,
     /// How many bytes all of its packet has, once the packet is about to be sent.
-    pub(crate) packet: u32,
+    pub packet: u32,
+    pub received: Received,
+    /// The first word of the descriptor: kinds, and the hash.
+    pub hash: u64,
+    pub request: Request,
+    pub buffer: DmaBuffer,
 }
 
 impl Frame {
+    /// The buffer has room for `len` bytes.
     fn whole(buffer: DmaBuffer, len: usize) -> Self {
-        let request = Request::default();
-        Self { buffer, len, received: Received(0), hash: 0, request, packet: 0 }
+        Self(Box::new(Inner {
+            iova: buffer.iova(),
+            len: len as u32,
+            packet: 0,
+            received: Received(0),
+            hash: 0,
+            request: Request::default(),
+            buffer,
+        }))
     }
 
-    /// A frame of `len` bytes of a buffer.
+    /// A frame of `len` bytes of a buffer that is no pool's. It is allocated.
     ///
     /// # Errors
     /// The buffer, if it is shorter.
     pub fn new(buffer: DmaBuffer, len: usize) -> std::result::Result<Self, DmaBuffer> {
-        if len > buffer.size() {
+        if len > buffer.size() || len > u32::MAX as usize {
             return Err(buffer);
         }
         Ok(Self::whole(buffer, len))
@@ -143,16 +175,16 @@ impl Frame {
     #[inline]
     #[expect(clippy::len_without_is_empty, reason = "a frame has a header at least")]
     pub fn len(&self) -> usize {
-        self.len
+        self.0.len as usize
     }
 
     /// Makes it shorter or longer; `false` if its buffer has no room for that, and nothing changes.
     #[must_use]
     #[inline]
     pub fn set_len(&mut self, len: usize) -> bool {
-        let fits = len <= self.buffer.size();
+        let fits = len <= self.0.buffer.size() && len <= u32::MAX as usize;
         if fits {
-            self.len = len;
+            self.0.len = len as u32;
         }
         fits
     }
@@ -160,39 +192,39 @@ impl Frame {
     /// The buffer, of which the frame is the beginning.
     #[inline]
     pub fn buffer(&self) -> &DmaBuffer {
-        &self.buffer
+        &self.0.buffer
     }
 
-    /// The buffer, for a [`Pool`].
+    /// The buffer, without what is known of the frame.
     #[inline]
     pub fn into_buffer(self) -> DmaBuffer {
-        self.buffer
+        self.0.buffer
     }
 
     /// What the card says of the checksums of a frame that was received.
     pub fn checksums(&self) -> Checksums {
-        self.received.checksums()
+        self.0.received.checksums()
     }
 
     /// The hash by which a frame that was received was told to its queue (82576 datasheet §7.1.1.7, 82574
     /// datasheet §7.1.11); `None` if there was none, as of what is not IP.
     #[inline]
     pub fn hash(&self) -> Option<u32> {
-        (self.hash & 0xf != 0).then_some((self.hash >> 32) as u32)
+        (self.0.hash & 0xf != 0).then_some((self.0.hash >> 32) as u32)
     }
 
     /// Copies bytes out, from `offset` on; how many there were.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) -> usize {
-        let len = self.len.saturating_sub(offset).min(bytes.len());
+        let len = self.len().saturating_sub(offset).min(bytes.len());
         if len > 0 {
-            self.buffer.read(offset, &mut bytes[..len]);
+            self.0.buffer.read(offset, &mut bytes[..len]);
         }
         len
     }
 
     /// All of its bytes, copied.
     pub fn to_vec(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.len];
+        let mut bytes = vec![0; self.len()];
         self.read(0, &mut bytes);
         bytes
     }

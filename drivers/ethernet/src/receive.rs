@@ -5,12 +5,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_remap::device::{Descriptors, DmaBuffer, Vector};
+use vfio_remap::device::Vector;
 use vfio_remap::{Error, ErrorKind, IoRegisterBlock, Result};
 
-use super::descriptors::{Descriptor, HASH, Received, STATUS};
+use super::descriptors::{Descriptors, HASH, Received, STATUS};
 use super::interrupts::Waker;
 use super::nic::{Direction, Memory, Nic, Started};
+use super::offload::Request;
 use super::pool::{Frame, Pool};
 use super::registers::Ring;
 
@@ -29,9 +30,9 @@ pub struct Receiver {
     queue: u16,
     waker: Waker,
     ring: IoRegisterBlock<Ring>,
-    descriptors: Option<Descriptors<Descriptor>>,
+    descriptors: Option<Descriptors>,
     /// The buffer of each descriptor that the card has.
-    slots: Box<[Option<DmaBuffer>]>,
+    slots: Box<[Option<Frame>]>,
     /// The number of descriptors, less one: they are a power of two.
     mask: usize,
     /// The next descriptor to look at.
@@ -114,7 +115,7 @@ impl Receiver {
         self.fill.wrapping_sub(self.next) & self.mask
     }
 
-    /// Moves frames that have come to the end of `frames`, `limit` at most, and gives the card buffers of
+    /// Looks at `limit` buffers at most, moves the frames that have come to the end of `frames`, and gives the card buffers of
     /// the pool in their place, as many as the ring has room for. How many there were.
     ///
     /// It neither allocates nor copies if `frames` has room, and makes no system call if the registers
@@ -132,32 +133,37 @@ impl Receiver {
         limit: usize,
     ) -> Result<usize> {
         let before = frames.len();
-        let mut next = self.next;
         if let Some(descriptors) = &self.descriptors {
-            let mut left = limit;
-            while left > 0 && next != self.fill {
-                let received = Received(descriptors.load_word(next, STATUS));
+            let (mut next, mask) = (self.next, self.mask);
+            let buffer_size = self.buffer_size as u32;
+            // The longest that is received: nothing, in the middle of a frame that is dropped.
+            let mut longest = if self.within_dropped { 0 } else { buffer_size };
+            let outstanding = self.outstanding();
+            let slots = &mut self.slots[..];
+            for _ in 0..limit.min(outstanding) {
+                let received = Received(descriptors.load(next, STATUS));
                 if !received.is_done() {
                     break;
                 }
-                let Some(buffer) = self.slots[next].take() else { break };
-                let hash_at = next;
-                next = (next + 1) & self.mask;
+                let hash = descriptors.load(next, HASH);
+                let Some(mut frame) = slots[next].take() else { break };
                 let len = received.len();
-                if received.is_whole() && !self.within_dropped && len <= self.buffer_size {
-                    let hash = descriptors.load_word(hash_at, HASH);
-                    let request = received.request();
-                    frames.push(Frame { buffer, len, received, hash, request, packet: 0 });
-                    left -= 1;
+                // None has no bytes.
+                if received.is_whole() && len.wrapping_sub(1) < longest {
+                    let inner = &mut *frame.0;
+                    (inner.len, inner.received, inner.hash) = (len, received, hash);
+                    inner.request = Request::default();
+                    frames.push(frame);
                 } else {
-                    // Not by a method, which would borrow all of this.
                     self.dropped += u64::from(received.is_end());
-                    self.within_dropped = !received.is_end();
-                    pool.reclaim(buffer);
+                    longest = if received.is_end() { buffer_size } else { 0 };
+                    put_back(pool, frame);
                 }
+                next = (next + 1) & mask;
             }
+            self.within_dropped = longest == 0;
+            self.next = next;
         }
-        self.next = next;
         let count = frames.len() - before;
         self.polls = if count == 0 { self.polls + 1 } else { 0 };
         if self.polls == LOOK || self.generation != self.nic.generation() {
@@ -190,11 +196,11 @@ impl Receiver {
         self.nic.is_quiet(self.generation).map_err(|failed| {
             failed.unwrap_or_else(|| Error::new(ErrorKind::Gone, "use", self.nic.name()))
         })?;
-        let buffers: Vec<_> = self.slots.iter_mut().filter_map(Option::take).collect();
+        let held: Vec<_> = self.slots.iter_mut().filter_map(Option::take).collect();
         (self.next, self.fill, self.told, self.within_dropped) = (0, 0, 0, false);
-        for buffer in buffers {
-            descriptors.store(self.fill, Descriptor::to_fill(buffer.iova()));
-            self.slots[self.fill] = Some(buffer);
+        for frame in held {
+            descriptors.store_entry(self.fill, [frame.0.iova.0, 0]);
+            self.slots[self.fill] = Some(frame);
             self.fill += 1;
         }
         let iova = descriptors.iova(0).0;
@@ -210,17 +216,14 @@ impl Receiver {
         }
         let Some(descriptors) = &self.descriptors else { return Ok(()) };
         let mut fill = self.fill;
-        loop {
-            // One stays empty: a ring whose tail is its head has nothing for the card.
-            let after = (fill + 1) & self.mask;
-            if after == self.next {
-                break;
-            }
-            let Some(buffer) = pool.take() else { break };
-            descriptors.store(fill, Descriptor::to_fill(buffer.iova()));
+        // One stays empty: a ring whose tail is its head has nothing for the card.
+        let (room, mask) = (self.mask - self.outstanding(), self.mask);
+        let slots = &mut self.slots[..];
+        for frame in pool.take_some(room) {
+            descriptors.store_entry(fill, [frame.0.iova.0, 0]);
             // There is none in it to drop.
-            std::mem::forget(self.slots[fill].replace(buffer));
-            fill = after;
+            std::mem::forget(slots[fill].replace(frame));
+            fill = (fill + 1) & mask;
         }
         self.fill = fill;
         let untold = fill.wrapping_sub(self.told) & self.mask;
@@ -262,9 +265,8 @@ impl Receiver {
 
     /// Whether a frame has come.
     pub fn has_frame(&self) -> bool {
-        let done = |descriptors: &Descriptors<Descriptor>| {
-            Received(descriptors.load_word(self.next, STATUS)).is_done()
-        };
+        let done =
+            |descriptors: &Descriptors| Received(descriptors.load(self.next, STATUS)).is_done();
         self.next != self.fill && self.descriptors.as_ref().is_some_and(done)
     }
 
@@ -322,18 +324,25 @@ impl Receiver {
     /// cannot, at [`Nic::close`] at the latest.
     pub fn stop(mut self, pool: &mut Pool) -> Result<()> {
         let memory = self.release()?;
-        for buffer in memory.buffers {
-            pool.reclaim(buffer);
+        for frame in memory.frames {
+            pool.reclaim(frame);
         }
         Ok(())
     }
 
     /// Has the card forget the queue; what it had.
     fn release(&mut self) -> Result<Memory> {
-        let buffers = self.slots.iter_mut().filter_map(Option::take).collect();
-        let memory = Memory { ring: self.descriptors.take(), buffers };
+        let frames = self.slots.iter_mut().filter_map(Option::take).collect();
+        let memory = Memory { ring: self.descriptors.take(), frames };
         self.nic.stop(Direction::Receive, self.queue, &self.ring, self.generation, memory)
     }
+}
+
+/// Out of line, so that a frame that is not dropped does not pay for it.
+#[cold]
+#[inline(never)]
+fn put_back(pool: &mut Pool, frame: Frame) {
+    pool.reclaim(frame);
 }
 
 impl Drop for Receiver {

@@ -237,7 +237,7 @@ impl StackDevice {
                 // It may be UDP: smoltcp looks for itself.
                 Checksum::Wrong | Checksum::Unchecked => tcp_is_right(bytes) != Some(false),
             };
-            self.pool.reclaim(frame.into_buffer());
+            self.pool.reclaim(frame);
             if is_ours && is_right {
                 self.counts.received += 1;
                 self.counts.received_bytes += len as u64;
@@ -309,8 +309,8 @@ impl phy::TxToken for TransmitToken<'_> {
         // There is one, as the token says, and a frame that is longer than its buffer is none of ours.
         if let Some(mut frame) = spare.pop().filter(|frame| len <= frame.buffer().size()) {
             frame.buffer().write(0, bytes);
-            frame.len = len;
-            frame.request = request.unwrap_or_default();
+            frame.0.len = len as u32;
+            frame.0.request = request.unwrap_or_default();
             frame.set_vlan(*vlan);
             frames.push(frame);
             *sent += 1;

@@ -7,10 +7,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_remap::device::{Descriptors, DmaBuffer, Vector};
+use vfio_remap::device::Vector;
 use vfio_remap::{Error, ErrorKind, IoRegisterBlock, Result};
 
-use super::descriptors::{Descriptor, STATUS, transmit};
+use super::descriptors::{Descriptors, STATUS, transmit};
 use super::interrupts::Waker;
 use super::nic::{Direction, Memory, Nic, Started};
 use super::offload::Request;
@@ -24,7 +24,7 @@ const LOOK: u32 = 1 << 12;
 const WATCH: Duration = Duration::from_millis(50);
 /// The shortest frame that is sent: an Ethernet header, and what the cards' datasheets ask for (82576
 /// §7.2.1.1, 17 bytes). Shorter ones than 60 bytes are padded.
-const SHORTEST: usize = 17;
+pub const SHORTEST: usize = 17;
 /// The most bytes of a buffer of a packet that has several.
 const MOST_OF_BUFFER: usize = 16 << 10;
 /// The most bytes, with the header of IP, that segments are made of.
@@ -41,7 +41,7 @@ pub struct Transmitter {
     queue: u16,
     waker: Waker,
     ring: IoRegisterBlock<Ring>,
-    descriptors: Option<Descriptors<Descriptor>>,
+    descriptors: Option<Descriptors>,
     slots: Box<[Slot]>,
     /// The number of descriptors, less one: they are a power of two.
     mask: usize,
@@ -70,7 +70,7 @@ struct Plan {
 /// What a descriptor was filled with.
 #[derive(Default)]
 struct Slot {
-    buffer: Option<DmaBuffer>,
+    frame: Option<Frame>,
     /// The descriptor that says when the batch that begins here is sent.
     last: usize,
 }
@@ -156,46 +156,47 @@ impl Transmitter {
         if self.room() < 2 * frames.len() {
             self.reclaim(pool);
         }
-        let room = self.room();
+        let mut room = self.room();
         let mut count = 0;
-        let mut descriptors = 0;
-        while let Some(frame) = frames.get(count) {
-            let is_sendable = (SHORTEST..=self.longest).contains(&frame.len);
-            let planned = if frame.is_simple() && is_sendable {
-                Plan { frames: 1, descriptors: 1 }
-            } else {
-                match self.plan(&mut frames[count..]) {
-                    Ok(plan) => plan,
-                    Err(refused) => return self.transmit_before(frames, count, refused),
-                }
-            };
-            if descriptors + planned.descriptors > room {
-                break;
+        let result = loop {
+            // Mostly they are all like that.
+            let some = &frames[..frames.len().min(room)];
+            let longest = self.longest;
+            let simple = some.iter().take_while(|frame| frame.is_simple(longest)).count();
+            self.put(frames, simple, true);
+            (count, room) = (count + simple, room - simple);
+            if frames.is_empty() || room == 0 {
+                break Ok(count);
             }
-            count += planned.frames;
-            descriptors += planned.descriptors;
+            match self.plan(frames) {
+                Ok(plan) if plan.descriptors <= room => {
+                    let before = self.tail;
+                    self.put(frames, plan.frames, false);
+                    count += plan.frames;
+                    room -= self.tail.wrapping_sub(before) & self.mask;
+                }
+                Ok(_) => break Ok(count),
+                // Those before it are sent first.
+                Err(_) if count > 0 => break Ok(count),
+                Err(refused) => break Err(self.refused(refused)),
+            }
+        };
+        if count > 0 {
+            self.ring.write(Ring::TAIL, self.tail as u32)?;
         }
-        self.put(frames, count)
+        result
     }
 
-    /// Sends the first `count` frames, if there are any; otherwise says why the next cannot be.
+    /// Why a packet cannot be sent.
     #[cold]
-    fn transmit_before(
-        &mut self,
-        frames: &mut Vec<Frame>,
-        count: usize,
-        (len, reason): (usize, &'static str),
-    ) -> Result<usize> {
-        if count > 0 {
-            return self.put(frames, count);
-        }
-        Err(Error::new(ErrorKind::OutOfRange, "send", format!("a packet of {len} bytes"))
+    fn refused(&self, (len, reason): (usize, &'static str)) -> Error {
+        Error::new(ErrorKind::OutOfRange, "send", format!("a packet of {len} bytes"))
             .with_reason(format!(
                 "that {reason}: {} sends {SHORTEST} to {} bytes in a frame",
                 self.nic.name(),
                 self.longest
             ))
-            .with_advice("split it, or bring the card up with a larger MTU (Settings::mtu)"))
+            .with_advice("split it, or bring the card up with a larger MTU (Settings::mtu)")
     }
 
     /// What the first packet needs, which the card can send; or its length, and why not. Its length is noted
@@ -204,17 +205,17 @@ impl Transmitter {
         let (mut len, mut pieces) = (0usize, 0);
         let mut fits = true;
         let end = frames.iter().position(|frame| {
-            len = len.saturating_add(frame.len);
+            len = len.saturating_add(frame.len());
             pieces += frame.pieces();
-            fits &= (1..=MOST_OF_BUFFER).contains(&frame.len);
+            fits &= (1..=MOST_OF_BUFFER).contains(&frame.len());
             !frame.goes_on()
         });
         let Some(last) = end else { return Err((len, "is a packet without an end")) };
         let Some(first) = frames.first_mut() else {
             return Err((0, "is a packet without a frame"));
         };
-        first.packet = len as u32;
-        let request = first.request;
+        first.0.packet = len as u32;
+        let request = first.0.request;
         // One more for the context.
         let plan = Plan { frames: last + 1, descriptors: pieces + 1 };
         if plan.descriptors > self.mask {
@@ -228,7 +229,7 @@ impl Transmitter {
             return if len <= self.longest { Ok(plan) } else { Err((len, "is too long")) };
         }
         let headers = request.headers_len();
-        if first.len < headers || headers + usize::from(request.mss) > self.longest {
+        if first.len() < headers || headers + usize::from(request.mss) > self.longest {
             return Err((
                 len,
                 "has segments that are too long, or headers that are no longer there",
@@ -240,12 +241,11 @@ impl Transmitter {
         Ok(plan)
     }
 
-    /// Gives the card the first `count` frames, for which there is room.
+    /// Writes the descriptors of the first `count` frames, for which there is room: each is simple, or all are
+    /// one packet.
     #[inline]
-    fn put(&mut self, frames: &mut Vec<Frame>, count: usize) -> Result<usize> {
-        let Some(descriptors) = self.descriptors.as_ref().filter(|_| count > 0) else {
-            return Ok(0);
-        };
+    fn put(&mut self, frames: &mut Vec<Frame>, count: usize, are_simple: bool) {
+        let Some(descriptors) = self.descriptors.as_ref().filter(|_| count > 0) else { return };
         let mut writer = Writer {
             kind: self.kind,
             descriptors,
@@ -253,17 +253,13 @@ impl Transmitter {
             context: &mut self.context,
             mask: self.mask,
             tail: self.tail,
-            first: self.tail,
-            packet: None,
         };
-        let mut left = count;
-        for frame in frames.drain(..count) {
-            left -= 1;
-            writer.write(frame, left == 0);
+        if are_simple {
+            writer.write(frames.drain(..count));
+        } else {
+            writer.write_packet(frames.drain(..count));
         }
         self.tail = writer.tail;
-        self.ring.write(Ring::TAIL, self.tail as u32)?;
-        Ok(count)
     }
 
     /// Puts the buffers of frames that were sent into the pool. How many there were.
@@ -273,17 +269,21 @@ impl Transmitter {
         let mut count = 0;
         while self.clean != self.tail {
             let last = self.slots[self.clean].last;
-            if descriptors.load_word(last, STATUS) & transmit::DONE == 0 {
+            if descriptors.load(last, STATUS) & transmit::DONE == 0 {
                 break;
             }
-            let end = (last + 1) & self.mask;
-            while self.clean != end {
-                if let Some(buffer) = self.slots[self.clean].buffer.take() {
-                    pool.reclaim(buffer);
+            // In two parts, if it goes past the end of the ring.
+            let end = if last < self.clean { self.mask } else { last };
+            for slot in &mut self.slots[self.clean..=end] {
+                if let Some(frame) = slot.frame.take() {
+                    pool.reclaim(frame);
                     count += 1;
                 }
-                self.clean = (self.clean + 1) & self.mask;
             }
+            if end != last {
+                self.slots[0].last = last;
+            }
+            self.clean = (end + 1) & self.mask;
         }
         if count > 0 || self.clean == self.tail {
             (self.polls, self.stalled) = (0, None);
@@ -328,8 +328,8 @@ impl Transmitter {
             failed.unwrap_or_else(|| Error::new(ErrorKind::Gone, "use", self.nic.name()))
         })?;
         for slot in &mut self.slots {
-            if let Some(buffer) = slot.buffer.take() {
-                pool.reclaim(buffer);
+            if let Some(frame) = slot.frame.take() {
+                pool.reclaim(frame);
                 self.lost += 1;
             }
         }
@@ -372,9 +372,7 @@ impl Transmitter {
     /// Whether frames can be reclaimed, or there are none.
     fn has_sent(&self) -> bool {
         let last = self.slots[self.clean].last;
-        let done = |descriptors: &Descriptors<Descriptor>| {
-            descriptors.load_word(last, STATUS) & transmit::DONE != 0
-        };
+        let done = |descriptors: &Descriptors| descriptors.load(last, STATUS) & transmit::DONE != 0;
         self.clean == self.tail || self.descriptors.as_ref().is_some_and(done)
     }
 
@@ -396,16 +394,16 @@ impl Transmitter {
             Ok(is_over.then_some(()))
         })?;
         let unsent = self.outstanding();
-        for buffer in self.release()?.buffers {
-            pool.reclaim(buffer);
+        for frame in self.release()?.frames {
+            pool.reclaim(frame);
         }
         Ok(unsent)
     }
 
     /// Has the card forget the queue; what it had.
     fn release(&mut self) -> Result<Memory> {
-        let buffers = self.slots.iter_mut().filter_map(|slot| slot.buffer.take()).collect();
-        let memory = Memory { ring: self.descriptors.take(), buffers };
+        let frames = self.slots.iter_mut().filter_map(|slot| slot.frame.take()).collect();
+        let memory = Memory { ring: self.descriptors.take(), frames };
         self.nic.stop(Direction::Transmit, self.queue, &self.ring, self.generation, memory)
     }
 }

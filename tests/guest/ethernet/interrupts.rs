@@ -24,7 +24,7 @@ fn a_thread_sleeps_until_a_frame_has_come() {
             let vector = queues.receiver.vector().expect("there are vectors").clone();
             vector.take().unwrap();
             while queues.receiver.receive(pool, frames, BURST).unwrap() > 0 {}
-            frames.drain(..).for_each(|frame| pool.put(frame.into_buffer()).unwrap());
+            frames.drain(..).for_each(|frame| pool.put(frame).unwrap());
             queues.receiver.arm().unwrap();
             station.send(&arp_request(station.nic.address(), GATEWAY));
             assert!(vector.wait(LONG).unwrap() > 0, "{name}, round {round}: no interrupt");
@@ -38,7 +38,7 @@ fn a_thread_sleeps_until_a_frame_has_come() {
                 queues.receiver.receive(pool, frames, BURST).unwrap();
                 for frame in frames.drain(..) {
                     answers += u32::from(arp_reply(&frame.to_vec(), GATEWAY).is_some());
-                    pool.put(frame.into_buffer()).unwrap();
+                    pool.put(frame).unwrap();
                 }
             }
         }
@@ -68,7 +68,7 @@ fn each_queue_interrupts_by_its_own_vector_if_armed() {
             let receiver = &mut card.pairs[usize::from(queue)].receiver;
             let mut frames = Vec::with_capacity(BURST);
             assert_eq!(receiver.receive(&mut card.pool, &mut frames, BURST).unwrap(), 1);
-            frames.into_iter().for_each(|frame| card.pool.put(frame.into_buffer()).unwrap());
+            frames.into_iter().for_each(|frame| card.pool.put(frame).unwrap());
         };
         let receive = |card: &mut Loop, queue: u16| {
             assert!(card.pairs[usize::from(queue)].receiver.wait(LONG).unwrap());

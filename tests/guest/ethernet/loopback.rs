@@ -68,7 +68,7 @@ impl Loop {
                         ip: frame.checksums().ip,
                         transport: frame.checksums().transport,
                     };
-                    self.pool.put(frame.into_buffer()).unwrap();
+                    self.pool.put(frame).unwrap();
                     found.push((pair.receiver.queue(), received));
                 }
             }

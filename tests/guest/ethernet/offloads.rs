@@ -114,7 +114,7 @@ fn sends_no_packet_that_it_cannot() {
             let error = transmitter.transmit(&mut frames, &mut card.pool).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
             assert_eq!(frames.len(), count);
-            frames.into_iter().for_each(|frame| card.pool.put(frame.into_buffer()).unwrap());
+            frames.into_iter().for_each(|frame| card.pool.put(frame).unwrap());
         };
         let short = card.frame(&good[..16]);
         refused(&mut card, vec![short]);

@@ -43,11 +43,11 @@ fn traffic(card: &mut Loop, sequence: &mut u64, received: &AtomicU64, until: u64
             let number = u64::from_be_bytes(number);
             assert!(last.is_none_or(|last| last < number), "{number} after {last:?}");
             last = Some(number);
-            pool.put(frame.into_buffer()).unwrap();
+            pool.put(frame).unwrap();
             received.fetch_add(1, Ordering::Relaxed);
         }
     }
-    outgoing.into_iter().for_each(|frame| pool.put(frame.into_buffer()).unwrap());
+    outgoing.into_iter().for_each(|frame| pool.put(frame).unwrap());
 }
 
 /// A reset that the driver is not told of: of the function, where that does something to QEMU's card, or else
@@ -132,14 +132,14 @@ fn a_card_that_is_pulled_gives_all_back() {
         if let Err(error) = receiver.receive(&mut pool, &mut frames, BURST) {
             break error;
         }
-        frames.drain(..).for_each(|frame| pool.put(frame.into_buffer()).unwrap());
+        frames.drain(..).for_each(|frame| pool.put(frame).unwrap());
         assert!(Instant::now() < end, "nobody has noticed");
     };
     assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
     let mut outgoing = vec![pool.frame_of(&arp_request(nic.address(), GATEWAY)).unwrap()];
     let error = transmitter.transmit(&mut outgoing, &mut pool).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
-    outgoing.into_iter().for_each(|frame| pool.put(frame.into_buffer()).unwrap());
+    outgoing.into_iter().for_each(|frame| pool.put(frame).unwrap());
     assert_eq!(nic.reset().unwrap_err().kind(), ErrorKind::Gone);
     assert!(pool.len() < BUFFERS);
     // What the card may still access is kept until it cannot.

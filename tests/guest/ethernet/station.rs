@@ -87,7 +87,7 @@ impl Station {
             self.queues.receiver.receive(&mut self.pool, &mut self.frames, BURST).unwrap();
             for frame in std::mem::take(&mut self.frames) {
                 let found = find(&frame.to_vec());
-                self.pool.put(frame.into_buffer()).unwrap();
+                self.pool.put(frame).unwrap();
                 if let Some(found) = found {
                     return found;
                 }

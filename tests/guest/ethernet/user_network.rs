@@ -69,9 +69,7 @@ fn has_a_pair_of_queues_for_each_thread() {
                     while sent < FRAMES {
                         assert!(Instant::now() < end, "{sent} sent");
                         pair.receiver.receive(&mut pool, &mut received, BURST).unwrap();
-                        received
-                            .drain(..)
-                            .for_each(|frame: Frame| pool.put(frame.into_buffer()).unwrap());
+                        received.drain(..).for_each(|frame: Frame| pool.put(frame).unwrap());
                         while frames.len() < BURST.min(FRAMES - sent)
                             && let Some(frame) = pool.frame_of(&bytes)
                         {
@@ -105,10 +103,10 @@ fn writes_to_no_buffer_of_a_queue_that_was_stopped() {
         let QueuePair { receiver, mut transmitter, .. } = queues;
         receiver.stop(&mut pool).unwrap();
         transmitter.reclaim(&mut pool);
-        let buffers: Vec<_> = std::iter::from_fn(|| pool.take()).collect();
+        let buffers: Vec<_> = std::iter::from_fn(|| pool.frame(2048)).collect();
         assert_eq!(buffers.len(), BUFFERS);
         let fill = [PATTERN; 2048];
-        buffers.iter().for_each(|buffer| buffer.write(0, &fill));
+        buffers.iter().for_each(|frame| frame.buffer().write(0, &fill));
         // An answer comes for a queue that is not there.
         let mut others = nic.pool(BUFFERS).unwrap();
         let mut frames = vec![others.frame_of(&arp_request(nic.address(), GATEWAY)).unwrap()];

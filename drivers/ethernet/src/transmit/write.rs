@@ -1,13 +1,11 @@
 //! Writing the descriptors of packets.
 
-use vfio_remap::device::{Descriptors, DmaBuffer};
-
 use super::super::context::{Offloaded, offloaded};
-use super::super::descriptors::{Descriptor, transmit};
+use super::super::descriptors::{Descriptor, Descriptors, STATUS, transmit};
 use super::super::model::Model;
 use super::super::offload::Request;
-use super::super::pool::Frame;
-use super::Slot;
+use super::super::pool::{Frame, Inner};
+use super::{SHORTEST, Slot};
 
 /// After how many descriptors the card says what it has sent, and at the end of each burst.
 const REPORT_AFTER: usize = 32;
@@ -20,41 +18,43 @@ const PAGE: usize = 4096;
 pub struct Kind {
     model: Model,
     command: u32,
-    /// By how many bits the length of a packet is shifted in the options; 32 is not at all.
-    length_shift: u32,
+    /// Which bits of the length of a packet are in the options: all, or none.
+    length_mask: u32,
 }
 
 impl Kind {
     pub fn new(model: Model) -> Self {
-        let (kind, length_shift) = match model {
-            Model::I82576 => (transmit::ADVANCED_DATA, transmit::PAYLOAD_SHIFT),
-            Model::I82574 => (transmit::EXTENDED_DATA, 32),
+        let (kind, length_mask) = match model {
+            Model::I82576 => (transmit::ADVANCED_DATA, u32::MAX),
+            Model::I82574 => (transmit::EXTENDED_DATA, 0),
         };
         let command = kind | transmit::EXTENDED | transmit::INSERT_CRC;
-        Self { model, command, length_shift }
+        Self { model, command, length_mask }
     }
 
     #[inline]
-    fn options(self, len: usize) -> u32 {
-        (len as u32).checked_shl(self.length_shift).unwrap_or(0)
+    fn options(self, len: u32) -> u32 {
+        (len & self.length_mask) << transmit::PAYLOAD_SHIFT
     }
 }
 
 impl Frame {
-    /// Whether one descriptor says all.
+    /// Whether one descriptor says all, and the card sends it.
     #[inline]
-    pub fn is_simple(&self) -> bool {
-        self.request.is_plain() && self.pieces() == 1
+    pub fn is_simple(&self, longest: usize) -> bool {
+        let len = self.len();
+        self.0.request.is_plain()
+            && self.0.received.tag().is_none()
+            && (SHORTEST..=longest).contains(&len)
+            && self.0.iova.0 as usize % PAGE + len <= PAGE
     }
 
     /// How many descriptors its bytes need.
-    #[inline]
     pub fn pieces(&self) -> usize {
-        pieces(self.buffer.iova().0, self.len)
+        pieces(self.0.iova.0, self.len())
     }
 }
 
-#[inline]
 fn pieces(iova: u64, len: usize) -> usize {
     (iova as usize % PAGE + len).div_ceil(PAGE)
 }
@@ -62,96 +62,98 @@ fn pieces(iova: u64, len: usize) -> usize {
 /// Writes descriptors from the tail on.
 pub struct Writer<'q> {
     pub kind: Kind,
-    pub descriptors: &'q Descriptors<Descriptor>,
+    pub descriptors: &'q Descriptors,
     pub slots: &'q mut [Slot],
     /// The context that the card has.
     pub context: &'q mut Option<[u64; 2]>,
     pub mask: usize,
     pub tail: usize,
-    /// Where the batch begins whose last descriptor is reported.
-    pub first: usize,
-    /// In the middle of a packet, what all of its descriptors have.
-    pub packet: Option<Offloaded>,
 }
 
 impl Writer<'_> {
-    /// Writes a frame: the last of the burst, or not.
+    /// Writes frames that are [simple](Frame::is_simple).
     #[inline]
-    pub fn write(&mut self, frame: Frame, is_last: bool) {
-        if self.packet.is_some() || !frame.is_simple() {
-            return self.write_parts(frame, is_last);
+    pub fn write(&mut self, mut frames: impl ExactSizeIterator<Item = Frame>) {
+        let always = self.kind.command | transmit::END_OF_PACKET;
+        while frames.len() > 0 {
+            let first = self.tail;
+            let mut last = (first, [0; 2]);
+            for frame in frames.by_ref().take(REPORT_AFTER) {
+                let Inner { iova, len, .. } = *frame.0;
+                let (command, options) = (always | len, self.kind.options(len));
+                let words = Descriptor { address: iova, command, options }.words();
+                self.descriptors.store_entry(self.tail, words);
+                last = (self.tail, words);
+                self.hold(frame);
+                self.step();
+            }
+            let (at, [_, word]) = last;
+            self.report(first, at, word);
         }
-        let Frame { buffer, len, .. } = frame;
-        let command = self.kind.command | len as u32 | transmit::END_OF_PACKET;
-        let iova = buffer.iova().0;
-        self.end(iova, command, self.kind.options(len), buffer, is_last);
     }
 
-    /// Writes a frame that is more than a descriptor: a context before it, and pieces.
-    fn write_parts(&mut self, frame: Frame, is_last: bool) {
-        let Frame { buffer, len, request, packet, .. } = frame;
-        let all = match self.packet.take() {
-            Some(all) => all,
-            None if request.flags & !Request::GOES_ON == 0 => {
-                let options = self.kind.options(packet as usize);
-                Offloaded { context: None, command: 0, options }
+    /// Writes a packet that is more than a descriptor: a context before it, and pieces.
+    pub fn write_packet(&mut self, frames: impl ExactSizeIterator<Item = Frame>) {
+        let first = self.tail;
+        let mut all = None;
+        let mut last = (first, 0);
+        let mut left = frames.len();
+        for frame in frames {
+            left -= 1;
+            let Inner { iova, len, packet, .. } = *frame.0;
+            let all = all.get_or_insert_with(|| self.begin(frame.request(), packet));
+            let (mut iova, mut rest) = (iova, len);
+            loop {
+                let size = rest.min((PAGE - iova.0 as usize % PAGE) as u32);
+                let mut command = self.kind.command | all.command | size;
+                if left == 0 && size == rest {
+                    command |= transmit::END_OF_PACKET;
+                }
+                let [address, word] =
+                    Descriptor { address: iova, command, options: all.options }.words();
+                self.descriptors.store_entry(self.tail, [address, word]);
+                last = (self.tail, word);
+                (iova, rest) = (iova + u64::from(size), rest - size);
+                if rest == 0 {
+                    break;
+                }
+                self.step();
             }
-            None => offloaded(self.kind.model, request, packet as usize),
-        };
+            self.hold(frame);
+            self.step();
+        }
+        let (at, word) = last;
+        self.report(first, at, word);
+    }
+
+    /// Writes the context of a packet, if the card has another. What its other descriptors have.
+    fn begin(&mut self, request: Request, packet: u32) -> Offloaded {
+        if request.flags & !Request::GOES_ON == 0 {
+            let options = self.kind.options(packet);
+            return Offloaded { context: None, command: 0, options };
+        }
+        let all = offloaded(self.kind.model, request, packet as usize);
         if let Some(words) = all.context.filter(|words| *self.context != Some(*words)) {
-            self.descriptors.store(self.tail, Descriptor::of_context(words));
+            self.descriptors.store_entry(self.tail, words);
             *self.context = all.context;
             self.step();
         }
-        let goes_on = request.has(Request::GOES_ON);
-        if goes_on {
-            self.packet = Some(Offloaded { context: None, ..all });
-        }
-        let (mut iova, mut left) = (buffer.iova().0, len);
-        loop {
-            let size = left.min(PAGE - iova as usize % PAGE);
-            let mut command = self.kind.command | all.command | size as u32;
-            if size == left {
-                if goes_on {
-                    self.put(iova, command, all.options);
-                    self.hold(buffer);
-                    return self.step();
-                }
-                command |= transmit::END_OF_PACKET;
-                return self.end(iova, command, all.options, buffer, is_last);
-            }
-            self.put(iova, command, all.options);
-            self.step();
-            iova += size as u64;
-            left -= size;
-        }
+        all
     }
 
-    /// Writes the last descriptor of a packet.
+    /// Has the card say when it has sent the descriptor at `last`, whose second word is `word`, and those before
+    /// it from `first` on.
     #[inline]
-    fn end(&mut self, iova: u64, command: u32, options: u32, buffer: DmaBuffer, is_last: bool) {
-        let mut command = command;
-        if is_last || self.tail.wrapping_sub(self.first) & self.mask >= REPORT_AFTER {
-            command |= transmit::REPORT_STATUS;
-            self.slots[self.first].last = self.tail;
-            self.first = (self.tail + 1) & self.mask;
-        }
-        self.put(iova, command, options);
-        self.hold(buffer);
-        self.step();
+    fn report(&mut self, first: usize, last: usize, word: u64) {
+        self.descriptors.store(last, STATUS, word | u64::from(transmit::REPORT_STATUS));
+        self.slots[first].last = last;
     }
 
+    /// The frame is the card's until the descriptor at the tail is done.
     #[inline]
-    fn put(&self, iova: u64, command: u32, options: u32) {
-        let (address, command, options) = (iova.into(), command.into(), options.into());
-        self.descriptors.store(self.tail, Descriptor { address, command, options });
-    }
-
-    /// The buffer is the card's until the descriptor at the tail is done.
-    #[inline]
-    fn hold(&mut self, buffer: DmaBuffer) {
+    fn hold(&mut self, frame: Frame) {
         // There is none in it to drop.
-        std::mem::forget(self.slots[self.tail].buffer.replace(buffer));
+        std::mem::forget(self.slots[self.tail].frame.replace(frame));
     }
 
     #[inline]
