@@ -87,13 +87,20 @@ fn locks_too_much(open: impl Fn() -> Vfio) {
     });
 }
 
+/// What a process of `nobody_locks_all_there_is` may lock, in bytes.
+const LOCKABLE: usize = 4 << 20;
+
 /// Small buffers have all that may be locked, in few mappings.
 #[test]
 fn what_may_be_locked_is_shared_out_to_the_last_page() {
     let group = lab::sysfs("edu").iommu_group().unwrap();
     let file = format!("/dev/vfio/{group}");
     chown(&file, Some(NOBODY), None).unwrap();
+    // The child inherits it. It may not raise it itself: on Linux 5.10 it would have 64 KiB.
+    let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
+    setrlimit(Resource::RLIMIT_MEMLOCK, LOCKABLE as u64, LOCKABLE as u64).unwrap();
     let status = lab::child("dma::nobody_locks_all_there_is", &[], Some(NOBODY));
+    setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard).unwrap();
     chown(&file, Some(0), None).unwrap();
     assert!(status.success(), "{status}");
 }
@@ -101,21 +108,20 @@ fn what_may_be_locked_is_shared_out_to_the_last_page() {
 #[test]
 #[ignore = "a child of the test above: it runs as nobody"]
 fn nobody_locks_all_there_is() {
-    const LIMIT: usize = 4 << 20;
-    setrlimit(Resource::RLIMIT_MEMLOCK, LIMIT as u64, LIMIT as u64).unwrap();
     leftovers::none_of(|| {
         let device =
             Device::new(Arc::new(Vfio::options().by_group().open(lab::address("edu")).unwrap()));
         let space = device.dma().unwrap();
-        assert_eq!(space.limits().lockable_bytes, Some(LIMIT as u64));
+        assert_eq!(space.limits().lockable_bytes, Some(LOCKABLE as u64));
         for _ in 0..2 {
-            let buffers: Vec<_> = (0..LIMIT / 4096).map(|_| space.buffer(4096).unwrap()).collect();
+            let buffers: Vec<_> =
+                (0..LOCKABLE / 4096).map(|_| space.buffer(4096).unwrap()).collect();
             assert!(space.mapping_count() < 64, "{space:?}");
             let error = space.buffer(4096).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::LockedMemory, "{error}");
             drop(buffers);
             assert_eq!(space.mapping_count(), 0);
-            drop(space.buffer(LIMIT).unwrap());
+            drop(space.buffer(LOCKABLE).unwrap());
         }
     });
 }

@@ -165,5 +165,8 @@ pub fn child(test: &str, environment: &[(&str, String)], user: Option<u32>) -> E
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(!output.status.success() || said.contains("1 passed"), "{test} was not run: {said}");
+    if !output.status.success() {
+        println!("{said}{}", String::from_utf8_lossy(&output.stderr));
+    }
     output.status
 }
