@@ -14,7 +14,7 @@ use crate::payload::{self, Sources};
 use crate::ui::{self, Stage};
 
 /// What is published.
-const PACKAGES: [&str; 2] = ["vfio-remap", "vfio-remap-nvme"];
+const PACKAGES: [&str; 3] = ["vfio-remap", "vfio-remap-ethernet", "vfio-remap-nvme"];
 
 /// Runs the checks. Returns whether the packages can be published. `baseline` is the commit for the report.
 pub fn run(baseline: Option<&str>) -> Result<bool> {
@@ -26,12 +26,12 @@ pub fn run(baseline: Option<&str>) -> Result<bool> {
     Ok(packaged && bounds)
 }
 
-/// Packs both packages, and builds them from the packed files.
+/// Packs the packages, and builds them from the packed files.
 fn package() -> Result<bool> {
     let mut cargo = payload::cargo();
     // Not committed yet is no reason to find a mistake later.
     cargo.args(["publish", "--dry-run", "--allow-dirty", "--workspace"]);
-    step("Packaging", &PACKAGES.join(" and "), &mut cargo)
+    step("Packaging", &PACKAGES.join(", "), &mut cargo)
 }
 
 /// Builds them with the lowest versions that the manifests allow of direct dependencies, in a copy of the
@@ -41,7 +41,8 @@ fn lower_bounds() -> Result<bool> {
     let sources = Sources { workspace: directory.join("copy"), target: directory.join("target") };
     copy_tracked(payload::workspace(), &sources.workspace)?;
     // What only tests and the lab need would raise the versions.
-    for manifest in ["Cargo.toml", "drivers/edu/Cargo.toml", "drivers/nvme/Cargo.toml"] {
+    let drivers = ["edu", "ethernet", "nvme"].map(|name| format!("drivers/{name}/Cargo.toml"));
+    for manifest in drivers.iter().map(String::as_str).chain(["Cargo.toml"]) {
         let path = sources.workspace.join(manifest);
         fs::write(&path, published(&fs::read_to_string(&path)?))?;
     }
