@@ -18,6 +18,8 @@ pub(crate) mod mount;
 #[cfg(feature = "vfio-user")]
 pub(crate) mod socket;
 pub(crate) mod spy;
+#[cfg(feature = "vfio-user")]
+pub(crate) mod stream;
 pub(crate) mod vfio;
 pub(crate) mod vfio_dma;
 pub(crate) mod vfio_feature;

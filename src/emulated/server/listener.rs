@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::write;
 
 use super::closer::Closer;
 use crate::sys::eventfd;
+use crate::sys::stream::Stream;
 use crate::transport::vfio_user::protocol::channel::{
     self, Deadline, Fault, Message, Receiver, Sender,
 };
@@ -79,6 +81,17 @@ impl Listener {
         // Several threads may wait for the same client.
         socket.socket.set_nonblocking(true).inspect_err(|_| drop(std::fs::remove_file(path)))?;
         Ok(socket)
+    }
+
+    /// Refuses clients from now on, and disconnects those that were not served.
+    pub(super) fn close(&self) {
+        // No client can connect after it. Those that wait in the kernel can still be accepted.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        let next = std::mem::take(&mut self.waiting().next);
+        next.into_iter().for_each(|stream| drop(Stream::new(stream)));
+        while let Ok((stream, _)) = self.socket.accept() {
+            drop(Stream::new(stream));
+        }
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {

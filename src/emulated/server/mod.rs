@@ -200,6 +200,7 @@ impl Drop for Server {
         if let Err(error) = std::fs::remove_file(&self.path) {
             log::debug!("{}: {error}", self.path.display());
         }
+        self.listener.close();
     }
 }
 

@@ -11,6 +11,7 @@ use super::closer::Closer;
 use super::wire::Wire;
 use crate::emulated::device::Emulated;
 use crate::emulated::user::User;
+use crate::sys::stream::Stream;
 use crate::transport::RegionFile;
 use crate::transport::vfio_user::protocol::channel::{Fault, Message};
 use crate::transport::vfio_user::protocol::version::Capabilities;
@@ -70,7 +71,7 @@ impl<'a> Session<'a> {
     }
 
     /// The client's socket.
-    pub(super) fn stream(&self) -> Arc<UnixStream> {
+    pub(super) fn stream(&self) -> Arc<Stream> {
         self.wire.stream().clone()
     }
 

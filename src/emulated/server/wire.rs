@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use crate::sys::stream::Stream;
 use crate::transport::vfio_user::protocol::channel::{
     self, Deadline, Fault, Message, Receiver, Sender,
 };
@@ -32,7 +33,7 @@ const MAX_AHEAD_FDS: usize = 128;
 
 pub(in crate::emulated) struct Wire {
     time: Duration,
-    stream: Arc<UnixStream>,
+    stream: Arc<Stream>,
     /// For a second socket, the first one, which receives the client's commands.
     first: Option<Arc<Wire>>,
     sender: Mutex<Sender>,
@@ -114,7 +115,7 @@ impl Wire {
     }
 
     /// The socket, to check whether the client is connected.
-    pub(super) fn stream(&self) -> &Arc<UnixStream> {
+    pub(super) fn stream(&self) -> &Arc<Stream> {
         &self.stream
     }
 

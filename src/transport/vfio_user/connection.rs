@@ -21,12 +21,13 @@ use super::protocol::wire::{DmaUnmap, Header, MINOR, Version, command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
 use crate::sys::socket;
+use crate::sys::stream::Stream;
 
 /// A server that is connected.
 pub(super) struct Connection {
     name: String,
     pub(super) limits: TimeLimits,
-    pub(super) stream: Arc<UnixStream>,
+    pub(super) stream: Arc<Stream>,
     /// Held during an exchange.
     turn: Mutex<()>,
     /// An exchange waits for the listener to let go of `inner`.
@@ -53,7 +54,7 @@ pub(super) struct Inner {
 
 /// A second socket, for the server's commands and the answers to them.
 pub(super) struct Twin {
-    pub(super) stream: Arc<UnixStream>,
+    pub(super) stream: Arc<Stream>,
     pub(super) channel: Mutex<(Sender, Receiver)>,
 }
 

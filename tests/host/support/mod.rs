@@ -11,6 +11,8 @@ pub mod hostile_server;
 #[cfg(feature = "emulated")]
 pub mod interrupts;
 #[cfg(feature = "emulated")]
+pub mod lingering;
+#[cfg(feature = "emulated")]
 pub mod memory_files;
 #[cfg(feature = "emulated")]
 pub mod peer;

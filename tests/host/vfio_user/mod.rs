@@ -15,4 +15,5 @@ mod leftovers;
 mod protocol;
 mod regions;
 mod second_client;
+mod unread;
 mod version;

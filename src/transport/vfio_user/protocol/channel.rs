@@ -16,6 +16,7 @@ use nix::sys::socket::MsgFlags;
 use super::version::{MAX_FDS, MAX_TRANSFER};
 use super::wire::Header;
 use crate::sys::socket::{self, Received};
+use crate::sys::stream::Stream;
 
 /// The longest message that is accepted: the most data, and the fields before them.
 const MAX_MESSAGE: usize = MAX_TRANSFER + 4096;
@@ -114,7 +115,7 @@ impl Deadline {
     }
 
     /// Waits until the socket is ready; `Silent` at the deadline.
-    fn wait(&mut self, stream: &UnixStream, events: PollFlags) -> Result<(), Fault> {
+    fn wait(&mut self, stream: &Stream, events: PollFlags) -> Result<(), Fault> {
         self.waited = true;
         loop {
             self.check()?;
@@ -133,7 +134,7 @@ impl Deadline {
 /// The sending side.
 #[derive(Debug)]
 pub(crate) struct Sender {
-    stream: Arc<UnixStream>,
+    stream: Arc<Stream>,
 }
 
 impl Sender {
@@ -169,7 +170,7 @@ impl Sender {
 /// The receiving side: the bytes and descriptors that have arrived.
 #[derive(Debug)]
 pub(crate) struct Receiver {
-    stream: Arc<UnixStream>,
+    stream: Arc<Stream>,
     buffer: Vec<u8>,
     /// How much of the buffer is filled.
     filled: usize,
@@ -181,7 +182,7 @@ pub(crate) struct Receiver {
 pub(crate) fn split(stream: UnixStream, time: Duration) -> std::io::Result<(Sender, Receiver)> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(time))?;
-    let stream = Arc::new(stream);
+    let stream = Arc::new(Stream::new(stream));
     let receiver = Receiver {
         stream: stream.clone(),
         buffer: vec![0; 16 << 10],
@@ -193,7 +194,7 @@ pub(crate) fn split(stream: UnixStream, time: Duration) -> std::io::Result<(Send
 
 impl Receiver {
     /// The socket, for waiting on it and for shutting it down.
-    pub(crate) fn stream(&self) -> &Arc<UnixStream> {
+    pub(crate) fn stream(&self) -> &Arc<Stream> {
         &self.stream
     }
 
@@ -207,7 +208,7 @@ impl Receiver {
     #[cfg(feature = "emulated")]
     pub(crate) fn into_idle_stream(self) -> Option<UnixStream> {
         let is_idle = self.filled == 0 && self.fds.is_empty();
-        Arc::into_inner(self.stream).filter(|_| is_idle)
+        Arc::into_inner(self.stream).filter(|_| is_idle).map(Stream::into_inner)
     }
 
     /// Waits for the next message until the deadline.
