@@ -477,7 +477,9 @@ impl Drop for VfioUser {
         }
         self.connection.shut_down();
         let listener = self.listener.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // That thread may hold the last mapping of this client, and drop it.
         if let Some(thread) = listener.take()
+            && thread.thread().id() != thread::current().id()
             && thread.join().is_err()
         {
             log::error!("{}: its thread has panicked", self.info.name);

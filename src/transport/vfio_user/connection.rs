@@ -40,6 +40,8 @@ pub(super) struct Connection {
     /// Why the connection has ended.
     fault: Mutex<Option<Fault>>,
     memory: Mutex<DmaTable<DmaMemory>>,
+    /// Memory that the server reaches no more. Dropping it may end other mappings, by exchanges.
+    freed: Mutex<Vec<DmaMemory>>,
 }
 
 pub(super) struct Inner {
@@ -112,6 +114,7 @@ impl Connection {
             unshared: AtomicBool::new(false),
             fault: Mutex::new(None),
             memory: Mutex::new(DmaTable::new(0)),
+            freed: Mutex::default(),
         })
     }
 
@@ -167,6 +170,24 @@ impl Connection {
     /// What the server may reach by messages.
     pub(super) fn memory(&self) -> MutexGuard<'_, DmaTable<DmaMemory>> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes memory out of reach of the server. It is dropped by [`drop_freed`](Self::drop_freed).
+    fn free(&self, address: u64, size: u64) {
+        // It was inserted before the server was asked to map it.
+        if let Ok(memory) = self.memory().remove_if(address, size, |_| true) {
+            self.freed().push(memory);
+        }
+    }
+
+    fn freed(&self) -> MutexGuard<'_, Vec<DmaMemory>> {
+        self.freed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drops memory that was taken out of reach. The caller holds no lock.
+    pub(super) fn drop_freed(&self) {
+        let freed = std::mem::take(&mut *self.freed());
+        drop(freed);
     }
 
     pub(super) fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -237,11 +258,11 @@ impl Connection {
         if let (command::DMA_MAP, false, Some((address, size))) =
             (request.command, made, request.mapping)
         {
-            // It was inserted before the server was asked.
-            let _ = self.memory().remove(address, size);
+            self.free(address, size);
         }
         let result = result.map_err(|failure| self.failed(failure, operation, object));
         drop((inner, turn));
+        self.drop_freed();
         result
     }
 
@@ -330,8 +351,7 @@ impl Connection {
     /// Forgets a mapping if the server has unmapped it. Otherwise the server may still ask for it.
     fn unmapped(&self, reply: &Message, mapping: Option<(u64, u64)>) {
         if let (None, Some((address, size))) = (reply.header.failed(), mapping) {
-            // It was inserted before it was mapped.
-            let _ = self.memory().remove(address, size);
+            self.free(address, size);
         }
     }
 
@@ -421,9 +441,7 @@ impl Connection {
         log::debug!("{}: {} was answered late", self.name, command::name(command));
         match (command, late.mapping) {
             (command::DMA_UNMAP, mapping) => self.unmapped(&message, mapping),
-            (command::DMA_MAP, Some((address, size))) if failed => {
-                let _ = self.memory().remove(address, size);
-            }
+            (command::DMA_MAP, Some((address, size))) if failed => self.free(address, size),
             (command::DMA_MAP, mapping) => inner.unwanted.extend(mapping),
             _ => {}
         }

@@ -100,7 +100,10 @@ impl Connection {
                     // Until that exchange ends, which serves the commands that come meanwhile.
                     drop(self.turn());
                 }
-                match self.serve_next() {
+                let served = self.serve_next();
+                // A late answer may have freed memory.
+                self.drop_freed();
+                match served {
                     Ok(true) => {}
                     Ok(false) => break,
                     Err(fault) => self.fail(fault),

@@ -212,6 +212,11 @@ impl Peer {
         (&self.stream).write_all(bytes).unwrap();
     }
 
+    /// Waits until the client has closed the connection.
+    pub fn ended(mut self) {
+        self.thread.take().map(JoinHandle::join).unwrap().unwrap();
+    }
+
     /// Asks the client for something, which does nothing else meanwhile.
     pub fn command(&self, command: u16, body: &[u8]) -> Result<Vec<u8>, i32> {
         (&self.stream).write_all(&message(77, command, 0, 0, body)).unwrap();

@@ -1,11 +1,13 @@
 //! Servers that take their time to answer.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use vfio_remap::ErrorKind;
+use vfio_remap::device::IovaPlacement;
 use vfio_remap::space::Access;
 use vfio_remap::transport::{TimeLimits, Transport, VfioUser};
+use vfio_remap::{Device, ErrorKind};
 
 use crate::support::peer::{DMA_MAP, DMA_READ, DMA_UNMAP, Device as Served, Peer, RESET};
 use crate::support::{peer, shared, watch};
@@ -107,6 +109,54 @@ fn a_mapping_that_was_unmapped_late_is_out_of_reach() {
         watch::until("it works again", || works(&client));
         assert_eq!(peer.command(DMA_READ, &access(0x1000, 4, &[])), Err(libc::EFAULT));
         client.dma_map(0x1000, &memory, Access::ReadWrite).unwrap();
+    });
+}
+
+/// The memory is a buffer's that was dropped meanwhile: with it the buffer's own mapping ends, on the same connection.
+#[test]
+fn a_late_refusal_may_end_another_mapping() {
+    watch::in_time(|| {
+        let maps = AtomicU32::new(0);
+        let (peer, stream) = Peer::start(Served::default(), move |_, asked, answer| {
+            if asked.command == DMA_MAP && maps.fetch_add(1, Ordering::Relaxed) == 1 {
+                (answer.late, answer.error) = (true, Some(libc::EIO));
+            }
+        });
+        let mut limits = TimeLimits::from(AMPLE);
+        limits.map = Duration::from_secs(3);
+        let client = Arc::new(VfioUser::from_stream(stream, limits).unwrap());
+        let space = Device::new(client.clone()).dma().unwrap();
+        let buffer = space.buffer(0x1000).unwrap();
+        let again = space.map(buffer.memory(), IovaPlacement::default(), Access::ReadWrite);
+        timed_out(again, "did not answer within");
+        drop(buffer);
+        assert_eq!(space.mapping_count(), 1, "the server may still make the second one");
+        peer.let_go();
+        watch::until("it works again", || works(&client));
+        watch::until("both are gone", || space.mapping_count() == 0);
+    });
+}
+
+/// As before, but nothing else holds the client any more: it ends in its own thread.
+#[test]
+fn a_late_refusal_may_end_the_connection() {
+    watch::in_time(|| {
+        let maps = AtomicU32::new(0);
+        let (peer, stream) = Peer::start(Served::default(), move |_, asked, answer| {
+            if asked.command == DMA_MAP && maps.fetch_add(1, Ordering::Relaxed) == 1 {
+                (answer.late, answer.error) = (true, Some(libc::EIO));
+            }
+        });
+        let mut limits = TimeLimits::from(AMPLE);
+        limits.map = Duration::from_secs(3);
+        let client = VfioUser::from_stream(stream, limits).unwrap();
+        let space = Device::new(Arc::new(client)).dma().unwrap();
+        let buffer = space.buffer(0x1000).unwrap();
+        let again = space.map(buffer.memory(), IovaPlacement::default(), Access::ReadWrite);
+        timed_out(again, "did not answer within");
+        drop((buffer, space));
+        peer.let_go();
+        peer.ended();
     });
 }
 
