@@ -90,10 +90,16 @@ impl Connection {
         let twin = self.twin.get();
         let stream = twin.map_or(&self.stream, |twin| &twin.stream);
         loop {
-            let mut socket = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+            let events = PollFlags::POLLIN | PollFlags::POLLPRI;
+            let mut socket = [PollFd::new(stream.as_fd(), events)];
             match poll(&mut socket, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return log::error!("{}: {errno}", self.name()),
+            }
+            // The socket stays ready, and there is nothing to read.
+            if socket[0].revents().is_some_and(|events| events.contains(PollFlags::POLLPRI)) {
+                let reason = "the server sent a byte out of band".to_owned();
+                return self.fail(Fault::Malformed(reason));
             }
             loop {
                 if twin.is_none() && self.wanted.load(Ordering::Relaxed) {

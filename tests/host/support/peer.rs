@@ -212,6 +212,11 @@ impl Peer {
         (&self.stream).write_all(bytes).unwrap();
     }
 
+    /// Sends a byte out of band.
+    pub fn send_out_of_band(&self) {
+        nix::sys::socket::send(self.stream.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+    }
+
     /// Waits until the client has closed the connection.
     pub fn ended(mut self) {
         self.thread.take().map(JoinHandle::join).unwrap().unwrap();

@@ -15,6 +15,7 @@ use vfio_remap::{Device, Error, ErrorKind, Result};
 use crate::support::hostile_server::{
     INFO, IRQ, READ, REGION, Reply, VERSION, WRITE, memory, serve, words,
 };
+use crate::support::peer::{Device as Served, Peer};
 use crate::support::{edu, shared, watch};
 
 /// How long a server is waited for that is silent.
@@ -403,4 +404,16 @@ fn garbage_is_an_error() {
         theirs.shutdown(Shutdown::Write).unwrap();
         VfioUser::from_stream(ours, AMPLE).unwrap_err();
     }
+}
+
+/// It makes the socket ready to be read, and there is nothing to read.
+#[test]
+fn a_byte_out_of_band_ends_the_connection() {
+    let (peer, stream) = Peer::start(Served::default(), |_, _, _| {});
+    let client = VfioUser::from_stream(stream, AMPLE).unwrap();
+    client.dma_map(0x1000, &shared::memory(0x1000, false), Access::ReadWrite).unwrap();
+    peer.send_out_of_band();
+    // An exchange would read on behind it.
+    watch::in_time(|| peer.ended());
+    assert_eq!(client.read_at(0, 0, &mut [0; 4]).unwrap_err().kind(), ErrorKind::Gone);
 }
