@@ -391,7 +391,7 @@ impl Connection {
                 ))));
             }
             if !matches!(command, command::VERSION | command::DEVICE_GET_REGION_INFO) {
-                channel::discard(std::mem::take(&mut message.fds));
+                without_fds(&mut message)?;
             }
             if message.header.failed().is_none() && message.body.len() < reply {
                 return Err(Failure::Fault(Fault::Malformed(format!(
@@ -430,7 +430,7 @@ impl Connection {
         if message.header.is_command() {
             return self.serve(&mut inner.sender, &mut message, deadline);
         }
-        channel::discard(std::mem::take(&mut message.fds));
+        without_fds(&mut message)?;
         let Header { id, command, .. } = message.header;
         let late = inner.late.filter(|late| (late.id, late.command) == (id, command));
         let Some(late) = late.filter(|_| message.header.is_reply()) else {
@@ -481,6 +481,19 @@ impl Connection {
     pub(super) fn name(&self) -> &str {
         &self.name
     }
+}
+
+/// Discards the descriptors of a message that takes none, and `Malformed` if it has some: a server that sends more and
+/// more of them would fill this process.
+pub(super) fn without_fds(message: &mut Message) -> std::result::Result<(), Fault> {
+    if message.fds.is_empty() {
+        return Ok(());
+    }
+    channel::discard(std::mem::take(&mut message.fds));
+    Err(Fault::Malformed(format!(
+        "the server sent descriptors with {}, which takes none",
+        command::name(message.header.command)
+    )))
 }
 
 pub(super) fn unexpected() -> Fault {

@@ -14,8 +14,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::connection::{Connection, unexpected};
-use super::protocol::channel::{self, Deadline, Fault, Message, Sender};
+use super::connection::{Connection, unexpected, without_fds};
+use super::protocol::channel::{Deadline, Fault, Message, Sender};
 use super::protocol::dma::{self, Rights};
 use super::protocol::version::MAX_TRANSFER;
 use super::protocol::wire::{DmaAccess, command};
@@ -32,14 +32,8 @@ impl Connection {
         message: &mut Message,
         deadline: &mut Deadline,
     ) -> std::result::Result<(), Fault> {
-        let Message { header, body, fds } = message;
-        if !fds.is_empty() {
-            channel::discard(std::mem::take(fds));
-            return Err(Fault::Malformed(format!(
-                "the server sent descriptors with {}, which takes none",
-                command::name(header.command)
-            )));
-        }
+        without_fds(message)?;
+        let Message { header, body, .. } = message;
         let answer = match header.command {
             command::DMA_READ => self.read_memory(body),
             command::DMA_WRITE => self.write_memory(body),

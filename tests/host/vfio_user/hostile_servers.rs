@@ -208,6 +208,14 @@ fn a_region_without_a_file_is_reached_by_messages() {
     server.join().unwrap();
 }
 
+/// Each may have to be waited for by a thread until it is closed: a server must not send more and more of them.
+#[test]
+fn descriptors_with_replies_that_take_none_are_malformed() {
+    for command in [INFO, IRQ, READ, WRITE, 8, 2, 3, 13] {
+        malformed("which takes none", command, |reply| reply.fds = vec![memory(0)]);
+    }
+}
+
 #[test]
 fn descriptors_that_nobody_wants_are_closed() {
     for command in [VERSION, INFO, REGION, IRQ, READ, WRITE, 8, 2, 3, 13] {
