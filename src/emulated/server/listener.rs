@@ -247,7 +247,7 @@ impl Visitor {
 
     /// Refuses a command. Returns its descriptors.
     fn refuse(&mut self, message: Message) -> Vec<OwnedFd> {
-        let Message { header, fds, .. } = message;
+        let Message { header, mut fds, .. } = message;
         log::debug!(
             "another client is served: {} is answered with EBUSY",
             command::name(header.command)
@@ -259,7 +259,7 @@ impl Visitor {
                 log::debug!("the reply was lost: {fault}");
             }
         }
-        fds
+        fds.take()
     }
 
     /// The socket, if nothing has been received from it.

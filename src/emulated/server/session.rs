@@ -90,7 +90,7 @@ impl<'a> Session<'a> {
                 log::debug!("{} failed: {errno}", command::name(header.command));
             }
             // Before the reply, since sending that may fail.
-            let closed = self.closer.close(fds);
+            let closed = self.closer.close(fds.take());
             if header.wants_reply() {
                 match &served {
                     Ok(reply) => {

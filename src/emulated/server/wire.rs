@@ -130,7 +130,7 @@ impl Wire {
         let mut fds = inbox.receiver.as_mut().map(Receiver::take_fds).unwrap_or_default();
         let commands = std::mem::take(&mut inbox.commands);
         let strays = std::mem::take(&mut inbox.strays);
-        fds.extend(commands.into_iter().chain(strays).flat_map(|message| message.fds));
+        fds.extend(commands.into_iter().chain(strays).flat_map(|mut message| message.fds.take()));
         fds
     }
 

@@ -145,7 +145,7 @@ impl Connection {
             };
             Ok((capabilities, twin))
         });
-        channel::discard(fds);
+        drop(fds);
         let (capabilities, twin) = agreed.map_err(refuse)?;
         if let Some(twin) = twin {
             self.add_twin(twin)?;
@@ -391,7 +391,7 @@ impl Connection {
                 ))));
             }
             if !matches!(command, command::VERSION | command::DEVICE_GET_REGION_INFO) {
-                without_fds(&mut message)?;
+                without_fds(&message)?;
             }
             if message.header.failed().is_none() && message.body.len() < reply {
                 return Err(Failure::Fault(Fault::Malformed(format!(
@@ -430,7 +430,7 @@ impl Connection {
         if message.header.is_command() {
             return self.serve(&mut inner.sender, &mut message, deadline);
         }
-        without_fds(&mut message)?;
+        without_fds(&message)?;
         let Header { id, command, .. } = message.header;
         let late = inner.late.filter(|late| (late.id, late.command) == (id, command));
         let Some(late) = late.filter(|_| message.header.is_reply()) else {
@@ -483,13 +483,12 @@ impl Connection {
     }
 }
 
-/// Discards the descriptors of a message that takes none, and `Malformed` if it has some: a server that sends more and
+/// `Malformed` if a message that takes no descriptors has some: a server that sends more and
 /// more of them would fill this process.
-pub(super) fn without_fds(message: &mut Message) -> std::result::Result<(), Fault> {
+pub(super) fn without_fds(message: &Message) -> std::result::Result<(), Fault> {
     if message.fds.is_empty() {
         return Ok(());
     }
-    channel::discard(std::mem::take(&mut message.fds));
     Err(Fault::Malformed(format!(
         "the server sent descriptors with {}, which takes none",
         command::name(message.header.command)

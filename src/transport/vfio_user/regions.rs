@@ -35,7 +35,7 @@ pub(super) fn read_region(
     // Room for some areas: one exchange is enough for most regions.
     let mut argsz = 256;
     let mut rounds = 0..MAX_ROUNDS;
-    let (body, fds) = loop {
+    let (body, mut fds) = loop {
         let ask = wire::RegionInfo { argsz, index, ..Default::default() };
         let request = Request {
             command: command::DEVICE_GET_REGION_INFO,
@@ -54,7 +54,6 @@ pub(super) fn read_region(
         if answer.index == index && whole {
             break (reply.body, reply.fds);
         }
-        discard(reply.fds);
         if answer.index != index {
             return malformed(format!("the server answered for region {}", answer.index));
         }
@@ -69,17 +68,9 @@ pub(super) fn read_region(
     };
     let (mut info, start) = match RegionInfo::from_vfio(&body) {
         Ok((info, start)) if info.size > 0 => (info, start),
-        other => {
-            discard(fds);
-            return other.map(|_| None);
-        }
+        other => return other.map(|_| None),
     };
-    let file = if info.mappable {
-        choose(&mut info, fds, start, name)
-    } else {
-        discard(fds);
-        None
-    };
+    let file = if info.mappable { choose(&mut info, fds.take(), start, name) } else { None };
     info.mappable = file.is_some();
     Ok(Some(Region { info, file }))
 }

@@ -1,13 +1,17 @@
-//! Descriptors that a peer has sent, and that nobody has received when the connection ends. Closing one would wait.
+//! Descriptors that a peer has sent, and that nobody uses: left in the socket when the connection ends, or of a message
+//! that is not taken. Closing one would wait.
 
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use vfio_remap::ErrorKind;
 use vfio_remap::emulated::{Edu, Emulated, Server};
-use vfio_remap::transport::VfioUser;
+use vfio_remap::transport::{Transport, VfioUser};
 
+use crate::support::hostile_server::{READ, REGION, Reply, VERSION, serve};
 use crate::support::lingering::lingering;
 use crate::support::scripted_client::{AMPLE, Client, DMA_MAP};
 use crate::support::watch;
@@ -63,5 +67,38 @@ fn nor_for_those_of_clients_that_are_not_served() {
         });
         let _waiting = send(UnixStream::connect(&path).unwrap(), second);
         drop(server);
+    });
+}
+
+/// Replies that are not taken.
+#[test]
+fn nor_for_those_of_replies_that_are_malformed_or_errors() {
+    let spoils: [fn(&mut Reply); 4] = [
+        |reply| reply.set_u16(0, 999),
+        |reply| reply.set_u32(8, 0x21),
+        |reply| reply.set_body(&[0; 3]),
+        |reply| reply.bytes.truncate(17),
+    ];
+    watch::in_time(move || {
+        let peers = Arc::new(Mutex::new(Vec::new()));
+        for command in [VERSION, REGION, READ] {
+            for spoil in spoils {
+                let (ours, theirs) = UnixStream::pair().unwrap();
+                let peers = peers.clone();
+                // It ends when the peers do: it may be the one that closes a descriptor last.
+                std::thread::spawn(move || {
+                    serve(theirs, command, move |reply| {
+                        let (fd, peer) = lingering();
+                        peers.lock().unwrap().push(peer);
+                        reply.fds = vec![fd];
+                        spoil(reply);
+                    })
+                });
+                let client = VfioUser::from_stream(ours, Duration::from_millis(500));
+                let read = client.and_then(|client| client.read_at(0, 8, &mut [0; 4]));
+                read.unwrap_err();
+            }
+        }
+        peers.lock().unwrap().clear();
     });
 }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::IoSlice;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -26,8 +27,38 @@ const MAX_MESSAGE: usize = MAX_TRANSFER + 4096;
 pub(crate) struct Message {
     pub(crate) header: Header,
     pub(crate) body: Vec<u8>,
-    /// The descriptors that came with it. They are closed with the message.
-    pub(crate) fds: Vec<OwnedFd>,
+    /// The descriptors that came with it.
+    pub(crate) fds: Descriptors,
+}
+
+/// Descriptors that a peer has sent. What is left of them is [discarded](discard).
+#[derive(Debug, Default)]
+pub(crate) struct Descriptors(Vec<OwnedFd>);
+
+impl Descriptors {
+    pub(crate) fn take(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.0)
+    }
+}
+
+impl Deref for Descriptors {
+    type Target = Vec<OwnedFd>;
+
+    fn deref(&self) -> &Vec<OwnedFd> {
+        &self.0
+    }
+}
+
+impl DerefMut for Descriptors {
+    fn deref_mut(&mut self) -> &mut Vec<OwnedFd> {
+        &mut self.0
+    }
+}
+
+impl Drop for Descriptors {
+    fn drop(&mut self) {
+        discard(self.take());
+    }
 }
 
 /// Why a channel cannot be used any more.
@@ -175,7 +206,24 @@ pub(crate) struct Receiver {
     /// How much of the buffer is filled.
     filled: usize,
     /// Descriptors, each with the index in the buffer of the last byte that came with it.
-    fds: VecDeque<(usize, OwnedFd)>,
+    fds: Arriving,
+}
+
+/// Descriptors, each with an index. What is left of them is [discarded](discard).
+#[derive(Debug, Default)]
+struct Arriving(VecDeque<(usize, OwnedFd)>);
+
+impl Arriving {
+    /// Takes the first `count`.
+    fn take(&mut self, count: usize) -> Vec<OwnedFd> {
+        self.0.drain(..count).map(|(_, fd)| fd).collect()
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        discard(self.take(self.0.len()));
+    }
 }
 
 /// Splits a connected socket into its two sides. `time` becomes its receive timeout.
@@ -187,7 +235,7 @@ pub(crate) fn split(stream: UnixStream, time: Duration) -> std::io::Result<(Send
         stream: stream.clone(),
         buffer: vec![0; 16 << 10],
         filled: 0,
-        fds: VecDeque::new(),
+        fds: Arriving::default(),
     };
     Ok((Sender { stream }, receiver))
 }
@@ -201,13 +249,13 @@ impl Receiver {
     /// The descriptors that came, and are not with a message that was taken.
     #[cfg(feature = "emulated")]
     pub(crate) fn take_fds(&mut self) -> Vec<OwnedFd> {
-        self.fds.drain(..).map(|(_, fd)| fd).collect()
+        self.fds.take(self.fds.0.len())
     }
 
     /// The socket back, if nobody else has it and nothing has come by it.
     #[cfg(feature = "emulated")]
     pub(crate) fn into_idle_stream(self) -> Option<UnixStream> {
-        let is_idle = self.filled == 0 && self.fds.is_empty();
+        let is_idle = self.filled == 0 && self.fds.0.is_empty();
         Arc::into_inner(self.stream).filter(|_| is_idle).map(Stream::into_inner)
     }
 
@@ -277,9 +325,9 @@ impl Receiver {
         self.filled -= size;
         // The kernel ends a read behind the bytes that descriptors were sent with. So descriptors that came
         // with this message's bytes are this message's.
-        let ours = self.fds.partition_point(|(last, _)| *last < size);
-        let fds = self.fds.drain(..ours).map(|(_, fd)| fd).collect();
-        self.fds.iter_mut().for_each(|(last, _)| *last -= size);
+        let ours = self.fds.0.partition_point(|(last, _)| *last < size);
+        let fds = Descriptors(self.fds.take(ours));
+        self.fds.0.iter_mut().for_each(|(last, _)| *last -= size);
         Ok(Some(Message { header, body, fds }))
     }
 
@@ -302,16 +350,16 @@ impl Receiver {
         }
         self.filled += received.bytes;
         let last = self.filled - 1;
-        self.fds.extend(received.fds.into_iter().map(|fd| (last, fd)));
+        self.fds.0.extend(received.fds.into_iter().map(|fd| (last, fd)));
         if received.truncated {
             return Err(Fault::Malformed(
                 "the peer sent more file descriptors than this process may have".to_owned(),
             ));
         }
-        if self.fds.len() > MAX_FDS {
+        if self.fds.0.len() > MAX_FDS {
             return Err(Fault::Malformed(format!(
                 "the peer sent {} file descriptors at once; {MAX_FDS} are allowed",
-                self.fds.len()
+                self.fds.0.len()
             )));
         }
         Ok(())
