@@ -44,6 +44,11 @@ impl Closer {
         Ok(())
     }
 
+    /// Whether so many are waiting that no more should be received.
+    pub(super) fn is_full(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > MAX_WAITING
+    }
+
     /// Returns the thread, and starts it first if necessary.
     fn thread(&mut self) -> Option<&Sender<OwnedFd>> {
         if self.thread.is_none() {

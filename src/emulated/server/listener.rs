@@ -23,7 +23,7 @@ use crate::transport::vfio_user::protocol::wire::command;
 
 /// How many clients may be connected that are not served. Others wait in the kernel.
 const MAX_VISITORS: usize = 16;
-/// How long no client is accepted after `accept(2)` has failed.
+/// How long no client is accepted after `accept(2)` has failed, or while descriptors of others cannot be closed.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// The socket that clients connect to.
@@ -138,6 +138,9 @@ impl Listener {
         let mut paused: Option<Instant> = None;
         loop {
             paused = paused.filter(|until| *until > Instant::now());
+            if closer.is_full() {
+                paused.get_or_insert_with(|| Instant::now() + PAUSE);
+            }
             let accepts = paused.is_none() && visitors.len() < MAX_VISITORS;
             let socket = accepts.then_some(&self.socket);
             let refuses = !has_left(served);

@@ -12,6 +12,7 @@ use vfio_remap::ErrorKind;
 use vfio_remap::emulated::{Edu, Emulated, Server};
 use vfio_remap::transport::VfioUser;
 
+use crate::support::lingering::lingering;
 use crate::support::scripted_client::{AMPLE, Client, GET_INFO, VERSION, version};
 use crate::support::watch;
 
@@ -162,4 +163,44 @@ fn descriptors_of_a_refused_client_are_closed() {
     watch::in_time(move || assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0));
     drop(first);
     server.join().unwrap();
+}
+
+/// The first one of them has to be waited for, and the others behind it.
+#[test]
+fn descriptors_that_cannot_be_closed_do_not_pile_up() {
+    watch::in_time(|| {
+        let (path, server) = server(AMPLE);
+        let mut first = Client::connect(&path);
+        let (fd, peer) = lingering();
+        let mut refused = Client::connect(&path);
+        refused.send(VERSION, &version("{}\0"), &[fd.as_fd()]);
+        // Before the server closes it: the last one waits.
+        drop(fd);
+        let server = serve(server, 1);
+        first.greet("{}");
+        assert_eq!(refused.receive().error, Some(libc::EBUSY));
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let mut others = Vec::new();
+        let is_refused_soon = |client: &mut Client| {
+            (0..500).any(|_| {
+                thread::sleep(Duration::from_millis(2));
+                client.has_message()
+            })
+        };
+        loop {
+            let mut client = Client::connect(&path);
+            client.send(VERSION, &version("{}\0"), &[null.as_fd(); 8]);
+            others.push(client);
+            assert!(others.len() < 64, "all of them are open");
+            if !is_refused_soon(others.last_mut().unwrap()) {
+                break;
+            }
+        }
+        drop(peer);
+        for client in &mut others {
+            assert_eq!(client.receive().error, Some(libc::EBUSY));
+        }
+        drop(first);
+        server.join().unwrap();
+    });
 }
