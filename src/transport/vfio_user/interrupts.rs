@@ -62,6 +62,13 @@ impl Interrupts {
     fn of(&mut self, index: u32) -> Option<&mut BTreeSet<u32>> {
         self.connected.get_mut(index as usize)
     }
+
+    /// Whether vectors of an index are connected, and none that is not in `vectors`.
+    fn are_all_of(&mut self, index: u32, vectors: &Range<u32>) -> bool {
+        self.of(index).is_some_and(|connected| {
+            !connected.is_empty() && connected.iter().all(|vector| vectors.contains(vector))
+        })
+    }
 }
 
 impl VfioUser {
@@ -209,6 +216,11 @@ impl VfioUser {
                 .with_advice("poll the device instead"));
         }
         let mut interrupts = self.interrupts();
+        let has_config = self.has_config();
+        if has_config && fds.iter().all(Option::is_none) && interrupts.are_all_of(index, &vectors) {
+            // Before the last of them is disconnected.
+            self.disable(&interrupts, index)?;
+        }
         let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
         let mut start = start;
         // Runs of vectors with an eventfd, and of vectors without: no descriptors at all disconnect.
@@ -220,7 +232,7 @@ impl VfioUser {
                 start += count;
             }
         }
-        if !self.has_config() {
+        if !has_config {
             return Ok(());
         }
         let Some(connected) = interrupts.of(index) else { return Ok(()) };

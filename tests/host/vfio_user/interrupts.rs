@@ -76,6 +76,25 @@ fn msix_is_enabled_and_unmasked_while_vectors_are_set_up() {
     drop(device);
 }
 
+/// A hole is not set up. If there is nothing else, nobody has connected the interrupt.
+#[test]
+fn an_interrupt_of_holes_is_disabled() {
+    let kinds = [
+        (Interrupt::Intx, ["0x4 = 0x400", "connect 0 0+1"], "0x4 = 0x0"),
+        (Interrupt::Msi, ["0x52 = 0x84", "connect 1 0+1"], "0x52 = 0x85"),
+        (Interrupt::MsiX, ["0x72 = 0x7", "connect 2 0+1"], "0x72 = 0x8007"),
+    ];
+    for (kind, disabled, enabled) in kinds {
+        let (peer, device) = honest(Served::default());
+        let mut vectors = device.vectors(kind, 1).unwrap();
+        peer.asked();
+        vectors.set_enabled(0, false).unwrap();
+        assert_eq!(of_interrupts(&peer.asked()), disabled);
+        vectors.set_enabled(0, true).unwrap();
+        assert_eq!(of_interrupts(&peer.asked())[1], enabled);
+    }
+}
+
 #[test]
 fn msi_is_enabled_for_as_many_vectors_as_are_set_up() {
     let (peer, device) = honest(Served::default());
