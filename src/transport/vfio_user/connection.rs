@@ -180,6 +180,17 @@ impl Connection {
         }
     }
 
+    /// Frees the memory of mappings that the server has not answered for. The connection has ended: it may hold the
+    /// last of what holds the connection.
+    pub(super) fn free_late(&self) {
+        let mut inner = self.inner();
+        let late = inner.late.take().and_then(|late| late.mapping);
+        let unwanted = std::mem::take(&mut inner.unwanted);
+        drop(inner);
+        late.into_iter().chain(unwanted).for_each(|(address, size)| self.free(address, size));
+        self.drop_freed();
+    }
+
     fn freed(&self) -> MutexGuard<'_, Vec<DmaMemory>> {
         self.freed.lock().unwrap_or_else(PoisonError::into_inner)
     }

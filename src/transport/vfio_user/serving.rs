@@ -81,6 +81,11 @@ impl Connection {
 
     /// Serves the server's commands until the connection ends.
     pub(super) fn listen(&self) {
+        self.serve_all();
+        self.free_late();
+    }
+
+    fn serve_all(&self) {
         let twin = self.twin.get();
         let stream = twin.map_or(&self.stream, |twin| &twin.stream);
         loop {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use vfio_remap::device::IovaPlacement;
+use vfio_remap::device::{DmaSpace, IovaPlacement};
 use vfio_remap::space::Access;
 use vfio_remap::transport::{TimeLimits, Transport, VfioUser};
 use vfio_remap::{Device, ErrorKind};
@@ -112,24 +112,29 @@ fn a_mapping_that_was_unmapped_late_is_out_of_reach() {
     });
 }
 
+/// A client and its space, with a buffer of which a second mapping is late. The server refuses that in the end.
+fn mapped_twice() -> (Peer, Arc<VfioUser>, DmaSpace) {
+    let maps = AtomicU32::new(0);
+    let (peer, stream) = Peer::start(Served::default(), move |_, asked, answer| {
+        if asked.command == DMA_MAP && maps.fetch_add(1, Ordering::Relaxed) == 1 {
+            (answer.late, answer.error) = (true, Some(libc::EIO));
+        }
+    });
+    let mut limits = TimeLimits::from(AMPLE);
+    limits.map = Duration::from_secs(3);
+    let client = Arc::new(VfioUser::from_stream(stream, limits).unwrap());
+    let space = Device::new(client.clone()).dma().unwrap();
+    let buffer = space.buffer(0x1000).unwrap();
+    let again = space.map(buffer.memory(), IovaPlacement::default(), Access::ReadWrite);
+    timed_out(again, "did not answer within");
+    (peer, client, space)
+}
+
 /// The memory is a buffer's that was dropped meanwhile: with it the buffer's own mapping ends, on the same connection.
 #[test]
 fn a_late_refusal_may_end_another_mapping() {
     watch::in_time(|| {
-        let maps = AtomicU32::new(0);
-        let (peer, stream) = Peer::start(Served::default(), move |_, asked, answer| {
-            if asked.command == DMA_MAP && maps.fetch_add(1, Ordering::Relaxed) == 1 {
-                (answer.late, answer.error) = (true, Some(libc::EIO));
-            }
-        });
-        let mut limits = TimeLimits::from(AMPLE);
-        limits.map = Duration::from_secs(3);
-        let client = Arc::new(VfioUser::from_stream(stream, limits).unwrap());
-        let space = Device::new(client.clone()).dma().unwrap();
-        let buffer = space.buffer(0x1000).unwrap();
-        let again = space.map(buffer.memory(), IovaPlacement::default(), Access::ReadWrite);
-        timed_out(again, "did not answer within");
-        drop(buffer);
+        let (peer, client, space) = mapped_twice();
         assert_eq!(space.mapping_count(), 1, "the server may still make the second one");
         peer.let_go();
         watch::until("it works again", || works(&client));
@@ -137,26 +142,25 @@ fn a_late_refusal_may_end_another_mapping() {
     });
 }
 
-/// As before, but nothing else holds the client any more: it ends in its own thread.
+/// Nothing else holds the client any more: it ends in its own thread.
 #[test]
 fn a_late_refusal_may_end_the_connection() {
     watch::in_time(|| {
-        let maps = AtomicU32::new(0);
-        let (peer, stream) = Peer::start(Served::default(), move |_, asked, answer| {
-            if asked.command == DMA_MAP && maps.fetch_add(1, Ordering::Relaxed) == 1 {
-                (answer.late, answer.error) = (true, Some(libc::EIO));
-            }
-        });
-        let mut limits = TimeLimits::from(AMPLE);
-        limits.map = Duration::from_secs(3);
-        let client = VfioUser::from_stream(stream, limits).unwrap();
-        let space = Device::new(Arc::new(client)).dma().unwrap();
-        let buffer = space.buffer(0x1000).unwrap();
-        let again = space.map(buffer.memory(), IovaPlacement::default(), Access::ReadWrite);
-        timed_out(again, "did not answer within");
-        drop((buffer, space));
+        let (peer, client, space) = mapped_twice();
+        drop((client, space));
         peer.let_go();
         peer.ended();
+    });
+}
+
+#[test]
+fn memory_of_a_late_mapping_is_freed_when_the_server_goes() {
+    watch::in_time(|| {
+        let (peer, client, space) = mapped_twice();
+        let left = Arc::downgrade(&client);
+        drop((client, space));
+        drop(peer);
+        watch::until("the client is gone", || left.strong_count() == 0);
     });
 }
 
