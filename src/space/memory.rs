@@ -7,6 +7,8 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+#[cfg(feature = "vfio-user")]
+use crate::sys::fork;
 use crate::sys::mm::Shareable;
 
 /// Memory that a device may read and write at any time. It is mapped in this process, and no Rust reference
@@ -18,6 +20,9 @@ pub struct DmaMemory {
     /// One `Arc` for all of it, because memory is cloned for every mapping.
     range: Arc<Range>,
     pages: Pages,
+    /// The process that has it mapped, if children of `fork(2)` do not inherit it: see [`fork::generation`].
+    #[cfg(feature = "vfio-user")]
+    generation: Option<u32>,
 }
 
 /// What happens to the pages when the owner is dropped, and when the kernel maps them for DMA.
@@ -56,7 +61,24 @@ impl DmaMemory {
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
         let range = Arc::new(Range { address, size, file, _owner: owner });
-        Self { range, pages: Pages::OfOwner }
+        Self {
+            range,
+            pages: Pages::OfOwner,
+            #[cfg(feature = "vfio-user")]
+            generation: None,
+        }
+    }
+
+    /// The same memory, which is mapped in this process, and which children of `fork(2)` do not inherit.
+    #[cfg(feature = "emulated")]
+    pub(crate) fn not_inherited(self) -> Self {
+        Self { generation: Some(fork::generation()), ..self }
+    }
+
+    /// Whether it is mapped in this process. In a child of `fork(2)` anything else may be at its address.
+    #[cfg(feature = "vfio-user")]
+    pub(crate) fn is_mapped(&self) -> bool {
+        self.generation.is_none_or(|generation| generation == fork::generation())
     }
 
     /// The same memory, whose pages are a device's.

@@ -47,7 +47,7 @@ impl DmaMemory {
         let (address, size) = (address + (offset - start) as usize, size as usize);
         // SAFETY: `shared` keeps it mapped, and nobody else knows the address. Nothing makes a reference to
         // what is there.
-        Ok(unsafe { Self::new(address, size, None, Arc::new(shared)) })
+        Ok(unsafe { Self::new(address, size, None, Arc::new(shared)) }.not_inherited())
     }
 }
 
@@ -101,6 +101,28 @@ mod tests {
         assert!(is_mapped());
         drop(memory);
         assert!(!is_mapped());
+    }
+
+    /// A child may have mapped anything else at the address.
+    #[test]
+    fn a_child_does_not_reach_it() {
+        let page = page_size();
+        let file = file::memory_file("vfio-remap-test", page as u64).unwrap();
+        let (size, access) = (page as u64, Access::ReadWrite);
+        let memory = DmaMemory::of_peer(file.as_fd(), 0, size, size, access).unwrap();
+        // SAFETY: the child makes system calls.
+        let holds = unsafe {
+            fork::holds_in_child(|| {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+                let access = libc::PROT_READ | libc::PROT_WRITE;
+                let at = memory.address();
+                let mapped = libc::mmap(at as *mut _, page, access, flags, -1, 0);
+                mapped as usize == at
+                    && dma::read(&memory, 0, &mut [0; 2]) == Err(Errno::EFAULT)
+                    && dma::write(&memory, 0, b"!!") == Err(Errno::EFAULT)
+            })
+        };
+        assert!(holds);
     }
 
     #[test]

@@ -168,7 +168,7 @@ pub(crate) fn write(memory: &DmaMemory, offset: u64, data: &[u8]) -> Result<(), 
 fn place(memory: &DmaMemory, offset: u64, len: usize) -> Result<RemoteIoVec, Errno> {
     let offset = usize::try_from(offset).map_err(|_| Errno::EFAULT)?;
     match offset.checked_add(len) {
-        Some(end) if end <= memory.size() => {
+        Some(end) if end <= memory.size() && memory.is_mapped() => {
             Ok(RemoteIoVec { base: memory.address() + offset, len })
         }
         _ => Err(Errno::EFAULT),
