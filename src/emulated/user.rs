@@ -12,7 +12,7 @@ use crate::transport::vfio_user::protocol::version::MAX_DMA_MAPS;
 
 /// How much memory of files a user may have mapped here, in bytes: more than machines have, and a small part of the
 /// address space.
-const MAX_MAPPED: u64 = 16 << 40;
+const MAX_MAPPED: u64 = 1 << 40;
 
 /// One user of a device, and its limits.
 pub(super) struct User {

@@ -198,13 +198,16 @@ fn refuses_what_is_no_card_and_what_a_card_has_not() {
 #[test]
 fn is_usable_by_the_next_whatever_state_it_was_left_in() {
     on_both(|name, _| {
-        // Dropped with frames on their way, and buffers with the card.
-        let mut station = Station::new(name, Settings::default());
-        station.gateway();
-        station.send(&arp_request(station.nic.address(), GATEWAY));
-        let Station { nic, queues, .. } = station;
-        assert_eq!(nic.close().unwrap_err().kind(), ErrorKind::InUse);
-        drop(queues);
+        {
+            // Dropped with frames on their way, and buffers with the card.
+            let mut station = Station::new(name, Settings::default());
+            station.gateway();
+            station.send(&arp_request(station.nic.address(), GATEWAY));
+            let Station { nic, queues, .. } = station;
+            assert_eq!(nic.close().unwrap_err().kind(), ErrorKind::InUse);
+            drop(queues);
+            // The pool, which holds the device's file, is dropped here.
+        }
         let mut station = Station::new(name, Settings::default());
         station.gateway();
         station.stop();
