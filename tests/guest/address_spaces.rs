@@ -19,7 +19,7 @@ fn ways() -> Vec<VfioOptions<'static>> {
 }
 
 #[test]
-fn devices_of_several_groups_share_an_address_space_until_each_is_closed() {
+fn devices_of_several_groups_share_an_address_space() {
     for way in ways() {
         leftovers::none_of(|| {
             let igb = way.open(lab::address("igb")).unwrap();
@@ -114,7 +114,7 @@ fn what_a_device_leaves_mapped_is_unmapped_as_it_leaves() {
 }
 
 #[test]
-fn a_device_that_has_an_address_space_of_its_own_is_not_taken_into_another() {
+fn a_device_with_its_own_address_space_joins_no_other() {
     let (edu, igb) = (lab::address("edu"), lab::address("igb"));
     leftovers::none_of(|| {
         let alone = Vfio::options().by_group().open(edu).unwrap();
@@ -139,7 +139,7 @@ fn a_device_that_has_an_address_space_of_its_own_is_not_taken_into_another() {
 }
 
 #[test]
-fn a_file_of_its_own_is_taken_where_there_is_one_and_a_group_else() {
+fn a_device_file_is_used_if_there_is_one_else_its_group() {
     let edu = lab::address("edu");
     let held = |what: &str| {
         let files = std::fs::read_dir("/proc/self/fd").unwrap().flatten();

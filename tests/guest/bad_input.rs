@@ -141,7 +141,7 @@ fn a_window_whose_registers_are_alive_stays_where_it_is() {
 }
 
 #[test]
-fn the_limit_on_mappings_is_named_and_leaves_every_window_as_it_was() {
+fn the_limit_on_mappings_leaves_every_window_as_it_was() {
     const LIMIT: &str = "/proc/sys/vm/max_map_count";
     let device = lab::open("edu");
     let mut window = lab::map_all(&device, 0);
@@ -181,7 +181,7 @@ fn the_limit_on_mappings_is_named_and_leaves_every_window_as_it_was() {
 }
 
 #[test]
-fn without_iommu_a_kernel_without_the_mode_or_a_device_not_in_it_is_refused_with_what_is_missing() {
+fn without_iommu_a_missing_mode_is_refused_by_name() {
     let refused =
         |kind, words: &[&str]| refused(kind, words, || noiommu_mode::open(Vfio::options()));
     if lab::kernel() != "patched" {

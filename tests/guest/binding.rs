@@ -61,7 +61,7 @@ fn a_viable_group_opens_once_the_neighbour_is_bound() {
 }
 
 #[test]
-fn without_iommu_a_device_is_neither_bound_nor_opened_and_keeps_its_driver() {
+fn without_iommu_a_device_is_not_bound_and_keeps_its_driver() {
     let spare = lab::sysfs("spare");
     for error in [spare.bind_vfio_pci().unwrap_err(), Device::open(spare.address()).unwrap_err()] {
         let expected = [ErrorKind::NoIommu, ErrorKind::NotBound];

@@ -15,12 +15,12 @@ use vfio_remap_edu::{Direction, Edu};
 const NOBODY: u32 = 65534;
 
 #[test]
-fn a_guests_memory_is_mapped_whole_at_its_own_addresses_or_not_at_all() {
+fn guest_memory_is_mapped_whole_or_not_at_all() {
     leftovers::none_of(|| guest_memory::is_reached_whole_or_not_at_all(lab::open("edu")));
 }
 
 #[test]
-fn the_limit_on_locked_memory_is_named_with_the_need_and_the_command_that_raises_it() {
+fn the_limit_on_locked_dma_memory_is_named() {
     // By its group, and by its own file where there is one, the device is given to nobody.
     let group = lab::sysfs("edu").iommu_group().unwrap();
     let mut files = vec![(format!("/dev/vfio/{group}"), "dma::by_group_nobody_locks_too_much")];
@@ -144,7 +144,7 @@ fn there_may_be_more_buffers_than_descriptors() {
 }
 
 #[test]
-fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
+fn the_limit_on_dma_mappings_is_named_and_reached_again() {
     const LIMIT: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
     const MOST: u32 = 100;
     leftovers::none_of(|| {
@@ -169,7 +169,7 @@ fn the_limit_on_mappings_is_named_and_reached_again_after_an_unmap() {
 }
 
 #[test]
-fn what_a_transport_has_mapped_of_others_is_kept_until_it_is_unmapped_or_the_transport_goes() {
+fn mapped_memory_of_others_is_kept_until_it_is_unmapped() {
     let maps = |address: usize| {
         std::fs::read_to_string("/proc/self/maps").unwrap().contains(&format!("{address:x}-"))
     };
@@ -226,7 +226,7 @@ fn a_child_that_drops_a_transport_unmaps_nothing_of_its_parents() {
 }
 
 #[test]
-fn huge_pages_are_had_where_there_are_any_and_otherwise_the_buffer_says_why_not() {
+fn huge_pages_are_used_or_the_buffer_says_why_not() {
     const POOL: &str = "/proc/sys/vm/nr_hugepages";
     const HUGE: usize = 2 << 20;
     let device = lab::open("edu");

@@ -77,7 +77,7 @@ impl Igb {
 }
 
 #[test]
-fn ten_thousand_msix_interrupts_in_lockstep_lose_none_while_vectors_are_added() {
+fn no_msix_interrupt_is_lost_while_vectors_are_added() {
     const PATIENCE: Duration = Duration::from_secs(10);
     let igb = Igb::new();
     let mut vectors = igb.device.vectors(Interrupt::MsiX, 3).unwrap();
@@ -155,7 +155,7 @@ fn an_intx_is_unmasked_by_an_eventfd_as_a_hypervisor_does_it() {
 }
 
 #[test]
-fn without_bus_mastering_dma_and_msi_silently_do_nothing_and_an_intx_comes() {
+fn without_bus_mastering_only_an_intx_comes() {
     let device = lab::open("edu");
     let config = device.config().unwrap();
     assert!(!config.bus_mastering().unwrap(), "VFIO opens a device with it off");
@@ -241,7 +241,7 @@ fn interrupts_that_a_device_does_not_have_are_refused_by_count() {
 }
 
 #[test]
-fn addresses_for_dma_follow_the_iommu_and_bad_ones_are_refused_by_name() {
+fn iovas_follow_the_iommu_and_bad_ones_are_refused() {
     let device = lab::open("edu");
     let space = device.dma().unwrap();
     let limits = space.limits().clone();
@@ -321,7 +321,7 @@ fn logged(text: &str) -> usize {
 }
 
 #[test]
-fn a_device_that_reaches_outside_its_mappings_is_stopped_by_the_iommu() {
+fn the_iommu_stops_dma_outside_of_mappings() {
     const FAULT: &str = "DMAR: [DMA";
     const SIZE: usize = 8192;
     const HOLE: u64 = 0x10_0000;
@@ -366,7 +366,7 @@ fn by_group(name: &str) -> Device {
 }
 
 #[test]
-fn a_window_of_another_device_can_be_mapped_for_peer_to_peer_in_a_container() {
+fn a_window_of_another_device_is_mapped_for_peer_to_peer() {
     let placement = IovaPlacement::default().aligned(1 << 21);
     let (device, peer) = (by_group("edu"), by_group("ivshmem64m"));
     let mut window = peer.bar(2).unwrap().map(0..0x20_0000, Placement::Anywhere).unwrap();
@@ -390,7 +390,7 @@ fn a_window_of_another_device_can_be_mapped_for_peer_to_peer_in_a_container() {
 }
 
 #[test]
-fn a_device_has_a_file_of_its_own_where_the_kernel_makes_one_and_works_by_its_group_everywhere() {
+fn a_device_works_by_its_own_file_and_by_its_group() {
     let edu = lab::address("edu");
     let by_group = Edu::new(by_group("edu"), Interrupt::Msi).unwrap();
     assert_eq!(by_group.factorial(5).unwrap(), 120);
@@ -422,7 +422,7 @@ fn a_device_has_a_file_of_its_own_where_the_kernel_makes_one_and_works_by_its_gr
 /// Four are dropped in every order; events go with the window, and a second mapping of the buffer's memory
 /// goes with the vectors.
 #[test]
-fn dropping_in_every_order_leaves_no_mapping_no_file_and_no_address() {
+fn dropping_in_every_order_leaves_nothing() {
     let mut orders = Vec::new();
     permute(&mut vec![0, 1, 2, 3], 0, &mut orders);
     for order in orders {

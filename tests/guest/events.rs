@@ -53,7 +53,7 @@ fn unbind(name: &str) -> std::thread::JoinHandle<()> {
 }
 
 #[test]
-fn an_unbind_asks_for_the_device_and_completes_when_the_driver_lets_go_twenty_times() {
+fn an_unbind_completes_when_the_driver_lets_go() {
     let sysfs = lab::sysfs("edu");
     for _ in 0..20 {
         let unbinding = std::cell::Cell::new(None);
@@ -69,7 +69,7 @@ fn an_unbind_asks_for_the_device_and_completes_when_the_driver_lets_go_twenty_ti
 }
 
 #[test]
-fn a_device_del_asks_for_the_device_and_completes_when_the_driver_lets_go_by_acpi_hotplug() {
+fn device_del_completes_when_the_driver_lets_go_by_acpi_hotplug() {
     let mut machine = Machine::open();
     for _ in 0..20 {
         let took = lets_go_when_asked("hot", || machine.unplug("hot"), || lab::until_gone("hot"));
@@ -172,7 +172,7 @@ fn a_driver_that_ignores_an_unbind_keeps_working_until_it_exits() {
 }
 
 #[test]
-fn a_driver_that_ignores_a_device_del_keeps_working_until_it_exits_by_acpi_hotplug() {
+fn an_ignored_device_del_completes_at_exit_by_acpi_hotplug() {
     let mut machine = Machine::open();
     let request = || machine.unplug("hot");
     keeps_working_until_it_exits("hot", true, request, || lab::until_gone("hot"));

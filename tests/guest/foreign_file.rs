@@ -72,7 +72,7 @@ fn by_cdev(address: PciAddress) -> Opened {
 }
 
 #[test]
-fn a_device_file_that_somebody_else_opened_is_driven_but_for_dma_and_left_as_it_was() {
+fn a_device_file_of_other_code_is_driven_without_dma() {
     let edu = lab::address("edu");
     let mut ways: Vec<fn(PciAddress) -> Opened> = vec![by_group];
     if lab::kernel() == "patched" {

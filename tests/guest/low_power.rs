@@ -40,7 +40,7 @@ fn is_offered(device: &Device) -> bool {
 }
 
 #[test]
-fn a_sleeping_device_is_reached_through_the_kernel_only_until_it_is_woken() {
+fn a_sleeping_device_is_reached_through_the_kernel_only() {
     leftovers::none_of(|| {
         let device = lab::open("e1000e");
         let window = lab::map_all(&device, 0);
@@ -74,7 +74,7 @@ fn a_sleeping_device_is_reached_through_the_kernel_only_until_it_is_woken() {
 }
 
 #[test]
-fn an_access_through_the_kernel_wakes_a_device_that_is_to_tell_of_it() {
+fn an_access_through_the_kernel_wakes_a_device() {
     leftovers::none_of(|| {
         let device = lab::open("e1000e");
         let window = lab::map_all(&device, 0);

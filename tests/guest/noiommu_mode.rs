@@ -57,7 +57,7 @@ fn without_iommu_safe_code_does_not_get_the_device() {
 }
 
 #[test]
-fn without_iommu_edu_works_by_its_group_with_interrupts_and_without_dma() {
+fn without_iommu_edu_interrupts_by_its_group() {
     let _mode = Mode::enter();
     for interrupt in [Interrupt::Intx, Interrupt::Msi] {
         leftovers::none_of(|| {
@@ -108,7 +108,7 @@ impl Drop for HugePages {
 }
 
 #[test]
-fn without_iommu_edu_does_dma_by_physical_addresses_through_a_file_of_its_own() {
+fn without_iommu_edu_does_dma_through_its_own_file() {
     let _mode = Mode::enter();
     let _pages = HugePages::new();
     // It is the way that is taken unasked, too.
@@ -132,7 +132,7 @@ fn without_iommu_edu_does_dma_by_physical_addresses_through_a_file_of_its_own() 
 }
 
 #[test]
-fn without_iommu_memory_is_where_it_is_and_a_wish_for_another_place_is_refused() {
+fn without_iommu_memory_is_at_its_physical_address_only() {
     let _mode = Mode::enter();
     leftovers::none_of(|| {
         let edu = device(Vfio::options());

@@ -71,7 +71,7 @@ fn pattern(size: usize, seed: u32) -> Vec<u8> {
 }
 
 #[test]
-fn nvme_reads_what_it_wrote_in_every_block_size_by_every_way_and_sort_of_completion() {
+fn nvme_reads_what_it_wrote_in_every_way() {
     for (number, way) in ways().into_iter().enumerate() {
         for interrupts in [false, true] {
             leftovers::none_of(|| {
@@ -132,7 +132,7 @@ fn nvme_says_how_it_is_and_a_namespace_that_is_missing_is_named() {
 }
 
 #[test]
-fn nvme_resets_under_load_lose_nothing_that_was_flushed_and_end_no_thread() {
+fn nvme_resets_under_load_lose_nothing_that_was_flushed() {
     const RESETS: u32 = 10;
     let controller = open(ways()[0], SETTINGS);
     let namespace = controller.namespace(2).unwrap();
@@ -201,7 +201,7 @@ impl Drop for StopOnDrop<'_> {
 }
 
 #[test]
-fn nvme_image_of_a_file_system_is_mounted_by_the_kernels_driver_and_back() {
+fn nvme_image_is_mounted_by_the_kernels_driver() {
     const SIZE: u64 = 32 << 20;
     if lab::kernel() == "patched" {
         // Its configuration has neither NVMe nor a file system on disks.

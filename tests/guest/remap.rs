@@ -66,7 +66,7 @@ fn for_each_window(f: impl Fn(&Subject, Window)) {
 }
 
 #[test]
-fn a_duplicate_reaches_the_same_device_and_says_which_way_it_was_made() {
+fn a_duplicate_reaches_the_device_and_names_its_strategy() {
     for_each_window(|subject, window| {
         let (duplicate, report) = window.duplicate(Placement::Anywhere).unwrap();
         assert_strategy(subject, &report);
@@ -78,7 +78,7 @@ fn a_duplicate_reaches_the_same_device_and_says_which_way_it_was_made() {
 }
 
 #[test]
-fn a_relocated_window_reaches_the_device_and_its_old_addresses_nothing() {
+fn old_addresses_of_a_relocated_window_reach_nothing() {
     for_each_window(|subject, mut window| {
         let size = window.addresses().len();
         let alias = window.duplicate(Placement::Anywhere).unwrap().0;
@@ -97,7 +97,7 @@ fn a_relocated_window_reaches_the_device_and_its_old_addresses_nothing() {
 }
 
 #[test]
-fn where_a_gib_entry_was_faulted_in_the_old_addresses_reach_nothing_either() {
+fn old_addresses_with_a_gib_entry_reach_nothing() {
     let device = lab::open("ivshmem4g");
     let mut window = lab::map_all(&device, 2);
     let old = window.addresses();
@@ -158,7 +158,7 @@ fn shared_memory_is_duplicated_by_dont_unmap_from_5_13_on() {
 }
 
 #[test]
-fn a_window_is_never_taken_to_bits_by_a_pinned_strategy_that_is_refused() {
+fn a_refused_strategy_leaves_the_window_whole() {
     let device = lab::open("ivshmem4g");
     let mut window = lab::map_all(&device, 2);
     let place = Reservation::aligned(window.size(), 1 << 30).unwrap();
@@ -181,7 +181,7 @@ fn a_window_is_never_taken_to_bits_by_a_pinned_strategy_that_is_refused() {
 }
 
 #[test]
-fn a_plain_move_of_a_bar_is_refused_where_it_would_escape_revocation_and_works_elsewhere() {
+fn a_move_that_would_escape_revocation_is_refused() {
     let device = lab::open("edu");
     let mut window = lab::map_all(&device, 0);
     assert_eq!(window.register::<u32>(0).unwrap().read(), lab::EDU_ID);

@@ -50,7 +50,7 @@ fn ways() -> Vec<VfioOptions<'static>> {
 }
 
 #[test]
-fn a_function_reset_resets_one_device_and_its_window_reaches_it_again() {
+fn a_window_reaches_its_device_after_a_function_reset() {
     leftovers::none_of(|| {
         let device = lab::open("igb");
         assert!(device.info().resettable);
@@ -70,7 +70,7 @@ fn a_function_reset_resets_one_device_and_its_window_reaches_it_again() {
 }
 
 #[test]
-fn a_hot_reset_resets_both_functions_that_sit_behind_a_root_port() {
+fn a_hot_reset_resets_both_functions_behind_a_port() {
     for way in ways() {
         leftovers::none_of(|| {
             let [one, other] = ["twin0", "twin1"].map(|name| Twin::new(name, way));
@@ -100,7 +100,7 @@ fn a_hot_reset_resets_both_functions_that_sit_behind_a_root_port() {
 }
 
 #[test]
-fn a_hot_reset_refuses_by_name_while_another_function_is_not_ours() {
+fn a_hot_reset_names_the_function_that_is_not_ours() {
     let twin1 = lab::address("twin1");
     for way in ways() {
         leftovers::none_of(|| {

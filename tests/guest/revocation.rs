@@ -24,7 +24,7 @@ fn aliases(subject: &Subject, device: &Device) -> Vec<Window> {
 }
 
 #[test]
-fn with_memory_decoding_off_every_alias_is_revoked_and_on_again_every_alias_works() {
+fn memory_decoding_revokes_and_restores_every_alias() {
     for subject in &SUBJECTS {
         let device = lab::open(subject.name);
         let windows = aliases(subject, &device);
@@ -46,7 +46,7 @@ fn with_memory_decoding_off_every_alias_is_revoked_and_on_again_every_alias_work
 }
 
 #[test]
-fn an_access_with_memory_decoding_off_is_a_sigbus_through_every_alias() {
+fn memory_decoding_off_is_a_sigbus_through_every_alias() {
     for subject in ["edu", "ivshmem64m"] {
         for alias in 0..4 {
             let environment = [("SUBJECT", subject.to_owned()), ("ALIAS", alias.to_string())];

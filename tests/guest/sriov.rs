@@ -60,7 +60,7 @@ fn ways() -> Vec<VfioOptions<'static>> {
 }
 
 #[test]
-fn a_virtual_function_opens_with_the_token_of_its_physical_one_and_with_no_other() {
+fn a_virtual_function_opens_with_its_token_only() {
     let functions = Functions::new(2);
     let igb = lab::address("igb");
     let function = functions.address(1);
@@ -96,7 +96,7 @@ fn a_virtual_function_opens_with_the_token_of_its_physical_one_and_with_no_other
 }
 
 #[test]
-fn a_device_that_is_open_already_is_told_from_one_that_refuses_a_token() {
+fn an_open_device_is_told_from_a_refused_token() {
     if lab::kernel() != "patched" {
         // By group, a device can be open twice.
         return;
@@ -113,7 +113,7 @@ fn a_device_that_is_open_already_is_told_from_one_that_refuses_a_token() {
 }
 
 #[test]
-fn a_token_for_a_device_that_takes_none_is_refused_with_what_to_do() {
+fn a_token_for_a_device_without_tokens_is_refused() {
     let edu = lab::address("edu");
     for way in ways() {
         leftovers::none_of(|| {

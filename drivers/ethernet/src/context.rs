@@ -145,7 +145,7 @@ mod tests {
     const SEGMENTS: Request = Request { flags: TCP4.flags | Request::SEGMENTS, mss: 1448, ..TCP4 };
 
     #[test]
-    fn a_context_of_the_82576_has_its_fields_where_the_datasheet_has_them() {
+    fn a_context_of_the_82576_is_as_in_its_datasheet() {
         let Offloaded { context, command, options } = offloaded(Model::I82576, SEGMENTS, 66 + 5000);
         assert_eq!(context, Some([14 << 9 | 20, (1448 << 16 | 32 << 8) << 32 | 0x2020_0c00]));
         assert_eq!(command, 1 << 31);
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_context_of_the_82574_has_its_fields_where_the_datasheet_has_them() {
+    fn a_context_of_the_82574_is_as_in_its_datasheet() {
         let Offloaded { context, command, options } = offloaded(Model::I82574, SEGMENTS, 66 + 5000);
         let places = (50 << 8 | 34) << 32 | 33 << 16 | 24 << 8 | 14;
         assert_eq!(context, Some([places, (1448 << 16 | 66 << 8) << 32 | 0x2700_0000 | 5000]));

@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_command_that_was_aborted_after_its_time_limit_has_timed_out() {
+    fn a_command_aborted_after_its_time_limit_has_timed_out() {
         assert_eq!(Status::ABORT_REQUESTED.error("read", "a block").kind(), ErrorKind::TimedOut);
         assert_eq!(Status::QUEUE_DELETED.error("read", "a block").kind(), ErrorKind::Os);
     }

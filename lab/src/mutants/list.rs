@@ -268,7 +268,7 @@ pub static MUTANTS: &[Mutant] = &[
         after: "if false && count >= self.max_mappings.load(Ordering::Relaxed)",
         killer: Guest {
             kernel: "6.12",
-            test: "dma::the_limit_on_mappings_is_named_and_reached_again_after_an_unmap",
+            test: "dma::the_limit_on_dma_mappings_is_named_and_reached_again",
         },
     },
     Mutant {
@@ -306,10 +306,7 @@ pub static MUTANTS: &[Mutant] = &[
         file: "src/transport/linux/vfio.rs",
         before: "        self.accounting.remove(kept.as_ref().map_or(size, DmaMemory::lockable));\n",
         after: "        let _ = kept;\n",
-        killer: Guest {
-            kernel: "6.12",
-            test: "dma::the_limit_on_locked_memory_is_named_with_the_need_and_the_command_that_raises_it",
-        },
+        killer: Guest { kernel: "6.12", test: "dma::the_limit_on_locked_dma_memory_is_named" },
     },
     Mutant {
         name: "linux-group-shared",
@@ -328,7 +325,7 @@ pub static MUTANTS: &[Mutant] = &[
         after: "        drop(kept);\n",
         killer: Guest {
             kernel: "6.12",
-            test: "dma::what_a_transport_has_mapped_of_others_is_kept_until_it_is_unmapped_or_the_transport_goes",
+            test: "dma::mapped_memory_of_others_is_kept_until_it_is_unmapped",
         },
     },
     Mutant {
