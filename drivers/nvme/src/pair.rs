@@ -4,6 +4,8 @@
 //! controller reads, finds completions by the phase bit in a ring that the controller writes, and rings the
 //! doorbells once for a batch.
 
+use std::{fmt, io};
+
 use vfio_remap::device::{BufferRequest, DmaArray, DmaBuffer, DmaSpace, IovaPlacement};
 use vfio_remap::{Error, ErrorKind, Result};
 
@@ -127,6 +129,24 @@ pub struct SubmitError {
 impl From<SubmitError> for Error {
     fn from(refused: SubmitError) -> Self {
         refused.error
+    }
+}
+
+impl From<SubmitError> for io::Error {
+    fn from(refused: SubmitError) -> Self {
+        refused.error.into()
+    }
+}
+
+impl fmt::Display for SubmitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for SubmitError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
     }
 }
 

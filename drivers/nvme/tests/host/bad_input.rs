@@ -192,8 +192,10 @@ fn a_buffer_stays_where_the_controller_may_still_reach_it() {
     let buffers = || (0..64).map(|_| controller.buffer(4096).unwrap()).collect::<Vec<_>>();
     let reused = || buffers().iter().any(|buffer| buffer.iova() == iova);
     assert!(!reused(), "the controller may still write there");
-    let SubmitError { error: reason, buffer, .. } =
-        queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 6).unwrap_err();
+    let refused = queue.read(&namespace, 0, controller.buffer(4096).unwrap(), 6).unwrap_err();
+    let as_error: &dyn std::error::Error = &refused;
+    assert_eq!(as_error.to_string(), refused.error.to_string());
+    let SubmitError { error: reason, buffer, .. } = refused;
     assert!(buffer.is_some());
     drop(buffer);
     error(Err::<(), _>(reason), ErrorKind::TimedOut, "did not cease to be ready");
