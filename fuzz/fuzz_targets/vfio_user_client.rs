@@ -12,7 +12,7 @@ use std::time::Duration;
 use libfuzzer_sys::fuzz_target;
 use vfio_remap::transport::VfioUser;
 use vfio_remap_fuzz::messages::{Message, Said, decode, flag};
-use vfio_remap_fuzz::{drive, memory, seeds, start};
+use vfio_remap_fuzz::{drive, memory, run, seeds, start};
 
 const TIME: Duration = Duration::from_millis(20);
 const VERSION: u8 = 1;
@@ -43,11 +43,13 @@ fn replies(input: &[u8], server: &Said) {
 }
 
 fuzz_target!(init: start(seeds::of_client), |input: &[u8]| {
-    let (server, stream) = Said::pair();
-    replies(input, &server);
-    server.ends();
-    if let Ok(client) = VfioUser::from_stream(stream, TIME) {
-        let with_memory = decode(input).next().is_some_and(|first| first.has(flag::CHOICE));
-        drive(client, with_memory);
-    }
+    run(|| {
+        let (server, stream) = Said::pair();
+        replies(input, &server);
+        server.ends();
+        if let Ok(client) = VfioUser::from_stream(stream, TIME) {
+            let with_memory = decode(input).next().is_some_and(|first| first.has(flag::CHOICE));
+            drive(client, with_memory);
+        }
+    });
 });

@@ -10,11 +10,11 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use vfio_remap::emulated::{Edu, Emulated, Nvme, Server};
 use vfio_remap::emulated::nvme::Namespace;
+use vfio_remap::emulated::{Edu, Emulated, Nvme, Server};
 use vfio_remap::transport::Transport;
 use vfio_remap_fuzz::messages::{Message, Said, decode, flag};
-use vfio_remap_fuzz::{eventfd, memory, seeds, start};
+use vfio_remap_fuzz::{eventfd, memory, run, seeds, start};
 
 const TIME: Duration = Duration::from_millis(1);
 const VERSION: u8 = 1;
@@ -50,12 +50,14 @@ fn commands(input: &[u8], client: &Said) {
 }
 
 fuzz_target!(init: start(seeds::of_server), |input: &[u8]| {
-    let (client, stream) = Said::pair();
-    commands(input, &client);
-    client.ends();
-    let nvme = decode(input).next().is_some_and(|first| first.has(flag::CHOICE));
-    let device = if nvme { &*NVME } else { &*EDU };
-    let _ = Server::serve_stream(device, stream, TIME);
-    assert_eq!(device.dma_limits().expect("limits").available_mappings, Some(65535), "mappings are left");
-    device.reset().expect("a reset");
+    run(|| {
+        let (client, stream) = Said::pair();
+        commands(input, &client);
+        client.ends();
+        let nvme = decode(input).next().is_some_and(|first| first.has(flag::CHOICE));
+        let device = if nvme { &*NVME } else { &*EDU };
+        let _ = Server::serve_stream(device, stream, TIME);
+        assert_eq!(device.dma_limits().expect("limits").available_mappings, Some(65535), "mappings are left");
+        device.reset().expect("a reset");
+    });
 });

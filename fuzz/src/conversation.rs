@@ -11,8 +11,8 @@ use std::time::Duration;
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::close;
-use vfio_remap::space::Access;
 use vfio_remap::emulated::{Emulated, Server};
+use vfio_remap::space::Access;
 use vfio_remap::transport::{MemoryDevice, Transport, VfioUser};
 use vfio_remap::{Device, Placement, Window};
 

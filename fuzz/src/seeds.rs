@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use vfio_remap::device::{BufferRequest, Iova, IovaPlacement};
-use vfio_remap::emulated::{Bus, Edu, Emulated, Model, Nvme, Shape};
 use vfio_remap::emulated::nvme::Namespace;
+use vfio_remap::emulated::{Bus, Edu, Emulated, Model, Nvme, Shape};
 use vfio_remap::transport::{IrqInfo, RegionInfo, VfioUser, region_index};
 use vfio_remap::{Device, Result};
 
