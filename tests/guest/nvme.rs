@@ -290,8 +290,10 @@ fn disk(namespace: u32) -> PathBuf {
         for disk in fs::read_dir("/sys/class/block").unwrap().map(|entry| entry.unwrap().path()) {
             let file = Path::new("/dev").join(disk.file_name().unwrap());
             let id = fs::read_to_string(disk.join("nsid"));
-            // What leads to a namespace that several controllers may share has no file.
-            if id.is_ok_and(|id| id.trim() == namespace.to_string()) && file.exists() {
+            // What leads to a namespace that several controllers may share has no file. While a disk is being
+            // added, its file is there and cannot be opened yet (ENXIO).
+            let is_wanted = id.is_ok_and(|id| id.trim() == namespace.to_string());
+            if is_wanted && fs::File::open(&file).is_ok() {
                 return file;
             }
         }
