@@ -8,7 +8,6 @@ use nix::errno::Errno;
 
 /// A call that changes the address space, with the arguments that tests check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(not(test), allow(dead_code))]
 pub(crate) enum Call {
     /// `mmap` of the marker file, inaccessible, at an address that the kernel chooses.
     Reserve,

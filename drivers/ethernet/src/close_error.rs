@@ -31,6 +31,11 @@ impl CloseError {
     pub fn into_nic(self) -> Option<Arc<Nic>> {
         self.nic
     }
+
+    /// The card as [`into_nic`](Self::into_nic) returns it, and the error.
+    pub fn into_parts(self) -> (Option<Arc<Nic>>, Error) {
+        (self.nic, self.error)
+    }
 }
 
 impl fmt::Display for CloseError {

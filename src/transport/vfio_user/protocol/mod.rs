@@ -2,8 +2,7 @@
 //!
 //! The `vfio_user` crate is not used: its client ignores errors and waits without limits.
 
-// The server alone uses some of it.
-#![cfg_attr(not(feature = "emulated"), allow(dead_code))]
+#![cfg_attr(not(feature = "emulated"), expect(dead_code, reason = "the server alone uses it"))]
 
 pub(crate) mod channel;
 pub(crate) mod dma;

@@ -56,7 +56,6 @@ macro_rules! fields {
             /// How many bytes they are.
             pub(crate) const SIZE: usize = 0 $(+ size_of::<$type>())*;
 
-            #[allow(dead_code, reason = "some fields are only read")]
             pub(crate) fn encode(&self) -> [u8; Self::SIZE] {
                 let mut bytes = [0; Self::SIZE];
                 let mut rest = &mut bytes[..];
@@ -71,7 +70,6 @@ macro_rules! fields {
 
             /// The fields at the start of `bytes`, and the bytes behind them; `None` if they are cut
             /// short.
-            #[allow(dead_code, reason = "some fields are only sent")]
             pub(crate) fn decode(bytes: &[u8]) -> Option<(Self, &[u8])> {
                 let rest = bytes;
                 $(
