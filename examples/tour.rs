@@ -40,6 +40,7 @@ struct Options {
 #[value(rename_all = "PascalCase")]
 enum Pin {
     DontUnmap,
+    OldLenZero,
     MapAgain,
     Move,
 }
@@ -216,6 +217,7 @@ fn request(placement: Placement, pin: Option<Pin>) -> Request {
     match pin {
         None => placement.into(),
         Some(Pin::DontUnmap) => placement.only(Strategy::DontUnmap),
+        Some(Pin::OldLenZero) => placement.only(Strategy::OldLenZero),
         Some(Pin::MapAgain) => placement.only(Strategy::MapAgain),
         Some(Pin::Move) => placement.only(Strategy::Move),
     }

@@ -28,11 +28,12 @@ with each other, and not with those of real machines.
   2 MiB), + those of touching the source, if it is still mapped.
 - **verb**: the median time of the verb; **ready**: that of the verb and of touching all that is
   mapped after it. The factors compare with `MapAgain` alone, which is run alternately.
+- **cheapest**: the strategy that `Placement::cheapest` chose, and its factor for **ready**.
 ";
 
 const TABLE: &str = "\
-| backing | verb | strategy | before it | faults | verb | ready |
-|---|---|---|---|---|---|---|
+| backing | verb | strategy | before it | faults | verb | ready | cheapest |
+|---|---|---|---|---|---|---|---|
 ";
 
 /// Boots every kernel and writes the page.
@@ -70,8 +71,20 @@ pub fn write(lab: &Lab, store: &Store) -> Result<()> {
 /// A row of the table from what `tests/hazards/matrix.rs` prints.
 fn row(line: &str) -> Option<String> {
     let fields: Vec<_> = line.split('\t').collect();
-    let [backing, verb, strategy, refusals, new, source, us, factor, ready_us, ready_factor] =
-        fields[..]
+    let [
+        backing,
+        verb,
+        strategy,
+        refusals,
+        new,
+        source,
+        us,
+        factor,
+        ready_us,
+        ready_factor,
+        cheapest,
+        cheapest_factor,
+    ] = fields[..]
     else {
         return None;
     };
@@ -82,7 +95,7 @@ fn row(line: &str) -> Option<String> {
     let refusals = if refusals.is_empty() { "–" } else { refusals };
     Some(format!(
         "| {backing} | {verb} | {strategy} | {refusals} | {faults} | {us} µs (×{factor}) \
-         | {ready_us} µs (×{ready_factor}) |\n"
+         | {ready_us} µs (×{ready_factor}) | {cheapest} (×{cheapest_factor}) |\n"
     ))
 }
 
@@ -92,11 +105,12 @@ mod tests {
 
     #[test]
     fn rows_are_parsed_and_other_lines_are_not() {
-        let line = "edu BAR0\tduplicate\tMapAgain\tDontUnmap: EINVAL\t1\t0\t9.5\t1.01\t12.0\t1.00";
+        let line = "edu BAR0\tduplicate\tMapAgain\tDontUnmap: EINVAL\t1\t0\t9.5\t1.01\t12.0\t1.00\
+                    \tMapAgain\t0.99";
         assert_eq!(
             row(line).unwrap(),
             "| edu BAR0 | duplicate | MapAgain | DontUnmap: EINVAL | 1 + 0 | 9.5 µs (×1.01) \
-             | 12.0 µs (×1.00) |\n"
+             | 12.0 µs (×1.00) | MapAgain (×0.99) |\n"
         );
         assert_eq!(row("edu BAR0\tduplicate"), None);
     }

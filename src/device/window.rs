@@ -227,13 +227,13 @@ impl Window {
         &mut self,
         request: impl Into<Request>,
     ) -> std::result::Result<Relocation, Failed> {
-        let Request { placement, strategies, pinned } = request.into();
+        let Request { placement, order, pinned } = request.into();
         let users = Arc::strong_count(&self.inner) - 1;
         let Some(inner) = Arc::get_mut(&mut self.inner) else {
             let error = in_use("relocate", &self.inner, users);
             return Err(Failed::new(error, reservation_of(placement)));
         };
-        let relocation = inner.mapping.relocate(Request { placement, strategies, pinned })?;
+        let relocation = inner.mapping.relocate(Request { placement, order, pinned })?;
         if let Some(holder) = inner.device.holders().get_mut(inner.slot) {
             *holder = inner.holder();
         }

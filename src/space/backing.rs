@@ -39,16 +39,24 @@ pub(crate) struct Backing {
     pub(super) identity: Option<(u64, u64)>,
     /// A bit for each [`Access`] with which an `mmap` without `MAP_FIXED` has succeeded.
     accepted: AtomicU8,
-    /// The result of the probe of `DONTUNMAP`: [`UNKNOWN`], [`ACCEPTED`] or [`REFUSED`].
-    dont_unmap: AtomicU8,
+    /// The result of each [`Remap`]'s probe: [`UNKNOWN`], [`ACCEPTED`], or the errno of a lasting refusal.
+    remaps: [AtomicU8; 2],
     /// Held during a probe, so that concurrent verbs probe once.
     probing: Mutex<()>,
 }
 
+/// A use of `mremap` that a kernel accepts for some files only.
+#[derive(Clone, Copy)]
+pub(super) enum Remap {
+    /// With `MREMAP_DONTUNMAP`.
+    DontUnmap,
+    /// With an old length of 0.
+    OldLenZero,
+}
+
 const UNKNOWN: u8 = 0;
+/// No errno of a lasting refusal.
 const ACCEPTED: u8 = 1;
-/// The probe failed with EINVAL.
-const REFUSED: u8 = 2;
 
 impl Backing {
     /// `size` bytes of `fd` from `start` on. Errors call them `name`.
@@ -88,7 +96,7 @@ impl Backing {
             identity,
             kernel: KernelVersion::running(),
             accepted: AtomicU8::new(0),
-            dont_unmap: AtomicU8::new(UNKNOWN),
+            remaps: [const { AtomicU8::new(UNKNOWN) }; 2],
             probing: Mutex::new(()),
         })
     }
@@ -151,47 +159,53 @@ impl Backing {
         unsafe { mm::munmap(address, size) }
     }
 
-    /// Whether the kernel accepts `DONTUNMAP` for this file, and whether that result was remembered.
+    /// Whether the kernel accepts `remap` for this file, and whether that result was remembered.
     ///
     /// The probe uses an untouched mapping of one page, made for it, without `MREMAP_FIXED`, and is
-    /// harmless on every kernel. Only success and EINVAL are remembered; other errors are temporary.
+    /// harmless on every kernel. Only success, EINVAL and EFAULT are remembered, which depend on the kernel
+    /// and the file alone; other errors are temporary.
     pub(super) fn probe(
         &self,
+        remap: Remap,
         offset: u64,
         probe_again: bool,
     ) -> (std::result::Result<(), Errno>, bool) {
-        if let (Some(result), false) = (self.remembered(), probe_again) {
+        if let (Some(result), false) = (self.remembered(remap), probe_again) {
             return (result, true);
         }
         let _one = self.probing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(result), false) = (self.remembered(), probe_again) {
+        if let (Some(result), false) = (self.remembered(remap), probe_again) {
             return (result, true);
         }
-        let result = self.try_dont_unmap(offset);
-        match result {
-            Ok(()) => self.dont_unmap.store(ACCEPTED, Ordering::Relaxed),
-            Err(Errno::EINVAL) => self.dont_unmap.store(REFUSED, Ordering::Relaxed),
-            Err(_) => {}
-        }
+        let result = self.try_remap(remap, offset);
+        let lasting = match result {
+            Ok(()) => ACCEPTED,
+            Err(errno @ (Errno::EINVAL | Errno::EFAULT)) => errno as u8,
+            Err(_) => return (result, false),
+        };
+        self.remaps[remap as usize].store(lasting, Ordering::Relaxed);
         (result, false)
     }
 
     /// The remembered result of an earlier probe.
-    fn remembered(&self) -> Option<std::result::Result<(), Errno>> {
-        match self.dont_unmap.load(Ordering::Relaxed) {
+    fn remembered(&self, remap: Remap) -> Option<std::result::Result<(), Errno>> {
+        match self.remaps[remap as usize].load(Ordering::Relaxed) {
+            UNKNOWN => None,
             ACCEPTED => Some(Ok(())),
-            REFUSED => Some(Err(Errno::EINVAL)),
-            _ => None,
+            errno => Some(Err(Errno::from_raw(errno.into()))),
         }
     }
 
-    fn try_dont_unmap(&self, offset: u64) -> std::result::Result<(), Errno> {
+    fn try_remap(&self, remap: Remap, offset: u64) -> std::result::Result<(), Errno> {
         let size = sys::page_size();
         let lock = MmapLock::take();
         let old = mm::map(&lock, self.fd(), self.file_offset(offset), size, Access::ReadOnly)?;
-        // SAFETY: the page was mapped on the line above, and nothing else has its address. Whether faults
-        // fill the old side again does not matter, since nothing accesses it.
-        let new = unsafe { mm::dont_unmap(&lock, old, size) };
+        let new = match remap {
+            // SAFETY: the page was mapped above, and nothing else has its address. Whether faults fill the
+            // old side again does not matter, since nothing accesses it.
+            Remap::DontUnmap => unsafe { mm::dont_unmap(&lock, old, size) },
+            Remap::OldLenZero => mm::old_len_zero(&lock, old, size),
+        };
         for page in [Ok(old), new].into_iter().flatten() {
             // SAFETY: both pages were mapped above, and nothing else has their addresses.
             if let Err(errno) = unsafe { mm::munmap(page, size) } {
@@ -199,6 +213,12 @@ impl Backing {
             }
         }
         new.map(drop)
+    }
+
+    /// The hazard that forbids an old length of 0 although the kernel accepts it. It moves no page tables,
+    /// so only the new side may be one that faults do not fill.
+    pub(super) fn hazard_of_old_len_zero(&self) -> Option<Hazard> {
+        (self.kind == BackingKind::Other).then_some(Hazard::UnknownBacking)
     }
 
     /// The hazard that forbids `DONTUNMAP` of `[address, address + size)` although the kernel accepts it.
@@ -210,10 +230,21 @@ impl Backing {
     ) -> Option<Hazard> {
         match self.kind {
             BackingKind::SharedMemory => None,
-            BackingKind::VfioPci => Hazard::source_may_spin(self.kernel)
-                .or_else(|| Hazard::one_gib_entry(address, self.file_offset(offset), size)),
+            BackingKind::VfioPci => Hazard::source_may_spin(self.kernel).or_else(|| {
+                Hazard::one_gib_entry(address, self.file_offset(offset), size)
+                    .filter(|_| !self.moves_gib_entries(offset))
+            }),
             BackingKind::Other => Some(Hazard::UnknownBacking),
         }
+    }
+
+    /// Whether the kernel is known to move 1 GiB entries of a BAR correctly.
+    ///
+    /// No released kernel accepts an old length of 0 for a BAR. The patches that make it accept that
+    /// (`lab/kernel/rfc`) require those that move such entries (`lab/kernel/fixes`). This asks only for a
+    /// second mapping, which moves nothing, so it is harmless on a kernel without either.
+    fn moves_gib_entries(&self, offset: u64) -> bool {
+        self.kind == BackingKind::VfioPci && self.probe(Remap::OldLenZero, offset, false).0.is_ok()
     }
 
     /// The hazard that forbids moving `[address, address + size)`.

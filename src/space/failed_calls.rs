@@ -122,6 +122,10 @@ fn calls_that_create_mappings_take_the_lock() {
                 let place = Reservation::new(PAGE).unwrap();
                 mapping.relocate(Placement::In(place).only(strategy)).unwrap();
                 mapping.relocate(Placement::Anywhere.only(strategy)).unwrap();
+                let alias = |place: Placement| place.only(Strategy::OldLenZero);
+                drop(mapping.duplicate(Access::ReadOnly, alias(Placement::Anywhere)).unwrap());
+                let place = Placement::In(Reservation::new(PAGE).unwrap());
+                drop(mapping.duplicate(Access::ReadOnly, alias(place)).unwrap());
                 drop(mapping.vacate().unwrap());
             })
         };
@@ -136,6 +140,8 @@ fn calls_that_create_mappings_take_the_lock() {
     made(|call| matches!(call, Call::MapFixed { .. }));
     made(|call| matches!(call, Call::DontUnmap));
     made(|call| matches!(call, Call::DontUnmapFixed { .. }));
+    made(|call| matches!(call, Call::OldLenZero));
+    made(|call| matches!(call, Call::OldLenZeroFixed { .. }));
     made(|call| matches!(call, Call::MoveFixed { .. }));
 }
 

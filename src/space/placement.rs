@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::Reservation;
+use super::{Reservation, Verb};
 use crate::error::{Error, gives_back};
 
 /// A way to duplicate or relocate a window.
@@ -18,6 +18,12 @@ pub enum Strategy {
     /// the count (observed on Linux 6.18; 7.3 has the same code). If RLIMIT_MEMLOCK is low, request
     /// [`MapAgain`](Self::MapAgain).
     DontUnmap,
+    /// `mremap` with an old length of 0: a second mapping is made from the first, without a file descriptor.
+    /// It duplicates only. No page tables move, so the source stays warm, and it cannot be harmed. The new
+    /// side inherits the protection of the source. Every kernel accepts it for shared memory; no released
+    /// kernel accepts it for a BAR (`man 2 mremap`; `check_prep_vma` of Linux 7.3 returns EFAULT for
+    /// `VM_PFNMAP`).
+    OldLenZero,
     /// A second `mmap` of the same file and offset. Works on every kernel.
     MapAgain,
     /// `mremap(MREMAP_MAYMOVE|MREMAP_FIXED)`: relocates only, and leaves a hole at the old addresses for an
@@ -25,11 +31,14 @@ pub enum Strategy {
     Move,
 }
 
-const DEFAULT_ORDER: [Strategy; 2] = [Strategy::DontUnmap, Strategy::MapAgain];
-
 impl Strategy {
-    /// The strategies that are tried, in this order, unless others are requested.
-    pub const DEFAULT_ORDER: &'static [Strategy] = &DEFAULT_ORDER;
+    /// The strategies that are tried, in this order, unless others are requested. A relocation leaves out
+    /// [`OldLenZero`](Self::OldLenZero).
+    pub const DEFAULT_ORDER: &'static [Strategy] =
+        &[Strategy::DontUnmap, Strategy::OldLenZero, Strategy::MapAgain];
+
+    /// How many there are.
+    pub(crate) const COUNT: usize = 4;
 }
 
 impl fmt::Display for Strategy {
@@ -59,14 +68,16 @@ impl Placement {
     /// This placement, by one strategy only. It is tried again even if the kernel is known to refuse it.
     #[must_use]
     pub fn only(self, strategy: Strategy) -> Request {
-        Request { placement: self, strategies: [Some(strategy), None, None], pinned: true }
+        let mut order = [None; Strategy::COUNT];
+        order[0] = Some(strategy);
+        Request { placement: self, order: Order::Requested(order), pinned: true }
     }
 
     /// This placement, by these strategies in this order. Repetitions are ignored. If there are none, the verb
     /// is `Refused`.
     #[must_use]
     pub fn by(self, strategies: &[Strategy]) -> Request {
-        let mut order = [None; 3];
+        let mut order = [None; Strategy::COUNT];
         let mut free = order.iter_mut();
         for (index, strategy) in strategies.iter().enumerate() {
             if !strategies[..index].contains(strategy)
@@ -75,7 +86,21 @@ impl Placement {
                 *place = Some(*strategy);
             }
         }
-        Request { placement: self, strategies: order, pinned: false }
+        Request { placement: self, order: Order::Requested(order), pinned: false }
+    }
+
+    /// This placement, by the strategies that are tried unless others are requested, in the order of what
+    /// they cost: until all that is mapped afterwards has been accessed again.
+    ///
+    /// - A duplicate: [`OldLenZero`](Strategy::OldLenZero), [`MapAgain`](Strategy::MapAgain), then
+    ///   [`DontUnmap`](Strategy::DontUnmap), after which the source has to fault again.
+    /// - A relocation: [`DontUnmap`](Strategy::DontUnmap), which keeps the page tables, then
+    ///   [`MapAgain`](Strategy::MapAgain).
+    ///
+    /// This is what `docs/kernel-matrix.md` shows for windows that have been accessed all over.
+    #[must_use]
+    pub fn cheapest(self) -> Request {
+        Request { placement: self, order: Order::Cheapest, pinned: false }
     }
 }
 
@@ -84,14 +109,41 @@ impl Placement {
 #[derive(Debug)]
 pub struct Request {
     pub(crate) placement: Placement,
-    pub(crate) strategies: [Option<Strategy>; 3],
+    pub(crate) order: Order,
+    /// Whether the kernel is asked again although its refusal is remembered.
     pub(crate) pinned: bool,
+}
+
+/// Which strategies are tried, in which order.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Order {
+    Default,
+    Cheapest,
+    Requested([Option<Strategy>; Strategy::COUNT]),
+}
+
+impl Order {
+    /// The strategies for a verb.
+    pub(super) fn strategies(self, verb: Verb) -> [Option<Strategy>; Strategy::COUNT] {
+        use Strategy::{DontUnmap, MapAgain, OldLenZero};
+        match (self, verb) {
+            (Self::Requested(strategies), _) => strategies,
+            (Self::Default, Verb::Duplicate) => {
+                [Some(DontUnmap), Some(OldLenZero), Some(MapAgain), None]
+            }
+            (Self::Cheapest, Verb::Duplicate) => {
+                [Some(OldLenZero), Some(MapAgain), Some(DontUnmap), None]
+            }
+            (Self::Default | Self::Cheapest, Verb::Relocate) => {
+                [Some(DontUnmap), Some(MapAgain), None, None]
+            }
+        }
+    }
 }
 
 impl From<Placement> for Request {
     fn from(placement: Placement) -> Self {
-        let [first, second] = DEFAULT_ORDER;
-        Self { placement, strategies: [Some(first), Some(second), None], pinned: false }
+        Self { placement, order: Order::Default, pinned: false }
     }
 }
 
@@ -139,16 +191,30 @@ mod tests {
 
     #[test]
     fn the_first_of_each_strategy_counts() {
-        use Strategy::{DontUnmap, MapAgain, Move};
-        let order = |request: Request| (request.strategies, request.pinned);
-        let all = [MapAgain, MapAgain, Move, MapAgain, DontUnmap, Move];
-        let wanted = ([Some(MapAgain), Some(Move), Some(DontUnmap)], false);
+        use Strategy::{DontUnmap, MapAgain, Move, OldLenZero};
+        let order = |request: Request| (request.order.strategies(Verb::Duplicate), request.pinned);
+        let all = [MapAgain, MapAgain, Move, MapAgain, DontUnmap, Move, OldLenZero];
+        let wanted = ([MapAgain, Move, DontUnmap, OldLenZero].map(Some), false);
         assert_eq!(order(Placement::Anywhere.by(&all)), wanted);
-        let wanted = ([Some(Move), None, None], true);
+        let wanted = ([Some(Move), None, None, None], true);
         assert_eq!(order(Placement::Anywhere.only(Move)), wanted);
-        let wanted = ([Some(DontUnmap), Some(MapAgain), None], false);
-        assert_eq!(order(Placement::Anywhere.into()), wanted);
         assert_eq!(DontUnmap.to_string(), "DontUnmap");
+    }
+
+    #[test]
+    fn unrequested_strategies_suit_the_verb() {
+        use Strategy::{DontUnmap, MapAgain, OldLenZero};
+        let order = |request: Request, verb| {
+            assert!(!request.pinned);
+            let strategies = request.order.strategies(verb);
+            strategies.into_iter().flatten().collect::<Vec<_>>()
+        };
+        let usual = || Placement::Anywhere.into();
+        assert_eq!(order(usual(), Verb::Duplicate), Strategy::DEFAULT_ORDER);
+        assert_eq!(order(usual(), Verb::Relocate), [DontUnmap, MapAgain]);
+        let cheapest = || Placement::Anywhere.cheapest();
+        assert_eq!(order(cheapest(), Verb::Duplicate), [OldLenZero, MapAgain, DontUnmap]);
+        assert_eq!(order(cheapest(), Verb::Relocate), [DontUnmap, MapAgain]);
     }
 
     #[test]

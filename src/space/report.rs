@@ -34,6 +34,8 @@ pub enum Outcome {
     Hazard(Hazard),
     /// The strategy can only relocate, not duplicate.
     OnlyMoves,
+    /// The strategy can only duplicate, not relocate.
+    OnlyDuplicates,
 }
 
 /// A strategy before the one that worked, and why it was not used.
@@ -56,6 +58,7 @@ impl fmt::Display for Attempt {
             }
             Outcome::Hazard(hazard) => write!(f, "{strategy} was not used: {hazard}"),
             Outcome::OnlyMoves => write!(f, "{strategy} cannot duplicate"),
+            Outcome::OnlyDuplicates => write!(f, "{strategy} cannot relocate"),
         }
     }
 }
@@ -64,7 +67,7 @@ impl fmt::Display for Attempt {
 ///
 /// Stored in place and not on the heap, because on stock kernels every verb on a BAR reports one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Attempts(ArrayVec<Attempt, 3>);
+pub struct Attempts(ArrayVec<Attempt, { Strategy::COUNT }>);
 
 impl Attempts {
     /// Adds one. There is room, because each strategy is tried once.

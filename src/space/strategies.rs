@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use super::backing::Remap;
 use super::limits::out_of_memory;
 use super::mapping::{Destination, FailedCall, Released, map_again};
 use super::{
@@ -53,7 +54,7 @@ impl Mapping {
             to: address..address + self.size,
             source: match strategy {
                 Strategy::DontUnmap => Source::Cold,
-                Strategy::MapAgain | Strategy::Move => Source::Warm,
+                Strategy::OldLenZero | Strategy::MapAgain | Strategy::Move => Source::Warm,
             },
         };
         log::debug!("{}: {report}", self.object());
@@ -79,7 +80,7 @@ impl Mapping {
         let (old, source) = match strategy {
             Strategy::Move => self.reserve_old(),
             // SAFETY: `&mut self` proves that nothing uses the mapping meanwhile.
-            Strategy::DontUnmap | Strategy::MapAgain => match unsafe { self.release() } {
+            _ => match unsafe { self.release() } {
                 Ok(Released::Whole(old)) => (Some(old), Source::Released),
                 Ok(Released::WithGap(old)) => (Some(old), Source::ReleasedWithGap),
                 Ok(Released::Lost) => (None, Source::Lost),
@@ -122,7 +123,7 @@ impl Mapping {
         request: Request,
         attempts: &mut Attempts,
     ) -> Result<Made, Failed> {
-        let Request { placement, strategies, pinned } = request;
+        let Request { placement, order, pinned } = request;
         let operation = match verb {
             Verb::Duplicate => "duplicate",
             Verb::Relocate => "relocate",
@@ -131,9 +132,10 @@ impl Mapping {
         let file_offset = self.backing.file_offset(self.offset);
         let mut destination =
             Destination::prepare(placement, operation, &self.object(), file_offset, self.size)?;
-        for strategy in strategies.into_iter().flatten() {
+        for strategy in order.strategies(verb).into_iter().flatten() {
             let made = match strategy {
                 Strategy::DontUnmap => self.by_dont_unmap(access, &destination, pinned),
+                Strategy::OldLenZero => self.by_old_len_zero(verb, access, &destination, pinned),
                 Strategy::MapAgain => {
                     map_again(&self.backing, self.offset, self.size, access, &destination)
                         .map_err(FailedAttempt::from)
@@ -160,11 +162,7 @@ impl Mapping {
         destination: &Destination,
         probe_again: bool,
     ) -> Result<usize, FailedAttempt> {
-        let (probed, remembered) = self.backing.probe(self.offset, probe_again);
-        if let Err(errno) = probed {
-            let outcome = Outcome::Refused { errno: errno as i32, remembered };
-            return Err(FailedAttempt { outcome, lost: false });
-        }
+        self.probe(Remap::DontUnmap, probe_again)?;
         let (address, size) = (self.address, self.size);
         if let Some(hazard) = self.backing.hazard_of_dont_unmap(address, self.offset, size) {
             return Err(FailedAttempt { outcome: Outcome::Hazard(hazard), lost: false });
@@ -183,13 +181,68 @@ impl Mapping {
                 })
             }
         }?;
-        if access == Access::ReadOnly && self.access == Access::ReadWrite {
-            // SAFETY: the new side was made above, and nothing else has its address yet.
-            if let Err(errno) = unsafe { mm::protect_read_only(new, size) } {
-                // SAFETY: as above.
-                let lost = !unsafe { destination.undo(&self.backing, self.offset, new, size) };
-                return Err(FailedCall { errno, lost }.into());
+        // SAFETY: the new side was made above, and nothing else has its address yet.
+        unsafe { self.restrict(access, destination, new) }
+    }
+
+    fn by_old_len_zero(
+        &self,
+        verb: Verb,
+        access: Access,
+        destination: &Destination,
+        probe_again: bool,
+    ) -> Result<usize, FailedAttempt> {
+        if verb == Verb::Relocate {
+            return Err(FailedAttempt { outcome: Outcome::OnlyDuplicates, lost: false });
+        }
+        self.probe(Remap::OldLenZero, probe_again)?;
+        if let Some(hazard) = self.backing.hazard_of_old_len_zero() {
+            return Err(FailedAttempt { outcome: Outcome::Hazard(hazard), lost: false });
+        }
+        let (address, size) = (self.address, self.size);
+        let new = match destination {
+            Destination::Chosen => {
+                mm::old_len_zero(&MmapLock::take(), address, size).map_err(FailedCall::from)
             }
+            Destination::Reserved(reservation, _) => {
+                // SAFETY: the reservation owns the new range, and nothing uses it.
+                Destination::fixed(reservation, size, |lock, new| unsafe {
+                    mm::old_len_zero_fixed(lock, address, size, new)
+                })
+            }
+        }?;
+        // SAFETY: the new side was made above, and nothing else has its address yet.
+        unsafe { self.restrict(access, destination, new) }
+    }
+
+    /// Fails if the kernel does not accept `remap` for this backing.
+    fn probe(&self, remap: Remap, again: bool) -> Result<(), FailedAttempt> {
+        let (probed, remembered) = self.backing.probe(remap, self.offset, again);
+        probed.map_err(|errno| {
+            let outcome = Outcome::Refused { errno: errno as i32, remembered };
+            FailedAttempt { outcome, lost: false }
+        })
+    }
+
+    /// Takes the right to write from a new side, which has inherited the protection of the mapping, if
+    /// `access` says so. If that fails, the new side is unmapped.
+    ///
+    /// # Safety
+    /// The new side at `new` is ours, and nothing has its address yet.
+    unsafe fn restrict(
+        &self,
+        access: Access,
+        destination: &Destination,
+        new: usize,
+    ) -> Result<usize, FailedAttempt> {
+        if access == Access::ReadWrite || self.access == Access::ReadOnly {
+            return Ok(new);
+        }
+        // SAFETY: by the contract the range is ours, and nothing uses it.
+        if let Err(errno) = unsafe { mm::protect_read_only(new, self.size) } {
+            // SAFETY: as above.
+            let lost = !unsafe { destination.undo(&self.backing, self.offset, new, self.size) };
+            return Err(FailedCall { errno, lost }.into());
         }
         Ok(new)
     }

@@ -219,13 +219,19 @@ pub(crate) unsafe fn prefer_huge_pages(address: usize, len: usize) -> Result<()>
 /// kernel gets an arbitrary value, which it may reject.
 ///
 /// # Safety
-/// The old range is ours; with `MREMAP_FIXED` so is the new one.
-unsafe fn mremap(old: usize, len: usize, flags: libc::c_int, new: usize) -> Result<usize> {
-    // SAFETY: the caller owns both ranges; the length does not change.
+/// The `old_len` bytes at `old` are ours; with `MREMAP_FIXED` so are the `len` bytes at `new`.
+unsafe fn mremap(
+    old: usize,
+    old_len: usize,
+    len: usize,
+    flags: libc::c_int,
+    new: usize,
+) -> Result<usize> {
+    // SAFETY: the caller owns both ranges.
     let at = unsafe {
         libc::mremap(
             old as *mut _,
-            len,
+            old_len,
             len,
             libc::MREMAP_MAYMOVE | flags,
             ptr::without_provenance_mut::<libc::c_void>(new),
@@ -243,7 +249,7 @@ unsafe fn mremap(old: usize, len: usize, flags: libc::c_int, new: usize) -> Resu
 pub(crate) unsafe fn dont_unmap(_: &MmapLock, old: usize, len: usize) -> Result<usize> {
     spy::call(Call::DontUnmap)?;
     // SAFETY: the caller owns the old range; no MREMAP_FIXED.
-    unsafe { mremap(old, len, libc::MREMAP_DONTUNMAP, 0) }
+    unsafe { mremap(old, len, len, libc::MREMAP_DONTUNMAP, 0) }
 }
 
 /// As [`dont_unmap`], to `new` (`MREMAP_FIXED`). Up to Linux 6.16 a failing call has already unmapped the
@@ -259,7 +265,34 @@ pub(crate) unsafe fn dont_unmap_fixed(
 ) -> Result<()> {
     spy::call(Call::DontUnmapFixed { address: new, len })?;
     // SAFETY: the caller owns both ranges.
-    unsafe { mremap(old, len, libc::MREMAP_DONTUNMAP | libc::MREMAP_FIXED, new) }.map(drop)
+    unsafe { mremap(old, len, len, libc::MREMAP_DONTUNMAP | libc::MREMAP_FIXED, new) }.map(drop)
+}
+
+/// `mremap(old, 0, len, MREMAP_MAYMOVE, NULL)`: makes a second mapping of the same bytes, at an address that
+/// the kernel chooses (`man 2 mremap`, on an `old_size` of zero). The old mapping does not change; the new
+/// one has its protection and its flags, such as `VM_DONTCOPY`, and empty page tables.
+///
+/// Nothing is unmapped, so the call has no condition of safety, even if nothing of ours is mapped at `old`.
+pub(crate) fn old_len_zero(_: &MmapLock, old: usize, len: usize) -> Result<usize> {
+    spy::call(Call::OldLenZero)?;
+    // SAFETY: an old range of no bytes; no MREMAP_FIXED.
+    unsafe { mremap(old, 0, len, 0, 0) }
+}
+
+/// As [`old_len_zero`], to `new` (`MREMAP_FIXED`). Up to Linux 6.16 a failing call has already unmapped the
+/// destination. The caller then reserves it again.
+///
+/// # Safety
+/// The new range is ours and unused.
+pub(crate) unsafe fn old_len_zero_fixed(
+    _: &MmapLock,
+    old: usize,
+    len: usize,
+    new: usize,
+) -> Result<()> {
+    spy::call(Call::OldLenZeroFixed { address: new, len })?;
+    // SAFETY: an old range of no bytes; the caller owns the new one.
+    unsafe { mremap(old, 0, len, libc::MREMAP_FIXED, new) }.map(drop)
 }
 
 /// `mremap(old, len, len, MREMAP_MAYMOVE|MREMAP_FIXED, new)`: moves the mapping to `new` and leaves a
@@ -270,5 +303,5 @@ pub(crate) unsafe fn dont_unmap_fixed(
 pub(crate) unsafe fn move_fixed(_: &MmapLock, old: usize, len: usize, new: usize) -> Result<()> {
     spy::call(Call::MoveFixed { address: new, len })?;
     // SAFETY: the caller owns both ranges.
-    unsafe { mremap(old, len, libc::MREMAP_FIXED, new) }.map(drop)
+    unsafe { mremap(old, len, len, libc::MREMAP_FIXED, new) }.map(drop)
 }

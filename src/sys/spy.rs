@@ -31,6 +31,10 @@ pub(crate) enum Call {
     DontUnmap,
     /// `mremap` with `MREMAP_DONTUNMAP|MREMAP_FIXED`.
     DontUnmapFixed { address: usize, len: usize },
+    /// `mremap` with an old length of 0.
+    OldLenZero,
+    /// The same with `MREMAP_FIXED`.
+    OldLenZeroFixed { address: usize, len: usize },
     /// `mremap` with `MREMAP_FIXED`.
     MoveFixed { address: usize, len: usize },
 }
@@ -72,6 +76,7 @@ mod in_tests {
         if destructive
             && let Call::MapFixed { address, len }
             | Call::DontUnmapFixed { address, len }
+            | Call::OldLenZeroFixed { address, len }
             | Call::MoveFixed { address, len }
             | Call::Cover { address, len } = call
         {

@@ -1,17 +1,30 @@
 //! Duplicate and relocate on real BARs.
 
-use vfio_remap::space::{Attempt, Hazard, Outcome, Source};
+use vfio_remap::space::{Attempt, Hazard, Outcome, Source, Verb};
 use vfio_remap::transport::MemoryDevice;
 use vfio_remap::{Device, ErrorKind, Placement, Report, Reservation, Strategy, Window};
 
 use crate::lab::{self, SUBJECTS, Subject};
 use crate::{close, probe, scale};
 
-/// Every stock kernel refuses DontUnmap for a BAR; the patched one is not trusted with 1 GiB entries.
+/// Every stock kernel refuses to remap a BAR; the patched one is not trusted with 1 GiB entries.
 fn assert_map_again(report: &Report) {
     assert_eq!(report.strategy, Strategy::MapAgain, "{report}");
-    let [Attempt { strategy: Strategy::DontUnmap, outcome, .. }] = report.attempts[..] else {
-        panic!("{report}");
+    let outcome = match report.attempts[..] {
+        [Attempt { strategy: Strategy::DontUnmap, outcome, .. }]
+            if report.verb == Verb::Relocate =>
+        {
+            outcome
+        }
+        [
+            Attempt { strategy: Strategy::DontUnmap, outcome, .. },
+            Attempt {
+                strategy: Strategy::OldLenZero,
+                outcome: Outcome::Refused { errno: libc::EFAULT, .. },
+                ..
+            },
+        ] if report.verb == Verb::Duplicate => outcome,
+        _ => panic!("{report}"),
     };
     match outcome {
         Outcome::Refused { errno: libc::EINVAL, .. } => {
@@ -148,13 +161,43 @@ fn shared_memory_is_duplicated_by_dont_unmap_from_5_13_on() {
     let (duplicate, first) = window.duplicate(Placement::Anywhere).unwrap();
     assert_eq!(duplicate.register::<u32>(0).unwrap().read(), 7);
     let second = window.relocate(Placement::Anywhere).unwrap().report;
-    for report in [first, second] {
-        if lab::kernel() == "5.10" {
-            assert_map_again(&report);
-        } else {
+    if lab::kernel() == "5.10" {
+        assert_eq!(first.strategy, Strategy::OldLenZero, "{first}");
+        assert_map_again(&second);
+    } else {
+        for report in [first, second] {
             assert_eq!((report.strategy, &report.attempts[..]), (Strategy::DontUnmap, &[][..]));
         }
     }
+}
+
+#[test]
+fn shared_memory_is_duplicated_by_an_old_length_of_0() {
+    let device = Device::new(std::sync::Arc::new(MemoryDevice::new(4 << 20).unwrap()));
+    let window = device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
+    window.register::<u32>(0).unwrap().write(7);
+    for placement in
+        [Placement::Anywhere, Placement::In(Reservation::congruent(4 << 20, 1 << 30, 0).unwrap())]
+    {
+        let (duplicate, report) = window.duplicate(placement.only(Strategy::OldLenZero)).unwrap();
+        assert_eq!((report.strategy, report.source), (Strategy::OldLenZero, Source::Warm));
+        assert_eq!(duplicate.register::<u32>(0).unwrap().read(), 7);
+    }
+}
+
+#[test]
+fn a_bar_is_not_duplicated_by_an_old_length_of_0() {
+    for_each_window(|subject, window| {
+        let size = window.addresses().len();
+        let place = Reservation::congruent(size, 1 << 30, window.region_range().start).unwrap();
+        let there = place.range();
+        let pinned = Placement::In(place).only(Strategy::OldLenZero);
+        let failed = window.duplicate(pinned).unwrap_err();
+        let errno = failed.error().errno();
+        assert_eq!((failed.kind(), errno), (ErrorKind::Refused, Some(libc::EFAULT)));
+        assert_eq!(failed.into_reservation().unwrap().range(), there);
+        touch(subject, &window);
+    });
 }
 
 #[test]

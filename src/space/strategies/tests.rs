@@ -9,12 +9,26 @@ use crate::space::{BackingKind, Hazard, KernelVersion, Placement};
 use crate::sys::spy::{self, Call};
 
 fn is_fixed(call: Call) -> bool {
-    matches!(call, Call::MapFixed { .. } | Call::DontUnmapFixed { .. } | Call::MoveFixed { .. })
+    matches!(
+        call,
+        Call::MapFixed { .. }
+            | Call::DontUnmapFixed { .. }
+            | Call::OldLenZeroFixed { .. }
+            | Call::MoveFixed { .. }
+    )
 }
+
+/// Runs `f` as on a kernel that refuses an old length of 0, as stock kernels do for a BAR.
+fn without_old_len_zero<T>(f: impl FnOnce() -> T) -> T {
+    let refuse = |call| matches!(call, Call::OldLenZero | Call::OldLenZeroFixed { .. });
+    spy::refuse(Errno::EFAULT, refuse, f)
+}
+
+const DUPLICATING: [Strategy; 3] = [Strategy::DontUnmap, Strategy::OldLenZero, Strategy::MapAgain];
 
 #[test]
 fn both_sides_of_a_duplicate_show_the_same_bytes() {
-    for strategy in [Strategy::DontUnmap, Strategy::MapAgain] {
+    for strategy in DUPLICATING {
         for len in [PAGE, 4 * MIB] {
             let source = shared(len);
             write(&source, len - 4, 1);
@@ -22,6 +36,8 @@ fn both_sides_of_a_duplicate_show_the_same_bytes() {
             let (duplicate, report) = source.duplicate(Access::ReadWrite, request).unwrap();
             assert_eq!((report.strategy, report.attempts.len()), (strategy, 0));
             assert_eq!((report.from, report.to), (source.range(), duplicate.range()));
+            let cold = strategy == Strategy::DontUnmap;
+            assert_eq!(report.source, if cold { Source::Cold } else { Source::Warm });
             assert_eq!(read(&duplicate, len - 4), 1);
             write(&duplicate, 0, 2);
             assert_eq!(read(&source, 0), 2);
@@ -73,23 +89,33 @@ fn dropping_a_mapping_in_a_piece_leaves_the_reservation_whole() {
 }
 
 #[test]
-fn dont_unmap_is_probed_once_for_each_backing() {
+fn each_use_of_mremap_is_probed_once_for_each_backing() {
     let backing = Arc::new(backing(MIB, BackingKind::SharedMemory));
     let windows: Vec<_> = (0..3).map(|_| map(&backing, MIB)).collect();
-    let refuse = |call| matches!(call, Call::DontUnmap | Call::DontUnmapFixed { .. });
+    let refuse = |call| match call {
+        Call::DontUnmap => Some(Errno::EINVAL),
+        Call::OldLenZero => Some(Errno::EFAULT),
+        _ => None,
+    };
     let (reports, calls) = spy::record(|| {
-        spy::refuse(Errno::EINVAL, refuse, || {
+        spy::script(refuse, || {
             let duplicate = |window: &Mapping| {
                 window.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap().1
             };
             [&windows[0], &windows[1], &windows[2], &windows[0]].map(duplicate)
         })
     });
-    assert_eq!(calls.iter().filter(|call| **call == Call::DontUnmap).count(), 1);
+    for probe in [Call::DontUnmap, Call::OldLenZero] {
+        assert_eq!(calls.iter().filter(|call| **call == probe).count(), 1);
+    }
     for (index, report) in reports.iter().enumerate() {
         assert_eq!(report.strategy, Strategy::MapAgain);
-        let outcome = Outcome::Refused { errno: libc::EINVAL, remembered: index > 0 };
-        assert_eq!(*report.attempts, [Attempt { strategy: Strategy::DontUnmap, outcome }]);
+        let refused = |strategy, errno| {
+            let outcome = Outcome::Refused { errno, remembered: index > 0 };
+            Attempt { strategy, outcome }
+        };
+        let dont_unmap = refused(Strategy::DontUnmap, libc::EINVAL);
+        assert_eq!(*report.attempts, [dont_unmap, refused(Strategy::OldLenZero, libc::EFAULT)]);
     }
 }
 
@@ -104,19 +130,22 @@ fn only_lasting_results_of_a_probe_are_remembered() {
     assert!(by_dont_unmap().is_ok(), "asked again");
     let passing = shared(PAGE);
     let any = || passing.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap().1;
-    assert_eq!(spy::refuse(Errno::ENOMEM, is_probe, any).strategy, Strategy::MapAgain);
+    assert_eq!(spy::refuse(Errno::ENOMEM, is_probe, any).strategy, Strategy::OldLenZero);
     assert_eq!(any().strategy, Strategy::DontUnmap, "ENOMEM was not remembered");
 }
 
 #[test]
 fn no_fixed_call_comes_before_an_acceptance_without_fixed() {
     for kind in [BackingKind::SharedMemory, BackingKind::VfioPci, BackingKind::Other] {
-        for strategies in [Strategy::DEFAULT_ORDER, &[Strategy::MapAgain], &[Strategy::Move]] {
+        let all = [Strategy::DEFAULT_ORDER, &[Strategy::MapAgain], &[Strategy::OldLenZero]];
+        for strategies in all.into_iter().chain([&[Strategy::Move][..]]) {
             let backing = Arc::new(backing(4 * MIB, kind));
             let ((), calls) = spy::record(|| {
                 let mut window = map(&backing, 4 * MIB);
                 let place = Placement::In(Reservation::aligned(4 * MIB, 2 * MIB).unwrap());
                 let _ = window.duplicate(Access::ReadOnly, Placement::Anywhere.by(strategies));
+                let aside = Placement::In(Reservation::aligned(4 * MIB, 2 * MIB).unwrap());
+                let _ = window.duplicate(Access::ReadOnly, aside.by(strategies));
                 let _ = window.relocate(place.by(strategies));
             });
             let first = |matches: fn(&Call) -> bool| calls.iter().position(matches);
@@ -125,6 +154,9 @@ fn no_fixed_call_comes_before_an_acceptance_without_fixed() {
             assert!(first(|call| matches!(call, Call::Map { .. })) < fixed_map, "{calls:?}");
             if let Some(fixed) = first(|call| matches!(call, Call::DontUnmapFixed { .. })) {
                 assert!(first(|call| *call == Call::DontUnmap).is_some_and(|probe| probe < fixed));
+            }
+            if let Some(fixed) = first(|call| matches!(call, Call::OldLenZeroFixed { .. })) {
+                assert!(first(|call| *call == Call::OldLenZero).is_some_and(|probe| probe < fixed));
             }
         }
     }
@@ -168,7 +200,7 @@ fn a_destination_that_a_refusal_unmapped_is_used_again() {
         |call| matches!(call, Call::DontUnmapFixed { .. }),
         || window.duplicate(Access::ReadWrite, Placement::In(place).into()).unwrap(),
     );
-    assert_eq!((report.strategy, duplicate.range()), (Strategy::MapAgain, range));
+    assert_eq!((report.strategy, duplicate.range()), (Strategy::OldLenZero, range));
     write(&duplicate, 4, 9);
     assert_eq!(read(&window, 4), 9);
 }
@@ -287,8 +319,11 @@ fn what_cannot_be_finished_is_undone() {
     let window = shared(PAGE);
     let protecting = |call| call == Call::Protect;
     let advising = |call| call == Call::Advise;
-    let unfinished =
-        [(Strategy::DontUnmap, protecting as fn(Call) -> bool), (Strategy::MapAgain, advising)];
+    let unfinished = [
+        (Strategy::DontUnmap, protecting as fn(Call) -> bool),
+        (Strategy::OldLenZero, protecting),
+        (Strategy::MapAgain, advising),
+    ];
     for (strategy, step) in unfinished {
         for placed in [false, true] {
             let place = Reservation::new(PAGE).unwrap();
@@ -312,7 +347,7 @@ fn what_cannot_be_finished_is_undone() {
 
 #[test]
 fn a_read_only_duplicate_cannot_be_written_by_any_strategy() {
-    for strategy in [Strategy::DontUnmap, Strategy::MapAgain] {
+    for strategy in DUPLICATING {
         let window = shared(PAGE);
         let request = Placement::Anywhere.only(strategy);
         let (duplicate, _) = window.duplicate(Access::ReadOnly, request).unwrap();
@@ -339,11 +374,12 @@ fn a_hazard_forbids_dont_unmap_that_the_kernel_accepts() {
     for (kind, (major, minor), len, hazard) in cases {
         let backing = backing(len, kind).on_kernel(KernelVersion::new(major, minor));
         let window = map(&Arc::new(backing), len);
-        let (_, report) = window.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap();
+        let duplicate = || window.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap();
+        let (_, report) = without_old_len_zero(duplicate);
         match hazard {
             Some(hazard) => {
                 let outcome = Outcome::Hazard(hazard);
-                assert_eq!(*report.attempts, [Attempt { strategy: Strategy::DontUnmap, outcome }]);
+                assert_eq!(report.attempts[0], Attempt { strategy: Strategy::DontUnmap, outcome });
                 assert_eq!(report.strategy, Strategy::MapAgain);
                 let pinned = Placement::Anywhere.only(Strategy::DontUnmap);
                 let failed = window.duplicate(Access::ReadWrite, pinned).unwrap_err();
@@ -351,6 +387,57 @@ fn a_hazard_forbids_dont_unmap_that_the_kernel_accepts() {
             }
             None => assert_eq!(report.strategy, Strategy::DontUnmap),
         }
+    }
+}
+
+#[test]
+fn gib_entries_are_moved_where_an_old_length_of_0_is_accepted() {
+    for (kind, strategy) in
+        [(BackingKind::VfioPci, Strategy::DontUnmap), (BackingKind::Other, Strategy::MapAgain)]
+    {
+        let backing = backing(1 << 30, kind).on_kernel(KernelVersion::new(7, 3));
+        let window = map(&Arc::new(backing), 1 << 30);
+        let (_, report) = window.duplicate(Access::ReadWrite, Placement::Anywhere.into()).unwrap();
+        assert_eq!(report.strategy, strategy, "{report}");
+    }
+}
+
+#[test]
+fn an_old_length_of_0_of_an_unknown_backing_is_not_used() {
+    let window = map(&Arc::new(backing(PAGE, BackingKind::Other)), PAGE);
+    let pinned = Placement::Anywhere.only(Strategy::OldLenZero);
+    let failed = window.duplicate(Access::ReadWrite, pinned).unwrap_err();
+    assert_eq!(failed.kind(), ErrorKind::Hazard, "{failed}");
+}
+
+#[test]
+fn an_old_length_of_0_does_not_relocate() {
+    let mut window = shared(PAGE);
+    let at = window.range();
+    let place = Reservation::new(PAGE).unwrap();
+    let range = place.range();
+    let pinned = Placement::In(place).only(Strategy::OldLenZero);
+    let failed = window.relocate(pinned).unwrap_err();
+    assert!(failed.to_string().contains("OldLenZero cannot relocate"), "{failed}");
+    assert_eq!(failed.into_reservation().unwrap().range(), range);
+    assert_eq!((window.range(), state(&range)), (at, (0, 0)), "the reservation is dropped");
+}
+
+#[test]
+fn a_refused_old_length_of_0_leaves_all_as_it_was() {
+    for destructive in [false, true] {
+        let window = shared(2 * MIB);
+        write(&window, 0, 7);
+        let place = secluded(2 * MIB);
+        let range = place.range();
+        let request = Placement::In(place).only(Strategy::OldLenZero);
+        let refuse = if destructive { spy::refuse_destructively } else { spy::refuse };
+        let failed =
+            refuse(Errno::ENOMEM, is_fixed, || window.duplicate(Access::ReadWrite, request))
+                .unwrap_err();
+        let given_back = failed.into_reservation().unwrap();
+        assert_eq!((given_back.range(), state(&range)), (range.clone(), (0, 2 * MIB)));
+        assert_eq!(read(&window, 0), 7);
     }
 }
 
