@@ -13,7 +13,7 @@ use super::iova::Iova;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::fork;
-use crate::transport::{DmaLimits, Transport};
+use crate::transport::{AddressSpaceId, DmaLimits, Transport};
 
 /// The IOVA space of a device: which addresses are mapped to memory, and which are free.
 ///
@@ -27,6 +27,7 @@ pub struct DmaSpace {
 }
 
 struct Inner {
+    id: AddressSpaceId,
     limits: DmaLimits,
     addresses: Arc<Addresses>,
     arenas: Arenas,
@@ -49,15 +50,26 @@ impl DmaSpace {
                 ))
                 .with_advice("make the transport return a power of two: DmaLimits::page_size"));
         }
-        let addresses = Addresses::of(transport.address_space(), &limits.ranges);
+        let shared = transport.address_space();
+        let addresses = Addresses::of(shared, &limits.ranges);
+        let id = shared.unwrap_or_else(AddressSpaceId::unique);
         let (arenas, mappings, lost) = (Arenas::new(), AtomicUsize::new(0), Mutex::default());
-        Ok(Self { inner: Arc::new(Inner { limits, addresses, arenas, mappings, lost, transport }) })
+        let inner = Inner { id, limits, addresses, arenas, mappings, lost, transport };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// The limits of the IOMMU, as they were when the space was made. `available_mappings` does not follow the
     /// mappings that were made since: [`Transport::dma_limits`] returns the present number.
     pub fn limits(&self) -> &DmaLimits {
         &self.inner.limits
+    }
+
+    /// The address space. The device reaches all [buffers](DmaBuffer::address_space) that have the same one, also
+    /// those that were made by other devices: see
+    /// [`Device::open_beside`](super::Device::open_beside).
+    #[inline]
+    pub fn address_space(&self) -> AddressSpaceId {
+        self.inner.id
     }
 
     /// How many mappings this device has. [Buffers](Self::buffer) share some.
@@ -485,6 +497,11 @@ impl DmaMapping {
     /// The memory.
     pub fn memory(&self) -> &DmaMemory {
         &self.memory
+    }
+
+    /// The address space that it is in.
+    pub(super) fn address_space(&self) -> AddressSpaceId {
+        self.space.address_space()
     }
 
     /// Whether this is a child of `fork(2)`, and the mapping is its parent's.

@@ -20,6 +20,7 @@ use super::register_access::sealed::Access as _;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::fork;
+use crate::transport::AddressSpaceId;
 
 /// The sizes of the smallest and of the largest shared mapping, in bytes.
 const FIRST: usize = 64 << 10;
@@ -342,6 +343,11 @@ impl Allocation {
 
     pub(super) fn size(&self) -> usize {
         self.size
+    }
+
+    /// The address space that it is mapped in.
+    pub(super) fn address_space(&self) -> AddressSpaceId {
+        self.mapping.mapping.address_space()
     }
 
     /// Whether it consists of pages of 2 MiB.

@@ -19,6 +19,7 @@ use super::register_access::Width;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
 use crate::sys;
+use crate::transport::AddressSpaceId;
 
 /// The size and the options of a buffer.
 #[must_use = "it makes no buffer: pass it to DmaSpace::buffer_with"]
@@ -140,6 +141,13 @@ impl DmaBuffer {
     #[inline]
     pub fn iova(&self) -> Iova {
         self.iova
+    }
+
+    /// The address space that it is mapped in. All devices in this address space reach it at its
+    /// [`iova`](Self::iova). For any other device that address is not mapped, or is other memory: before you give
+    /// a buffer to a device, compare this with [`DmaSpace::address_space`].
+    pub fn address_space(&self) -> AddressSpaceId {
+        self.allocation.address_space()
     }
 
     /// The memory of this buffer, to map it for another device, too: all of the buffer that was allocated, if

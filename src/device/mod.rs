@@ -1,5 +1,6 @@
 //! What a driver holds: [`Device`], its [`Region`]s, [`Window`]s over them, and [`Register`]s in those.
 
+mod beside;
 mod buffer_failed;
 mod capabilities;
 mod config;

@@ -15,8 +15,8 @@ use super::server::wire::Wire;
 use super::user::{Cost, User};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
-use crate::transport::irq_index;
 use crate::transport::vfio_user::protocol::dma::{self, DmaTable, Piece, Rights};
+use crate::transport::{AddressSpaceId, irq_index};
 
 /// A model's access to the rest of the machine.
 ///
@@ -29,8 +29,27 @@ pub struct Bus {
     bus_mastering: AtomicBool,
     memories: Box<[Option<Memory>]>,
     irqs: Mutex<Box<[Irq]>>,
-    dma: Mutex<DmaTable<Mapping>>,
+    space: AddressSpace,
     worker: OnceLock<Thread>,
+}
+
+/// An address space for DMA. Clones are the same one.
+#[derive(Clone)]
+pub(super) struct AddressSpace {
+    id: AddressSpaceId,
+    mappings: Arc<Mutex<DmaTable<Mapping>>>,
+}
+
+impl AddressSpace {
+    pub(super) fn new() -> Self {
+        // Each user has a limit of its own.
+        let mappings = Arc::new(Mutex::new(DmaTable::new(u32::MAX)));
+        Self { id: AddressSpaceId::unique(), mappings }
+    }
+
+    pub(super) fn id(&self) -> AddressSpaceId {
+        self.id
+    }
 }
 
 /// Memory that a user has mapped for DMA.
@@ -55,14 +74,18 @@ pub(super) enum Target {
 }
 
 impl Bus {
-    pub(super) fn new(name: String, memories: Box<[Option<Memory>]>, irqs: Box<[Irq]>) -> Self {
+    pub(super) fn new(
+        name: String,
+        memories: Box<[Option<Memory>]>,
+        irqs: Box<[Irq]>,
+        space: AddressSpace,
+    ) -> Self {
         Self {
             name,
             bus_mastering: AtomicBool::new(true),
             memories,
             irqs: Mutex::new(irqs),
-            // Each user has a limit of its own.
-            dma: Mutex::new(DmaTable::new(u32::MAX)),
+            space,
             worker: OnceLock::new(),
         }
     }
@@ -199,8 +222,12 @@ impl Bus {
         self.irqs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn address_space(&self) -> &AddressSpace {
+        &self.space
+    }
+
     fn dma(&self) -> MutexGuard<'_, DmaTable<Mapping>> {
-        self.dma.lock().unwrap_or_else(PoisonError::into_inner)
+        self.space.mappings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Maps memory of a user for DMA. EINVAL if the range is empty or wraps around, EEXIST if it overlaps a
@@ -235,10 +262,13 @@ impl Bus {
 
     /// Unmaps all memory of a user.
     pub(super) fn unmap_all(&self, user: &Arc<User>) {
+        // Dropped without the lock: memory may be the last to hold another device in this address space.
+        let mut removed = Vec::new();
         self.dma().retain(|mapping| {
             let theirs = Arc::ptr_eq(&mapping.user, user);
             if theirs {
                 user.remove_mapping(mapping.target.cost());
+                removed.push(mapping.clone());
             }
             !theirs
         });

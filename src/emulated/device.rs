@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::bus::{Bus, Target};
+use super::bus::{AddressSpace, Bus, Target};
 use super::irq::{Irq, may_be_eventfd};
 use super::memory::Memory;
 use super::model::{Activity, Model, Shape};
@@ -22,7 +22,7 @@ use crate::sys::{self, fork};
 use crate::transport::dma_error::map_refused;
 use crate::transport::vfio_user::protocol::dma::Rights;
 use crate::transport::{
-    DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport, region_index,
+    AddressSpaceId, DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo, Transport, region_index,
 };
 
 /// How often the thread of a watching model polls before it sleeps, and its longest sleep.
@@ -72,7 +72,31 @@ impl Emulated {
     /// an interrupt has more than 2048 vectors; `InvalidInput` if the name has a NUL; `Gone` if the model's
     /// reset panics.
     pub fn new(model: impl Model + 'static) -> Result<Self> {
-        let core = Core::new(model)?;
+        Self::with_thread(Core::new(model, AddressSpace::new())?)
+    }
+
+    /// As [`new`](Self::new), in the address space of this device: both reach the memory that is mapped for either,
+    /// at the same addresses, including memory that clients of a vfio-user server have mapped.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use vfio_remap::Device;
+    /// # use vfio_remap::emulated::{Edu, Emulated};
+    /// let first = Emulated::new(Edu::new())?;
+    /// let second = first.beside(Edu::new())?;
+    /// let [first, second] = [first, second].map(|model| Device::new(Arc::new(model)));
+    /// let buffer = first.dma()?.buffer(4096)?;
+    /// assert_eq!(buffer.address_space(), second.dma()?.address_space());
+    /// # Ok::<(), vfio_remap::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn beside(&self, model: impl Model + 'static) -> Result<Self> {
+        Self::with_thread(Core::new(model, self.core.bus.address_space().clone())?)
+    }
+
+    fn with_thread(core: Arc<Core>) -> Result<Self> {
         let thread = thread::Builder::new().name(core.info.name.clone());
         let thread = thread
             .spawn({
@@ -81,7 +105,7 @@ impl Emulated {
             })
             .map_err(|error| Error::io(&error, "start a thread for", &core.info.name))?;
         core.bus.set_worker(thread.thread().clone());
-        Ok(Self::with_thread(core, Some(thread)))
+        Ok(Self::with_worker(core, Some(thread)))
     }
 
     /// Resets a model, without a thread: [`poll`](Self::poll) does its work. For measurements and tests that
@@ -90,11 +114,19 @@ impl Emulated {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn polled(model: impl Model + 'static) -> Result<Self> {
-        let core = Core::new(model)?;
-        Ok(Self::with_thread(core, None))
+        Ok(Self::with_worker(Core::new(model, AddressSpace::new())?, None))
     }
 
-    fn with_thread(core: Arc<Core>, thread: Option<JoinHandle<()>>) -> Self {
+    /// As [`polled`](Self::polled), in the address space of this device: see [`beside`](Self::beside).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn polled_beside(&self, model: impl Model + 'static) -> Result<Self> {
+        let core = Core::new(model, self.core.bus.address_space().clone())?;
+        Ok(Self::with_worker(core, None))
+    }
+
+    fn with_worker(core: Arc<Core>, thread: Option<JoinHandle<()>>) -> Self {
         let generation = fork::generation();
         let worker = Arc::new(Worker { core: core.clone(), thread, generation });
         Self { core, _worker: worker }
@@ -129,7 +161,7 @@ fn check_areas(region: &RegionInfo) -> bool {
 }
 
 impl Core {
-    fn new(model: impl Model + 'static) -> Result<Arc<Self>> {
+    fn new(model: impl Model + 'static, space: AddressSpace) -> Result<Arc<Self>> {
         let shape = model.shape();
         check(&shape)?;
         let info = DeviceInfo {
@@ -151,7 +183,7 @@ impl Core {
         let memories = memories.collect::<Result<_>>()?;
         let irqs = shape.irqs.into_iter().map(Irq::new).collect();
         let core = Arc::new(Core {
-            bus: Bus::new(info.name.clone(), memories, irqs),
+            bus: Bus::new(info.name.clone(), memories, irqs, space),
             info,
             regions: shape.regions.into(),
             model: ModelCell::new(model),
@@ -413,6 +445,10 @@ impl Transport for Emulated {
         Ok(DmaLimits { available_mappings, by_file: false, ..limits })
     }
 
+    fn address_space(&self) -> Option<AddressSpaceId> {
+        Some(self.core.bus.address_space().id())
+    }
+
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
         let size = memory.size() as u64;
         let object = || format!("{size:#x} bytes at IOVA {iova:#x} of {}", self.core.info.name);
@@ -434,17 +470,22 @@ impl Transport for Emulated {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        let Some(thread) = self.thread.take() else { return };
+        let thread = self.thread.take();
         if self.generation != fork::generation() {
-            // The thread does not exist in a child of fork(2).
+            // The thread does not exist in a child of fork(2), and may have held any lock.
             return std::mem::forget(thread);
         }
-        self.core.stop.store(true, Ordering::Relaxed);
-        thread.thread().unpark();
-        // The model itself may have held the last clone: then this is the model's thread, which ends by itself.
-        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-            log::error!("the thread of {} has panicked", self.core.info.name);
+        if let Some(thread) = thread {
+            self.core.stop.store(true, Ordering::Relaxed);
+            thread.thread().unpark();
+            // The model itself may have held the last clone: then this is the model's thread, which ends by
+            // itself.
+            if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+                log::error!("the thread of {} has panicked", self.core.info.name);
+            }
         }
+        // Other devices in the address space would go on reaching what this program has left mapped.
+        self.core.bus.unmap_all(&self.core.user);
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vfio_remap::device::{Interrupt, Iova, IovaPlacement};
+use vfio_remap::device::{BufferRequest, Interrupt, Iova, IovaPlacement};
 use vfio_remap::emulated::{Activity, Bus, Edu, Emulated, Model, PciConfig, Shape};
 use vfio_remap::space::Access;
 use vfio_remap::transport::{IrqInfo, RegionInfo, Transport, irq_index};
@@ -515,4 +515,42 @@ fn the_file_of_a_models_memory_keeps_its_size() {
         let error = file.set_len(size).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{size:#x} bytes");
     }
+}
+
+#[test]
+fn models_in_one_address_space_reach_the_same_memory() {
+    let first = Emulated::new(Edu::new()).unwrap();
+    let second = first.beside(Edu::new()).unwrap();
+    let apart = Emulated::new(Edu::new()).unwrap();
+    assert_eq!(first.address_space(), second.address_space());
+    assert_ne!(first.address_space(), apart.address_space());
+
+    // Each takes other addresses, and each reaches those of the other.
+    let devices = [&first, &second].map(|model| Device::new(Arc::new(model.clone())));
+    let [one, other] = devices.map(|device| {
+        device.config().unwrap().set_bus_mastering(true).unwrap();
+        let request = BufferRequest::new(4096).placement(IovaPlacement::below_bits(28));
+        device.dma().unwrap().buffer_with(request).unwrap()
+    });
+    assert_eq!(one.address_space(), other.address_space());
+    assert_ne!(one.iova(), other.iova());
+    one.store(0, 0x1234_5678u32);
+    for (address, command) in [(one.iova().0, 1), (other.iova().0, 3u64)] {
+        let (from, to) = if command == 1 { (address, 0x4_0000) } else { (0x4_0000, address) };
+        for (offset, value) in [(0x80, from), (0x88, to), (0x90, 4), (0x98, command)] {
+            second.write_at(0, offset, &value.to_le_bytes()).unwrap();
+        }
+        watch::until("a transfer", || edu::read(&second, 0x98) & 1 == 0);
+    }
+    assert_eq!(other.load::<u32>(0), 0x1234_5678);
+
+    // What one leaves mapped goes with it, and no more than that.
+    let memory = shared::memory(0x1000, true);
+    let kind = |result: Result<()>| result.map_err(|error| error.kind());
+    first.dma_map(0x80_0000, &memory, Access::ReadWrite).unwrap();
+    let taken = second.dma_map(0x80_0000, &memory, Access::ReadWrite);
+    assert_eq!(kind(taken), Err(ErrorKind::AddressTaken));
+    drop((one, first));
+    second.dma_map(0x80_0000, &memory, Access::ReadWrite).unwrap();
+    other.store(0, 1u32);
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vfio_remap::device::{BufferRequest, DmaSpace, IovaPlacement, Vector};
+use vfio_remap::transport::AddressSpaceId;
 use vfio_remap::{Device, Error, ErrorKind, IoRegisterBlock, Result};
 
 use super::address::MacAddress;
@@ -266,6 +267,11 @@ impl Nic {
         self.hardware.check()?;
         state.statistics = statistics;
         Ok(())
+    }
+
+    /// The address space that the card reaches: that of its pools.
+    pub(crate) fn address_space(&self) -> AddressSpaceId {
+        self.space.address_space()
     }
 
     /// `count` buffers for frames, of the size that the card takes them for.

@@ -3,9 +3,11 @@
 use std::fmt;
 
 use vfio_remap::device::{BufferRequest, DmaBuffer, DmaSpace, Iova, IovaPlacement};
+use vfio_remap::transport::AddressSpaceId;
 use vfio_remap::{Error, ErrorKind, Result};
 
 use super::descriptors::{Checksums, Received};
+use super::nic::Nic;
 use super::offload::Request;
 
 /// Buffers of one size, for one thread: what a [`Receiver`](super::Receiver) fills its ring from, and where
@@ -14,7 +16,13 @@ use super::offload::Request;
 /// They are parts of one piece of DMA memory. Taking and putting back moves a buffer, and neither
 /// allocates nor copies, unless the pool is given more buffers than it was made with. A buffer may come
 /// back to another pool than it was taken from: that of the thread that sends.
+///
+/// All buffers of a pool are in one address space for DMA. Cards that share it use each other's pools and
+/// frames: what one has received, the other sends, without a copy. Open the second card
+/// [beside](vfio_remap::Device::open_beside) the first for that. A card in another address space does not reach
+/// the buffers, and its queues refuse them.
 pub struct Pool {
+    space: AddressSpaceId,
     frames: Vec<Frame>,
     size: usize,
 }
@@ -40,7 +48,13 @@ impl Pool {
         frames.extend(buffers.map(|buffer| Frame::whole(buffer, 0)));
         // The first is taken first.
         frames.reverse();
-        Ok(Self { frames, size })
+        Ok(Self { space: space.address_space(), frames, size })
+    }
+
+    /// The address space that its buffers are mapped in.
+    #[inline]
+    pub fn address_space(&self) -> AddressSpaceId {
+        self.space
     }
 
     /// How many bytes a buffer has, at least.
@@ -64,10 +78,10 @@ impl Pool {
     /// Puts a frame's buffer back.
     ///
     /// # Errors
-    /// The frame, if its buffer is smaller than those of this pool.
+    /// The frame, if its buffer is smaller than those of this pool, or in another address space.
     #[inline]
     pub fn put(&mut self, frame: Frame) -> std::result::Result<(), Frame> {
-        if frame.0.buffer.size() < self.size {
+        if frame.0.buffer.size() < self.size || frame.0.space != self.space {
             return Err(frame);
         }
         self.frames.push(frame);
@@ -104,13 +118,37 @@ impl Pool {
         Some(frame)
     }
 
-    /// Takes back what is no longer in use; what is too small for the pool goes.
+    /// Takes back what is no longer in use, of a card in the pool's address space; what is too small for the pool
+    /// is released.
     #[inline]
     pub(crate) fn reclaim(&mut self, frame: Frame) {
-        if let Err(frame) = self.put(frame) {
-            release(frame);
+        debug_assert_eq!(frame.0.space, self.space);
+        if frame.0.buffer.size() < self.size {
+            return release(frame);
+        }
+        self.frames.push(frame);
+    }
+
+    /// Takes back what a queue had; what is not for the pool is released.
+    pub(crate) fn take_back(&mut self, frames: Vec<Frame>) {
+        for frame in frames {
+            if let Err(frame) = self.put(frame) {
+                release(frame);
+            }
         }
     }
+}
+
+/// The error for a pool or a packet that a card does not reach.
+#[cold]
+pub fn foreign(operation: &'static str, what: &str, nic: &Nic) -> Error {
+    let name = nic.name();
+    Error::new(ErrorKind::Unsupported, operation, format!("{what} by {name}"))
+        .with_reason(format!("a buffer, or the pool, is in an address space that {name} does not reach"))
+        .with_advice(
+            "open the cards in one address space (Device::open_beside, Emulated::beside), or copy the frame: \
+             Pool::frame_of",
+        )
 }
 
 #[cold]
@@ -136,6 +174,8 @@ pub struct Frame(pub(crate) Box<Inner>);
 pub struct Inner {
     /// The buffer's.
     pub iova: Iova,
+    /// The buffer's.
+    pub space: AddressSpaceId,
     pub len: u32,
     /// How many bytes all of its packet has, once the packet is about to be sent.
     pub packet: u32,
@@ -151,6 +191,7 @@ impl Frame {
     fn whole(buffer: DmaBuffer, len: usize) -> Self {
         Self(Box::new(Inner {
             iova: buffer.iova(),
+            space: buffer.address_space(),
             len: len as u32,
             packet: 0,
             received: Received(0),

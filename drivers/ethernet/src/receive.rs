@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_remap::device::Vector;
+use vfio_remap::transport::AddressSpaceId;
 use vfio_remap::{Error, ErrorKind, IoRegisterBlock, Result};
 
 use super::descriptors::{Descriptors, HASH, Received, STATUS};
 use super::interrupts::Waker;
 use super::nic::{Direction, Memory, Nic, Started};
 use super::offload::Request;
-use super::pool::{Frame, Pool};
+use super::pool::{Frame, Pool, foreign};
 use super::registers::Ring;
 
 /// After how many buffers the card is told of them, if frames come one after the other.
@@ -43,6 +44,8 @@ pub struct Receiver {
     told: usize,
     /// The size of a buffer, as the card knows it.
     buffer_size: usize,
+    /// Where the card reaches buffers.
+    space: AddressSpaceId,
     /// The next descriptor goes on with a frame that is dropped.
     within_dropped: bool,
     dropped: u64,
@@ -61,6 +64,7 @@ impl Receiver {
         Ok(Self {
             waker,
             buffer_size: nic.buffer_size(),
+            space: nic.address_space(),
             nic,
             queue,
             ring,
@@ -115,8 +119,8 @@ impl Receiver {
         self.fill.wrapping_sub(self.next) & self.mask
     }
 
-    /// Looks at `limit` buffers at most, moves the frames that have come to the end of `frames`, and gives the card buffers of
-    /// the pool in their place, as many as the ring has room for. How many there were.
+    /// Looks at `limit` buffers at most, moves the frames that have come to the end of `frames`, and gives the card
+    /// buffers of the pool in their place, as many as the ring has room for. How many there were.
     ///
     /// It neither allocates nor copies if `frames` has room, and makes no system call if the registers
     /// [have a window](Self::has_window). While the pool is empty, the card goes on with the buffers that it
@@ -124,7 +128,8 @@ impl Receiver {
     ///
     /// # Errors
     /// `OutOfRange` if the pool's buffers are smaller than the card takes them for: it would write past
-    /// their ends. What the transport answers. Frames that have come are in `frames` all the same.
+    /// their ends. `Unsupported` if they are in an address space that the card does not reach ([`Pool`]). What the
+    /// transport answers; frames that have come are then in `frames` all the same.
     #[inline]
     pub fn receive(
         &mut self,
@@ -132,6 +137,9 @@ impl Receiver {
         frames: &mut Vec<Frame>,
         limit: usize,
     ) -> Result<usize> {
+        if pool.buffer_size() < self.buffer_size || pool.address_space() != self.space {
+            return Err(self.unsuitable(pool));
+        }
         let before = frames.len();
         if let Some(descriptors) = &self.descriptors {
             let (mut next, mask) = (self.next, self.mask);
@@ -211,9 +219,6 @@ impl Receiver {
     /// Gives the card buffers, and tells it of them: at once where it may wait for them.
     #[inline]
     fn refill(&mut self, pool: &mut Pool, idle: bool) -> Result<()> {
-        if pool.buffer_size() < self.buffer_size {
-            return Err(self.too_small(pool));
-        }
         let Some(descriptors) = &self.descriptors else { return Ok(()) };
         let mut fill = self.fill;
         // One stays empty: a ring whose tail is its head has nothing for the card.
@@ -305,7 +310,10 @@ impl Receiver {
     }
 
     #[cold]
-    fn too_small(&self, pool: &Pool) -> Error {
+    fn unsuitable(&self, pool: &Pool) -> Error {
+        if pool.address_space() != self.space {
+            return foreign("receive", "frames", &self.nic);
+        }
         let size = pool.buffer_size();
         Error::new(ErrorKind::OutOfRange, "fill", format!("receive queue {}", self.queue))
             .with_reason(format!(
@@ -324,9 +332,7 @@ impl Receiver {
     /// cannot, at [`Nic::close`] at the latest.
     pub fn stop(mut self, pool: &mut Pool) -> Result<()> {
         let memory = self.release()?;
-        for frame in memory.frames {
-            pool.reclaim(frame);
-        }
+        pool.take_back(memory.frames);
         Ok(())
     }
 

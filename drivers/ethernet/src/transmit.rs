@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_remap::device::Vector;
+use vfio_remap::transport::AddressSpaceId;
 use vfio_remap::{Error, ErrorKind, IoRegisterBlock, Result};
 
 use super::descriptors::{Descriptors, STATUS, transmit};
 use super::interrupts::Waker;
 use super::nic::{Direction, Memory, Nic, Started};
 use super::offload::Request;
-use super::pool::{Frame, Pool};
+use super::pool::{Frame, Pool, foreign};
 use super::registers::Ring;
 use super::wait;
 use write::{Kind, Writer};
@@ -51,6 +52,8 @@ pub struct Transmitter {
     tail: usize,
     kind: Kind,
     longest: usize,
+    /// Where the card reaches buffers.
+    space: AddressSpaceId,
     /// The context that the card has.
     context: Option<[u64; 2]>,
     /// The generation of the card that knows the queue.
@@ -65,6 +68,14 @@ pub struct Transmitter {
 struct Plan {
     frames: usize,
     descriptors: usize,
+}
+
+/// Why a packet cannot be sent.
+enum Refused {
+    /// For its length, which is this, or for its parts.
+    Shape(usize, &'static str),
+    /// The card does not reach a buffer of it.
+    Foreign,
 }
 
 /// What a descriptor was filled with.
@@ -84,6 +95,7 @@ impl Transmitter {
         Ok(Self {
             waker,
             longest: nic.longest_frame(),
+            space: nic.address_space(),
             nic,
             queue,
             ring,
@@ -146,10 +158,14 @@ impl Transmitter {
     ///
     /// # Errors
     /// `OutOfRange` if the first packet is shorter than 17 bytes or longer than the card sends, has no end,
-    /// or more buffers than the ring has room for; those before such a packet are sent first. What the
-    /// transport answers.
+    /// or more buffers than the ring has room for; `Unsupported` if a buffer of it, or the pool, is in an address
+    /// space that the card does not reach ([`Pool`]). Packets before such a one are sent first. What the transport
+    /// answers.
     #[inline]
     pub fn transmit(&mut self, frames: &mut Vec<Frame>, pool: &mut Pool) -> Result<usize> {
+        if pool.address_space() != self.space {
+            return Err(foreign("send", "frames", &self.nic));
+        }
         if self.generation != self.nic.generation() {
             self.restart(pool)?;
         }
@@ -161,8 +177,9 @@ impl Transmitter {
         let result = loop {
             // Mostly they are all like that.
             let some = &frames[..frames.len().min(room)];
-            let longest = self.longest;
-            let simple = some.iter().take_while(|frame| frame.is_simple(longest)).count();
+            let (space, longest) = (self.space, self.longest);
+            let is_simple = |frame: &&Frame| frame.is_simple(space, longest);
+            let simple = some.iter().take_while(is_simple).count();
             self.put(frames, simple, true);
             (count, room) = (count + simple, room - simple);
             if frames.is_empty() || room == 0 {
@@ -189,7 +206,10 @@ impl Transmitter {
 
     /// Why a packet cannot be sent.
     #[cold]
-    fn refused(&self, (len, reason): (usize, &'static str)) -> Error {
+    fn refused(&self, refused: Refused) -> Error {
+        let Refused::Shape(len, reason) = refused else {
+            return foreign("send", "a packet", &self.nic);
+        };
         Error::new(ErrorKind::OutOfRange, "send", format!("a packet of {len} bytes"))
             .with_reason(format!(
                 "that {reason}: {} sends {SHORTEST} to {} bytes in a frame",
@@ -199,44 +219,44 @@ impl Transmitter {
             .with_advice("split it, or bring the card up with a larger MTU (Settings::mtu)")
     }
 
-    /// What the first packet needs, which the card can send; or its length, and why not. Its length is noted
-    /// at its first frame.
-    fn plan(&self, frames: &mut [Frame]) -> std::result::Result<Plan, (usize, &'static str)> {
+    /// What the first packet needs, which the card can send; or why it cannot. Its length is noted at its first
+    /// frame.
+    fn plan(&self, frames: &mut [Frame]) -> std::result::Result<Plan, Refused> {
         let (mut len, mut pieces) = (0usize, 0);
-        let mut fits = true;
+        let (mut fits, mut is_reached) = (true, true);
         let end = frames.iter().position(|frame| {
             len = len.saturating_add(frame.len());
             pieces += frame.pieces();
             fits &= (1..=MOST_OF_BUFFER).contains(&frame.len());
+            is_reached &= frame.0.space == self.space;
             !frame.goes_on()
         });
-        let Some(last) = end else { return Err((len, "is a packet without an end")) };
-        let Some(first) = frames.first_mut() else {
-            return Err((0, "is a packet without a frame"));
-        };
+        if !is_reached {
+            return Err(Refused::Foreign);
+        }
+        let shape = |reason| Err(Refused::Shape(len, reason));
+        let Some(last) = end else { return shape("is a packet without an end") };
+        let Some(first) = frames.first_mut() else { return shape("is a packet without a frame") };
         first.0.packet = len as u32;
         let request = first.0.request;
         // One more for the context.
         let plan = Plan { frames: last + 1, descriptors: pieces + 1 };
         if plan.descriptors > self.mask {
-            return Err((len, "is in more pieces than the ring has room for"));
+            return shape("is in more pieces than the ring has room for");
         }
         if !fits || len < SHORTEST {
             let reason = "is too short, or has a frame without a byte or with more than 16 KiB";
-            return Err((len, reason));
+            return shape(reason);
         }
         if !request.has(Request::SEGMENTS) {
-            return if len <= self.longest { Ok(plan) } else { Err((len, "is too long")) };
+            return if len <= self.longest { Ok(plan) } else { shape("is too long") };
         }
         let headers = request.headers_len();
         if first.len() < headers || headers + usize::from(request.mss) > self.longest {
-            return Err((
-                len,
-                "has segments that are too long, or headers that are no longer there",
-            ));
+            return shape("has segments that are too long, or headers that are no longer there");
         }
         if len - usize::from(request.ethernet) > MOST_SEGMENTED || len == headers {
-            return Err((len, "has no data to make segments of, or more than IP allows"));
+            return shape("has no data to make segments of, or more than IP allows");
         }
         Ok(plan)
     }
@@ -262,10 +282,12 @@ impl Transmitter {
         self.tail = writer.tail;
     }
 
-    /// Puts the buffers of frames that were sent into the pool. How many there were.
+    /// Puts the buffers of frames that were sent into the pool. How many there were. Buffers that are too small
+    /// for the pool are released. None, if the pool is in an address space that the card does not reach.
     #[inline]
     pub fn reclaim(&mut self, pool: &mut Pool) -> usize {
-        let Some(descriptors) = &self.descriptors else { return 0 };
+        let ours = pool.address_space() == self.space;
+        let Some(descriptors) = self.descriptors.as_ref().filter(|_| ours) else { return 0 };
         let mut count = 0;
         while self.clean != self.tail {
             let last = self.slots[self.clean].last;
@@ -394,9 +416,7 @@ impl Transmitter {
             Ok(is_over.then_some(()))
         })?;
         let unsent = self.outstanding();
-        for frame in self.release()?.frames {
-            pool.reclaim(frame);
-        }
+        pool.take_back(self.release()?.frames);
         Ok(unsent)
     }
 

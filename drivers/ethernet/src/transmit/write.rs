@@ -1,5 +1,7 @@
 //! Writing the descriptors of packets.
 
+use vfio_remap::transport::AddressSpaceId;
+
 use super::super::context::{Offloaded, offloaded};
 use super::super::descriptors::{Descriptor, Descriptors, STATUS, transmit};
 use super::super::model::Model;
@@ -39,11 +41,12 @@ impl Kind {
 }
 
 impl Frame {
-    /// Whether one descriptor says all, and the card sends it.
+    /// Whether one descriptor says all, and a card in this address space sends it.
     #[inline]
-    pub fn is_simple(&self, longest: usize) -> bool {
+    pub fn is_simple(&self, space: AddressSpaceId, longest: usize) -> bool {
         let len = self.len();
-        self.0.request.is_plain()
+        self.0.space == space
+            && self.0.request.is_plain()
             && self.0.received.tag().is_none()
             && (SHORTEST..=longest).contains(&len)
             && self.0.iova.0 as usize % PAGE + len <= PAGE

@@ -1,5 +1,7 @@
 //! The driver on models of the 82576, in this process.
 
+mod sharing;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
