@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::Device;
 use super::capabilities::Capability;
 use super::layout::Reserved;
+use super::{BARS, Device};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The VFIO region that holds configuration space.
@@ -36,9 +36,30 @@ pub struct Config<'d> {
 
 /// Where a device keeps its MSI-X table and pending bits (PCIe 5.0 §7.7.2).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Msix {
-    table: (u32, Range<u64>),
-    pending: (u32, Range<u64>),
+#[non_exhaustive]
+pub struct Msix {
+    /// The number of vectors, 1 to 2048. The table has 16 bytes for each.
+    pub count: u32,
+    /// The table: its BAR, and its bytes of that.
+    pub table: (u32, Range<u64>),
+    /// The pending bits: their BAR, and their bytes of that.
+    pub pending: (u32, Range<u64>),
+}
+
+/// What the register of a BAR says of it (PCI 3.0 §6.2.5.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BarKind {
+    /// It holds I/O ports.
+    Io,
+    /// It holds memory.
+    #[non_exhaustive]
+    Memory {
+        /// Whether its address has 64 bits. It then takes the next register, too.
+        is_64_bit: bool,
+        /// Whether reads have no side effects.
+        prefetchable: bool,
+    },
 }
 
 impl Msix {
@@ -59,12 +80,28 @@ impl<'d> Config<'d> {
             .with_reason(format!("{} is not a PCI device", device.name())))
     }
 
+    /// Reads `data.len()` bytes. One, two or four naturally aligned bytes are one access.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.device.transport().read_at(REGION, offset, data)
+    }
+
+    /// Writes `data`. One, two or four naturally aligned bytes are one access.
+    ///
+    /// # Errors
+    /// As [`read_u8`](Self::read_u8).
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.device.transport().write_at(REGION, offset, data)
+    }
+
     /// Reads a byte.
     ///
     /// # Errors
     /// `OutOfRange`; the transport's error.
     pub fn read_u8(&self, offset: u64) -> Result<u8> {
-        Ok(u8::from_le_bytes(self.read(offset)?))
+        Ok(u8::from_le_bytes(self.read_array(offset)?))
     }
 
     /// Reads 16 bits.
@@ -72,7 +109,7 @@ impl<'d> Config<'d> {
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
     pub fn read_u16(&self, offset: u64) -> Result<u16> {
-        Ok(u16::from_le_bytes(self.read(offset)?))
+        Ok(u16::from_le_bytes(self.read_array(offset)?))
     }
 
     /// Reads 32 bits.
@@ -80,7 +117,7 @@ impl<'d> Config<'d> {
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
     pub fn read_u32(&self, offset: u64) -> Result<u32> {
-        Ok(u32::from_le_bytes(self.read(offset)?))
+        Ok(u32::from_le_bytes(self.read_array(offset)?))
     }
 
     /// Writes a byte.
@@ -88,7 +125,7 @@ impl<'d> Config<'d> {
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
     pub fn write_u8(&self, offset: u64, value: u8) -> Result<()> {
-        self.device.transport().write_at(REGION, offset, &value.to_le_bytes())
+        self.write(offset, &value.to_le_bytes())
     }
 
     /// Writes 16 bits.
@@ -96,7 +133,7 @@ impl<'d> Config<'d> {
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
     pub fn write_u16(&self, offset: u64, value: u16) -> Result<()> {
-        self.device.transport().write_at(REGION, offset, &value.to_le_bytes())
+        self.write(offset, &value.to_le_bytes())
     }
 
     /// Writes 32 bits.
@@ -104,7 +141,7 @@ impl<'d> Config<'d> {
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
     pub fn write_u32(&self, offset: u64, value: u32) -> Result<()> {
-        self.device.transport().write_at(REGION, offset, &value.to_le_bytes())
+        self.write(offset, &value.to_le_bytes())
     }
 
     /// The vendor ID. A removed device reads 0xffff, unless the kernel virtualizes this register: then the ID
@@ -215,18 +252,43 @@ impl<'d> Config<'d> {
         Ok(self.device.transport().region(REGION)?.size)
     }
 
-    /// Whether BAR `index` holds I/O ports.
-    pub(super) fn is_io_port(&self, index: u32) -> Result<bool> {
-        let mut at = 0;
-        // A 64-bit memory BAR takes two registers. The second is not a BAR of its own.
-        while at < index {
-            let is_64_bits = self.present_u32(BAR0 + 4 * u64::from(at))? & 7 == 4;
-            at += if is_64_bits { 2 } else { 1 };
+    /// The kind of BAR `index`, 0 to 5, as its register states it. `None` if the register is the upper half of the
+    /// BAR before. Whether there is such a BAR is a matter of its size: [`Device::bar`]. The register of a BAR that
+    /// does not exist reads as 32-bit memory.
+    ///
+    /// # Errors
+    /// `NotFound` from 6 on; as [`memory_decoding`](Self::memory_decoding).
+    pub fn bar_kind(&self, index: u32) -> Result<Option<BarKind>> {
+        if index >= BARS {
+            let object = format!("bar {index} of {}", self.device.name());
+            return Err(Error::new(ErrorKind::NotFound, "find", object)
+                .with_reason("BARs have the numbers 0 to 5"));
         }
-        Ok(at == index && self.present_u32(BAR0 + 4 * u64::from(index))? & 1 != 0)
+        let mut at = 0;
+        loop {
+            let value = self.present_u32(BAR0 + 4 * u64::from(at))?;
+            let kind = match value & 7 {
+                bits if bits & 1 != 0 => BarKind::Io,
+                bits => {
+                    let prefetchable = value & 8 != 0;
+                    BarKind::Memory { is_64_bit: bits == 4, prefetchable }
+                }
+            };
+            let next =
+                at + if matches!(kind, BarKind::Memory { is_64_bit: true, .. }) { 2 } else { 1 };
+            if next > index {
+                return Ok((at == index).then_some(kind));
+            }
+            at = next;
+        }
     }
 
-    pub(super) fn msix(&self) -> Result<Option<Msix>> {
+    /// Where the MSI-X table and the pending bits are, and how many vectors there are. `None` if the device has no
+    /// MSI-X. Whether the places lie in the BARs is not checked.
+    ///
+    /// # Errors
+    /// As [`capability`](Self::capability).
+    pub fn msix(&self) -> Result<Option<Msix>> {
         let Some(Capability { offset: at, .. }) = self.capability(MSIX)? else { return Ok(None) };
         let vectors = u64::from(self.present_u16(at + 2)? & 0x7ff) + 1;
         let place = |offset: u64, size: u64| -> Result<(u32, Range<u64>)> {
@@ -235,6 +297,7 @@ impl<'d> Config<'d> {
             Ok((value & 7, start..start + size))
         };
         Ok(Some(Msix {
+            count: vectors as u32,
             table: place(4, vectors * MSIX_ENTRY)?,
             pending: place(8, vectors.div_ceil(64) * 8)?,
         }))
@@ -283,9 +346,9 @@ impl<'d> Config<'d> {
             .with_advice("check that it is plugged in and that its slot and link are on; then close it and open it again")
     }
 
-    fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
+    fn read_array<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
         let mut bytes = [0; N];
-        self.device.transport().read_at(REGION, offset, &mut bytes)?;
+        self.read(offset, &mut bytes)?;
         Ok(bytes)
     }
 

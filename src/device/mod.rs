@@ -47,7 +47,7 @@ use crate::transport::{AffectedDevice, DeviceInfo, PciAddress, RegionInfo, Trans
 
 pub use buffer_failed::BufferFailed;
 pub use capabilities::{Capabilities, Capability, ExtendedCapabilities, ExtendedCapability};
-pub use config::Config;
+pub use config::{BarKind, Config, Msix};
 pub use dma::{DmaMapping, DmaSpace};
 pub use dma_array::DmaArray;
 pub use dma_buffer::{BufferRequest, DmaBuffer};
@@ -84,7 +84,7 @@ pub struct Device {
 /// transport, so that mappings end before files are closed.
 struct Inner {
     regions: Box<[OnceLock<KnownRegion>]>,
-    msix: OnceLock<Option<config::Msix>>,
+    msix: OnceLock<Option<Msix>>,
     dma: OnceLock<DmaSpace>,
     dma_lock: Mutex<()>,
     /// Held while a control register is read, changed and written, here or by the transport.
@@ -389,7 +389,7 @@ impl Device {
         let transport = self.transport();
         let info = transport.region(index)?;
         let is_bar = self.info().pci && index < BARS;
-        let layout = if is_bar && self.config()?.is_io_port(index)? {
+        let layout = if is_bar && self.config()?.bar_kind(index)? == Some(BarKind::Io) {
             Layout::io_ports(&info)
         } else {
             let reserved = match self.msix()? {
@@ -415,7 +415,7 @@ impl Device {
         Ok(Mappable { layout, backing })
     }
 
-    fn msix(&self) -> Result<Option<&config::Msix>> {
+    fn msix(&self) -> Result<Option<&Msix>> {
         if !self.info().pci {
             return Ok(None);
         }

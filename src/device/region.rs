@@ -119,6 +119,26 @@ impl<'d> Region<'d> {
         }
     }
 
+    /// Reads bytes of the region through the device's file, as a trapped register does. One, two or four naturally
+    /// aligned bytes are one access to the device; eight are one or two, and more are several
+    /// ([`Transport::read_at`](crate::Transport::read_at)).
+    ///
+    /// # Errors
+    /// `OutOfRange`; the transport's error.
+    pub fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.check_bytes("read", offset, data.len())?;
+        self.device.transport().read_at(self.index, offset, data)
+    }
+
+    /// Writes bytes of the region through the device's file, as [`read_at`](Self::read_at) reads them.
+    ///
+    /// # Errors
+    /// As [`read_at`](Self::read_at).
+    pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.check_bytes("write", offset, data.len())?;
+        self.device.transport().write_at(self.index, offset, data)
+    }
+
     /// A trapped register: it is accessed by reads and writes of the device's file. This works for the mappable
     /// parts, too.
     ///
@@ -159,6 +179,15 @@ impl<'d> Region<'d> {
     /// `OutOfRange`, `Unaligned`.
     pub fn trapped_block<L: BlockLayout>(&self, offset: u64) -> Result<IoRegisterBlock<L>> {
         IoRegisterBlock::trapped(self.device.inner.clone(), self.index, offset, self.size())
+    }
+
+    fn check_bytes(&self, operation: &'static str, offset: u64, len: usize) -> Result<()> {
+        let size = self.size();
+        match offset.checked_add(len as u64) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Error::new(ErrorKind::OutOfRange, operation, self.name())
+                .with_reason(format!("{len} bytes at {offset:#x} leave its {size:#x} bytes"))),
+        }
     }
 
     fn check(&self, range: impl RangeBounds<u64>) -> Result<(Range<u64>, Access)> {

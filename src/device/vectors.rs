@@ -6,10 +6,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
+
 use super::signals::{eventfd, signal, take, wait};
 use super::{Device, Holder, Inner};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::fork;
+use crate::sys::{self, fork};
 use crate::transport::{IrqInfo, irq_index};
 
 /// A kind of interrupt of a PCI device. A device uses one of them at a time.
@@ -82,8 +84,8 @@ struct Slot {
 }
 
 impl Slot {
-    fn new() -> Result<Self> {
-        Ok(Self { eventfd: Arc::new(eventfd()?), enabled: true })
+    fn new(enabled: bool) -> Result<Self> {
+        Ok(Self { eventfd: Arc::new(eventfd()?), enabled })
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
@@ -160,9 +162,28 @@ impl Device {
     /// machine offers fewer (MSI without interrupt remapping: one); the kernel's error if another kind is in
     /// use.
     pub fn vectors(&self, kind: Interrupt, count: usize) -> Result<Vectors> {
+        self.vectors_where(kind, count, |_| true)
+    }
+
+    /// Sets up the vectors with these numbers. Those between them are holes, which
+    /// [`Vectors::set_enabled`] and [`Vectors::set_eventfd`] fill.
+    ///
+    /// # Errors
+    /// As [`vectors`](Self::vectors), for as many vectors as the highest number requires.
+    pub fn vectors_at(&self, kind: Interrupt, numbers: &[usize]) -> Result<Vectors> {
+        let count = numbers.iter().max().map_or(0, |highest| highest.saturating_add(1));
+        self.vectors_where(kind, count, |number| numbers.contains(&number))
+    }
+
+    fn vectors_where(
+        &self,
+        kind: Interrupt,
+        count: usize,
+        enabled: impl Fn(usize) -> bool,
+    ) -> Result<Vectors> {
         let info = self.interrupt(kind)?;
         check(kind, &info, count, self.name())?;
-        let slots = (0..count).map(|_| Slot::new()).collect::<Result<Vec<_>>>()?;
+        let slots = (0..count).map(|it| Slot::new(enabled(it))).collect::<Result<Vec<_>>>()?;
         let slot = self.inner.insert_exclusive(Holder::Vectors { kind, count })?;
         if let Err(error) = self.inner.set_irqs(kind, 0, &borrowed(&slots)) {
             // A transport that connects in parts may have connected some.
@@ -305,7 +326,14 @@ impl Vectors {
             return Err(Error::new(ErrorKind::OutOfRange, "add", self.name(count))
                 .with_reason(format!("there are {before} vectors")));
         }
-        let added = (before..count).map(|_| Slot::new()).collect::<Result<Vec<_>>>()?;
+        let added = (before..count).map(|_| Slot::new(true)).collect::<Result<Vec<_>>>()?;
+        self.append(added)
+    }
+
+    /// Sets up `added` after the last vector.
+    fn append(&mut self, added: Vec<Slot>) -> Result<Growth> {
+        let before = self.count();
+        let count = before + added.len();
         let (device, kind) = (&self.device, self.kind);
         let growth = if self.info.noresize {
             let all: Vec<_> = borrowed(&self.slots).into_iter().chain(borrowed(&added)).collect();
@@ -355,6 +383,47 @@ impl Vectors {
         Ok(())
     }
 
+    /// Has a vector signal an eventfd of the caller from now on, for example one that a hypervisor watches, and
+    /// enables it. The eventfd is duplicated. If `vector` is past the last, the vectors in between become holes.
+    ///
+    /// An interrupt that nobody has taken yet is signalled to the new eventfd. A [`Vector`] that was handed out
+    /// before keeps the old eventfd, which does not fire any more.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is not an eventfd; as [`grow`](Self::grow), and then nothing has changed.
+    pub fn set_eventfd(&mut self, vector: usize, eventfd: &impl AsRawFd) -> Result<Growth> {
+        let eventfd = Arc::new(self.duplicate(vector, eventfd)?);
+        let before = self.count();
+        if vector >= before {
+            check(self.kind, &self.info, vector.saturating_add(1), &self.device.info.name)?;
+            let mut added =
+                (before..vector).map(|_| Slot::new(false)).collect::<Result<Vec<_>>>()?;
+            added.push(Slot { eventfd, enabled: true });
+            return self.append(added);
+        }
+        self.device.set_irqs(self.kind, vector as u32, &[Some(eventfd.as_fd())])?;
+        let old = std::mem::replace(&mut self.slots[vector], Slot { eventfd, enabled: true });
+        if old.enabled && take(&*old.eventfd, || self.name(vector))?.is_some() {
+            signal(&self.slots[vector].eventfd);
+        }
+        Ok(Growth::InPlace)
+    }
+
+    /// A descriptor of our own for an eventfd of the caller.
+    fn duplicate(&self, vector: usize, eventfd: &impl AsRawFd) -> Result<OwnedFd> {
+        let fd = eventfd.as_raw_fd();
+        sys::eventfd::duplicate(fd).map_err(|errno| {
+            let error = Error::os(errno, "connect", self.name(vector));
+            match errno {
+                Errno::EINVAL | Errno::EBADF => error
+                    .into_kind(ErrorKind::InvalidInput)
+                    .with_reason(format!("file descriptor {fd} is not an eventfd"))
+                    .with_advice("pass one that eventfd(2) made"),
+                _ => error,
+            }
+        })
+    }
+
     /// Masks a vector, or unmasks it. VFIO masks an INTx when it fires.
     ///
     /// # Errors
@@ -371,6 +440,19 @@ impl Vectors {
     /// `Unsupported` for MSI and MSI-X, which are not masked when they fire, or if the transport does not offer
     /// it.
     pub fn enable_resample(&mut self) -> Result<()> {
+        if self.resample.is_none() { self.resample_by(eventfd()?) } else { Ok(()) }
+    }
+
+    /// As [`enable_resample`](Self::enable_resample), with an eventfd of the caller, which is duplicated.
+    ///
+    /// # Errors
+    /// As [`enable_resample`](Self::enable_resample); `InvalidInput` if it is not an eventfd.
+    pub fn set_resample_eventfd(&mut self, eventfd: &impl AsRawFd) -> Result<()> {
+        let eventfd = self.duplicate(0, eventfd)?;
+        self.resample_by(eventfd)
+    }
+
+    fn resample_by(&mut self, eventfd: OwnedFd) -> Result<()> {
         if !self.info.automasked {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -380,12 +462,9 @@ impl Vectors {
             .with_reason("it is not masked when it fires")
             .with_advice("no unmasking is needed between interrupts"));
         }
-        if self.resample.is_none() {
-            let eventfd = eventfd()?;
-            let fd = Some(eventfd.as_fd());
-            self.device.transport.unmask_irq_by(self.kind.index(), 0, fd)?;
-            self.resample = Some(eventfd);
-        }
+        let fd = Some(eventfd.as_fd());
+        self.device.transport.unmask_irq_by(self.kind.index(), 0, fd)?;
+        self.resample = Some(eventfd);
         Ok(())
     }
 

@@ -168,6 +168,7 @@ impl Core {
             name: format!("emulated:{}", shape.name),
             pci: shape.pci,
             resettable: true,
+            reset_at_open: false,
             region_count: shape.regions.len() as u32,
             irq_count: shape.irqs.len() as u32,
         };

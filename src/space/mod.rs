@@ -30,7 +30,7 @@ pub(crate) use mapping::Mapping;
 pub use memory::DmaMemory;
 pub use placement::{Failed, Placement, Request, Strategy};
 pub use report::{Attempt, Attempts, Outcome, Report, Source, Verb};
-pub use reservation::Reservation;
+pub use reservation::{Reservation, ReservationPool};
 pub use strategies::Relocation;
 
 pub use crate::sys::mm::Access;

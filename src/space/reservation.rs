@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
+mod pool;
+
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,6 +17,8 @@ use super::limits::out_of_memory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mmap_lock::MmapLock;
 use crate::sys::{self, fork, maps, mm};
+
+pub use pool::ReservationPool;
 
 /// A range of addresses that belongs to its holder. It is reserved (`PROT_NONE`) and reaches nothing.
 ///

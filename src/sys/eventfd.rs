@@ -7,7 +7,7 @@
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
 use std::io::IoSliceMut;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
@@ -19,6 +19,19 @@ use super::{file, fork};
 pub(crate) fn new() -> Result<OwnedFd, Errno> {
     // Non-blocking for the program's own reads; nothing here relies on it.
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map(OwnedFd::from)
+}
+
+/// `fcntl(fd, F_DUPFD_CLOEXEC)`, if the copy is an eventfd according to `/proc/self/fd`.
+///
+/// # Errors
+/// EINVAL if it is another file; EBADF if it is none.
+pub(crate) fn duplicate(fd: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: the call has no effect but a new descriptor, whatever `fd` is.
+    let copy = Errno::result(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) })?;
+    // SAFETY: the kernel has just made the descriptor, for this call alone.
+    let copy = unsafe { OwnedFd::from_raw_fd(copy) };
+    let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", copy.as_raw_fd()).as_str())?;
+    if link == "anon_inode:[eventfd]" { Ok(copy) } else { Err(Errno::EINVAL) }
 }
 
 /// `preadv2(eventfd, 8 bytes, offset -1, RWF_NOWAIT)`: returns the counter and sets it to zero.
@@ -228,6 +241,17 @@ mod tests {
     #[test]
     fn other_files_cannot_be_signalled() {
         assert_eq!(signal(file::memory_file("test", 0).unwrap()), Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn an_eventfd_alone_can_be_duplicated() {
+        let eventfd = hostile(0);
+        let copy = duplicate(eventfd.as_raw_fd()).unwrap();
+        signal(&eventfd).unwrap();
+        assert_eq!(take(copy), Ok(1));
+        let file = file::memory_file("test", 0).unwrap();
+        assert_eq!(duplicate(file.as_raw_fd()).map(drop), Err(Errno::EINVAL));
+        assert_eq!(duplicate(-1).map(drop), Err(Errno::EBADF));
     }
 
     #[test]

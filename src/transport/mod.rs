@@ -286,6 +286,9 @@ pub struct DeviceInfo {
     pub pci: bool,
     /// Whether [`Transport::reset`] is supported.
     pub resettable: bool,
+    /// Whether opening the device has reset it, so that another reset, which takes 100 ms for most devices, gains
+    /// nothing. vfio-pci resets a device when it is opened, if it can.
+    pub reset_at_open: bool,
     /// The number of region indexes. Some may not be implemented.
     pub region_count: u32,
     /// The number of interrupt indexes. Some may not be implemented.
@@ -296,7 +299,14 @@ impl DeviceInfo {
     /// A device with `region_count` regions that is not PCI, has no interrupts and cannot be reset. Set
     /// the fields that differ.
     pub fn new(name: impl Into<String>, region_count: u32) -> Self {
-        Self { name: name.into(), pci: false, resettable: false, region_count, irq_count: 0 }
+        Self {
+            name: name.into(),
+            pci: false,
+            resettable: false,
+            reset_at_open: false,
+            region_count,
+            irq_count: 0,
+        }
     }
 
     /// The name of a region in errors and logs: "bar 0 of 0000:00:03.0".

@@ -33,8 +33,10 @@ mod refusals;
 mod regions;
 mod register_blocks;
 mod relocation_under_contention;
+mod reservation_pool;
 #[cfg(feature = "emulated")]
 mod returned_on_failure;
 mod transport;
+mod vectors;
 #[cfg(feature = "emulated")]
 mod vfio_user;

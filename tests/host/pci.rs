@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vfio_remap::device::Trap;
+use vfio_remap::device::{BarKind, Trap};
 use vfio_remap::transport::{DeviceInfo, RegionFile, RegionInfo};
 use vfio_remap::{Device, Error, ErrorKind, Placement, Result, Transport};
 
@@ -132,6 +132,63 @@ fn io_ports_are_not_mapped_with_a_table_either() {
     let bar = device.bar(0).unwrap().with_msix_table().unwrap();
     assert_eq!(bar.layout().spans()[0].trap, Some(Trap::IoPorts));
     assert_eq!(bar.map(.., Placement::Anywhere).unwrap_err().kind(), ErrorKind::NotMappable);
+}
+
+#[test]
+fn the_register_of_a_bar_says_of_what_kind_it_is() {
+    let pci = Pci::new(0x1000, 0, 0x1000);
+    if let Some(config) = &mut *pci.config.lock().unwrap() {
+        // 64-bit prefetchable, its upper half, which looks like ports; 32-bit prefetchable; ports; 32-bit; 64-bit,
+        // of which the upper half would be past the last.
+        let bars = [0xcu32, 1, 8, 1, 0xfe00_0000, 4];
+        for (register, value) in config[0x10..0x28].chunks_exact_mut(4).zip(bars) {
+            register.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    let device = Device::new(pci.clone());
+    let config = device.config().unwrap();
+    let kinds: Vec<_> = (0..6)
+        .map(|index| match config.bar_kind(index).unwrap() {
+            Some(BarKind::Memory { is_64_bit, prefetchable, .. }) => {
+                format!("{} {prefetchable}", if is_64_bit { 64 } else { 32 })
+            }
+            Some(BarKind::Io) => "ports".to_owned(),
+            _ => "none".to_owned(),
+        })
+        .collect();
+    assert_eq!(kinds, ["64 true", "none", "32 true", "ports", "32 false", "64 false"]);
+    assert_eq!(config.bar_kind(6).unwrap_err().kind(), ErrorKind::NotFound);
+    pci.pull();
+    assert_eq!(config.bar_kind(3).unwrap_err().kind(), ErrorKind::Gone);
+}
+
+#[test]
+fn the_places_of_msix_are_public() {
+    let device = Device::new(Pci::new(0x4000, 0x2000, 0x4000));
+    let msix = device.config().unwrap().msix().unwrap().unwrap();
+    assert_eq!(msix.count, 64);
+    assert_eq!((msix.table, msix.pending), ((0, 0x2000..0x2400), (0, 0x2400..0x2408)));
+}
+
+#[test]
+fn bytes_are_read_and_written_by_slices() {
+    let pci = Pci::new(0x4000, 0x2000, 0x4000);
+    let device = Device::new(pci.clone());
+    let mut bytes = [0; 6];
+    device.config().unwrap().read(0x42, &mut bytes).unwrap();
+    assert_eq!(bytes, [63, 0, 0, 0x20, 0, 0]);
+    device.config().unwrap().write(0x43, &[1, 2, 3]).unwrap();
+    let config = device.region(7).unwrap();
+    config.read_at(0xfc, &mut bytes[..4]).unwrap();
+    config.write_at(0xfe, &[4, 5]).unwrap();
+    assert_eq!(*pci.written.lock().unwrap(), [(0x43, vec![1, 2, 3]), (0xfe, vec![4, 5])]);
+    for (offset, len) in [(0xfd, 4), (u64::MAX, 1), (0x100, 1)] {
+        let error = config.read_at(offset, &mut bytes[..len]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
+        let error = config.write_at(offset, &bytes[..len]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
+    }
+    assert_eq!(pci.written.lock().unwrap().len(), 2, "nothing else is written");
 }
 
 #[test]

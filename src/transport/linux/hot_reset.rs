@@ -28,6 +28,11 @@ impl OpenHere {
         *open_here().entry(address).or_default() += 1;
         Self(address)
     }
+
+    /// Whether this process has the device open once.
+    pub(super) fn is_only_one(&self) -> bool {
+        open_here().get(&self.0) == Some(&1)
+    }
 }
 
 impl Drop for OpenHere {

@@ -169,15 +169,23 @@ impl Vfio {
         let regions = (0..reply.num_regions)
             .map(|index| read_region(&fd, index, &name))
             .collect::<Result<Vec<_>>>()?;
+        let by_vfio_pci = device.and_then(PciDevice::driver).as_deref() == Some("vfio-pci");
+        let open = device.map(|device| OpenHere::register(device.address()));
+        // vfio-pci resets a device when it is opened, and supports VFIO_DEVICE_RESET if that worked
+        // (vfio_pci_core_enable). Only the first open of a device does it. Who has opened a file that was taken
+        // over, and when, is not known.
+        let resettable = reply.flags & VFIO_DEVICE_FLAGS_RESET != 0;
+        let is_taken_over = matches!(space, AddressSpace::Elsewhere);
+        let is_first = !is_taken_over && open.as_ref().is_some_and(OpenHere::is_only_one);
         let info = DeviceInfo {
             name,
             pci: reply.flags & VFIO_DEVICE_FLAGS_PCI != 0,
-            resettable: reply.flags & VFIO_DEVICE_FLAGS_RESET != 0,
+            resettable,
+            reset_at_open: is_first && by_vfio_pci && resettable,
             region_count: reply.num_regions,
             irq_count: reply.num_irqs,
         };
         let accounting = Accounting::new(space.counter());
-        let by_vfio_pci = device.and_then(PciDevice::driver).as_deref() == Some("vfio-pci");
         Ok(Self {
             device: Arc::new(fd),
             info,
@@ -187,8 +195,21 @@ impl Vfio {
             accounting,
             generation: fork::generation(),
             max_mappings: AtomicUsize::new(usize::MAX),
-            _open: device.map(|device| OpenHere::register(device.address())),
+            _open: open,
         })
+    }
+
+    /// The file by which KVM knows the device's address space: that of its group, or the device's own
+    /// (`KVM_DEV_VFIO_FILE_ADD` of a `KVM_DEV_TYPE_VFIO` device; up to Linux 6.5 `KVM_DEV_VFIO_GROUP_ADD`). `None`
+    /// if other code opened the device.
+    ///
+    /// A hypervisor adds it before the guest runs, so that KVM knows of non-coherent DMA.
+    pub fn kvm_file(&self) -> Option<BorrowedFd<'_>> {
+        match &self.space {
+            AddressSpace::Group(group) => Some(group.as_fd()),
+            AddressSpace::Ioas(_) => Some(self.device.as_fd()),
+            AddressSpace::Elsewhere => None,
+        }
     }
 
     pub(super) fn name(&self) -> &str {

@@ -140,6 +140,7 @@ impl VfioUser {
             name,
             pci: answer.flags & VFIO_DEVICE_FLAGS_PCI != 0,
             resettable: answer.flags & VFIO_DEVICE_FLAGS_RESET != 0,
+            reset_at_open: false,
             region_count: answer.regions,
             irq_count: answer.irqs,
         };

@@ -33,6 +33,15 @@ impl Interrupts {
         Self { noresize, ..self }
     }
 
+    /// The vectors of an index that are connected, in order.
+    pub fn connected(&self, index: u32) -> Vec<u32> {
+        let connected = self.connected.lock().unwrap();
+        let mut vectors: Vec<_> =
+            connected.iter().filter(|(i, ..)| *i == index).map(|(_, vector, _)| *vector).collect();
+        vectors.sort_unstable();
+        vectors
+    }
+
     pub fn fire(&self, index: u32, vector: u32) {
         let connected = self.connected.lock().unwrap();
         let found = connected.iter().find(|(i, v, _)| (*i, *v) == (index, vector));
