@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 
 use super::buffer_failed::BufferFailed;
@@ -131,11 +132,32 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
     #[inline(always)]
     #[track_caller]
     pub fn store_entry(&self, index: usize, words: [T; N]) {
-        self.check(index);
-        for (word, value) in words.into_iter().enumerate() {
-            // SAFETY: the entry lies in the buffer, as `check` found, and `word` is below `N`.
-            unsafe { T::store_relaxed(self.first.add(index * N + word).as_ptr(), value) }
+        let entry = self.at(index, 0).as_ptr();
+        macro_rules! store {
+            ($($word:literal)*) => {
+                $(if $word < N {
+                    // SAFETY: the entry lies in the buffer, as `at` found, and has this word.
+                    unsafe { T::store_word::<$word>(entry, words[$word]) }
+                })*
+            };
         }
+        // The offsets of these are parts of their instructions.
+        store!(0 1 2 3 4 5 6 7);
+        for (word, value) in words.into_iter().enumerate().skip(8) {
+            // SAFETY: the entry lies in the buffer, as `at` found, and has this word.
+            unsafe { T::store_relaxed(entry.add(word), value) }
+        }
+    }
+
+    /// An entry, for accesses to its words without further checks.
+    ///
+    /// # Panics
+    /// If `index` is past the last, as for slices.
+    #[inline(always)]
+    #[track_caller]
+    pub fn entry(&self, index: usize) -> DmaEntry<'_, T, N> {
+        // SAFETY: `at` points to an entry of this array, which is borrowed as long as the result.
+        unsafe { DmaEntry::new(self.at(index, 0)) }
     }
 
     /// Writes zero to all words of all entries.
@@ -171,6 +193,72 @@ impl<T: Width, const N: usize> DmaArray<T, N> {
         // SAFETY: `len` entries of `N` words lie in the buffer, as `new` checked, and this is one of them. A
         // buffer is smaller than `isize::MAX`, so nothing overflows.
         unsafe { self.first.add(index * N + word) }
+    }
+}
+
+/// An entry of a [`DmaArray`]. The compiler checks the numbers of its words, so that an access is one instruction.
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use vfio_remap::{Device, device::DmaArray, emulated::{Edu, Emulated}};
+/// # let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
+/// let ring = DmaArray::<u64, 2>::new(device.dma()?.buffer(4096)?)?;
+/// let entry = ring.entry(3);
+/// entry.store::<1>(7);
+/// assert_eq!((entry.load::<1>(), ring.load(3, 1)), (7, 7));
+/// # Ok::<(), vfio_remap::Error>(())
+/// ```
+///
+/// ```compile_fail
+/// # use vfio_remap::device::DmaEntry;
+/// fn past_the_last(entry: DmaEntry<'_, u64, 2>) -> u64 {
+///     entry.load::<2>()
+/// }
+/// let _: fn(DmaEntry<'_, u64, 2>) -> u64 = past_the_last;
+/// ```
+#[derive(Clone, Copy)]
+pub struct DmaEntry<'a, T: Width, const N: usize> {
+    /// Points to `N` words in the buffer of the array.
+    first: NonNull<T>,
+    _array: PhantomData<&'a DmaArray<T, N>>,
+}
+
+impl<T: Width, const N: usize> DmaEntry<'_, T, N> {
+    /// The entry whose first word this is.
+    ///
+    /// # Safety
+    /// `first` points to an entry of an array that is borrowed for this lifetime.
+    #[inline(always)]
+    pub(super) unsafe fn new(first: NonNull<T>) -> Self {
+        Self { first, _array: PhantomData }
+    }
+
+    /// Points to the first word.
+    #[inline(always)]
+    pub(super) fn first(self) -> NonNull<T> {
+        self.first
+    }
+
+    /// Reads word number `WORD`, as [`DmaArray::load`].
+    #[inline(always)]
+    pub fn load<const WORD: usize>(self) -> T {
+        const { assert!(WORD < N, "the entry has no such word") };
+        // SAFETY: `first` points to `N` words in the buffer, which is mapped while the array is borrowed.
+        unsafe { T::load_word::<WORD>(self.first.as_ptr()) }
+    }
+
+    /// Writes word number `WORD`, as [`DmaArray::store`].
+    #[inline(always)]
+    pub fn store<const WORD: usize>(self, value: T) {
+        const { assert!(WORD < N, "the entry has no such word") };
+        // SAFETY: `first` points to `N` words in the buffer, which is mapped while the array is borrowed.
+        unsafe { T::store_word::<WORD>(self.first.as_ptr(), value) }
+    }
+}
+
+impl<T: Width, const N: usize> fmt::Debug for DmaEntry<'_, T, N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DmaEntry({N} × {} bits at {:p})", 8 * size_of::<T>(), self.first)
     }
 }
 
@@ -211,12 +299,26 @@ mod tests {
         ring.store_entry(1, [1, 2, 3, 0x0403_0201]);
         ring.store(255, 3, 9);
         assert_eq!((ring.load(1, 2), ring.load(255, 3)), (3, 9));
+        let entry = ring.entry(2);
+        entry.store::<0>(5);
+        entry.store::<3>(6);
+        assert_eq!([0, 1, 2, 3].map(|word| ring.load(2, word)), [5, 0, 0, 6]);
+        assert_eq!((entry.load::<0>(), entry.load::<1>(), entry.load::<3>()), (5, 0, 6));
         let buffer = ring.into_buffer();
         assert_eq!(buffer.load::<u8>(16 + 12), 1, "the lowest byte comes first");
         assert_eq!(buffer.load::<u32>(4092), 9);
         let ring = DmaArray::<u32, 4>::new(buffer).unwrap();
         ring.clear();
         assert_eq!((ring.load(1, 3), ring.load(255, 3)), (0, 0));
+    }
+
+    #[test]
+    fn an_entry_of_many_words_is_stored_whole() {
+        let ring = DmaArray::<u16, 11>::new(buffer()).unwrap();
+        ring.store_entry(1, std::array::from_fn(|word| word as u16 + 1));
+        let words: Vec<_> = (0..33).map(|word| ring.load(word / 11, word % 11)).collect();
+        let expected = (0..33).map(|word: u16| if word / 11 == 1 { word - 10 } else { 0 });
+        assert_eq!(words, expected.collect::<Vec<_>>());
     }
 
     #[test]
@@ -231,6 +333,7 @@ mod tests {
         assert!(panics(&|| ring.store_release(64, 0, 0)));
         assert!(panics(&|| _ = ring.load(usize::MAX, 0)));
         assert!(panics(&|| ring.store_entry(64, [0; 8])));
+        assert!(panics(&|| _ = ring.entry(64)));
         assert!(panics(&|| _ = ring.iova(64)));
     }
 

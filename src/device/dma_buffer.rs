@@ -6,6 +6,8 @@
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
 use std::fmt;
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -77,7 +79,42 @@ pub struct DmaBuffer {
     iova: Iova,
     size: usize,
     /// Keeps the memory mapped, and shares it with the other parts.
-    allocation: Arc<Allocation>,
+    allocation: Shared,
+}
+
+/// An allocation that the parts of a buffer share.
+///
+/// The drop of a plain `Arc` takes its address, for which the compiler would keep the whole buffer in memory. This
+/// one passes it by value, so that a buffer moves in registers.
+#[derive(Clone)]
+struct Shared(ManuallyDrop<Arc<Allocation>>);
+
+impl Shared {
+    fn new(allocation: Allocation) -> Self {
+        Self(ManuallyDrop::new(Arc::new(allocation)))
+    }
+}
+
+impl Deref for Shared {
+    type Target = Arc<Allocation>;
+
+    fn deref(&self) -> &Arc<Allocation> {
+        &self.0
+    }
+}
+
+impl Drop for Shared {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: a value is dropped once, and nothing uses the field afterwards.
+        release(unsafe { ManuallyDrop::take(&mut self.0) });
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn release(allocation: Arc<Allocation>) {
+    drop(allocation);
 }
 
 // SAFETY: the memory is accessed by single accesses of `Width` only, which may race.
@@ -128,7 +165,7 @@ impl DmaBuffer {
 
     fn whole(allocation: Allocation) -> Self {
         let (first, iova, size) = (allocation.first(), allocation.iova(), allocation.size());
-        Self { first, iova, size, allocation: Arc::new(allocation) }
+        Self { first, iova, size, allocation: Shared::new(allocation) }
     }
 
     /// The size in bytes.

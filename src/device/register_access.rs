@@ -16,6 +16,15 @@ pub(super) mod sealed {
         /// # Safety
         /// `from` is mapped for reading and aligned.
         unsafe fn load(from: *const Self) -> Self;
+        /// Loads word number `WORD` of an entry, as `load` does. The offset is a part of the instruction.
+        ///
+        /// # Safety
+        /// That word is mapped for reading and aligned.
+        #[inline(always)]
+        unsafe fn load_word<const WORD: usize>(entry: *const Self) -> Self {
+            // SAFETY: the caller keeps the same contract.
+            unsafe { Self::load(entry.wrapping_add(WORD)) }
+        }
         /// Loads a value, without an order that costs a barrier.
         ///
         /// # Safety
@@ -38,6 +47,16 @@ pub(super) mod sealed {
         unsafe fn store_relaxed(to: *mut Self, value: Self) {
             // SAFETY: the caller keeps the same contract.
             unsafe { Self::store(to, value) }
+        }
+        /// Stores word number `WORD` of an entry, as `store_relaxed` does. The offset is a part of the
+        /// instruction.
+        ///
+        /// # Safety
+        /// That word is mapped for writing and aligned.
+        #[inline(always)]
+        unsafe fn store_word<const WORD: usize>(entry: *mut Self, value: Self) {
+            // SAFETY: the caller keeps the same contract.
+            unsafe { Self::store_relaxed(entry.wrapping_add(WORD), value) }
         }
 
         fn from_bytes(bytes: &[u8]) -> Option<Self>;
@@ -69,21 +88,33 @@ macro_rules! access {
         impl sealed::Access for $type {
             #[inline(always)]
             unsafe fn load(from: *const Self) -> Self {
+                // SAFETY: the caller keeps the same contract.
+                unsafe { Self::load_word::<0>(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn load_word<const WORD: usize>(entry: *const Self) -> Self {
                 let value: Self;
                 // SAFETY: one load from a mapped, aligned address, as the caller guarantees.
                 unsafe {
-                    std::arch::asm!($load, v = out($register) value, p = in(reg) from,
-                        options(nostack, preserves_flags));
+                    std::arch::asm!($load, v = out($register) value, p = in(reg) entry,
+                        o = const WORD * size_of::<Self>(), options(nostack, preserves_flags));
                 }
                 value
             }
 
             #[inline(always)]
             unsafe fn store(to: *mut Self, value: Self) {
+                // SAFETY: the caller keeps the same contract.
+                unsafe { Self::store_word::<0>(to, value) }
+            }
+
+            #[inline(always)]
+            unsafe fn store_word<const WORD: usize>(entry: *mut Self, value: Self) {
                 // SAFETY: one store to a mapped, aligned address, as the caller guarantees.
                 unsafe {
-                    std::arch::asm!($store, v = in($register) value, p = in(reg) to,
-                        options(nostack, preserves_flags));
+                    std::arch::asm!($store, v = in($register) value, p = in(reg) entry,
+                        o = const WORD * size_of::<Self>(), options(nostack, preserves_flags));
                 }
             }
 
@@ -96,10 +127,10 @@ macro_rules! access {
 mod x86_64 {
     use super::{Width, sealed};
 
-    access!(u8, "mov {v}, byte ptr [{p}]", "mov byte ptr [{p}], {v}", reg_byte);
-    access!(u16, "mov {v:x}, word ptr [{p}]", "mov word ptr [{p}], {v:x}", reg);
-    access!(u32, "mov {v:e}, dword ptr [{p}]", "mov dword ptr [{p}], {v:e}", reg);
-    access!(u64, "mov {v}, qword ptr [{p}]", "mov qword ptr [{p}], {v}", reg);
+    access!(u8, "mov {v}, byte ptr [{p} + {o}]", "mov byte ptr [{p} + {o}], {v}", reg_byte);
+    access!(u16, "mov {v:x}, word ptr [{p} + {o}]", "mov word ptr [{p} + {o}], {v:x}", reg);
+    access!(u32, "mov {v:e}, dword ptr [{p} + {o}]", "mov dword ptr [{p} + {o}], {v:e}", reg);
+    access!(u64, "mov {v}, qword ptr [{p} + {o}]", "mov qword ptr [{p} + {o}], {v}", reg);
 }
 
 /// aarch64 needs barriers between accesses to a device and to its DMA memory: `dmb oshld` after a load, as in
@@ -112,11 +143,17 @@ macro_rules! access {
         impl sealed::Access for $type {
             #[inline(always)]
             unsafe fn load(from: *const Self) -> Self {
+                // SAFETY: the caller keeps the same contract.
+                unsafe { Self::load_word::<0>(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn load_word<const WORD: usize>(entry: *const Self) -> Self {
                 let value: Self;
                 // SAFETY: one load from a mapped, aligned address, as the caller guarantees.
                 unsafe {
-                    std::arch::asm!($load, "dmb oshld", v = out(reg) value, p = in(reg) from,
-                        options(nostack, preserves_flags));
+                    std::arch::asm!($load, "dmb oshld", v = out(reg) value, p = in(reg) entry,
+                        o = const WORD * size_of::<Self>(), options(nostack, preserves_flags));
                 }
                 Self::from_le(value)
             }
@@ -126,7 +163,7 @@ macro_rules! access {
                 let value: Self;
                 // SAFETY: as `load`.
                 unsafe {
-                    std::arch::asm!($load, v = out(reg) value, p = in(reg) from,
+                    std::arch::asm!($load, v = out(reg) value, p = in(reg) from, o = const 0,
                         options(nostack, preserves_flags));
                 }
                 Self::from_le(value)
@@ -137,16 +174,22 @@ macro_rules! access {
                 // SAFETY: one store to a mapped, aligned address, as the caller guarantees.
                 unsafe {
                     std::arch::asm!("dmb osh", $store, v = in(reg) value.to_le(), p = in(reg) to,
-                        options(nostack, preserves_flags));
+                        o = const 0, options(nostack, preserves_flags));
                 }
             }
 
             #[inline(always)]
             unsafe fn store_relaxed(to: *mut Self, value: Self) {
+                // SAFETY: the caller keeps the same contract.
+                unsafe { Self::store_word::<0>(to, value) }
+            }
+
+            #[inline(always)]
+            unsafe fn store_word<const WORD: usize>(entry: *mut Self, value: Self) {
                 // SAFETY: as `store`.
                 unsafe {
-                    std::arch::asm!($store, v = in(reg) value.to_le(), p = in(reg) to,
-                        options(nostack, preserves_flags));
+                    std::arch::asm!($store, v = in(reg) value.to_le(), p = in(reg) entry,
+                        o = const WORD * size_of::<Self>(), options(nostack, preserves_flags));
                 }
             }
 
@@ -159,10 +202,10 @@ macro_rules! access {
 mod aarch64 {
     use super::{Width, sealed};
 
-    access!(u8, "ldrb {v:w}, [{p}]", "strb {v:w}, [{p}]");
-    access!(u16, "ldrh {v:w}, [{p}]", "strh {v:w}, [{p}]");
-    access!(u32, "ldr {v:w}, [{p}]", "str {v:w}, [{p}]");
-    access!(u64, "ldr {v:x}, [{p}]", "str {v:x}, [{p}]");
+    access!(u8, "ldrb {v:w}, [{p}, {o}]", "strb {v:w}, [{p}, {o}]");
+    access!(u16, "ldrh {v:w}, [{p}, {o}]", "strh {v:w}, [{p}, {o}]");
+    access!(u32, "ldr {v:w}, [{p}, {o}]", "str {v:w}, [{p}, {o}]");
+    access!(u64, "ldr {v:x}, [{p}, {o}]", "str {v:x}, [{p}, {o}]");
 }
 
 /// Other machines use volatile accesses, which today's compilers turn into one instruction for these types, and
