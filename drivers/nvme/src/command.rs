@@ -1,5 +1,7 @@
 //! Commands: 64 bytes (NVMe Base 1.4 §4.2), here as eight words of 64 bits.
 
+use vfio_remap::device::DmaEntry;
+
 /// Opcodes of admin commands (NVMe Base 1.4 §5).
 pub mod admin {
     pub const DELETE_SUBMISSION_QUEUE: u8 = 0x00;
@@ -32,43 +34,50 @@ pub mod feature {
 
 /// A command without its identifier and its data pointer, which the queue adds.
 #[derive(Clone, Copy, Debug)]
-pub struct Command([u64; 8]);
+pub struct Command {
+    /// Double words 0 and 1: the opcode, the namespace.
+    head: u64,
+    /// Double words 6 and 7: the address of a queue, for commands without data.
+    address: u64,
+    /// Double words 10 and 11.
+    low: u64,
+    /// Double words 12 and 13.
+    high: u64,
+}
 
 impl Command {
     #[inline]
     pub const fn new(opcode: u8, namespace: u32) -> Self {
-        Self([opcode as u64 | (namespace as u64) << 32, 0, 0, 0, 0, 0, 0, 0])
+        Self { head: opcode as u64 | (namespace as u64) << 32, address: 0, low: 0, high: 0 }
     }
 
     /// Sets double words 10 and 11.
     #[inline]
-    pub const fn dwords_10(mut self, low: u32, high: u32) -> Self {
-        self.0[5] = low as u64 | (high as u64) << 32;
-        self
+    pub const fn dwords_10(self, low: u32, high: u32) -> Self {
+        Self { low: low as u64 | (high as u64) << 32, ..self }
     }
 
-    /// Sets the blocks: `count`, at least one, starting with `first`.
+    /// Sets the blocks: `first`, and up to 65535 `more`.
     #[inline]
-    pub const fn blocks(mut self, first: u64, count: u64) -> Self {
-        self.0[5] = first;
-        self.0[6] = (count - 1) & 0xffff;
-        self
+    pub const fn blocks(self, first: u64, more: u64) -> Self {
+        Self { low: first, high: more, ..self }
     }
 
     /// Sets the address of a queue.
     #[inline]
-    pub const fn address(mut self, iova: u64) -> Self {
-        self.0[3] = iova;
-        self
+    pub const fn address(self, iova: u64) -> Self {
+        Self { address: iova, ..self }
     }
 
-    /// The submission queue entry. Both PRP entries are zero if the command has no data.
+    /// Writes the submission queue entry. Both PRP entries are zero if the command has no data.
+    ///
+    /// The other words are zero in all commands: a queue begins with zeros, and nothing else is stored there.
     #[inline]
-    pub const fn finish(self, id: u16, prps: [u64; 2]) -> [u64; 8] {
-        let mut words = self.0;
-        words[0] |= (id as u64) << 16;
-        words[3] |= prps[0];
-        words[4] = prps[1];
-        words
+    pub fn store(self, entry: DmaEntry<'_, u64, 8>, id: u16, prps: (u64, u64)) {
+        entry.store::<0>(self.head | u64::from(id) << 16);
+        entry.store::<3>(self.address | prps.0);
+        entry.store::<4>(prps.1);
+        entry.store::<5>(self.low);
+        entry.store::<6>(self.high);
     }
 }

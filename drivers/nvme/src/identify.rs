@@ -79,7 +79,7 @@ impl Identity {
             serial: text(&data[4..24]),
             model: text(&data[24..64]),
             firmware: text(&data[64..72]),
-            max_transfer: max_transfer.min(super::pair::LIST * page).min(MOST_BYTES),
+            max_transfer: max_transfer.min(super::prp::LIST * page).min(MOST_BYTES),
             max_namespace_id: u32_at(data, 516),
             has_write_cache: data[525] & 1 != 0,
             has_write_zeroes: optional & 1 << 3 != 0,

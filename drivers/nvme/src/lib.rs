@@ -48,7 +48,7 @@
 //! # Threads and queues
 //!
 //! Threads share a [`Controller`]. Each has its own [`IoQueue`] with its own doorbell window. A command needs
-//! no allocation, no system call and no copy of data: reading 4 KiB takes some two hundred instructions.
+//! no allocation, no system call and no copy of data: reading or writing 4 KiB takes some 140 instructions.
 //! [`IoQueue::wait`] polls, or sleeps until an interrupt ([`Settings::interrupts`]).
 //!
 //! # Errors
@@ -75,6 +75,7 @@ mod events;
 mod identify;
 mod log_page;
 mod pair;
+mod prp;
 mod queue;
 mod registers;
 mod request;

@@ -6,20 +6,22 @@
 
 use std::{fmt, io};
 
-use vfio_remap::device::{BufferRequest, DmaArray, DmaBuffer, DmaSpace, IovaPlacement};
+use vfio_remap::device::{
+    BufferRequest, DmaArray, DmaBuffer, DmaRing, DmaSpace, IovaPlacement, Width,
+};
 use vfio_remap::{Error, ErrorKind, Result};
 
 use super::command::Command;
 use super::doorbells::Doorbells;
+use super::prp::PrpLists;
 use super::status::Status;
 
 /// Not an identifier of a command: the slot is free.
 const FREE: u32 = 1 << 16;
 /// The slot is never used.
 const RESERVED: u32 = FREE + 1;
-/// Most pages in the PRP list of a transfer, so that a list never leaves a page of 4 KiB.
-pub const LIST: usize = 512;
-
+/// The phase bit in the last two double words of a completion.
+const PHASE: u64 = 1 << 48;
 /// Most entries of a queue, so that an identifier holds the index of a slot and a counter.
 pub const MOST_ENTRIES: u16 = 1 << 14;
 
@@ -30,7 +32,7 @@ pub struct QueueShape {
     pub entries: u16,
     /// The binary logarithm of the controller's page size.
     pub page_shift: u32,
-    /// The largest transfer in bytes: at most [`LIST`] pages.
+    /// The largest transfer in bytes: at most [`LIST`](super::prp::LIST) pages.
     pub max_transfer: usize,
     /// After how many completions the head doorbell is rung. One if the controller fires an interrupt for each
     /// batch; with polling, half a queue is enough.
@@ -73,30 +75,28 @@ enum State {
 /// A submission queue, its completion queue, and the commands in them.
 #[derive(Debug)]
 pub struct QueuePair {
-    submissions: DmaArray<u64, 8>,
-    completions: DmaArray<u64, 2>,
-    /// Each slot's PRP list: `list_len` entries.
-    lists: DmaArray<u64, 1>,
-    list_len: usize,
+    /// Its position is the tail.
+    submissions: DmaRing<u64, 8>,
+    /// Its position is the head.
+    completions: DmaRing<u64, 2>,
+    lists: PrpLists,
     doorbells: Doorbells,
     /// At least twice as many as commands, so that a free one is found quickly. A power of two.
     slots: Box<[Slot]>,
+    /// The bits of an identifier that are the index of its slot.
+    index_bits: usize,
     /// The next identifier, if its slot is free.
     next_id: u16,
-    /// How many more commands can be submitted.
-    free: usize,
-    entries: usize,
-    tail: usize,
+    outstanding: usize,
+    /// Most outstanding commands: one less than the entries; none while the queue is broken.
+    limit: usize,
     /// The last value of the tail doorbell.
     rung_tail: usize,
-    head: usize,
-    /// The phase bit of a new completion.
-    phase: u64,
+    /// The phase bit of an old completion; that of a new one is the other.
+    old_phase: u64,
     /// The last value of the head doorbell.
     rung_head: usize,
     acknowledge_after: usize,
-    page: u64,
-    broken: bool,
     /// A part of the memory of both queues and the lists. It keeps all of it allocated.
     anchor: Option<DmaBuffer>,
 }
@@ -153,8 +153,7 @@ impl std::error::Error for SubmitError {
 impl QueuePair {
     pub fn new(space: &DmaSpace, doorbells: Doorbells, shape: &QueueShape) -> Result<Self> {
         let QueueShape { entries, page_shift, max_transfer, acknowledge_after } = *shape;
-        let page = 1u64 << page_shift;
-        let list_len = (max_transfer >> page_shift).clamp(1, LIST).next_power_of_two();
+        let list_len = PrpLists::len(max_transfer, page_shift);
         let entries = usize::from(entries);
         let count = (2 * entries).next_power_of_two();
         let slot = || Slot { buffer: None, tag: 0, since: 0, id: FREE, state: State::New };
@@ -162,25 +161,21 @@ impl QueuePair {
         // The identifier of all ones should not be used (NVMe Base 2.0 §3.3.3.1): it would be in this slot.
         slots[count - 1].id = RESERVED;
         let sizes = [entries * 64, entries * 16, count * list_len * 8];
-        let ([submissions, completions, lists], anchor) = memory(space, sizes, page as usize)?;
+        let ([submissions, completions, lists], anchor) = memory(space, sizes, 1 << page_shift)?;
         let mut pair = Self {
-            submissions: array(submissions)?,
-            completions: array(completions)?,
-            lists: array(lists)?,
-            list_len,
+            submissions: ring(submissions, entries * 64)?,
+            completions: ring(completions, entries * 16)?,
+            lists: PrpLists::new(array(lists)?, list_len, page_shift),
             doorbells,
             slots,
+            index_bits: count - 1,
             next_id: 0,
-            free: 0,
-            entries,
-            tail: 0,
+            outstanding: 0,
+            limit: 0,
             rung_tail: 0,
-            head: 0,
-            phase: 1,
+            old_phase: 0,
             rung_head: 0,
             acknowledge_after: acknowledge_after.into(),
-            page,
-            broken: false,
             anchor: Some(anchor),
         };
         pair.reset();
@@ -189,11 +184,11 @@ impl QueuePair {
 
     /// The addresses of the submission queue and of the completion queue.
     pub fn addresses(&self) -> (u64, u64) {
-        (self.submissions.iova(0).0, self.completions.iova(0).0)
+        (self.submissions.iova().0, self.completions.iova().0)
     }
 
     pub fn entries(&self) -> u16 {
-        self.entries as u16
+        self.submissions.len() as u16
     }
 
     pub fn doorbells(&self) -> &Doorbells {
@@ -203,34 +198,35 @@ impl QueuePair {
     /// How many commands are outstanding.
     #[inline]
     pub fn outstanding(&self) -> usize {
-        self.depth() - self.free
+        self.outstanding
     }
 
-    /// How many commands the queue can hold: one less than its entries.
-    fn depth(&self) -> usize {
-        self.entries - 1
-    }
-
-    /// The slot of a command.
+    /// The index of the slot for a command.
     #[inline]
     fn index(&self, id: u16) -> usize {
-        usize::from(id) & (self.slots.len() - 1)
+        usize::from(id) & self.index_bits
+    }
+
+    /// Whether another command can be submitted.
+    #[inline]
+    pub fn has_room(&self) -> bool {
+        self.outstanding < self.limit
     }
 
     /// How many more commands can be submitted.
     #[inline]
     pub fn room(&self) -> usize {
-        if self.broken { 0 } else { self.free }
+        self.limit.saturating_sub(self.outstanding)
     }
 
     /// Whether the controller has posted a malformed completion, or a doorbell could not be rung.
     pub fn is_broken(&self) -> bool {
-        self.broken
+        self.limit == 0
     }
 
     /// Stops submissions until [`reset`](Self::reset).
     pub fn break_off(&mut self) {
-        self.broken = true;
+        self.limit = 0;
     }
 
     /// Puts a command into the queue. [`ring`](Self::ring) notifies the controller. The controller owns the
@@ -241,85 +237,92 @@ impl QueuePair {
         buffer: Option<DmaBuffer>,
         tag: u64,
     ) -> std::result::Result<(), SubmitError> {
-        if self.room() == 0 {
+        if !self.has_room() {
             return Err(full(buffer));
         }
         self.put(command, buffer, tag);
         Ok(())
     }
 
-    /// Puts a command into the queue, which must have [room](Self::room). PRP entries (NVMe Base 1.4 §4.3)
-    /// describe the buffer; each slot has a PRP list.
-    #[inline]
+    /// Whether there is room for a command whose data, `size` bytes at `iova`, [`put_next`](Self::put_next) can
+    /// describe.
+    #[inline(always)]
+    pub fn is_ready(&self, iova: u64, size: usize) -> bool {
+        self.lists.is_one_entry(iova, size)
+            && self.has_room()
+            && self.slots.get(self.index(self.next_id)).is_some_and(|slot| slot.id == FREE)
+    }
+
+    /// Puts a command into the queue, which must be [ready](Self::is_ready) for it. This makes no call, so that
+    /// the compiler keeps everything in registers.
+    #[inline(always)]
+    pub fn put_next(&mut self, command: Command, buffer: DmaBuffer, tag: u64) {
+        self.fill(self.next_id, command, (buffer.iova().0, 0), Some(buffer), tag);
+    }
+
+    /// Puts a command into the queue, which must have [room](Self::has_room).
     pub fn put(&mut self, command: Command, buffer: Option<DmaBuffer>, tag: u64) {
         let mut id = self.next_id;
+        // Less than half of the slots are in use.
         while self.slots[self.index(id)].id != FREE {
             id = id.wrapping_add(1);
         }
+        let prps = match &buffer {
+            None => (0, 0),
+            Some(buffer) => {
+                let iova = buffer.iova().0;
+                (iova, self.lists.second(self.index(id), iova, buffer.size()))
+            }
+        };
+        self.fill(id, command, prps, buffer, tag);
+    }
+
+    /// Puts a command into the queue, with this identifier, whose slot is free, and these PRP entries.
+    #[inline(always)]
+    fn fill(
+        &mut self,
+        id: u16,
+        command: Command,
+        prps: (u64, u64),
+        buffer: Option<DmaBuffer>,
+        tag: u64,
+    ) {
         self.next_id = id.wrapping_add(1);
         let index = self.index(id);
-        let prps = match &buffer {
-            None => [0; 2],
-            Some(buffer) => self.describe(index, buffer.iova().0, buffer.size()),
-        };
         let slot = &mut self.slots[index];
         // A free slot has no buffer to drop.
         std::mem::forget(std::mem::replace(&mut slot.buffer, buffer));
         slot.tag = tag;
         slot.state = State::New;
         slot.id = id.into();
-        self.submissions.store_entry(self.tail, command.finish(id, prps));
-        self.tail = if self.tail + 1 == self.entries { 0 } else { self.tail + 1 };
-        self.free -= 1;
-    }
-
-    /// The two PRP entries for the `size` bytes at `iova`.
-    #[inline]
-    fn describe(&self, slot: usize, iova: u64, size: usize) -> [u64; 2] {
-        let first = self.page - (iova & (self.page - 1));
-        let rest = (size as u64).saturating_sub(first);
-        match rest {
-            0 => [iova, 0],
-            _ if rest <= self.page => [iova, iova + first],
-            _ => [iova, self.list(slot, iova + first, rest)],
-        }
-    }
-
-    /// Writes the PRP list for the `rest` bytes at `page`. Returns its address.
-    fn list(&self, slot: usize, page: u64, rest: u64) -> u64 {
-        let start = slot * self.list_len;
-        let pages = (page..page + rest).step_by(self.page as usize);
-        for (index, page) in pages.take(self.list_len).enumerate() {
-            self.lists.store(start + index, 0, page);
-        }
-        self.lists.iova(start).0
+        command.store(self.submissions.entry(), id, prps);
+        self.submissions.advance();
+        self.outstanding += 1;
     }
 
     /// The next completion, if there is one.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Option<Completion> {
         // This load contains the submission queue and its head, the identifier, the phase and the status. Later
         // loads see what the controller wrote before it.
-        let word = self.completions.load(self.head, 1);
-        if word >> 48 & 1 != self.phase {
+        let entry = self.completions.entry();
+        let word = entry.load::<1>();
+        if (word ^ self.old_phase) & PHASE == 0 {
             return None;
         }
-        let result = self.completions.load(self.head, 0) as u32;
-        self.head += 1;
-        if self.head == self.entries {
-            self.head = 0;
-            self.phase ^= 1;
+        let result = entry.load::<0>() as u32;
+        if self.completions.advance() {
+            self.old_phase ^= PHASE;
         }
         let id = (word >> 32) as u16;
         let index = self.index(id);
-        let slot = &mut self.slots[index];
-        if slot.id != u32::from(id) {
+        let Some(slot) = self.slots.get_mut(index).filter(|slot| slot.id == u32::from(id)) else {
             self.malformed(id);
             return None;
-        }
+        };
         slot.id = FREE;
         let (tag, buffer) = (slot.tag, slot.buffer.take());
-        self.free += 1;
+        self.outstanding -= 1;
         Some(Completion { tag, status: Status::from_field((word >> 49) as u16), result, buffer })
     }
 
@@ -329,26 +332,31 @@ impl QueuePair {
         self.break_off();
     }
 
-    /// Rings the tail doorbell for all submitted commands, and the head doorbell if enough completions were
-    /// taken.
+    /// Rings the head doorbell if enough completions were taken, and the tail doorbell for all submitted
+    /// commands.
+    ///
+    /// The head comes first: the tail starts the controller's work, and an emulated one may then hold its lock
+    /// for the whole batch, for which the head doorbell would wait.
     #[inline]
     pub fn ring(&mut self) {
-        if self.tail != self.rung_tail {
-            self.rung_tail = self.tail;
-            let rung = self.doorbells.tail.write(self.tail as u32);
+        self.acknowledge();
+        let tail = self.submissions.position();
+        if tail != self.rung_tail {
+            self.rung_tail = tail;
+            let rung = self.doorbells.tail.write(tail as u32);
             self.check_doorbell(rung);
         }
-        self.acknowledge();
     }
 
     /// Rings the head doorbell if [enough](QueueShape::acknowledge_after) completions were taken since the last
     /// time.
     #[inline]
     pub fn acknowledge(&mut self) {
-        let wrapped = if self.head < self.rung_head { self.entries } else { 0 };
-        if self.head + wrapped - self.rung_head >= self.acknowledge_after {
-            self.rung_head = self.head;
-            let rung = self.doorbells.head.write(self.head as u32);
+        let head = self.completions.position();
+        let wrapped = if head < self.rung_head { self.completions.len() } else { 0 };
+        if head + wrapped - self.rung_head >= self.acknowledge_after {
+            self.rung_head = head;
+            let rung = self.doorbells.head.write(head as u32);
             self.check_doorbell(rung);
         }
     }
@@ -393,7 +401,7 @@ impl QueuePair {
             let buffer = if quiet { slot.buffer.take() } else { None };
             done(Completion { tag: slot.tag, status: Status::ABORTED_BY_HOST, result: 0, buffer });
         }
-        self.free = self.depth();
+        self.outstanding = 0;
         self.break_off();
     }
 
@@ -410,9 +418,9 @@ impl QueuePair {
     pub fn reset(&mut self) {
         self.submissions.clear();
         self.completions.clear();
-        (self.tail, self.rung_tail, self.head, self.rung_head, self.phase) = (0, 0, 0, 0, 1);
+        (self.rung_tail, self.rung_head, self.old_phase) = (0, 0, 0);
         self.slots.iter_mut().for_each(|slot| slot.buffer = None);
-        (self.free, self.broken) = (self.depth(), false);
+        self.limit = self.submissions.len() - 1;
     }
 }
 
@@ -443,10 +451,13 @@ fn memory<const N: usize>(
     Ok((parts.try_into().map_err(|_| no_queue())?, rest))
 }
 
-fn array<T: vfio_remap::device::Width, const N: usize>(
-    buffer: DmaBuffer,
-) -> Result<DmaArray<T, N>> {
+fn array<T: Width, const N: usize>(buffer: DmaBuffer) -> Result<DmaArray<T, N>> {
     DmaArray::new(buffer).map_err(|_| no_queue())
+}
+
+/// A ring in the first `size` bytes of a buffer.
+fn ring<T: Width, const N: usize>(buffer: DmaBuffer, size: usize) -> Result<DmaRing<T, N>> {
+    Ok(DmaRing::new(array(buffer.slice(..size)?)?))
 }
 
 fn no_queue() -> Error {

@@ -143,7 +143,7 @@ impl IoQueue {
 
     /// The next completion, if there is one. It checks the queue and the controller from time to time, and may
     /// then take as long as [`wait`](Self::wait).
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Option<Completion> {
         if let Some(done) = self.pair.pop() {
             return Some(done);

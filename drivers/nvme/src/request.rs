@@ -24,7 +24,7 @@ impl IoQueue {
     /// `Unaligned` if the buffer is not a whole number of blocks or does not begin at a multiple of four bytes;
     /// `OutOfRange` if the blocks leave the namespace or exceed the largest transfer; `InUse` if the queue is
     /// full; the error that made the queue fail. The error returns the buffer.
-    #[inline]
+    #[inline(always)]
     pub fn read(&mut self, of: &Namespace, block: u64, buffer: DmaBuffer, tag: u64) -> Submitted {
         self.transfer(io::READ, of, block, buffer, tag)
     }
@@ -34,12 +34,14 @@ impl IoQueue {
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    #[inline]
+    #[inline(always)]
     pub fn write(&mut self, to: &Namespace, block: u64, buffer: DmaBuffer, tag: u64) -> Submitted {
         self.transfer(io::WRITE, to, block, buffer, tag)
     }
 
-    #[inline]
+    /// Submits a read or write. This and [`pop`](Self::pop) are always inlined, because a call would double their
+    /// cost: it saves registers, and passes buffers and results through memory. What is rare is out of line.
+    #[inline(always)]
     fn transfer(
         &mut self,
         opcode: u8,
@@ -48,19 +50,19 @@ impl IoQueue {
         buffer: DmaBuffer,
         tag: u64,
     ) -> Submitted {
-        let size = buffer.size();
-        let count = (size >> namespace.block_shift()) as u64;
-        let fits = size & (namespace.block_size() - 1) == 0
-            && size.wrapping_sub(1) < self.max_transfer
-            && buffer.iova().0 & 3 == 0
-            && count <= namespace.block_count()
-            && block <= namespace.block_count() - count
-            && self.pair.room() > 0;
-        if !fits {
-            return self.refuse(opcode, namespace, block, buffer, tag);
+        let (iova, size) = (buffer.iova().0, buffer.size());
+        // One less than the bytes and than the blocks, if the size is right.
+        let last_byte = size.wrapping_sub(1);
+        let more = (last_byte >> namespace.block_shift()) as u64;
+        let is_usual = last_byte < self.max_transfer
+            && size & (namespace.block_size() - 1) == 0
+            && namespace.block_count().checked_sub(block).is_some_and(|left| more < left)
+            && self.pair.is_ready(iova, size);
+        if !is_usual {
+            return self.transfer_checked(opcode, namespace, block, buffer, tag);
         }
-        let command = Command::new(opcode, namespace.id()).blocks(block, count);
-        self.pair.put(command, Some(buffer), tag);
+        let command = Command::new(opcode, namespace.id()).blocks(block, more);
+        self.pair.put_next(command, buffer, tag);
         Ok(())
     }
 
@@ -87,7 +89,7 @@ impl IoQueue {
                 buffer: None,
             });
         }
-        self.submit(Command::new(io::WRITE_ZEROES, of.id()).blocks(block, count), None, tag)
+        self.submit(Command::new(io::WRITE_ZEROES, of.id()).blocks(block, count - 1), None, tag)
     }
 
     /// Tells the controller that the data of blocks is not needed any more. They then read as zeros, ones, or
@@ -137,10 +139,10 @@ impl IoQueue {
         }
     }
 
-    /// Makes the error of a transfer, or does the transfer if the queue was created again.
-    #[cold]
+    /// As [`transfer`](Self::transfer), in all cases: it creates a failed queue again, and makes the error of a
+    /// transfer that is not possible.
     #[inline(never)]
-    fn refuse(
+    fn transfer_checked(
         &mut self,
         opcode: u8,
         namespace: &Namespace,
@@ -149,18 +151,29 @@ impl IoQueue {
         tag: u64,
     ) -> Submitted {
         self.recreate_if_failed();
+        let (size, block_size) = (buffer.size(), namespace.block_size());
+        let count = (size / block_size) as u64;
+        let fits = within(namespace, block, count) && size <= self.max_transfer;
+        let aligned = size.is_multiple_of(block_size) && buffer.iova().0 & 3 == 0;
+        if fits && aligned && self.pair.has_room() {
+            let command = Command::new(opcode, namespace.id()).blocks(block, count - 1);
+            self.pair.put(command, Some(buffer), tag);
+            return Ok(());
+        }
+        let error = self.refusal(opcode, namespace, block, &buffer);
+        Err(SubmitError { error, buffer: Some(buffer) })
+    }
+
+    /// Why a transfer is not possible.
+    #[cold]
+    fn refusal(&self, opcode: u8, namespace: &Namespace, block: u64, buffer: &DmaBuffer) -> Error {
         let operation = if opcode == io::READ { "read" } else { "write" };
         let (size, block_size) = (buffer.size(), namespace.block_size());
         let object = || format!("{size} bytes at block {block} of namespace {}", namespace.id());
         let error =
             |kind, reason: String| Error::new(kind, operation, object()).with_reason(reason);
         let count = (size / block_size) as u64;
-        let fits = within(namespace, block, count) && size <= self.max_transfer;
-        let aligned = size.is_multiple_of(block_size) && buffer.iova().0 & 3 == 0;
-        if fits && aligned && self.pair.room() > 0 {
-            return self.transfer(opcode, namespace, block, buffer, tag);
-        }
-        let error = if !size.is_multiple_of(block_size) {
+        if !size.is_multiple_of(block_size) {
             error(ErrorKind::Unaligned, format!("a block has {block_size} bytes"))
         } else if size > self.max_transfer {
             let most = self.max_transfer;
@@ -175,8 +188,7 @@ impl IoQueue {
                 None => error(ErrorKind::InUse, "the queue is full".to_owned())
                     .with_advice("take completions first"),
             }
-        };
-        Err(SubmitError { error, buffer: Some(buffer) })
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a read costs the NVMe driver: instructions from submission to completion, counted by callgrind
+//! What a transfer costs the NVMe driver: instructions from submission to completion, counted by callgrind
 //! on a model that is polled by hand, so that neither the model's work nor polling in vain counts.
 //!
 //! A program of its own: it needs an optimised build, and its allocator counts.
@@ -16,11 +16,24 @@ use vfio_remap::emulated::nvme::Namespace as Storage;
 use vfio_remap::emulated::{Activity, Emulated, Nvme};
 use vfio_remap_nvme::{Completion, Controller, IoQueue, Namespace, Settings};
 
-const DEPTH: usize = 32;
 const SIZE: usize = 4096;
+/// Tells the counted program what to do: a [`Load`], and how many batches.
+const LOAD: &str = "VFIO_REMAP_TEST_LOAD";
 const BATCHES: &str = "VFIO_REMAP_TEST_BATCHES";
-/// The most instructions of a read, and what it takes now and then is allowed for.
-const MOST: u64 = 208;
+
+/// What is counted, and the most instructions of each transfer. Some are the loops' own: see [`Shelf`].
+const LOADS: [(Load, u64); 4] = [
+    (Load { write: false, depth: 32 }, 142),
+    (Load { write: true, depth: 32 }, 142),
+    (Load { write: false, depth: 1 }, 195),
+    (Load { write: true, depth: 1 }, 195),
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Load {
+    write: bool,
+    depth: u64,
+}
 
 /// A controller whose model works when it is told to. Bringing it up takes a thread that tells it.
 fn controller() -> (Arc<Controller>, Emulated) {
@@ -55,10 +68,85 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
-/// What is counted: a batch of reads is submitted, and the controller told of it.
+/// A queue as the counted loops use it.
+trait Queue {
+    fn transfer<const WRITE: bool>(
+        &mut self,
+        namespace: &Namespace,
+        block: u64,
+        buffer: DmaBuffer,
+        tag: u64,
+    );
+    fn ring(&mut self);
+    /// The tag, whether the transfer has succeeded, and the buffer.
+    fn pop(&mut self) -> Option<(u64, bool, Option<DmaBuffer>)>;
+}
+
+impl Queue for IoQueue {
+    #[inline(always)]
+    fn transfer<const WRITE: bool>(
+        &mut self,
+        namespace: &Namespace,
+        block: u64,
+        buffer: DmaBuffer,
+        tag: u64,
+    ) {
+        if WRITE {
+            self.write(namespace, block, buffer, tag).unwrap();
+        } else {
+            self.read(namespace, block, buffer, tag).unwrap();
+        }
+    }
+
+    #[inline(always)]
+    fn ring(&mut self) {
+        IoQueue::ring(self);
+    }
+
+    #[inline(always)]
+    fn pop(&mut self) -> Option<(u64, bool, Option<DmaBuffer>)> {
+        let Completion { tag, status, buffer, .. } = IoQueue::pop(self)?;
+        Some((tag, status.is_success(), buffer))
+    }
+}
+
+/// No queue: buffers are put down and taken again. What it costs is the counted loops' own share, and a little more.
+struct Shelf<const DEPTH: usize> {
+    buffers: [Option<DmaBuffer>; DEPTH],
+    next: usize,
+}
+
+impl<const DEPTH: usize> Queue for Shelf<DEPTH> {
+    #[inline(always)]
+    fn transfer<const WRITE: bool>(
+        &mut self,
+        _: &Namespace,
+        block: u64,
+        buffer: DmaBuffer,
+        tag: u64,
+    ) {
+        std::hint::black_box(block);
+        std::mem::forget(self.buffers[tag as usize].replace(buffer));
+    }
+
+    #[inline(always)]
+    fn ring(&mut self) {
+        self.next = 0;
+    }
+
+    #[inline(always)]
+    fn pop(&mut self) -> Option<(u64, bool, Option<DmaBuffer>)> {
+        let buffer = self.buffers.get_mut(self.next)?.take();
+        let tag = std::hint::black_box(self.next as u64);
+        self.next += 1;
+        Some((tag, std::hint::black_box(true), buffer))
+    }
+}
+
+/// What is counted: a batch is submitted, and the controller told of it.
 #[inline(never)]
-fn counted_submission(
-    queue: &mut IoQueue,
+fn counted_submission<Q: Queue, const DEPTH: usize, const WRITE: bool>(
+    queue: &mut Q,
     of: &Namespace,
     buffers: &mut [Option<DmaBuffer>; DEPTH],
 ) {
@@ -66,40 +154,45 @@ fn counted_submission(
         let Some(buffer) = buffer.take() else { continue };
         // Apart, so that blocks are not consecutive.
         let block = (tag as u64).wrapping_mul(0x9e37_79b9) % of.block_count();
-        queue.read(of, block, buffer, tag as u64).unwrap();
+        queue.transfer::<WRITE>(of, block, buffer, tag as u64);
     }
     queue.ring();
 }
 
 /// What is counted: a batch is taken.
 #[inline(never)]
-fn counted_completion(queue: &mut IoQueue, buffers: &mut [Option<DmaBuffer>; DEPTH]) {
+fn counted_completion<Q: Queue, const DEPTH: usize>(
+    queue: &mut Q,
+    buffers: &mut [Option<DmaBuffer>; DEPTH],
+) {
     for _ in 0..DEPTH {
-        let Some(Completion { tag, status, buffer, .. }) = queue.pop() else { return };
-        assert!(status.is_success());
+        let Some((tag, is_success, buffer)) = queue.pop() else { return };
+        assert!(is_success);
         buffers[tag as usize] = buffer;
     }
 }
 
-/// Reads, in batches; how many allocations there were meanwhile.
-fn reads(batches: u64) -> u64 {
+/// Transfers, in batches; how many allocations there were meanwhile. On a [`Shelf`] if `on_shelf`.
+fn transfers<const DEPTH: usize, const WRITE: bool>(batches: u64, on_shelf: bool) -> u64 {
     let (controller, model) = controller();
-    let (mut queue, namespace, mut rest) = with_model(&model, || {
+    let (mut queue, namespace, memory) = with_model(&model, || {
         let buffer = controller.buffer(DEPTH * SIZE).unwrap();
-        (controller.queue().unwrap(), controller.namespace(1).unwrap(), Some(buffer))
+        (controller.queue().unwrap(), controller.namespace(1).unwrap(), buffer)
     });
-    let mut buffers: [Option<DmaBuffer>; DEPTH] =
-        std::array::from_fn(|_| match rest.take().unwrap().split_at(SIZE) {
-            Ok((first, others)) => {
-                rest = Some(others);
-                Some(first)
-            }
-            Err(last) => Some(last.into_buffer()),
-        });
+    let mut parts = memory.chunks(SIZE);
+    let mut buffers: [Option<DmaBuffer>; DEPTH] = std::array::from_fn(|_| parts.next());
+    let mut shelf = Shelf { buffers: [const { None }; DEPTH], next: 0 };
     let mut allocations = 0;
     for _ in 0..batches {
-        allocations +=
-            measure(|| counted_submission(&mut queue, &namespace, &mut buffers)).count_total;
+        if on_shelf {
+            counted_submission::<_, DEPTH, WRITE>(&mut shelf, &namespace, &mut buffers);
+            counted_completion(&mut shelf, &mut buffers);
+            continue;
+        }
+        allocations += measure(|| {
+            counted_submission::<_, DEPTH, WRITE>(&mut queue, &namespace, &mut buffers);
+        })
+        .count_total;
         while queue.outstanding() > 0 {
             while model.poll().unwrap() == Activity::Busy {}
             allocations += measure(|| counted_completion(&mut queue, &mut buffers)).count_total;
@@ -114,27 +207,39 @@ fn reads(batches: u64) -> u64 {
 
 #[test]
 fn from_submission_to_completion_nothing_is_allocated() {
-    assert_eq!(reads(100), 0);
+    assert_eq!(transfers::<32, false>(100, false), 0);
+    assert_eq!(transfers::<1, true>(100, false), 0);
 }
 
 /// What callgrind runs; nothing where it was not told how many batches.
 #[test]
 #[ignore = "run by callgrind"]
 fn counted() {
-    if let Ok(batches) = std::env::var(BATCHES) {
-        assert_eq!(reads(batches.parse().unwrap()), 0);
-    }
+    let (Ok(load), Ok(batches)) = (std::env::var(LOAD), std::env::var(BATCHES)) else { return };
+    let batches = batches.parse().unwrap();
+    let words: Vec<_> = load.split(' ').collect();
+    let on_shelf = words[2] == "shelf";
+    let allocations = match words[..2] {
+        ["read", "32"] => transfers::<32, false>(batches, on_shelf),
+        ["write", "32"] => transfers::<32, true>(batches, on_shelf),
+        ["read", "1"] => transfers::<1, false>(batches, on_shelf),
+        ["write", "1"] => transfers::<1, true>(batches, on_shelf),
+        _ => panic!("an unknown load: {load}"),
+    };
+    assert_eq!(allocations, 0);
 }
 
 /// Instructions, and system calls, of that many batches.
-fn cost(batches: u64) -> (u64, u64) {
+fn cost(load: Load, on: &str, batches: u64) -> (u64, u64) {
     let file = std::env::temp_dir().join(format!("vfio-remap-callgrind-{}", std::process::id()));
+    let operation = if load.write { "write" } else { "read" };
     let output = Command::new("valgrind")
         .args(["--tool=callgrind", "--collect-systime=yes", "--collect-atstart=no"])
         .args(["--toggle-collect=*counted_submission*", "--toggle-collect=*counted_completion*"])
         .arg(format!("--callgrind-out-file={}", file.display()))
         .arg(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "counted", "--test-threads=1"])
+        .env(LOAD, format!("{operation} {} {on}", load.depth))
         .env(BATCHES, batches.to_string())
         .output()
         .expect("valgrind is installed");
@@ -156,14 +261,26 @@ fn cost(batches: u64) -> (u64, u64) {
     (sums[0], sums[1])
 }
 
+/// Instructions of each transfer, and system calls.
+fn each(load: Load, on: &str) -> (f64, u64) {
+    let ((once, _), (twice, calls)) = (cost(load, on, 200), cost(load, on, 400));
+    assert!(once >= 200 * load.depth, "something was counted");
+    ((twice - once) as f64 / (200 * load.depth) as f64, calls)
+}
+
 #[test]
 #[ignore = "needs an optimised build, and valgrind"]
-fn a_read_takes_at_most_208_instructions_and_no_system_call() {
-    let ((once, _), (twice, calls)) = (cost(200), cost(400));
-    let reads = 200 * DEPTH as u64;
-    let each = (twice - once) as f64 / reads as f64;
-    println!("{each:.1} instructions for each read of {SIZE} bytes, {calls} system calls");
-    assert!(once >= reads, "something was counted");
-    assert!(twice - once <= MOST * reads);
-    assert_eq!(calls, 0);
+fn a_transfer_takes_few_instructions_and_no_system_call() {
+    for (load, most) in LOADS {
+        let (instructions, calls) = each(load, "queue");
+        let (own, _) = each(load, "shelf");
+        let Load { write, depth } = load;
+        let operation = if write { "write" } else { "read" };
+        println!(
+            "{operation} of {SIZE} bytes, {depth} at a time: {instructions:.1} instructions each, at most \
+             {own:.1} of them this program's own, and {calls} system calls"
+        );
+        assert!(instructions <= most as f64, "more than {most}");
+        assert_eq!(calls, 0);
+    }
 }
