@@ -28,6 +28,7 @@ mod register_block;
 mod register_copy;
 pub(crate) mod register_layout;
 mod register_macro;
+mod resample;
 mod signals;
 #[cfg(test)]
 mod tests;
@@ -383,7 +384,7 @@ impl Device {
         self.inner.control_lock()
     }
 
-    fn page_size(&self) -> u64 {
+    pub(crate) fn page_size(&self) -> u64 {
         sys::page_size() as u64
     }
 

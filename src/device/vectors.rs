@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::resample::Resample;
 use super::signals::{eventfd, signal, take, wait};
 use super::{Device, Holder, Inner};
 use crate::error::{Error, ErrorKind, Result};
@@ -70,7 +71,7 @@ pub struct Vectors {
     info: IrqInfo,
     slots: Vec<Slot>,
     /// The eventfd that unmasks an INTx.
-    resample: Option<OwnedFd>,
+    resample: Option<Resample>,
     slot: usize,
     /// The process that set them up: see [`fork::generation`].
     generation: u32,
@@ -436,9 +437,10 @@ impl Vectors {
     /// Makes an eventfd that unmasks the INTx when it is written, instead of [`set_masked`](Self::set_masked):
     /// see [`resample_fd`](Self::resample_fd).
     ///
+    /// If the transport does not watch the eventfd (Linux VFIO does), a thread does until the vectors are dropped.
+    ///
     /// # Errors
-    /// `Unsupported` for MSI and MSI-X, which are not masked when they fire, or if the transport does not offer
-    /// it.
+    /// `Unsupported` for MSI and MSI-X, which are not masked when they fire; `Os` if the thread cannot be made.
     pub fn enable_resample(&mut self) -> Result<()> {
         if self.resample.is_none() { self.resample_by(eventfd()?) } else { Ok(()) }
     }
@@ -462,9 +464,9 @@ impl Vectors {
             .with_reason("it is not masked when it fires")
             .with_advice("no unmasking is needed between interrupts"));
         }
-        let fd = Some(eventfd.as_fd());
-        self.device.transport.unmask_irq_by(self.kind.index(), 0, fd)?;
-        self.resample = Some(eventfd);
+        // The old one goes first, so that it does not unmask as well.
+        self.resample = None;
+        self.resample = Some(Resample::new(&self.device.transport, eventfd)?);
         Ok(())
     }
 
@@ -473,7 +475,7 @@ impl Vectors {
     /// `resamplefd` of `KVM_IRQFD`. The guest's end of interrupt then unmasks the INTx, which fires again if it
     /// is still asserted.
     pub fn resample_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.resample.as_ref().map(AsFd::as_fd)
+        self.resample.as_ref().map(Resample::fd)
     }
 
     /// Fires a vector as the device would. For tests.

@@ -127,14 +127,23 @@ fn a_device_that_tells_of_no_events_says_so_and_what_to_do() {
 }
 
 #[test]
-fn without_resample_eventfds_vectors_are_unmasked_by_calls() {
+fn an_eventfd_unmasks_the_intx_of_a_transport_that_watches_none() {
+    const PATIENCE: Duration = Duration::from_secs(60);
     let device = Device::new(Arc::new(Emulated::new(Edu::new()).unwrap()));
     let mut vectors = device.vectors(Interrupt::Intx, 1).unwrap();
-    let error = vectors.enable_resample().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-    assert!(error.advice().contains("set_masked"), "{error}");
-    assert!(vectors.resample_fd().is_none());
-    vectors.set_masked(0, false).unwrap();
+    vectors.enable_resample().unwrap();
+    let registers = device.bar(0).unwrap();
+    registers.write_at(0x60, &1u32.to_le_bytes()).unwrap();
+    for _ in 0..100 {
+        // It is asserted still, so it fires once each time it is unmasked.
+        assert_eq!(vectors.wait(0, PATIENCE).unwrap(), 1);
+        let unmask = vectors.resample_fd().unwrap();
+        assert_eq!(nix::unistd::write(unmask, &1u64.to_ne_bytes()), Ok(8));
+    }
+    assert_eq!(vectors.wait(0, PATIENCE).unwrap(), 1);
+    drop(vectors);
+    // The thread is gone.
+    device.close().unwrap();
 }
 
 /// A model whose mapped part leaves its region.
