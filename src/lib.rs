@@ -103,6 +103,7 @@
 //! - [`device`]: what a driver uses.
 //! - [`transport`]: how a device is reached: Linux VFIO, a vfio-user server, or an implementation of
 //!   [`Transport`] of your own.
+//! - `passthrough` (a feature): what a guest sees of a device that is passed through to it.
 //! - [`space`]: address space, independent of devices: reservations, strategies, reports.
 //!
 //! # Errors
@@ -117,6 +118,7 @@
 //! - `vfio-user` (default): the client of vfio-user servers, `transport::VfioUser`.
 //! - `emulated` (default; enables `vfio-user`): device models in this process, `emulated::Emulated`, and
 //!   `emulated::Server`, which serves one to other processes.
+//! - `passthrough`: the module `passthrough`, for virtual machine monitors: what a guest sees of a device.
 //! - `vm-memory`: `DmaSpace::map_guest`, which maps all memory of a guest of the crate vm-memory for DMA.
 //!
 //! A driver for real devices needs none of them. In production, depend on the crate with
@@ -155,6 +157,8 @@ pub mod device;
 pub mod emulated;
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 mod error;
+#[cfg(all(target_os = "linux", target_pointer_width = "64", feature = "passthrough"))]
+pub mod passthrough;
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub mod space;
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]

@@ -8,7 +8,7 @@ use crate::ui;
 
 /// The cargo commands that run them.
 const STEPS: [&str; 6] = [
-    "test --workspace --features vfio-remap/vm-memory",
+    "test --workspace --features vfio-remap/vm-memory,vfio-remap/passthrough",
     "test --release --test codegen",
     "test --release --package vfio-remap-nvme --test cost -- --include-ignored --skip counted --nocapture --test-threads=1",
     "test --release --package vfio-remap-ethernet --test cost -- --include-ignored --skip counted --nocapture --test-threads=1",

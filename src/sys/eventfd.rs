@@ -11,6 +11,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
+#[cfg(feature = "passthrough")]
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{file, fork};
@@ -32,6 +34,13 @@ pub(crate) fn duplicate(fd: RawFd) -> Result<OwnedFd, Errno> {
     let copy = unsafe { OwnedFd::from_raw_fd(copy) };
     let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", copy.as_raw_fd()).as_str())?;
     if link == "anon_inode:[eventfd]" { Ok(copy) } else { Err(Errno::EINVAL) }
+}
+
+/// `poll(eventfd, POLLIN, 0)`: whether the counter is not zero.
+#[cfg(feature = "passthrough")]
+pub(crate) fn is_signalled(eventfd: impl AsFd) -> bool {
+    let mut polled = [PollFd::new(eventfd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// `preadv2(eventfd, 8 bytes, offset -1, RWF_NOWAIT)`: returns the counter and sets it to zero.

@@ -1,10 +1,10 @@
-//! The layers of the crate import downwards only: sys ← space ← transport ← device ← emulated.
+//! The layers of the crate import downwards only: sys ← space ← transport ← device ← passthrough ← emulated.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// From the lowest up. `error` is for all of them.
-const LAYERS: [&str; 5] = ["sys", "space", "transport", "device", "emulated"];
+const LAYERS: [&str; 6] = ["sys", "space", "transport", "device", "passthrough", "emulated"];
 
 /// What lib.rs exports again, by where it is from.
 const EXPORTS: [(&str, &str); 16] = [

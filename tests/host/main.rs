@@ -27,6 +27,8 @@ mod invalid_arguments;
 mod layers;
 #[cfg(feature = "emulated")]
 mod liveness;
+#[cfg(all(feature = "emulated", feature = "passthrough"))]
+mod passthrough;
 mod pci;
 mod properties;
 mod refusals;
