@@ -127,8 +127,8 @@ enum Task {
         seconds: u64,
     },
     /// Run what takes too long for `test`: a minute of races between moves and revocation
-    /// in the patched kernel, twenty guests one after another at one vfio-user server, and
-    /// ten million runs of each fuzz target.
+    /// in the patched kernel, twenty guests one after another at one vfio-user server, two
+    /// thousand faults of network cards, and ten million runs of each fuzz target.
     Soak {
         #[command(flatten)]
         common: Common,

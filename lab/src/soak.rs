@@ -1,6 +1,6 @@
 //! `cargo lab soak`: runs what takes too long for a test.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::boot::{Ending, Lab};
 use crate::cache::Store;
@@ -16,6 +16,10 @@ use crate::vfio_user;
 /// Runs of each fuzz target.
 const RUNS: u64 = 10_000_000;
 
+/// The test of faults under the Ethernet driver, and its seeds: fifty faults each.
+const FAULTS: &str = "test --package vfio-remap-ethernet --features smoltcp --test host -- --nocapture faults_under_tcp";
+const SEEDS: &str = "0..40";
+
 /// How many guests use one vfio-user server, one after another.
 const STARTS: u32 = 20;
 
@@ -28,7 +32,20 @@ pub fn run(lab: &Lab, store: &Store) -> Result<bool> {
     let raced = race(lab, store)?;
     let newest = kernels::by_name(NEWEST).map_err(anyhow::Error::msg)?;
     let started = vfio_user::starts(lab, store, newest, STARTS)?;
-    Ok(fuzz::run(Limit::Runs(RUNS))? && raced && started)
+    let recovered = faults()?;
+    Ok(fuzz::run(Limit::Runs(RUNS))? && raced && started && recovered)
+}
+
+/// Two thousand faults of network cards under streams of TCP.
+fn faults() -> Result<bool> {
+    ui::status("Running", &format!("cargo {FAULTS}, seeds {SEEDS}"));
+    let mut cargo = payload::cargo();
+    let status = cargo
+        .args(FAULTS.split(' '))
+        .env("VFIO_REMAP_TEST_FAULT_SEEDS", SEEDS)
+        .status()
+        .context("cannot run cargo")?;
+    Ok(status.success())
 }
 
 /// Moves a mapping while it is revoked, in the patched kernel.

@@ -1,7 +1,6 @@
 //! The card from whatever state it is in to ready, and back to quiet.
 
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use vfio_remap::{Device, Error, ErrorKind, IoRegisterBlock, Result};
@@ -94,7 +93,7 @@ impl Hardware {
             log::warn!("{}: it still accesses memory before its reset", self.name());
         }
         port.update(Port::CTRL, |control| control.with_reset(true))?;
-        thread::sleep(AFTER_RESET);
+        wait::pause(AFTER_RESET);
         let done = wait::until(RESET, || {
             let control = port.read(Port::CTRL)?;
             Ok((!control.reset() && u32::from(control) != u32::MAX).then_some(()))
@@ -334,7 +333,18 @@ impl Hardware {
 
     /// Whether the card still knows a ring of as many entries: a reset by others has it forget all.
     pub fn knows(&self, ring: &IoRegisterBlock<Ring>, entries: usize) -> Result<bool> {
-        Ok(ring.read(Ring::LENGTH)? == 16 * entries as u32)
+        Ok(ring.read(Ring::LENGTH)? == 16 * entries as u32 && self.is_set_up()?)
+    }
+
+    /// Whether the card is as [`set_up`](Self::set_up) has left it, and was not reset by others since. It may know
+    /// rings all the same: those that it was told of since.
+    pub fn is_set_up(&self) -> Result<bool> {
+        let control = self.port.read(Port::RCTL)?;
+        if u32::from(control) == u32::MAX {
+            self.check()?;
+        }
+        // Never off while a driver is there, and off after a reset.
+        Ok(control.strip_crc())
     }
 
     fn place(&self, ring: &IoRegisterBlock<Ring>, iova: u64, entries: usize) -> Result<()> {
@@ -355,7 +365,7 @@ impl Hardware {
 
     /// Gives the 82574 time to end what it is at; what it has written is then in memory.
     fn finish(&self) -> Result<()> {
-        thread::sleep(FINISH);
+        wait::pause(FINISH);
         // The answer to a read comes after all that was written before.
         self.check()
     }

@@ -73,6 +73,21 @@
 //! done with it, or when it has said that it no longer accesses the queue's memory. Memory of a queue that
 //! could not be stopped is kept until the card was reset, and is never released before.
 //!
+//! Buffers are for the cards of one address space: see [`Pool`].
+//!
+//! # When something goes wrong
+//!
+//! | what | noticed | what follows |
+//! |---|---|---|
+//! | an interrupt is lost | [`Receiver::wait`] and [`Transmitter::wait`] look every 50 ms | no frame is lost |
+//! | the card sends nothing, although it has a link | [`Settings::timeout`] after [`Transmitter::reclaim`], a [`transmit`](Transmitter::transmit) without room, or a wait has first found nothing sent, when one of them is called again; while waiting 50 ms later | the card is reset; frames that it had are counted as [lost](Transmitter::lost) |
+//! | somebody resets the card | waiting within 50 ms; polling after 64 looks in vain, once in 50 ms; when a queue is [taken](Nic::queue) | it is brought up again; frames that have come are received |
+//! | the card is removed | as a reset | `Gone`, until [`Nic::reset`] finds the card back |
+//! | the link is down | [`Nic::wait_for_link_change`] | frames wait for it |
+//!
+//! To bring a card up, or up again, takes some 20 ms, and at most ten seconds beside the kernel's reset of the
+//! function; a queue stops within a second. No call waits longer than that, or than it is told to.
+//!
 //! # Where the facts are from
 //!
 //! Intel 82576EB Gigabit Ethernet Controller Datasheet, revision 2.63; Intel 82574 GbE Controller Family

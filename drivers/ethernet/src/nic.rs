@@ -92,8 +92,8 @@ struct State {
     failed: Option<Error>,
     /// What it was told of in generations below this it can no longer access: it was reset since.
     quiet_below: u32,
-    /// What the card was told of, and may still access.
-    kept: Vec<Memory>,
+    /// What the card was told of, and may still access, and the queues that it belonged to.
+    kept: Vec<(Direction, u16, Memory)>,
 }
 
 impl Nic {
@@ -345,12 +345,10 @@ impl Nic {
             made.inspect_err(|_| self.state().forget(direction, queue))?;
         let iova = descriptors.iova(0).0;
         // What all queues share is changed by one at a time.
-        let state = self.state();
+        let mut state = self.state();
+        self.ensure_set_up(&mut state).inspect_err(|_| state.forget(direction, queue))?;
         let generation = self.generation();
-        let started = match &state.failed {
-            Some(error) => Err(error.clone()),
-            None => self.tell(&state, direction, &ring, iova, entries),
-        };
+        let started = self.tell(&state, direction, &ring, iova, entries);
         drop(state);
         match started {
             Ok(()) => Ok(Started { ring, descriptors, waker, generation }),
@@ -423,9 +421,9 @@ impl Nic {
                 state.forget(direction, queue);
                 Ok(memory)
             }
-            // Its number stays taken: nobody knows what the card makes of the queue.
+            // Its number stays taken until the card was reset: nobody knows what it makes of the queue.
             Err(error) => {
-                state.kept.push(memory);
+                state.kept.push((direction, queue, memory));
                 Err(error)
             }
         }

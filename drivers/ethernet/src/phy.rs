@@ -173,7 +173,7 @@ impl Hardware {
         let register = request.register();
         self.port.write(Port::MDIC, request)?;
         let read = || self.port.read(Port::MDIC);
-        let done = try_poll_until("the PHY", ACCESS, read, |mdi| mdi.ready())?;
+        let done = try_poll_until("the PHY", wait::limit(ACCESS), read, |mdi| mdi.ready())?;
         if done.error() {
             self.check()?;
             return Err(Error::new(

@@ -15,13 +15,13 @@ use super::nic::{Direction, Memory, Nic, Started};
 use super::offload::Request;
 use super::pool::{Frame, Pool, foreign};
 use super::registers::Ring;
+use super::wait::WATCH;
 
 /// After how many buffers the card is told of them, if frames come one after the other.
 const TELL_AFTER: usize = 16;
 
-/// After how many looks in vain, and after how long a wait, it is seen whether the card is well.
-const LOOK: u32 = 1 << 14;
-const WATCH: Duration = Duration::from_millis(50);
+/// After how many looks in vain it is seen whether the card is well, unless that was seen just now.
+const LOOK: u32 = 64;
 
 /// A receive queue of a [`Nic`], for one thread; dropped, the card forgets it.
 ///
@@ -51,8 +51,9 @@ pub struct Receiver {
     dropped: u64,
     /// The generation of the card that knows the queue.
     generation: u32,
-    /// Looks in vain since the card was looked at.
+    /// Looks in vain since the clock was looked at, and when the card was.
     polls: u32,
+    watched: Option<Instant>,
 }
 
 impl Receiver {
@@ -78,6 +79,7 @@ impl Receiver {
             dropped: 0,
             generation,
             polls: 0,
+            watched: None,
         })
     }
 
@@ -174,18 +176,26 @@ impl Receiver {
         }
         let count = frames.len() - before;
         self.polls = if count == 0 { self.polls + 1 } else { 0 };
-        if self.polls == LOOK || self.generation != self.nic.generation() {
-            self.look()?;
+        if self.polls >= LOOK || self.generation != self.nic.generation() {
+            self.watch()?;
         }
         self.refill(pool, count == 0)?;
         Ok(count)
     }
 
-    /// Whether the card is well, and knows the queue: if not, it is reset, and told.
+    /// [Looks](Self::look), now and then.
     #[cold]
     #[inline(never)]
-    fn look(&mut self) -> Result<()> {
+    fn watch(&mut self) -> Result<()> {
         self.polls = 0;
+        let just_now = self.watched.is_some_and(|watched| watched.elapsed() < WATCH);
+        if just_now && self.generation == self.nic.generation() { Ok(()) } else { self.look() }
+    }
+
+    /// Whether the card is well, and knows the queue: if not, it is reset, and told.
+    #[cold]
+    fn look(&mut self) -> Result<()> {
+        self.watched = Some(Instant::now());
         if self.generation == self.nic.generation() {
             let knows = self.nic.hardware().knows(&self.ring, self.mask + 1)?;
             if knows {
@@ -288,6 +298,7 @@ impl Receiver {
     /// # Errors
     /// What the transport answers.
     pub fn arm(&mut self) -> Result<()> {
+        self.watch()?;
         self.tell()?;
         self.waker.arm()
     }

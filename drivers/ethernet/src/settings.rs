@@ -41,7 +41,8 @@ pub struct Settings {
     /// How long a queue is polled before its thread sleeps, in [`Receiver::wait`](super::Receiver::wait) and
     /// [`Transmitter::wait`](super::Transmitter::wait).
     pub poll: Duration,
-    /// After which the card is reset, if it has sent none of a queue's frames although it has a link.
+    /// After which the card is reset, if it has sent none of a queue's frames although it has a link: see
+    /// [when something goes wrong](crate#when-something-goes-wrong).
     pub timeout: Duration,
 }
 

@@ -176,7 +176,19 @@ impl StackDevice {
     /// As [`flush`](Self::flush).
     pub fn wait(&mut self, timeout: Duration) -> Result<bool> {
         self.flush()?;
+        // Sees whether the card goes on sending: the stack may have nothing to send for a while.
+        self.queues.transmitter.reclaim(&mut self.pool);
         Ok(!self.incoming.is_empty() || self.queues.receiver.wait(timeout)?)
+    }
+
+    /// The queues and the pool, with the buffers that are not the card's. What the card has not taken of what the
+    /// stack has sent, and what the stack has not looked at, is lost: [`flush`](Self::flush) first.
+    pub fn into_parts(self) -> (QueuePair, Pool) {
+        let Self { queues, mut pool, incoming, outgoing, .. } = self;
+        pool.take_back(incoming);
+        pool.take_back(outgoing.frames);
+        pool.take_back(outgoing.spare);
+        (queues, pool)
     }
 
     /// Stops the queues, after what the stack has sent is sent.
@@ -185,7 +197,7 @@ impl StackDevice {
     /// As [`Receiver::stop`](super::Receiver::stop).
     pub fn stop(mut self) -> Result<()> {
         let flushed = self.flush();
-        let Self { queues: QueuePair { receiver, transmitter }, mut pool, .. } = self;
+        let (QueuePair { receiver, transmitter }, mut pool) = self.into_parts();
         let sent = transmitter.stop(&mut pool).map(drop);
         receiver.stop(&mut pool)?;
         flushed.and(sent)

@@ -17,12 +17,9 @@ use super::nic::{Direction, Memory, Nic, Started};
 use super::offload::Request;
 use super::pool::{Frame, Pool, foreign};
 use super::registers::Ring;
-use super::wait;
+use super::wait::{self, WATCH};
 use write::{Kind, Writer};
 
-/// After how many looks in vain, and after how long a wait, it is seen whether the card goes on sending.
-const LOOK: u32 = 1 << 12;
-const WATCH: Duration = Duration::from_millis(50);
 /// The shortest frame that is sent: an Ethernet header, and what the cards' datasheets ask for (82576
 /// §7.2.1.1, 17 bytes). Shorter ones than 60 bytes are padded.
 pub const SHORTEST: usize = 17;
@@ -58,9 +55,9 @@ pub struct Transmitter {
     context: Option<[u64; 2]>,
     /// The generation of the card that knows the queue.
     generation: u32,
-    /// Looks in vain since the clock was looked at, and since when the card has sent nothing.
-    polls: u32,
+    /// Since when the card was seen to have sent nothing, and when it was looked at.
     stalled: Option<Instant>,
+    watched: Option<Instant>,
     lost: u64,
 }
 
@@ -107,8 +104,8 @@ impl Transmitter {
             kind: Kind::new(model),
             context: None,
             generation,
-            polls: 0,
             stalled: None,
+            watched: None,
             lost: 0,
         })
     }
@@ -308,21 +305,26 @@ impl Transmitter {
             self.clean = (end + 1) & self.mask;
         }
         if count > 0 || self.clean == self.tail {
-            (self.polls, self.stalled) = (0, None);
+            self.stalled = None;
         } else {
-            self.polls += 1;
-            if self.polls >= LOOK {
-                self.look();
-            }
+            self.watch();
         }
         count
     }
 
-    /// Whether the card goes on sending: if not for too long, it is reset.
+    /// [Looks](Self::look), now and then: a program may come here often, or seldom.
     #[cold]
     #[inline(never)]
+    fn watch(&mut self) {
+        if self.watched.is_none_or(|watched| watched.elapsed() >= WATCH) {
+            self.look();
+        }
+    }
+
+    /// Whether the card goes on sending: if not for too long, it is reset.
+    #[cold]
     fn look(&mut self) {
-        self.polls = 0;
+        self.watched = Some(Instant::now());
         if self.generation != self.nic.generation() {
             return;
         }

@@ -22,6 +22,8 @@ impl Nic {
     /// are used next: no frame that has come is lost, and those that were not sent are
     /// [counted](super::Transmitter::lost).
     ///
+    /// It takes some 20 ms, and at most ten seconds.
+    ///
     /// # Errors
     /// What it fails of: `Gone` if the card, or the one that was, is not there. Queues cannot be used until
     /// this succeeds.
@@ -36,6 +38,21 @@ impl Nic {
             return state.failed.clone().map_or(Ok(()), Err);
         }
         self.reset_locked(&mut state).inspect_err(|error| log::error!("{}: {error}", self.name()))
+    }
+
+    /// Sets the card up again if others have reset it: nobody may have looked since.
+    ///
+    /// # Errors
+    /// Why the card has failed, or what it fails of.
+    pub(super) fn ensure_set_up(&self, state: &mut State) -> Result<()> {
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        if self.hardware.is_set_up()? {
+            return Ok(());
+        }
+        log::warn!("{}: something has reset it", self.name());
+        self.reset_locked(state)
     }
 
     fn reset_locked(&self, state: &mut State) -> Result<()> {
@@ -59,7 +76,9 @@ impl Nic {
             )));
         }
         state.quiet_below = self.generation() + 1;
-        state.kept.clear();
+        for (direction, queue, _) in std::mem::take(&mut state.kept) {
+            state.forget(direction, queue);
+        }
         self.set_up(state)
     }
 

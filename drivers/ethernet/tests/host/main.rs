@@ -1,5 +1,9 @@
 //! The driver on models of the 82576, in this process.
 
+#[cfg(feature = "smoltcp")]
+mod fault_run;
+#[cfg(feature = "smoltcp")]
+mod faults;
 mod sharing;
 
 use std::sync::Arc;
@@ -190,6 +194,58 @@ fn frames_that_had_come_before_a_reset_are_received() {
     while card.received == 0 {
         card.receive();
         assert!(Instant::now() < end);
+    }
+    card.stop();
+}
+
+#[test]
+fn a_card_that_others_have_reset_is_set_up_for_a_new_queue() {
+    let (port, network) = Port::pair();
+    let End { nic, queues, mut pool, .. } =
+        End::new(1, port, &Faults::default(), Settings::DEFAULT);
+    nic.wait_for_link(LONG).unwrap();
+    nic.device().reset().unwrap();
+    // Nobody looks at these queues any more.
+    queues.transmitter.stop(&mut pool).unwrap();
+    queues.receiver.stop(&mut pool).unwrap();
+    let queues = nic.queue().unwrap();
+    nic.wait_for_link(LONG).unwrap();
+    let mut card = End { nic, queues, pool, sequence: 0, last: None, received: 0 };
+    card.send([0xff; 6]);
+    let end = Instant::now() + LONG;
+    while network.receive().is_none() {
+        assert!(Instant::now() < end);
+    }
+    card.stop();
+}
+
+/// Programs poll a million times a second, or come by a hundred times: they notice either way.
+#[test]
+fn a_program_that_seldom_looks_notices_what_is_wrong() {
+    const LOOKS: u32 = 1000;
+    let seldom = || std::thread::sleep(Duration::from_millis(2));
+    let faults = Faults::new([(0, Fault::StuckRing)]);
+    let (port, _network) = Port::pair();
+    let settings = Settings::DEFAULT.with_timeout(Duration::from_millis(100));
+    let mut card = End::new(1, port, &faults, settings);
+    card.nic.wait_for_link(LONG).unwrap();
+    card.send([0xff; 6]);
+    for generation in 0..2 {
+        let mut looks = 0;
+        while card.nic.generation() == generation {
+            assert!(looks < LOOKS, "not after {looks} looks");
+            looks += 1;
+            seldom();
+            match generation {
+                // The ring is stuck.
+                0 => _ = card.queues.transmitter.reclaim(&mut card.pool),
+                _ => card.receive(),
+            }
+        }
+        if generation == 0 {
+            card.receive();
+            card.nic.device().reset().unwrap();
+        }
     }
     card.stop();
 }
