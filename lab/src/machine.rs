@@ -24,7 +24,7 @@ const VFIO: &str = "vfio-pci";
 const SERIAL: &str = "serial";
 
 /// Each is alone in its IOMMU group, except for crowded and neighbour, and for the twins.
-pub const DEVICES: [Device; 17] = [
+pub const DEVICES: [Device; 19] = [
     Device {
         name: "nvme",
         address: "0000:00:03.0",
@@ -145,14 +145,30 @@ pub const DEVICES: [Device; 17] = [
         about: "a virtio device behind a root port, which can report errors on request (AER)",
         qemu: "virtio-rng-pci,aer=on",
     },
+    Device {
+        name: "port0",
+        address: "0000:04:00.0",
+        driver: VFIO,
+        about: "network card, 82576, behind a root port, joined to port1 by a hub",
+        qemu: "igb,netdev=net-port0,romfile=",
+    },
+    Device {
+        name: "port1",
+        address: "0000:05:00.0",
+        driver: VFIO,
+        about: "network card, 82576, behind a root port, joined to port0 by a hub",
+        qemu: "igb,netdev=net-port1,romfile=",
+    },
 ];
 
 /// The root ports, in the order in which the firmware numbers their buses: bus 1 has
-/// `hot`, bus 2 the twins, bus 3 `errant`.
-const ROOT_PORTS: [&str; 3] = [
+/// `hot`, bus 2 the twins, bus 3 `errant`, buses 4 and 5 `port0` and `port1`.
+const ROOT_PORTS: [&str; 5] = [
     "pcie-root-port,id=root-port,chassis=1,slot=1,bus=pcie.0,addr=0c.0",
     "pcie-root-port,id=twin-port,chassis=2,slot=2,hotplug=off,bus=pcie.0,addr=0d.0",
     "pcie-root-port,id=errant-port,chassis=3,slot=3,hotplug=off,bus=pcie.0,addr=0e.0",
+    "pcie-root-port,id=port0-port,chassis=4,slot=4,hotplug=off,bus=pcie.0,addr=12.0",
+    "pcie-root-port,id=port1-port,chassis=5,slot=5,hotplug=off,bus=pcie.0,addr=13.0",
 ];
 
 /// The namespaces of `disk`: the file, and the size of a block.
@@ -181,7 +197,7 @@ macro_rules! user_network {
 }
 
 /// The back ends of the devices.
-const BACKENDS: [(&str, &str); 11] = [
+const BACKENDS: [(&str, &str); 13] = [
     ("-blockdev", "driver=null-co,node-name=null,size=1073741824,read-zeroes=on"),
     ("-blockdev", "driver=null-co,node-name=null-4k,size=1073741824"),
     ("-netdev", user_network!("net-e1000e")),
@@ -189,6 +205,8 @@ const BACKENDS: [(&str, &str); 11] = [
     ("-netdev", "user,id=net-hot"),
     ("-netdev", "user,id=net-twin0"),
     ("-netdev", "user,id=net-twin1"),
+    ("-netdev", "hubport,id=net-port0,hubid=1"),
+    ("-netdev", "hubport,id=net-port1,hubid=1"),
     ("-object", "memory-backend-memfd,id=memory-64m,size=64M,share=on"),
     ("-object", "memory-backend-memfd,id=memory-4g,size=4G,share=on"),
     ("-chardev", "null,id=nowhere-neighbour"),
@@ -377,6 +395,8 @@ impl Device {
             "0000:00" => "pcie.0",
             "0000:01" => "root-port",
             "0000:02" => "twin-port",
+            "0000:04" => "port0-port",
+            "0000:05" => "port1-port",
             _ => "errant-port",
         };
         let slot = &self.address["0000:00:".len()..];

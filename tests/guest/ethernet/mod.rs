@@ -1,5 +1,6 @@
 //! The Ethernet driver of `drivers/ethernet` on QEMU's igb and e1000e.
 
+mod forwarding;
 mod interrupts;
 mod loopback;
 mod offloads;
