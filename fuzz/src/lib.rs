@@ -1,6 +1,8 @@
 //! What the targets share: inputs that are lists of messages, and conversations to start from.
 
+pub mod card;
 mod conversation;
+pub mod input;
 pub mod messages;
 pub mod seeds;
 

@@ -26,7 +26,9 @@ struct Target {
     seeds: bool,
 }
 
-const TARGETS: [Target; 3] = [
+const TARGETS: [Target; 5] = [
+    Target { name: "ethernet_driver", seeds: false },
+    Target { name: "ethernet_model", seeds: false },
     Target { name: "region_info", seeds: false },
     Target { name: "vfio_user_client", seeds: true },
     Target { name: "vfio_user_server", seeds: true },

@@ -307,7 +307,7 @@ impl Core {
             return Err(Error::new(ErrorKind::ReadOnly, operation, object()));
         }
         // The memory could still be accessed, but no model looks at it.
-        self.check(operation, object())?;
+        self.check(operation, RegionName(&self.info, index))?;
         let mapped = match &region.areas {
             Some(areas) => areas.iter().any(|area| area.start <= offset && end <= area.end),
             None => true,
