@@ -4,6 +4,7 @@
 mod fault_run;
 #[cfg(feature = "smoltcp")]
 mod faults;
+mod hostile;
 mod sharing;
 
 use std::sync::Arc;
