@@ -1,5 +1,5 @@
 //! Context descriptors: what a card does to the packets after them, until there is another (82576
-//! datasheet §7.2.2.2, 82574 datasheet §7.2.11).
+//! datasheet §7.2.2.2, 82574 datasheet §7.2.10).
 
 use super::descriptors::transmit;
 use super::model::Model;

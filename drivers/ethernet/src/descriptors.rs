@@ -102,7 +102,7 @@ pub enum Checksum {
     Wrong,
 }
 
-/// What the card says of the checksums of a packet (82576 datasheet §7.1.10, 82574 datasheet §7.1.10).
+/// What the card says of the checksums of a packet (82576 datasheet §7.1.10, 82574 datasheet §7.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Checksums {

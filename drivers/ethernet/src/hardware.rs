@@ -29,8 +29,9 @@ const FINISH: Duration = Duration::from_millis(10);
 
 /// The EtherType of a VLAN tag (IEEE 802.1Q §9.4).
 const VLAN_TYPE: u32 = 0x8100;
-/// The time between packets that the 82574's datasheet asks for (§10.2.6.2).
-const INTER_PACKET_GAP: u32 = 8 | 8 << 10 | 6 << 20;
+/// The time between packets that the 82574's datasheet asks for (§4.6.6 and §10.2.6.2). Only the first part counts
+/// in full duplex.
+const INTER_PACKET_GAP: u32 = 8 | 2 << 10 | 10 << 20;
 
 /// The card. Dropped, it is left quiet: reset, and without leave to start accesses of its own.
 #[derive(Debug)]
@@ -77,7 +78,7 @@ impl Hardware {
     }
 
     /// Resets the card to where it interrupts nobody, accesses no memory, and knows of no ring (82576
-    /// datasheet §4.2.1.6.1 and §4.5.4, 82574 datasheet §4.6.3).
+    /// datasheet §4.2.1.6.1 and §4.5.4, 82574 datasheet §3.1.3.10 and §10.2.2.1).
     pub fn reset(&self) -> Result<()> {
         let port = &self.port;
         self.check()?;
@@ -210,7 +211,7 @@ impl Hardware {
                     Port::RFCTL,
                     ReceiveFilter::new()
                         .with_extended_descriptors(true)
-                        .with_no_ack_interrupts(true),
+                        .with_no_ack_acceleration(true),
                 )?;
                 if frames.buffer_kib != 2 {
                     control.set_buffer_kib(frames.buffer_kib);

@@ -162,7 +162,7 @@ impl Hardware {
 }
 
 impl Model {
-    /// How many vectors a card can have (82576 datasheet §7.3.1, 82574 datasheet §7.4.1). It may offer fewer.
+    /// How many vectors a card can have (82576 datasheet §7.3.1, 82574 datasheet §7.4.2). It may offer fewer.
     const fn vectors(self) -> usize {
         match self {
             Self::I82576 => 25,

@@ -43,7 +43,7 @@ impl Model {
         }
     }
 
-    /// Queues in each direction (82576 datasheet §1.4, 82574 datasheet §1.5).
+    /// Queues in each direction (82576 datasheet §1.4, 82574 datasheet, product features).
     pub const fn queues(self) -> u16 {
         match self {
             Self::I82576 => 16,

@@ -1,7 +1,7 @@
 //! What a card does to a frame that it sends: checksums, segments, a VLAN tag.
 //!
 //! It needs to know where the headers are, and finds the checksum of the pseudo header (RFC 9293 §3.1,
-//! RFC 768) where that of the whole is to be (82576 datasheet §7.2.4 and §7.2.5, 82574 datasheet §7.3).
+//! RFC 768) where that of the whole is to be (82576 datasheet §7.2.4 and §7.2.5, 82574 datasheet §7.2 and §7.3).
 
 use vfio_remap::{Error, ErrorKind, Result};
 
@@ -207,7 +207,7 @@ impl Request {
 
 impl Frame {
     /// Has the card put in the checksums of TCP or UDP, and of IPv4 (82576 datasheet §7.2.5, 82574 datasheet
-    /// §7.3.1). What is in their places does not matter. It is asked for once the headers are in the frame.
+    /// §7.2). What is in their places does not matter. It is asked for once the headers are in the frame.
     ///
     /// # Errors
     /// `Unsupported` if the frame does not begin with the headers of TCP or UDP over IPv4 or IPv6 without
@@ -222,7 +222,7 @@ impl Frame {
     }
 
     /// Has the card send a packet of TCP as segments, each with `mss` bytes of data at most, and with headers
-    /// made of those of this frame (82576 datasheet §7.2.4, 82574 datasheet §7.3.6). With its IP header the packet
+    /// made of those of this frame (82576 datasheet §7.2.4, 82574 datasheet §7.3). With its IP header the packet
     /// may have 65,535 bytes, in this frame and in others that [go on](Self::set_goes_on) with it. Checksums
     /// are put in.
     ///

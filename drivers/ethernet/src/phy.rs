@@ -100,7 +100,7 @@ impl Hardware {
         }
     }
 
-    /// 82574 datasheet §10.2.2.15: the bit can be set once it is nobody else's.
+    /// 82574 datasheet §4.5.2: the bit can be set once it is nobody else's.
     fn own_mdio(&self) -> Result<()> {
         let owned = wait::until(OWNERSHIP, || {
             self.port.update(Port::EXTCNF_CTRL, |control| control.with_software_owns_mdio(true))?;

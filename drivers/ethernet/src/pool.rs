@@ -248,7 +248,7 @@ impl Frame {
     }
 
     /// The hash by which a frame that was received was told to its queue (82576 datasheet §7.1.1.7, 82574
-    /// datasheet §7.1.11); `None` if there was none, as of what is not IP.
+    /// datasheet §7.1); `None` if there was none, as of what is not IP.
     #[inline]
     pub fn hash(&self) -> Option<u32> {
         (self.0.hash & 0xf != 0).then_some((self.0.hash >> 32) as u32)

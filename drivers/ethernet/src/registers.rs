@@ -224,8 +224,9 @@ register_block! {
         RFCTL(u32 => ReceiveFilter) @ 0x5008 {
             #[bits(12)]
             __: u16,
-            /// An acknowledgement of TCP does not interrupt.
-            pub no_ack_interrupts: bool,
+            /// Packets that acknowledge by TCP are no cause of interrupts of their own, which would not be moderated
+            /// (ACKDIS; FreeBSD's em sets it on this card, too).
+            pub no_ack_acceleration: bool,
             #[bits(2)]
             __: u8,
             pub extended_descriptors: bool,

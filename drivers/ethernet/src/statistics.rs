@@ -1,4 +1,4 @@
-//! What a card counts (82576 datasheet §8.18, 82574 datasheet §10.2.7).
+//! What a card counts (82576 datasheet §8.18, 82574 datasheet §10.2).
 
 use vfio_remap::{IoRegisterBlock, Result};
 

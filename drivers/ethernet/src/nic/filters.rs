@@ -1,4 +1,4 @@
-//! Which packets a card receives (82576 datasheet §7.1.1, 82574 datasheet §7.1.1).
+//! Which packets a card receives (82576 datasheet §7.1.1, 82574 datasheet §7.1).
 
 use std::collections::BTreeSet;
 
@@ -23,7 +23,7 @@ pub struct Filters {
 
 impl Model {
     /// Addresses that the card can have beside its own. The last of the 82574's sixteen is its firmware's
-    /// (82574 datasheet §10.2.5.18).
+    /// (82574 datasheet §10.2.5.22; Linux uses as many).
     pub const fn addresses(self) -> usize {
         match self {
             Self::I82576 => 15,

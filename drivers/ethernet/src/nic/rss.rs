@@ -1,4 +1,4 @@
-//! Which queue a packet is received by (82576 datasheet §7.1.1.7, 82574 datasheet §7.1.11).
+//! Which queue a packet is received by (82576 datasheet §7.1.1.7, 82574 datasheet §7.1).
 
 use vfio_remap::{Error, ErrorKind, Result};
 
