@@ -20,6 +20,8 @@ pub(crate) mod socket;
 pub(crate) mod spy;
 #[cfg(feature = "vfio-user")]
 pub(crate) mod stream;
+#[cfg(feature = "emulated")]
+pub(crate) mod tun;
 pub(crate) mod vfio;
 pub(crate) mod vfio_dma;
 pub(crate) mod vfio_feature;

@@ -1,5 +1,6 @@
 //! A wire to other programs or to the kernel's network: a file descriptor that carries packets.
 
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -9,6 +10,9 @@ use nix::unistd::{read, write};
 
 use super::wire::{MAX_FRAME, Wire};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::tun::attach_tap;
+
+const TUN: &str = "/dev/net/tun";
 
 /// How many packets of a wrong size are skipped at once.
 const SKIPPED: usize = 16;
@@ -64,6 +68,38 @@ impl Packets {
         Ok(Self { fd, kind, up: true, buffer: vec![0; MAX_FRAME + 1].into() })
     }
 
+    /// A wire to the TAP interface `name` of this machine, which is created if there is none, and is removed with
+    /// this wire then. Frames reach the kernel's network once the interface is up (`ip link set NAME up`) and has
+    /// an address.
+    ///
+    /// # Errors
+    /// `NotFound` without `/dev/net/tun`; `InvalidInput` if `name` is none of an interface; `InUse` if another
+    /// program uses the interface; `PermissionDenied` without CAP_NET_ADMIN, unless the interface exists and
+    /// belongs to the user (`ip tuntap add dev NAME mode tap user USER`).
+    pub fn tap(name: &str) -> Result<Self> {
+        let object = || format!("the TAP interface {name:?}");
+        let tun = File::options().read(true).write(true).open(TUN).map_err(|error| {
+            Error::io(&error, "open", TUN).with_advice("load the driver: modprobe tun")
+        })?;
+        attach_tap(&tun, name).map_err(|errno| {
+            let error = Error::os(errno, "use", object());
+            match errno {
+                Errno::EINVAL => error
+                    .into_kind(ErrorKind::InvalidInput)
+                    .with_reason("that is no name, or no TAP interface for one program at a time")
+                    .with_advice("choose another name, of 1 to 15 bytes"),
+                Errno::EBUSY => error
+                    .with_reason("another program, or another interface, has it")
+                    .with_advice("end that program, or choose another name"),
+                Errno::EPERM => error.with_advice(format!(
+                    "as root, run: ip tuntap add dev {name} mode tap user USER"
+                )),
+                _ => error,
+            }
+        })?;
+        Self::new(tun)
+    }
+
     /// Handles an error, which means that the link is down unless it is temporary.
     fn check(&mut self, errno: Errno) {
         match errno {
@@ -97,7 +133,7 @@ fn kind(fd: &OwnedFd) -> Result<Kind> {
         Err(errno) => return Err(Error::os(errno, "use", "a descriptor as a wire")),
     }
     let failed = |error| Error::io(&error, "use", "a descriptor as a wire");
-    let file = std::fs::File::from(fd.try_clone().map_err(failed)?);
+    let file = File::from(fd.try_clone().map_err(failed)?);
     if file.metadata().map_err(failed)?.file_type().is_char_device() {
         Ok(Kind::Device)
     } else {
