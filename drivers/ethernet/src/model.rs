@@ -31,13 +31,31 @@ impl Model {
             return Err(Error::new(ErrorKind::Gone, "find", device.name())
                 .with_reason("its configuration space reads all ones"));
         }
-        match (config.vendor_id()?, config.device_id()?) {
+        Self::from_ids(device.name(), config.vendor_id()?, config.device_id()?, class >> 8)
+    }
+
+    /// What a device with these IDs and this class code is, as
+    /// [`PciDevice`](https://docs.rs/vfio-remap/latest/vfio_remap/transport/struct.PciDevice.html) has them: to
+    /// know before the device is bound to vfio-pci. `name` is what an error calls the device.
+    ///
+    /// ```
+    /// use vfio_remap_ethernet::Model;
+    ///
+    /// assert_eq!(Model::from_ids("0000:00:05.0", 0x8086, 0x10c9, 0x02_0000)?, Model::I82576);
+    /// assert!(Model::from_ids("0000:00:06.0", 0x1b36, 0x0010, 0x01_0802).is_err());
+    /// # Ok::<(), vfio_remap::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `Unsupported` if it is another device, with its name.
+    pub fn from_ids(name: &str, vendor: u16, device: u16, class: u32) -> Result<Self> {
+        match (vendor, device) {
             (INTEL, 0x10c9) => Ok(Self::I82576),
             (INTEL, 0x10d3) => Ok(Self::I82574),
-            (vendor, id) => Err(Error::new(ErrorKind::Unsupported, "drive", device.name())
+            _ => Err(Error::new(ErrorKind::Unsupported, "drive", name)
                 .with_reason(format!(
                     "it is {}, not one of the cards that this driver knows",
-                    name(vendor, id, class >> 8)
+                    self::name(vendor, device, class)
                 ))
                 .with_advice("choose an Intel 82576 (8086:10c9) or 82574L (8086:10d3)")),
         }
