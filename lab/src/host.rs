@@ -7,13 +7,14 @@ use crate::tools::{self, Need};
 use crate::ui;
 
 /// The cargo commands that run them.
-const STEPS: [&str; 6] = [
+const STEPS: [&str; 7] = [
     "test --workspace --features vfio-remap/vm-memory,vfio-remap/passthrough",
     "test --release --test codegen",
     "test --release --package vfio-remap-nvme --test cost -- --include-ignored --skip counted --nocapture --test-threads=1",
     "test --release --package vfio-remap-ethernet --test cost -- --include-ignored --skip counted --nocapture --test-threads=1",
     "run --release --example tour",
     "run --release --example nvme -- verify",
+    "run --release --example nic -- get",
 ];
 
 /// Runs all of them. Stops at the first that fails.

@@ -1,0 +1,231 @@
+//! A TCP/IP stack on a card: smoltcp, with addresses by DHCP or from the command line.
+
+use std::hash::{BuildHasher, RandomState};
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
+use smoltcp::socket::{dhcpv4, dns, tcp};
+use smoltcp::time::{Duration as Period, Instant as Now};
+use smoltcp::wire::{DnsQueryType, IpAddress, IpCidr, Ipv4Cidr};
+use vfio_remap::{Error, ErrorKind, Result};
+use vfio_remap_ethernet::Nic;
+use vfio_remap_ethernet::smoltcp::StackDevice;
+
+use crate::card::LOOK;
+use crate::options::Common;
+use crate::stop::Stop;
+
+/// How long a DHCP server has to offer an address before it is asked again.
+const ASK_AGAIN: Period = Period::from_secs(2);
+
+/// A card with a TCP/IP stack.
+pub struct Stack {
+    device: StackDevice,
+    pub interface: Interface,
+    pub sockets: SocketSet<'static>,
+    /// The DHCP client, which renews the lease.
+    dhcp: Option<SocketHandle>,
+    pub network: Network,
+    pub stop: Stop,
+}
+
+/// Where a stack is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Network {
+    pub address: Option<Ipv4Cidr>,
+    pub router: Option<Ipv4Addr>,
+    pub dns: Vec<Ipv4Addr>,
+}
+
+impl Network {
+    /// What the command line says.
+    fn given(common: &Common) -> Self {
+        let dns = common.dns.into_iter().collect();
+        Self { address: common.address, router: common.gateway, dns }
+    }
+}
+
+impl Stack {
+    /// A stack on a pair of queues of the card. It has no address yet.
+    pub fn new(nic: &Arc<Nic>, stop: &Stop) -> Result<Self> {
+        let mut device = StackDevice::new(nic.queue()?)?;
+        let mut config = Config::new(device.hardware_address().into());
+        config.random_seed = random();
+        let interface = Interface::new(config, &mut device, Now::now());
+        Ok(Self {
+            device,
+            interface,
+            sockets: SocketSet::new(Vec::new()),
+            dhcp: None,
+            network: Network::default(),
+            stop: stop.clone(),
+        })
+    }
+
+    /// Has the addresses of the command line, or asks for some by DHCP.
+    ///
+    /// # Errors
+    /// `TimedOut` if no DHCP server answers.
+    pub fn configure(&mut self, common: &Common) -> Result<()> {
+        let given = Network::given(common);
+        if given.address.is_some() {
+            return self.apply(given);
+        }
+        let mut socket = dhcpv4::Socket::new();
+        let mut retry = socket.get_retry_config();
+        retry.discover_timeout = ASK_AGAIN;
+        socket.set_retry_config(retry);
+        self.dhcp = Some(self.sockets.add(socket));
+        let limit = Duration::from_secs(common.link_timeout);
+        let found = self.run(Some(limit), |stack| Ok(stack.network.address.map(drop)))?;
+        found.ok_or_else(|| {
+            Error::new(ErrorKind::TimedOut, "get", "an address by DHCP")
+                .with_reason(format!("no server answered within {} s", common.link_timeout))
+                .with_advice("wait longer (--link-timeout), or pass --address, and --gateway for other networks")
+        })?;
+        if !given.dns.is_empty() {
+            self.network.dns = given.dns;
+        }
+        Ok(())
+    }
+
+    /// Is in this network from now on.
+    pub fn apply(&mut self, network: Network) -> Result<()> {
+        let routes = self.interface.routes_mut();
+        routes.remove_default_ipv4_route();
+        let added = match network.router {
+            Some(router) => routes.add_default_ipv4_route(router).is_ok(),
+            None => true,
+        };
+        let mut fits = added;
+        self.interface.update_ip_addrs(|addresses| {
+            addresses.clear();
+            fits &= network.address.is_none_or(|new| addresses.push(IpCidr::Ipv4(new)).is_ok());
+        });
+        self.network = network;
+        if fits {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Unsupported, "use", "an address and a router")
+            .with_reason("the stack has no room for them"))
+    }
+
+    /// Does what the DHCP server says.
+    fn follow_lease(&mut self) -> Result<()> {
+        let Some(dhcp) = self.dhcp else { return Ok(()) };
+        let network = match self.sockets.get_mut::<dhcpv4::Socket>(dhcp).poll() {
+            None => return Ok(()),
+            Some(dhcpv4::Event::Deconfigured) => Network::default(),
+            Some(dhcpv4::Event::Configured(lease)) => Network {
+                address: Some(lease.address),
+                router: lease.router,
+                dns: lease.dns_servers.to_vec(),
+            },
+        };
+        self.apply(network)
+    }
+
+    /// Takes what has come, and sends what there is to say.
+    pub fn poll(&mut self) {
+        self.interface.poll(Now::now(), &mut self.device, &mut self.sockets);
+    }
+
+    /// Runs the stack until `done` has a result; `None` if it has none in time.
+    ///
+    /// # Errors
+    /// Those of `done` and of the card.
+    pub fn run<T>(
+        &mut self,
+        limit: Option<Duration>,
+        mut done: impl FnMut(&mut Self) -> Result<Option<T>>,
+    ) -> Result<Option<T>> {
+        let end = limit.and_then(|limit| Instant::now().checked_add(limit));
+        loop {
+            self.poll();
+            self.follow_lease()?;
+            let found = done(self)?;
+            if found.is_some() || end.is_some_and(|end| end <= Instant::now()) {
+                // What was said last goes.
+                self.poll();
+                self.device.flush()?;
+                return Ok(found);
+            }
+            self.stop.check("the command")?;
+            let delay = self.interface.poll_delay(Now::now(), &self.sockets);
+            self.device.wait(delay.map_or(LOOK, Duration::from).min(LOOK))?;
+        }
+    }
+
+    /// The address of a host.
+    ///
+    /// # Errors
+    /// `NotFound` if it has none, or there is no DNS server to ask.
+    pub fn resolve(&mut self, host: &str) -> Result<Ipv4Addr> {
+        if let Ok(address) = host.parse() {
+            return Ok(address);
+        }
+        let failed = |kind, reason: String| {
+            Error::new(kind, "find", format!("the host {host}"))
+                .with_reason(reason)
+                .with_advice("correct its name, pass its address instead, or name a server (--dns)")
+        };
+        let servers: Vec<IpAddress> = self.network.dns.iter().map(|dns| (*dns).into()).collect();
+        if servers.is_empty() {
+            return Err(failed(ErrorKind::NotFound, "no DNS server is known".to_owned()));
+        }
+        let socket = self.sockets.add(dns::Socket::new(&servers[..1], vec![None]));
+        let asked = self.sockets.get_mut::<dns::Socket>(socket).start_query(
+            self.interface.context(),
+            host,
+            DnsQueryType::A,
+        );
+        let query = match asked {
+            Ok(query) => query,
+            Err(error) => {
+                self.sockets.remove(socket);
+                return Err(failed(ErrorKind::InvalidInput, error.to_string()));
+            }
+        };
+        // The query itself has a limit.
+        let found = self.run(None, |stack| {
+            match stack.sockets.get_mut::<dns::Socket>(socket).get_query_result(query) {
+                Ok(addresses) => Ok(Some(addresses.first().copied())),
+                Err(dns::GetQueryResultError::Pending) => Ok(None),
+                Err(dns::GetQueryResultError::Failed) => Ok(Some(None)),
+            }
+        });
+        self.sockets.remove(socket);
+        match found?.flatten() {
+            Some(IpAddress::Ipv4(address)) => Ok(address),
+            None => {
+                let server = servers[0];
+                Err(failed(ErrorKind::NotFound, format!("{server} knows no address of it")))
+            }
+        }
+    }
+
+    /// A TCP socket with buffers of these sizes.
+    pub fn tcp(receive: usize, send: usize) -> tcp::Socket<'static> {
+        let buffer = |size| tcp::SocketBuffer::new(vec![0; size]);
+        tcp::Socket::new(buffer(receive), buffer(send))
+    }
+
+    /// A port of this end for a connection.
+    pub fn local_port() -> u16 {
+        // RFC 6335 §6: dynamic ports.
+        49_152 + (random() % 16_384) as u16
+    }
+
+    /// Stops the queues, after what was said last is sent.
+    pub fn close(mut self) -> Result<()> {
+        self.poll();
+        self.device.stop()
+    }
+}
+
+/// A number that nobody guesses.
+pub fn random() -> u64 {
+    RandomState::new().hash_one(0)
+}
