@@ -18,6 +18,7 @@ use super::dma_memory::HUGE_PAGE;
 use super::dma_placement::IovaPlacement;
 use super::iova::Iova;
 use super::register_access::Width;
+use super::register_copy::store_bytes;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
 use crate::sys;
@@ -301,22 +302,8 @@ impl DmaBuffer {
     #[track_caller]
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         self.check(offset, bytes.len());
-        let mut at = offset;
-        let (head, words, tail) = split(self.as_ptr() as usize + offset, bytes.len());
-        for &byte in &bytes[..head] {
-            self.store(at, byte);
-            at += 1;
-        }
-        for word in bytes[head..head + words].chunks_exact(8) {
-            let mut value = [0; 8];
-            value.copy_from_slice(word);
-            self.store(at, u64::from_le_bytes(value));
-            at += 8;
-        }
-        for &byte in &bytes[head + words..head + words + tail] {
-            self.store(at, byte);
-            at += 1;
-        }
+        // SAFETY: the bytes were checked to lie in this buffer, which is mapped for writing while `self` lives.
+        unsafe { store_bytes(self.at(offset), bytes) };
     }
 
     #[inline]

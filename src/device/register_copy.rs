@@ -59,16 +59,8 @@ impl Window {
     /// `OutOfRange` if they leave the window, `ReadOnly` for a read-only window; nothing is copied then.
     pub fn write_bytes(&self, offset: usize, bytes: &[u8]) -> Result<()> {
         let at = self.place_aligned(offset, bytes.len(), 1, Access::ReadWrite)?;
-        let (head, words, _) = split(at.as_ptr().addr(), bytes.len());
-        let (head, rest) = bytes.split_at(head);
-        let (words, tail) = rest.split_at(words);
-        // SAFETY: the three parts are adjacent and make up the checked range. The second, unless it is empty,
-        // begins at a multiple of 8, by `split`.
-        unsafe {
-            let at = store_all(at, head.iter().copied());
-            let at = store_all(at, words.chunks_exact(8).map(word));
-            store_all(at, tail.iter().copied());
-        }
+        // SAFETY: `place_aligned` checked the range.
+        unsafe { store_bytes(at, bytes) };
         Ok(())
     }
 
@@ -96,6 +88,24 @@ impl Window {
         // SAFETY: `place_aligned` checked the range and its alignment.
         unsafe { store_all(at, words.iter().copied()) };
         Ok(())
+    }
+}
+
+/// Stores bytes, starting at `at`: eight at a time by aligned accesses, and one by one at an unaligned begin or
+/// end.
+///
+/// # Safety
+/// That many bytes are mapped for writing at `at`.
+pub(super) unsafe fn store_bytes(at: NonNull<u8>, bytes: &[u8]) {
+    let (head, words, _) = split(at.as_ptr().addr(), bytes.len());
+    let (head, rest) = bytes.split_at(head);
+    let (words, tail) = rest.split_at(words);
+    // SAFETY: the three parts are adjacent and make up the range that the caller guarantees. The second, unless
+    // it is empty, begins at a multiple of 8, by `split`.
+    unsafe {
+        let at = store_all(at, head.iter().copied());
+        let at = store_all(at, words.chunks_exact(8).map(word));
+        store_all(at, tail.iter().copied());
     }
 }
 
