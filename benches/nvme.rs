@@ -4,16 +4,18 @@
 //! It runs only in the lab (`cargo lab bench nvme`), which provides fio, the example and the kernel's
 //! modules, and reads the rows that this prints.
 
-use std::error::Error;
+#[path = "common/guest.rs"]
+mod guest;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use vfio_remap::transport::{PciDevice, Sysfs};
+use vfio_remap::transport::PciDevice;
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+use guest::{Result, lab_device, load_modules, output, sysfs_of};
 
 /// The paths of the example and of modules that are not loaded yet, in the lab's guest.
 const EXAMPLE: &str = "/lab/examples/nvme";
@@ -92,7 +94,7 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let runs = runs(options.brief);
-    load_modules()?;
+    load_nvme()?;
     for name in ["nvme4k", "nvme"] {
         give_to_kernel(&lab_device(name)?)?;
     }
@@ -201,33 +203,9 @@ fn from_brace(said: &str) -> Result<&str> {
     Ok(&said[start..])
 }
 
-/// Runs a program and returns its standard output.
-fn output(command: &mut Command) -> Result<String> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().map_err(|error| format!("cannot run {program}: {error}"))?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    if !output.status.success() {
-        let error = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{command:?} failed, {}: {said}{error}", output.status).into());
-    }
-    Ok(said)
-}
-
 /// Loads the kernel's NVMe driver and its dependencies, with a queue for polling.
-fn load_modules() -> Result<()> {
-    let mut modules: Vec<PathBuf> =
-        fs::read_dir(MODULES)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
-    modules.sort();
-    for module in modules {
-        let is_driver = module.to_string_lossy().ends_with("-nvme.ko");
-        let mut command = Command::new("insmod");
-        command.arg(&module).args(is_driver.then_some("poll_queues=1"));
-        output(&mut command)?;
-        if is_driver {
-            return Ok(());
-        }
-    }
-    Err("this kernel has no NVMe driver".into())
+fn load_nvme() -> Result<()> {
+    load_modules(MODULES, "-nvme.ko", Some("poll_queues=1"))
 }
 
 /// Unbinds a device from vfio-pci, and binds it to the kernel's NVMe driver.
@@ -268,17 +246,4 @@ fn block_device(entry: &str) -> Option<String> {
     let (controller, namespace) = entry.strip_prefix("nvme")?.split_once('n')?;
     let subsystem = controller.split('c').next()?;
     Some(format!("nvme{subsystem}n{namespace}"))
-}
-
-fn sysfs_of(device: &PciDevice) -> PathBuf {
-    Path::new("/sys/bus/pci/devices").join(device.address().to_string())
-}
-
-fn lab_device(name: &str) -> Result<PciDevice> {
-    let devices = std::env::var("LAB_DEVICES")?;
-    let address = devices
-        .split_ascii_whitespace()
-        .find_map(|entry| entry.strip_prefix(name)?.strip_prefix('='))
-        .ok_or_else(|| format!("the lab has no device {name}"))?;
-    Ok(Sysfs::default().device(address)?)
 }

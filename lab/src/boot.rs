@@ -54,6 +54,21 @@ pub struct Lab {
     pub show: Show,
 }
 
+/// Follows a boot while it runs.
+pub trait Watcher {
+    /// QEMU has started as this process: again, if the boot is repeated.
+    fn started(&mut self, process: u32);
+    /// The payload has written this.
+    fn output(&mut self, bytes: &[u8]);
+}
+
+/// Nobody follows it.
+impl Watcher for () {
+    fn started(&mut self, _process: u32) {}
+
+    fn output(&mut self, _bytes: &[u8]) {}
+}
+
 /// How a boot ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -117,6 +132,18 @@ impl Lab {
         payload: &Payload,
         label: &str,
     ) -> Result<Outcome> {
+        self.boot_watched(image, variant, payload, label, &mut ())
+    }
+
+    /// As [`boot`](Self::boot), followed by `watcher`.
+    pub fn boot_watched(
+        &self,
+        image: &Image,
+        variant: Variant,
+        payload: &Payload,
+        label: &str,
+        watcher: &mut dyn Watcher,
+    ) -> Result<Outcome> {
         // Removes the logs of an earlier run.
         for number in 1..ATTEMPTS {
             for path in self.leavings(&attempt(label, number)) {
@@ -125,7 +152,7 @@ impl Lab {
         }
         let mut given_up = Vec::new();
         loop {
-            let outcome = self.boot_once(image, variant, payload, label)?;
+            let outcome = self.boot_once(image, variant, payload, label, watcher)?;
             let number = given_up.len() + 1;
             if !outcome.has_no_result() || number == ATTEMPTS {
                 return Ok(Outcome { given_up, ..outcome });
@@ -151,6 +178,7 @@ impl Lab {
         variant: Variant,
         payload: &Payload,
         label: &str,
+        watcher: &mut dyn Watcher,
     ) -> Result<Outcome> {
         fs::create_dir_all(&self.logs)?;
         let work = cache::work_directory(&self.logs, "boot-of-")?;
@@ -166,7 +194,7 @@ impl Lab {
         let what = format!("linux {}{}", image.version, variant.suffix());
         let mut command =
             qemu::command(&self.root, image, variant, work.path(), &initramfs, &console);
-        self.run(&mut command, work.path(), &console, &what, label)
+        self.run_watched(&mut command, work.path(), &console, &what, label, watcher)
     }
 
     /// Runs QEMU to its end. The guest writes the markers of `guest/init` to its log.
@@ -179,11 +207,24 @@ impl Lab {
         what: &str,
         label: &str,
     ) -> Result<Outcome> {
+        self.run_watched(command, work, console, what, label, &mut ())
+    }
+
+    fn run_watched(
+        &self,
+        command: &mut Command,
+        work: &Path,
+        console: &Path,
+        what: &str,
+        label: &str,
+        watcher: &mut dyn Watcher,
+    ) -> Result<Outcome> {
         let mut stage = Stage::new("Booting", what);
         let started = Instant::now();
         let errors = fs::File::create(work.join("qemu"))?;
         let mut qemu = Qemu::start(command.stderr(errors))?;
-        let (output, end) = self.stream(&mut qemu, work, console, what, &mut stage)?;
+        watcher.started(qemu.child.id());
+        let (output, end) = self.stream(&mut qemu, work, console, what, &mut stage, watcher)?;
         drop(qemu);
         let took = started.elapsed();
         if self.show == Show::AtTheEnd {
@@ -211,6 +252,7 @@ impl Lab {
         console: &Path,
         what: &str,
         stage: &mut Stage,
+        watcher: &mut dyn Watcher,
     ) -> Result<(Vec<u8>, End)> {
         let mut all = Vec::new();
         let mut stdout = io::stdout();
@@ -232,7 +274,11 @@ impl Lab {
                 next_look = now + LOOK;
             }
             let left = self.timeout.saturating_sub(now.duration_since(started));
-            match qemu.output.recv_timeout(left.min(next_look.duration_since(now))) {
+            let received = qemu.output.recv_timeout(left.min(next_look.duration_since(now)));
+            if let Ok(bytes) = &received {
+                watcher.output(bytes);
+            }
+            match received {
                 Ok(bytes) if self.show == Show::AtOnce => {
                     stage.clear();
                     stdout.write_all(&bytes)?;

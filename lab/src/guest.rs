@@ -66,7 +66,7 @@ fn config(
     terminal: bool,
 ) -> String {
     let environment = [
-        ("LAB_DEVICES", machine::addresses()),
+        ("LAB_DEVICES", machine::addresses(variant)),
         ("LAB_KERNEL", kernel.to_owned()),
         ("LAB_IOMMU", u8::from(variant.has_iommu()).to_string()),
         ("TERM", if terminal { "linux" } else { "dumb" }.to_owned()),
@@ -78,7 +78,7 @@ fn config(
     for (name, value) in environment {
         config += &format!("export {name}={}\n", quoted(&value));
     }
-    config += &format!("LAB_DRIVERS={}\n", quoted(&machine::drivers()));
+    config += &format!("LAB_DRIVERS={}\n", quoted(&machine::drivers(variant)));
     config += &format!("set -- {}", quoted(program));
     for argument in arguments {
         config += &format!(" {}", quoted(argument));

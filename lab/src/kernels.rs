@@ -74,6 +74,9 @@ pub const FIRST_PATCH: Kernel = Kernel {
     source: Source::Patched(Recipe { patches: &["tests/first-patch"], selftests: &[] }),
 };
 
+/// The directory of an image's [`network_modules`](Image::network_modules).
+const NETWORK: &str = "network";
+
 pub const NEWEST: &str = "newest";
 pub const PATCHED: &str = "patched";
 
@@ -103,6 +106,11 @@ impl Image {
     pub fn modules_on_demand(&self) -> Result<Vec<PathBuf>> {
         let directory = self.directory.join("on-demand");
         if directory.exists() { sorted_entries(&directory) } else { Ok(Vec::new()) }
+    }
+
+    /// The modules of network cards and of pktgen, in order.
+    pub fn network_modules(&self) -> Result<Vec<PathBuf>> {
+        sorted_entries(&self.directory.join(NETWORK))
     }
 
     /// The kernel's selftests that were built with it; none for a stock kernel.
@@ -180,6 +188,22 @@ impl Kernel {
             names.join(", ")
         );
         Ok(())
+    }
+
+    /// As [`image`](Self::image), with its network modules. They are in no image of an earlier
+    /// lab, which is then fetched again.
+    pub fn image_with_network(&'static self, store: &Store) -> Result<Option<Image>> {
+        let image = self.image(store)?;
+        if image.as_ref().is_none_or(|image| image.directory.join(NETWORK).exists()) {
+            return Ok(image);
+        }
+        let Source::Debian { suite, .. } = &self.source else {
+            bail!("kernel {} is built without drivers of network cards", self.name);
+        };
+        let directory = self.directory(store);
+        let there = fetch(suite, store, &directory, None)
+            .with_context(|| format!("cannot fetch kernel {} with its network modules", self.name));
+        Ok(if there? { Image::cached_with_modules(self.name, directory) } else { None })
     }
 
     fn directory(&self, store: &Store) -> PathBuf {
@@ -284,7 +308,7 @@ fn keep(tree: &Path, new: &Path) -> Result<()> {
         bail!("the packages contain no vmlinuz");
     };
     fs::write(new.join("vmlinux"), decompress::kernel(&fs::read(image)?)?)?;
-    modules::install(&modules, &new.join("modules"), &new.join("on-demand"))
+    modules::install(&modules, &new.join("modules"), &new.join("on-demand"), &new.join(NETWORK))
 }
 
 fn only_entry(directory: &Path) -> Option<PathBuf> {

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 
+use crate::cards;
 use crate::heartbeat;
 
 /// A PCI device of the machine.
@@ -16,10 +17,10 @@ pub struct Device {
     /// Its purpose, for `--help`.
     pub about: &'static str,
     /// QEMU's `-device`, without bus and address.
-    qemu: &'static str,
+    pub qemu: &'static str,
 }
 
-const VFIO: &str = "vfio-pci";
+pub const VFIO: &str = "vfio-pci";
 /// Built into Debian's kernels, which bind its devices at boot.
 const SERIAL: &str = "serial";
 
@@ -161,14 +162,21 @@ pub const DEVICES: [Device; 19] = [
     },
 ];
 
+/// A root port on the root bus.
+pub struct RootPort {
+    pub id: &'static str,
+    /// Its slot on the root bus, and options.
+    pub qemu: &'static str,
+}
+
 /// The root ports, in the order in which the firmware numbers their buses: bus 1 has
 /// `hot`, bus 2 the twins, bus 3 `errant`, buses 4 and 5 `port0` and `port1`.
-const ROOT_PORTS: [&str; 5] = [
-    "pcie-root-port,id=root-port,chassis=1,slot=1,bus=pcie.0,addr=0c.0",
-    "pcie-root-port,id=twin-port,chassis=2,slot=2,hotplug=off,bus=pcie.0,addr=0d.0",
-    "pcie-root-port,id=errant-port,chassis=3,slot=3,hotplug=off,bus=pcie.0,addr=0e.0",
-    "pcie-root-port,id=port0-port,chassis=4,slot=4,hotplug=off,bus=pcie.0,addr=12.0",
-    "pcie-root-port,id=port1-port,chassis=5,slot=5,hotplug=off,bus=pcie.0,addr=13.0",
+const ROOT_PORTS: [RootPort; 5] = [
+    RootPort { id: "root-port", qemu: "addr=0c.0" },
+    RootPort { id: "twin-port", qemu: "addr=0d.0,hotplug=off" },
+    RootPort { id: "errant-port", qemu: "addr=0e.0,hotplug=off" },
+    RootPort { id: "port0-port", qemu: "addr=12.0,hotplug=off" },
+    RootPort { id: "port1-port", qemu: "addr=13.0,hotplug=off" },
 ];
 
 /// The namespaces of `disk`: the file, and the size of a block.
@@ -235,7 +243,7 @@ fn heartbeat() -> [(&'static str, String); 2] {
     ]
 }
 
-/// Machines with the same devices that differ in one feature.
+/// Machines that differ in one feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variant {
     /// With an IOMMU, and hotplug by the guest's pciehp, as on real hardware: a device
@@ -254,6 +262,9 @@ pub enum Variant {
     /// With an IOMMU that does not remap interrupts: a device can use only one MSI
     /// vector.
     WithoutIntremap,
+    /// As [`Translating`](Self::Translating), with the cards of [`cards`] instead of the
+    /// usual devices.
+    Cards,
 }
 
 impl Variant {
@@ -270,7 +281,16 @@ impl Variant {
             Self::Nvdimm => " with an NVDIMM",
             Self::Translating => " with iommu=nopt",
             Self::WithoutIntremap => " without interrupt remapping",
+            Self::Cards => " with network cards",
         }
+    }
+
+    fn devices(self) -> &'static [Device] {
+        if self == Self::Cards { &cards::DEVICES } else { &DEVICES }
+    }
+
+    fn root_ports(self) -> &'static [RootPort] {
+        if self == Self::Cards { &cards::ROOT_PORTS } else { &ROOT_PORTS }
     }
 }
 
@@ -311,21 +331,31 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
         let intremap = if variant == Variant::WithoutIntremap { "off" } else { "on" };
         add("-device", &format!("intel-iommu,intremap={intremap},caching-mode=on,device-iotlb=on"));
     }
-    for (option, value) in BACKENDS {
-        add(option, value);
+    // It names the threads: `turns` tells them apart.
+    add("-name", "lab,debug-threads=on");
+    if variant == Variant::Cards {
+        for backend in cards::BACKENDS {
+            add("-netdev", backend);
+        }
+    } else {
+        for (option, value) in BACKENDS {
+            add(option, value);
+        }
     }
     if variant == Variant::Nvdimm {
         // The first GiB holds the kernel's metadata; the others can be mapped by 1 GiB entries.
         add("-object", "memory-backend-memfd,id=memory-nvdimm,size=3G,share=on");
         add("-device", "nvdimm,memdev=memory-nvdimm");
     }
-    for port in ROOT_PORTS {
-        add("-device", port);
+    for (number, RootPort { id, qemu }) in (1..).zip(variant.root_ports()) {
+        let names = format!("id={id},chassis={number},slot={number}");
+        add("-device", &format!("pcie-root-port,{names},bus=pcie.0,{qemu}"));
     }
-    for device in &DEVICES {
-        add("-device", &device.qemu_device());
+    for device in variant.devices() {
+        add("-device", &device.qemu_device(variant.root_ports()));
     }
-    for (number, (file, block)) in (1..).zip(NAMESPACES) {
+    let namespaces = if variant == Variant::Cards { &[][..] } else { &NAMESPACES };
+    for (number, (file, block)) in (1..).zip(namespaces) {
         add("-blockdev", &format!("driver=file,discard=unmap,node-name={file},filename={file}"));
         let blocks = format!("logical_block_size={block},physical_block_size={block}");
         add("-device", &format!("nvme-ns,bus=disk,drive={file},nsid={number},{blocks}"));
@@ -349,7 +379,7 @@ pub fn kernel_command_line(variant: Variant) -> String {
         Variant::Usual | Variant::AcpiHotplug | Variant::WithoutIntremap | Variant::Nvdimm => {
             "intel_iommu=on iommu=pt "
         }
-        Variant::Translating => "intel_iommu=on iommu=nopt ",
+        Variant::Translating | Variant::Cards => "intel_iommu=on iommu=nopt ",
     };
     format!(
         "console=ttyS0 {iommu}panic=-1 no_timer_check ignore_loglevel log_buf_len=4M \
@@ -358,16 +388,22 @@ pub fn kernel_command_line(variant: Variant) -> String {
 }
 
 /// `LAB_DEVICES`: each device's name and address.
-pub fn addresses() -> String {
-    let entries: Vec<_> =
-        DEVICES.iter().map(|device| format!("{}={}", device.name, device.address)).collect();
+pub fn addresses(variant: Variant) -> String {
+    let entries: Vec<_> = variant
+        .devices()
+        .iter()
+        .map(|device| format!("{}={}", device.name, device.address))
+        .collect();
     entries.join(" ")
 }
 
 /// `LAB_DRIVERS`: each device's address and driver.
-pub fn drivers() -> String {
-    let entries: Vec<_> =
-        DEVICES.iter().map(|device| format!("{}={}", device.address, device.driver)).collect();
+pub fn drivers(variant: Variant) -> String {
+    let entries: Vec<_> = variant
+        .devices()
+        .iter()
+        .map(|device| format!("{}={}", device.address, device.driver))
+        .collect();
     entries.join(" ")
 }
 
@@ -390,15 +426,9 @@ pub fn with_addresses(argument: &str) -> Result<String> {
 }
 
 impl Device {
-    fn qemu_device(&self) -> String {
-        let bus = match &self.address[.."0000:00".len()] {
-            "0000:00" => "pcie.0",
-            "0000:01" => "root-port",
-            "0000:02" => "twin-port",
-            "0000:04" => "port0-port",
-            "0000:05" => "port1-port",
-            _ => "errant-port",
-        };
+    fn qemu_device(&self, root_ports: &[RootPort]) -> String {
+        let bus: usize = self.address["0000:".len()..][..2].parse().expect("there are few buses");
+        let bus = if bus == 0 { "pcie.0" } else { root_ports[bus - 1].id };
         let slot = &self.address["0000:00:".len()..];
         format!("{},id={},bus={bus},addr={slot}", self.qemu, self.name)
     }
@@ -426,12 +456,12 @@ mod tests {
     fn the_address_determines_bus_and_slot() {
         let hot = DEVICES.iter().find(|device| device.name == "hot").unwrap();
         assert_eq!(
-            hot.qemu_device(),
+            hot.qemu_device(&ROOT_PORTS),
             "e1000e,netdev=net-hot,romfile=,id=hot,bus=root-port,addr=00.0"
         );
         let twin = DEVICES.iter().find(|device| device.name == "twin1").unwrap();
-        assert!(twin.qemu_device().ends_with(",bus=twin-port,addr=00.1"));
+        assert!(twin.qemu_device(&ROOT_PORTS).ends_with(",bus=twin-port,addr=00.1"));
         let neighbour = DEVICES.iter().find(|device| device.name == "neighbour").unwrap();
-        assert!(neighbour.qemu_device().ends_with(",bus=pcie.0,addr=0a.1"));
+        assert!(neighbour.qemu_device(&ROOT_PORTS).ends_with(",bus=pcie.0,addr=0a.1"));
     }
 }

@@ -2,7 +2,7 @@
 //! crate's tests, examples and benchmarks in them.
 //!
 //! The commands are [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
-//! [`matrix`], [`mutants`], [`targets`], [`release`], [`performance`] and this file. [`boot`] makes one
+//! [`matrix`], [`mutants`], [`targets`], [`release`], [`performance`], [`ethernet`] and this file. [`boot`] makes one
 //! boot of one kernel, with its [`heartbeat`]; [`side_by_side`] makes several. [`kernels`],
 //! [`patched`], [`busybox`], [`payload`], [`compiler`] and [`guest`] provide the software of
 //! a guest, [`machine`] and [`root`] its machine. [`huge_pages`] reserves memory for one. [`klog`], [`libtest`] and [`report`]
@@ -14,13 +14,14 @@ mod apt;
 mod boot;
 mod busybox;
 mod cache;
+mod cards;
 mod chart;
 mod command;
 mod compiler;
 mod cpio;
 mod decompress;
 mod estimate;
-mod fio;
+mod ethernet;
 mod fuzz;
 mod guest;
 mod hazard;
@@ -37,15 +38,19 @@ mod mutants;
 mod patched;
 mod payload;
 mod performance;
+mod processors;
+mod program;
 mod qemu;
 mod release;
 mod report;
 mod root;
+mod samples;
 mod side_by_side;
 mod soak;
 mod targets;
 mod test;
 mod tools;
+mod turns;
 mod ui;
 mod vfio_user;
 
@@ -196,10 +201,14 @@ enum Task {
     ///
     /// `nvme` compares the example `nvme` with the kernel's driver under fio, and writes
     /// docs/performance.md. It fails if the example does not reach its targets.
+    ///
+    /// `nic` compares the Ethernet driver with DPDK and with the kernel, and writes
+    /// docs/ethernet.md. It fails if the driver needs more processor time for a frame than
+    /// DPDK does, or sends fewer. It takes less than eight minutes.
     Bench {
         /// The benchmark.
         name: String,
-        /// The kernel to run it in. By default newest, and for nvme 6.1.
+        /// The kernel to run it in. By default newest, and for nvme and nic 6.1.
         #[arg(long, value_name = "NAME", value_parser = kernels::by_name)]
         kernel: Option<&'static Kernel>,
         #[command(flatten)]
@@ -352,6 +361,12 @@ fn perform(task: Task) -> Result<ExitCode> {
             let (lab, store) = ready(common)?;
             let lab = Lab { root: Root::ensure_for_nvme(&store)?, ..lab };
             let reached = performance::write(&lab, &store, kernel)?;
+            Ok(if reached { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Bench { name, kernel, common } if name == "nic" => {
+            let kernel = kernel.map_or_else(|| kernels::by_name(ethernet::KERNEL), Ok);
+            let (lab, store) = ready(common)?;
+            let reached = ethernet::write(&lab, &store, kernel.map_err(Error::msg)?)?;
             Ok(if reached { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Bench { name, kernel, common } => {

@@ -21,7 +21,11 @@ const WANTED: [&str; 2] = ["vfio_iommu_type1", "vfio_pci"];
 const ON_DEMAND: [&str; 3] = ["nvme", "crc32c_generic", "ext4"];
 const GONE_FROM_SOME: [&str; 1] = ["crc32c_generic"];
 
-/// The modules that [`install`] installs. The cache stores this, so that an entry of an
+/// The kernel's drivers of network cards, and its generator of packets, which guests of one
+/// benchmark load.
+const NETWORK: [&str; 3] = ["igb", "e1000e", "pktgen"];
+
+/// The modules that [`install`] installs, without those of a benchmark. The cache stores this, so that an entry of an
 /// earlier lab with fewer modules is recognized.
 pub fn selection() -> String {
     [&WANTED[..], &ON_DEMAND].concat().join(" ")
@@ -29,8 +33,8 @@ pub fn selection() -> String {
 
 /// Writes the needed modules and their dependencies to `loaded`, decompressed, and
 /// numbered in the order in which to load them. Writes the modules on demand that are
-/// not in `loaded` to `on_demand` in the same way.
-pub fn install(tree: &Path, loaded: &Path, on_demand: &Path) -> Result<()> {
+/// not in `loaded` to `on_demand` in the same way, and those for the network to `network`.
+pub fn install(tree: &Path, loaded: &Path, on_demand: &Path, network: &Path) -> Result<()> {
     let mut files = Vec::new();
     find(tree, &mut files)?;
     let path =
@@ -45,18 +49,24 @@ pub fn install(tree: &Path, loaded: &Path, on_demand: &Path) -> Result<()> {
         load_order(wanted, &read, &mut order)?;
     }
 
-    let first_on_demand = order.len();
-    for wanted in ON_DEMAND {
-        if path(wanted).is_some() || !GONE_FROM_SOME.contains(&wanted) {
-            load_order(wanted, &read, &mut order)?;
+    write(loaded, &order)?;
+    for (directory, wanted) in [(on_demand, &ON_DEMAND[..]), (network, &NETWORK)] {
+        let mut order = order.clone();
+        let first = order.len();
+        for wanted in wanted {
+            if path(wanted).is_some() || !GONE_FROM_SOME.contains(wanted) {
+                load_order(wanted, &read, &mut order)?;
+            }
         }
+        write(directory, &order[first..])?;
     }
+    Ok(())
+}
 
-    fs::create_dir(loaded)?;
-    fs::create_dir(on_demand)?;
-    for (number, (name, content)) in order.iter().enumerate() {
-        let into = if number < first_on_demand { loaded } else { on_demand };
-        fs::write(into.join(format!("{number:02}-{name}.ko")), content)?;
+fn write(directory: &Path, modules: &[(String, Vec<u8>)]) -> Result<()> {
+    fs::create_dir(directory)?;
+    for (number, (name, content)) in modules.iter().enumerate() {
+        fs::write(directory.join(format!("{number:02}-{name}.ko")), content)?;
     }
     Ok(())
 }

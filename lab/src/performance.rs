@@ -11,11 +11,13 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::boot::{Ending, Lab};
 use crate::cache::Store;
 use crate::chart::{self, Bar, Panel};
-use crate::fio::Fio;
 use crate::guest::Payload;
 use crate::kernels::{Image, Kernel};
 use crate::machine::Variant;
 use crate::payload;
+use crate::processors;
+use crate::program::{FIO, Program};
+use crate::samples::{Samples, grouped};
 use crate::ui;
 
 const PAGE: &str = "docs/performance.md";
@@ -84,7 +86,7 @@ impl Figures {
     }
 
     fn median(&self, load: Load, contender: &str) -> Option<f64> {
-        Some(median(self.0.get(&(load, index(contender)?))?))
+        Some(Samples::new(self.0.get(&(load, index(contender)?))?.clone()).median())
     }
 
     /// The IOPS of a contender as a multiple of the kernel's.
@@ -99,14 +101,14 @@ impl Figures {
                 .to_owned();
         for ((load, contender), runs) in &self.0 {
             let (name, shown) = CONTENDERS[*contender];
-            let low = runs.iter().copied().fold(f64::INFINITY, f64::min);
-            let high = runs.iter().copied().fold(0.0, f64::max);
+            let runs = Samples::new(runs.clone());
+            let (low, high) = runs.range();
             let ratio = self.ratio(*load, name).unwrap_or(f64::NAN);
             writeln!(
                 table,
                 "| {} | {shown} | {} | {}–{} | {ratio:.1} |",
                 load.words(),
-                grouped(median(runs)),
+                grouped(runs.median()),
                 grouped(low),
                 grouped(high)
             )
@@ -121,7 +123,7 @@ impl Figures {
 pub fn write(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
     let program = payload::benchmark("nvme")?;
     let example = payload::example("nvme")?;
-    let fio = Fio::ensure(store)?;
+    let fio = Program::ensure(store, &FIO)?;
     let Some(image) = kernel.image(store)? else {
         bail!("the mirror does not have kernel {} any more", kernel.name);
     };
@@ -195,17 +197,14 @@ The kernel's driver runs without protection from its device; the driver in user 
 }
 
 /// The table of software and hardware that the figures depend on.
-fn facts(qemu: &str, image: &Image, fio: &Fio) -> Result<String> {
-    let cpus = fs::read_to_string("/proc/cpuinfo")?;
-    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let model = model.map_or("an unknown processor", |(_, model)| model);
-    let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
+fn facts(qemu: &str, image: &Image, fio: &Program) -> Result<String> {
+    let processors = processors::description()?;
     Ok(format!(
         "\
 | | |
 |---|---|
 | kernel | linux {} of Debian, two processors, intel-iommu |
-| emulator | QEMU {qemu} of Debian, TCG, on {count} × {model} |
+| emulator | QEMU {qemu} of Debian, TCG, on {processors} |
 | device | QEMU's nvme, `null-co`, blocks of 4096 bytes or of 512 |
 | kernel, io_uring | fio {}: `ioengine=io_uring direct=1 numjobs=1 thread` |
 | tuned | and `fixedbufs registerfiles norandommap gtod_reduce=1` |
@@ -260,24 +259,6 @@ fn parse_row(line: &str) -> Option<((Load, usize), f64)> {
 
 fn index(contender: &str) -> Option<usize> {
     CONTENDERS.iter().position(|(name, _)| *name == contender)
-}
-
-fn median(runs: &[f64]) -> f64 {
-    let mut sorted = runs.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
-}
-
-/// A whole number in groups of three digits.
-fn grouped(value: f64) -> String {
-    let digits = format!("{value:.0}");
-    let first = digits.len() % 3;
-    let mut groups: Vec<_> =
-        (first..digits.len()).step_by(3).map(|at| &digits[at..at + 3]).collect();
-    if first > 0 {
-        groups.insert(0, &digits[..first]);
-    }
-    groups.join(" ")
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! fio for a guest: Debian's program, and the shared libraries that it needs, since it
-//! is not static.
+//! Programs of Debian's for a guest, with the shared libraries that they need, since they are
+//! not static.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,28 +14,57 @@ use crate::apt::Suite;
 use crate::cache::{self, Store};
 use crate::ui::Stage;
 
-/// It has fio 3.33, which supports io_uring.
+/// The suite of the programs: that of kernel 6.1, which they are measured on.
 const SUITE: &str = "bookworm";
-const PACKAGE: &str = "fio";
 
 /// The dynamic loader, which programs refer to by its path.
 const LOADER: &str = "ld-linux-x86-64.so.2";
 
-/// fio in the cache.
-pub struct Fio {
-    /// The version of the package.
+/// A program, and where it is.
+pub struct Recipe {
+    /// Its file name.
+    pub name: &'static str,
+    /// The packages that it and its libraries are in, without those that these depend on. The
+    /// first is its own, whose version counts.
+    pub packages: &'static [&'static str],
+    /// The libraries that it loads when it runs.
+    pub plugins: &'static [&'static str],
+}
+
+/// The flexible I/O tester: 3.33, which supports io_uring.
+pub const FIO: Recipe = Recipe { name: "fio", packages: &["fio"], plugins: &[] };
+
+/// The test program of DPDK, with its driver of Intel's cards. libgcc is loaded to end a thread.
+pub const TESTPMD: Recipe = Recipe {
+    name: "dpdk-testpmd",
+    packages: &[
+        "dpdk-dev",
+        "librte-net-e1000-23",
+        "librte-mempool-ring23",
+        "libgcc-s1",
+        // testpmd is linked to the drivers of other cards.
+        "ibverbs-providers",
+    ],
+    plugins: &["librte_net_e1000.so.23", "librte_mempool_ring.so.23", "libgcc_s.so.1"],
+};
+
+/// A program in the cache.
+pub struct Program {
+    /// The version of its package.
     pub version: String,
+    name: &'static str,
     directory: PathBuf,
 }
 
-impl Fio {
-    /// Returns fio from the cache, after fetching it if needed.
-    pub fn ensure(store: &Store) -> Result<Self> {
-        let directory = store.directory.join(PACKAGE);
+impl Program {
+    /// Returns a program from the cache, after fetching it if needed.
+    pub fn ensure(store: &Store, recipe: &Recipe) -> Result<Self> {
+        let directory = store.directory.join(recipe.name);
         if !directory.join("version").exists() {
-            fetch(store, &directory)?;
+            fetch(store, recipe, &directory)?;
         }
-        Ok(Self { version: fs::read_to_string(directory.join("version"))?, directory })
+        let version = fs::read_to_string(directory.join("version"))?;
+        Ok(Self { version, name: recipe.name, directory })
     }
 
     /// The files that it needs, with their paths in the guest.
@@ -44,48 +73,51 @@ impl Fio {
         for entry in fs::read_dir(self.directory.join("files"))? {
             let path = entry?.path();
             let name = path.file_name().context("an entry has a name")?.to_string_lossy();
-            files.push((guest_path(&name), path.clone()));
+            files.push((guest_path(self.name, &name), path.clone()));
         }
         Ok(files)
     }
 }
 
-fn guest_path(name: &str) -> String {
+/// Where a guest has a file of a program.
+fn guest_path(program: &str, name: &str) -> String {
     match name {
-        PACKAGE => format!("bin/{name}"),
         LOADER => format!("lib64/{name}"),
+        _ if name == program => format!("bin/{name}"),
         // Debian's loader searches this directory by default.
         _ => format!("lib/x86_64-linux-gnu/{name}"),
     }
 }
 
-fn fetch(store: &Store, directory: &Path) -> Result<()> {
-    let stage = Stage::new("Fetching", PACKAGE);
+fn fetch(store: &Store, recipe: &Recipe, directory: &Path) -> Result<()> {
+    let Recipe { name, packages, plugins } = recipe;
+    let stage = Stage::new("Fetching", name);
     let Some(suite) = Suite::open(SUITE, store)? else {
-        bail!("the mirror has no suite {SUITE}, which {PACKAGE} comes from");
+        bail!("the mirror has no suite {SUITE}, which {name} comes from");
     };
-    let control = suite.show(PACKAGE)?.with_context(|| format!("{SUITE} has no {PACKAGE}"))?;
+    let [own, ..] = packages else { bail!("{name} is in no package") };
+    let control = suite.show(own)?.with_context(|| format!("{SUITE} has no {own}"))?;
     let version = control.version().context("a package has a version")?.to_owned();
-    let packages = with_libraries(&suite, PACKAGE)?;
+    let packages = with_libraries(&suite, packages)?;
     cache::replace(directory, |new| {
         let tree = tempfile::tempdir_in(&store.directory)?;
         suite.unpack(&packages, tree.path())?;
         let files = new.join("files");
         fs::create_dir(&files)?;
-        for (name, path) in needed(&tree.path().join("usr/bin").join(PACKAGE), tree.path())? {
+        for (name, path) in needed(&tree.path().join("usr/bin").join(name), plugins, tree.path())? {
             fs::copy(path, files.join(name))?;
         }
         Ok(fs::write(new.join("version"), &version)?)
     })?;
-    stage.done("Fetched", &format!("{PACKAGE} {version}"));
+    stage.done("Fetched", &format!("{name} {version}"));
     Ok(())
 }
 
-/// A package and its library packages, including those of indirect dependencies.
-fn with_libraries(suite: &Suite, package: &str) -> Result<Vec<String>> {
+/// Packages and their library packages, including those of indirect dependencies.
+fn with_libraries(suite: &Suite, packages: &[&str]) -> Result<Vec<String>> {
     let mut asked = BTreeSet::new();
     let mut found = Vec::new();
-    let mut new = vec![package.to_owned()];
+    let mut new: Vec<_> = packages.iter().map(|&package| package.to_owned()).collect();
     // One level of dependencies at a time, since each call of apt is slow.
     while !new.is_empty() {
         let shown = suite.show_all(&new)?;
@@ -100,19 +132,29 @@ fn with_libraries(suite: &Suite, package: &str) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// Whether it is a library package by Debian's naming rule, or zlib, the exception.
+/// Whether it is a library package by Debian's naming rule, or zlib, the exception. A package to
+/// build programs with has no libraries that they need.
 fn is_library(package: &str) -> bool {
-    package.starts_with("lib") || package == "zlib1g"
+    package.starts_with("lib") && !package.ends_with("-dev") || package == "zlib1g"
 }
 
-/// A program and the libraries that it needs directly or indirectly: their paths in a
-/// tree of unpacked packages, by file name.
-fn needed(program: &Path, tree: &Path) -> Result<BTreeMap<String, PathBuf>> {
+/// A program, its plugins, and the libraries that they need directly or indirectly: their paths
+/// in a tree of unpacked packages, by file name.
+fn needed(program: &Path, plugins: &[&str], tree: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let mut libraries = BTreeMap::new();
     find_libraries(tree, &mut libraries)?;
     let mut found = BTreeMap::new();
+    let mut new = Vec::new();
+    let library = |name: &str| -> Result<_> {
+        let path = libraries.get(name);
+        let path = path.with_context(|| format!("no package has the library {name}"))?;
+        Ok((name.to_owned(), path.clone()))
+    };
+    for plugin in plugins {
+        new.push(library(plugin)?);
+    }
     let name = program.file_name().context("a program has a name")?.to_string_lossy();
-    let mut new = vec![(name.into_owned(), program.to_owned())];
+    new.push((name.into_owned(), program.to_owned()));
     while let Some((name, path)) = new.pop() {
         if found.contains_key(&name) {
             continue;
@@ -121,9 +163,7 @@ fn needed(program: &Path, tree: &Path) -> Result<BTreeMap<String, PathBuf>> {
             .with_context(|| format!("cannot read {}", path.display()))?;
         found.insert(name, path);
         for name in wanted {
-            let path = libraries.get(&name);
-            let path = path.with_context(|| format!("no package has the library {name}"))?;
-            new.push((name, path.clone()));
+            new.push(library(&name)?);
         }
     }
     Ok(found)
@@ -173,9 +213,16 @@ mod tests {
     }
 
     #[test]
+    fn a_package_to_build_with_is_no_library() {
+        assert!(["libaio1", "librte-eal23", "zlib1g"].into_iter().all(is_library));
+        assert!(!["libdpdk-dev", "python3", "zlib1g-dev"].into_iter().any(is_library));
+    }
+
+    #[test]
     fn files_are_at_the_paths_that_programs_use() {
-        assert_eq!(guest_path("ld-linux-x86-64.so.2"), "lib64/ld-linux-x86-64.so.2");
-        assert_eq!(guest_path("libc.so.6"), "lib/x86_64-linux-gnu/libc.so.6");
-        assert_eq!(guest_path("fio"), "bin/fio");
+        let path = |name| guest_path("fio", name);
+        assert_eq!(path("ld-linux-x86-64.so.2"), "lib64/ld-linux-x86-64.so.2");
+        assert_eq!(path("libc.so.6"), "lib/x86_64-linux-gnu/libc.so.6");
+        assert_eq!(path("fio"), "bin/fio");
     }
 }
