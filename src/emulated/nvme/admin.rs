@@ -9,19 +9,23 @@ use crate::emulated::Bus;
 /// The feature Volatile Write Cache.
 pub(super) const WRITE_CACHE: u8 = 0x06;
 const QUEUE_COUNT: u8 = 0x07;
+const INTERRUPT_COALESCING: u8 = 0x08;
+const INTERRUPT_VECTOR: u8 = 0x09;
+/// Of Interrupt Vector Configuration: the vector is exempt from coalescing.
+const COALESCING_DISABLED: u32 = 1 << 16;
 /// The count of submission and of completion queues, both zero-based.
 const QUEUE_COUNTS: u32 = (QUEUES as u32 - 1) << 16 | (QUEUES as u32 - 1);
 
 /// The default of a feature; `None` if it does not exist.
 fn default(feature: u8) -> Option<u32> {
     Some(match feature {
-        // Arbitration, power management, error recovery, interrupt coalescing, write atomicity, events.
-        0x01 | 0x02 | 0x05 | 0x08 | 0x0a | 0x0b => 0,
+        // Arbitration, power management, error recovery, write atomicity, events.
+        0x01 | 0x02 | 0x05 | 0x0a | 0x0b => 0,
+        INTERRUPT_COALESCING | INTERRUPT_VECTOR => 0,
         // The temperature threshold, in kelvins.
         0x04 => 343,
         WRITE_CACHE => 1,
         QUEUE_COUNT => QUEUE_COUNTS,
-        0x09 => 0,
         _ => return None,
     })
 }
@@ -168,7 +172,13 @@ impl Nvme {
     fn feature(&mut self, command: &Command) -> Outcome {
         let feature = command.dword(10) as u8;
         let initial = default(feature).ok_or(Status::INVALID_FIELD)?;
+        let vector = command.dword(11) as u16;
         match command.dword(10) >> 8 & 7 {
+            0..=2 if feature == INTERRUPT_VECTOR && vector >= VECTORS => Err(Status::INVALID_FIELD),
+            0 if feature == INTERRUPT_VECTOR && self.coalescing.is_exempt(vector) => {
+                Ok(COALESCING_DISABLED | u32::from(vector))
+            }
+            0..=2 if feature == INTERRUPT_VECTOR => Ok(vector.into()),
             0 => Ok(self.features.get(&feature).copied().unwrap_or(initial)),
             1 | 2 => Ok(initial),
             // Changeable, for all namespaces together.
@@ -190,6 +200,12 @@ impl Nvme {
             // All queues, independent of the request.
             QUEUE_COUNT => return Ok(QUEUE_COUNTS),
             WRITE_CACHE if value & 1 == 0 => self.flush_all(),
+            INTERRUPT_COALESCING => self.coalescing.set(value),
+            INTERRUPT_VECTOR if value as u16 >= VECTORS => return Err(Status::INVALID_FIELD),
+            INTERRUPT_VECTOR => {
+                let exempt = value & COALESCING_DISABLED != 0;
+                self.coalescing.set_exempt(value as u16, exempt);
+            }
             _ => {}
         }
         self.features.insert(feature, value);

@@ -1,6 +1,7 @@
 //! An NVMe controller (NVM Express Base 1.4).
 
 mod admin;
+mod coalescing;
 mod command;
 mod fault;
 mod identify;
@@ -13,6 +14,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use self::coalescing::Coalescing;
 use self::command::Status;
 use self::fault::{Completion, Delivery};
 pub use self::fault::{Fault, Faults};
@@ -62,7 +64,8 @@ const SHUT_DOWN: u32 = 2 << 2;
 ///
 /// Admin commands: Identify, creation and deletion of queues, Get and Set Features, Get Log Page, Abort,
 /// Asynchronous Event Request. I/O commands: Read, Write, Flush, Write Zeroes, Dataset Management (Deallocate).
-/// Data by PRP lists, interrupts by MSI-X. Other commands complete with the status codes of the specification.
+/// Data by PRP lists, interrupts by MSI-X, which can be coalesced. Other commands complete with the status codes of
+/// the specification.
 ///
 /// Write Zeroes and Deallocate punch holes into a namespace's file if its file system supports that. They are
 /// done in parts, so that other commands and accesses to registers proceed meanwhile. A reset ends them half
@@ -82,6 +85,7 @@ pub struct Nvme {
     submissions: BTreeMap<u16, SubmissionQueue>,
     completions: BTreeMap<u16, CompletionQueue>,
     features: BTreeMap<u8, u32>,
+    coalescing: Coalescing,
     /// The identifiers of Asynchronous Event Requests.
     events: Vec<u16>,
     /// Alternately of a submission and a completion queue.
@@ -129,6 +133,7 @@ impl Nvme {
             submissions: BTreeMap::new(),
             completions: BTreeMap::new(),
             features: BTreeMap::new(),
+            coalescing: Coalescing::default(),
             events: Vec::new(),
             doorbells: Vec::new(),
             power_lost: Arc::default(),
@@ -225,6 +230,7 @@ impl Nvme {
         self.submissions.clear();
         self.completions.clear();
         self.features.clear();
+        self.coalescing = Coalescing::default();
         self.events.clear();
         self.late.clear();
         self.long.clear();
@@ -331,7 +337,11 @@ impl Nvme {
         let head = self.submissions.get(&from).map_or(0, |queue| queue.head);
         let Some(queue) = self.completions.get_mut(&to) else { return Ok(()) };
         queue.push(bus, result, (from, head), id, status)?;
-        if let Some(vector) = queue.vector {
+        // Errors are not delayed, and neither are completions of the admin queue.
+        let urgent = to == 0 || status != Status::SUCCESS;
+        if let Some(vector) = queue.vector
+            && self.coalescing.count(vector, urgent)
+        {
             bus.fire(irq_index::MSIX, vector.into());
         }
         Ok(())
@@ -453,6 +463,9 @@ impl Model for Nvme {
                 Ok(posted) => busy = posted,
                 Err(error) => self.cannot_reach(&error),
             }
+        }
+        for vector in self.coalescing.due() {
+            bus.fire(irq_index::MSIX, vector.into());
         }
         if busy { Activity::Busy } else { Activity::Watching }
     }

@@ -12,7 +12,7 @@ use vfio_remap::emulated::nvme::Namespace;
 use vfio_remap::emulated::{Activity, Emulated, Nvme, Server};
 use vfio_remap::transport::{Transport, VfioUser};
 
-use super::{DATA, Driver, ENTRIES, IOVA, nvme};
+use super::{DATA, Driver, ENTRIES, IOVA, nvme, working};
 use crate::support::{edu, shared};
 
 /// A namespace in blocks of 512 bytes on a memory file, which is sparse.
@@ -47,23 +47,6 @@ fn range_of_all(driver: &Driver, size: u64) {
 /// A driver, and a controller that works when it is polled.
 fn by_hand(transport: impl Transport + 'static, device: &Emulated) -> Driver {
     working(device, || Driver::new(Arc::new(transport)))
-}
-
-/// Runs `f` while another thread polls the device.
-fn working<T>(device: &Emulated, f: impl FnOnce() -> T) -> T {
-    let alive = Arc::new(());
-    let watch = Arc::downgrade(&alive);
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            while watch.strong_count() > 0 {
-                device.poll().unwrap();
-                std::thread::yield_now();
-            }
-        });
-        // Gone whatever becomes of `f`.
-        let _alive = alive;
-        f()
-    })
 }
 
 /// A controller on a file of which all is allocated, in the middle of a Deallocate of all of it.

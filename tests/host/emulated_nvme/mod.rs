@@ -1,5 +1,6 @@
 //! The NVMe model, by a driver of the smallest sort.
 
+mod coalescing;
 mod commands;
 mod faults;
 mod long_commands;
@@ -154,4 +155,21 @@ fn nvme() -> (Emulated, Power) {
     let nvme = Nvme::new(namespaces.into());
     let power = nvme.power();
     (Emulated::new(nvme).unwrap(), power)
+}
+
+/// Runs `f` while another thread polls the device.
+fn working<T>(device: &Emulated, f: impl FnOnce() -> T) -> T {
+    let alive = Arc::new(());
+    let watch = Arc::downgrade(&alive);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while watch.strong_count() > 0 {
+                device.poll().unwrap();
+                std::thread::yield_now();
+            }
+        });
+        // Gone whatever becomes of `f`.
+        let _alive = alive;
+        f()
+    })
 }
