@@ -29,6 +29,7 @@ pub mod io {
 pub mod feature {
     pub const VOLATILE_WRITE_CACHE: u8 = 0x06;
     pub const NUMBER_OF_QUEUES: u8 = 0x07;
+    pub const INTERRUPT_COALESCING: u8 = 0x08;
     pub const ASYNCHRONOUS_EVENTS: u8 = 0x0b;
 }
 

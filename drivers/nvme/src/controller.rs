@@ -1,8 +1,10 @@
 //! A controller, which all threads that do I/O with it share.
 
+mod features;
 mod namespaces;
 mod queues;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,116 +23,13 @@ use super::identify::Identity;
 use super::log_page::{ERROR_ENTRY, ERRORS, ErrorEntry, HEALTH, Health};
 use super::pair::MOST_ENTRIES;
 use super::queue::IoQueue;
+use super::settings::Settings;
 
 /// The least and the greatest time limit of a shutdown. Not all controllers state one (NVMe Base 1.4 §7.6.2).
 const SHUTDOWN: Duration = Duration::from_secs(10);
 const LONGEST_SHUTDOWN: Duration = Duration::from_secs(60);
 /// The namespace ID that means all namespaces.
 const ALL: u32 = u32::MAX;
-
-/// The settings of a controller.
-///
-/// ```
-/// use std::time::Duration;
-/// use vfio_remap_nvme::Settings;
-///
-/// // Four queues that wait for interrupts.
-/// const SETTINGS: Settings = Settings::DEFAULT.with_queues(4).with_interrupts(true);
-/// assert_eq!((SETTINGS.queues, SETTINGS.timeout), (4, Duration::from_secs(10)));
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Settings {
-    /// How many I/O queues to request: one for each thread.
-    pub queues: u16,
-    /// Entries of an I/O queue, of which one is always unused: 2 to 16384, or fewer if the controller has a
-    /// lower limit (CAP.MQES). Other values are clamped.
-    pub entries: u16,
-    /// Whether to wait for completions by MSI-X instead of polling.
-    pub interrupts: bool,
-    /// The time limit of a command, after which it is aborted.
-    pub timeout: Duration,
-    /// The time limit of the abort, after which the controller is reset.
-    pub grace: Duration,
-    /// The time limit of a command of the admin queue.
-    pub admin_timeout: Duration,
-    /// How long the controller's registers cannot or must not be read after it was disabled. The driver does
-    /// not access them for this time after each disable. [`Controller::new`] may follow a disable by another
-    /// program, so it waits this long for the registers to respond. Most controllers need no delay. Linux uses
-    /// 2.3 seconds for some (`NVME_QUIRK_DELAY_BEFORE_CHK_RDY`).
-    ///
-    /// If it is zero and registers read all ones after a disable, the driver waits for them for the time in
-    /// CAP.TO, while configuration space responds.
-    pub disable_delay: Duration,
-}
-
-impl Settings {
-    /// One polled queue of 256 entries, and a time limit of ten seconds for commands.
-    pub const DEFAULT: Self = Self {
-        queues: 1,
-        entries: 256,
-        interrupts: false,
-        timeout: Duration::from_secs(10),
-        grace: Duration::from_secs(1),
-        admin_timeout: Duration::from_secs(5),
-        disable_delay: Duration::ZERO,
-    };
-
-    /// The same settings with this value of [`queues`](Self::queues).
-    #[must_use]
-    pub const fn with_queues(mut self, queues: u16) -> Self {
-        self.queues = queues;
-        self
-    }
-
-    /// The same settings with this value of [`entries`](Self::entries).
-    #[must_use]
-    pub const fn with_entries(mut self, entries: u16) -> Self {
-        self.entries = entries;
-        self
-    }
-
-    /// The same settings with this value of [`interrupts`](Self::interrupts).
-    #[must_use]
-    pub const fn with_interrupts(mut self, interrupts: bool) -> Self {
-        self.interrupts = interrupts;
-        self
-    }
-
-    /// The same settings with this value of [`timeout`](Self::timeout).
-    #[must_use]
-    pub const fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
-        self
-    }
-
-    /// The same settings with this value of [`grace`](Self::grace).
-    #[must_use]
-    pub const fn with_grace(mut self, grace: Duration) -> Self {
-        self.grace = grace;
-        self
-    }
-
-    /// The same settings with this value of [`admin_timeout`](Self::admin_timeout).
-    #[must_use]
-    pub const fn with_admin_timeout(mut self, admin_timeout: Duration) -> Self {
-        self.admin_timeout = admin_timeout;
-        self
-    }
-
-    /// The same settings with this value of [`disable_delay`](Self::disable_delay).
-    #[must_use]
-    pub const fn with_disable_delay(mut self, disable_delay: Duration) -> Self {
-        self.disable_delay = disable_delay;
-        self
-    }
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
-}
 
 /// An NVMe controller that is ready. Threads share it; each has its own [`IoQueue`].
 ///
@@ -156,8 +55,8 @@ struct State {
     free: Vec<u16>,
     /// The numbers of the queues that the controller has.
     attached: Vec<u16>,
-    /// The setting of the write cache, to restore it after a reset.
-    write_cache: Option<bool>,
+    /// Features that were set, to set them again after a reset.
+    features: BTreeMap<u8, u32>,
     /// Why the controller could not be initialized again.
     failed: Option<Error>,
     /// The controller was disabled after all generations below this one, so it cannot reach their memory.
@@ -205,7 +104,7 @@ impl Controller {
             admin,
             free: (1..=queues).rev().collect(),
             attached: Vec::new(),
-            write_cache: None,
+            features: BTreeMap::new(),
             failed: None,
             quiet_below: 0,
             kept: Vec::new(),
@@ -360,34 +259,6 @@ impl Controller {
         })
     }
 
-    /// Enables or disables the volatile write cache. The setting is restored after a reset of the controller.
-    ///
-    /// # Errors
-    /// `Unsupported` if it has none; the controller's error.
-    pub fn set_write_cache(&self, on: bool) -> Result<()> {
-        if !self.identity.has_write_cache {
-            return Err(Error::new(ErrorKind::Unsupported, "set", "the write cache")
-                .with_reason(format!("{} has none", self.name())));
-        }
-        let mut state = self.state();
-        if let Some(error) = &state.failed {
-            return Err(error.clone());
-        }
-        // The lock is held, so no reset comes in between.
-        set_write_cache(&mut state.admin, on)?;
-        state.write_cache = Some(on);
-        Ok(())
-    }
-
-    /// Whether the volatile write cache is enabled.
-    pub fn write_cache(&self) -> Result<bool> {
-        let command =
-            Command::new(admin::GET_FEATURES, 0).dwords_10(feature::VOLATILE_WRITE_CACHE.into(), 0);
-        let operation = "get the features of";
-        let request = AdminCommand { operation, command, with_data: false };
-        Ok(self.identity.has_write_cache && self.admin(|admin| admin.execute(&request))? & 1 != 0)
-    }
-
     /// A pair of I/O queues with its doorbells, for one thread.
     ///
     /// # Errors
@@ -495,8 +366,8 @@ impl Controller {
         if queues < self.queues {
             return error(format!("it has {queues} queues now, but had {}", self.queues));
         }
-        if let Some(on) = state.write_cache {
-            set_write_cache(&mut state.admin, on)?;
+        for (feature, value) in &state.features {
+            features::set(&mut state.admin, *feature, *value)?;
         }
         state.admin.request_events(found.event_limit)
     }
@@ -561,13 +432,6 @@ fn request_queues(device: &Device, admin: &mut Admin, wanted: u16) -> Result<u16
             "it has {submission:#x} and {completion:#x}, which are not counts of queues"
         ))),
     }
-}
-
-fn set_write_cache(admin: &mut Admin, on: bool) -> Result<()> {
-    let command = Command::new(admin::SET_FEATURES, 0)
-        .dwords_10(feature::VOLATILE_WRITE_CACHE.into(), on.into());
-    let operation = "set the write cache of";
-    admin.execute(&AdminCommand { operation, command, with_data: false }).map(drop)
 }
 
 /// Reads the first `len` bytes of a log page. If the page is shorter, the rest is zero.

@@ -34,8 +34,7 @@ pub struct QueueShape {
     pub page_shift: u32,
     /// The largest transfer in bytes: at most [`LIST`](super::prp::LIST) pages.
     pub max_transfer: usize,
-    /// After how many completions the head doorbell is rung. One if the controller fires an interrupt for each
-    /// batch; with polling, half a queue is enough.
+    /// After how many completions the head doorbell is rung: at least one, and at most as many as the queue can hold.
     pub acknowledge_after: u16,
 }
 
@@ -352,9 +351,15 @@ impl QueuePair {
     /// time.
     #[inline]
     pub fn acknowledge(&mut self) {
+        self.acknowledge_after(self.acknowledge_after);
+    }
+
+    /// Rings the head doorbell if `count` completions were taken since the last time.
+    #[inline]
+    pub fn acknowledge_after(&mut self, count: usize) {
         let head = self.completions.position();
         let wrapped = if head < self.rung_head { self.completions.len() } else { 0 };
-        if head + wrapped - self.rung_head >= self.acknowledge_after {
+        if head + wrapped - self.rung_head >= count {
             self.rung_head = head;
             let rung = self.doorbells.head.write(head as u32);
             self.check_doorbell(rung);

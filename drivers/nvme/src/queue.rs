@@ -10,6 +10,8 @@ use vfio_remap::{Error, Result};
 use super::controller::{Condition, Controller};
 use super::doorbells::Doorbells;
 use super::pair::{Completion, QueuePair, QueueShape};
+use super::settings::Settings;
+use super::spin::{Spin, Wait};
 
 /// A polled queue reads the clock after this many empty polls, because the clock costs as much as many polls;
 /// and how many polls a batch counts for.
@@ -43,6 +45,8 @@ pub struct IoQueue {
     pub(super) max_transfer: usize,
     id: u16,
     vector: Option<usize>,
+    spin: Spin,
+    sleeps: u64,
     /// The generation of the controller in which the queue was created.
     generation: u32,
     /// Why the queue could not be created again.
@@ -68,8 +72,8 @@ impl IoQueue {
         let (entries, page_shift) = controller.queue_shape();
         let max_transfer = controller.identity().max_transfer;
         let vector = controller.vector(id);
-        // The controller may hold the next interrupt back until the completions before it are acknowledged.
-        let acknowledge_after = if vector.is_some() { 1 } else { entries.div_ceil(2) };
+        let Settings { acknowledge_after, spin, .. } = *controller.settings();
+        let acknowledge_after = acknowledge_after.unwrap_or(entries / 2).clamp(1, entries - 1);
         let shape = QueueShape { entries, page_shift, max_transfer, acknowledge_after };
         let doorbells = Doorbells::new(controller.device(), id, controller.doorbell_stride())?;
         let mut pair = QueuePair::new(controller.space(), doorbells, &shape)?;
@@ -82,6 +86,8 @@ impl IoQueue {
             max_transfer,
             id,
             vector,
+            spin: Spin::new(spin),
+            sleeps: 0,
             generation,
             failed: None,
             created: Instant::now(),
@@ -170,15 +176,50 @@ impl IoQueue {
     #[inline]
     pub fn wait(&mut self) -> Option<Completion> {
         self.ring();
-        loop {
-            if let Some(done) = self.pop() {
-                return Some(done);
+        if let Some(done) = self.pop() { Some(done) } else { self.wait_longer() }
+    }
+
+    /// Waits until `count` commands have completed, or all that are outstanding. Passes these completions, and any
+    /// others that are there, to `done`. Returns how many there were.
+    ///
+    /// With interrupts, this sleeps fewer times than `count` calls of [`wait`](Self::wait) if the controller reports
+    /// several completions by one interrupt
+    /// ([`Controller::set_interrupt_coalescing`](super::Controller::set_interrupt_coalescing)).
+    pub fn wait_for(&mut self, count: usize, mut done: impl FnMut(Completion)) -> usize {
+        let mut taken = 0;
+        while taken < count {
+            let Some(first) = self.wait() else { break };
+            done(first);
+            taken += 1;
+            while let Some(next) = self.pop() {
+                done(next);
+                taken += 1;
             }
+        }
+        taken
+    }
+
+    /// How often the queue has slept until an interrupt.
+    pub fn sleeps(&self) -> u64 {
+        self.sleeps
+    }
+
+    /// Waits after a poll without a completion.
+    #[inline(never)]
+    fn wait_longer(&mut self) -> Option<Completion> {
+        let wait = self.vector.map(|_| self.spin.begin());
+        loop {
             if self.outstanding() == 0 {
                 self.recreate_if_broken();
                 return None;
             }
-            self.pause();
+            self.pause(wait.as_ref());
+            if let Some(done) = self.pop() {
+                if let Some(wait) = &wait {
+                    self.spin.end(wait);
+                }
+                return Some(done);
+            }
         }
     }
 
@@ -192,21 +233,25 @@ impl IoQueue {
 
     /// Waits between two polls, or for an interrupt.
     #[inline]
-    fn pause(&mut self) {
-        if let Some(vector) = self.vector {
-            self.sleep(vector);
-            return;
-        }
-        // `pop` has just checked the queue.
-        if self.polls == 0 {
-            self.pair.ring();
-            // Other threads may need the processor, for example an emulated controller.
-            std::thread::yield_now();
+    fn pause(&mut self, wait: Option<&Wait>) {
+        match self.vector {
+            Some(_) if wait.is_some_and(Wait::polls) => std::hint::spin_loop(),
+            Some(vector) => self.sleep(vector),
+            // `pop` has just checked the queue.
+            None if self.polls == 0 => {
+                self.pair.ring();
+                // Other threads may need the processor, for example an emulated controller.
+                std::thread::yield_now();
+            }
+            None => {}
         }
     }
 
     fn sleep(&mut self, vector: usize) {
-        self.pair.ring();
+        if self.generation == self.controller.generation() {
+            self.pair.acknowledge_after(1);
+        }
+        self.sleeps += 1;
         match self.controller.wait(vector, CHECK_INTERVAL) {
             Ok(true) => {}
             Ok(false) => self.check(),

@@ -11,7 +11,7 @@ use vfio_remap::{Device, ErrorKind};
 use vfio_remap_nvme::{Completion, Controller, IoQueue, Namespace, Settings, Status};
 
 /// Nothing here is about commands that are late.
-const SETTINGS: Settings = Settings::DEFAULT
+pub const SETTINGS: Settings = Settings::DEFAULT
     .with_queues(4)
     .with_entries(64)
     .with_timeout(Duration::from_secs(30))
@@ -19,7 +19,7 @@ const SETTINGS: Settings = Settings::DEFAULT
     .with_admin_timeout(Duration::from_secs(30));
 
 /// Two namespaces: 1 MiB in blocks of 512, 4 MiB in blocks of 4096 bytes.
-fn model() -> (Emulated, Power) {
+pub fn model() -> (Emulated, Power) {
     let storage = [(1 << 20, 512), (4 << 20, 4096)];
     let storage = storage.map(|(size, block)| Storage::memory(size, block).unwrap());
     let nvme = Nvme::new(storage.into());
@@ -27,7 +27,7 @@ fn model() -> (Emulated, Power) {
     (Emulated::new(nvme).unwrap(), power)
 }
 
-fn controller(model: &Emulated, settings: Settings) -> Arc<Controller> {
+pub fn controller(model: &Emulated, settings: Settings) -> Arc<Controller> {
     Controller::new(Device::new(Arc::new(model.clone())), settings).unwrap()
 }
 
@@ -57,7 +57,7 @@ fn pattern(len: usize, seed: usize) -> Vec<u8> {
 }
 
 /// Runs `f` while another thread polls the model.
-fn working<T>(model: &Emulated, f: impl FnOnce() -> T) -> T {
+pub fn working<T>(model: &Emulated, f: impl FnOnce() -> T) -> T {
     let alive = Arc::new(());
     let watch = Arc::downgrade(&alive);
     std::thread::scope(|scope| {

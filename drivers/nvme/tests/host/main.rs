@@ -7,3 +7,4 @@ mod faults;
 mod mappings;
 mod registers;
 mod scripted;
+mod waiting;
