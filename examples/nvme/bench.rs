@@ -1,9 +1,12 @@
 //! `nvme bench`: random reads and writes by one or more threads.
 
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use serde_json::json;
 use vfio_remap::device::DmaBuffer;
 use vfio_remap::{Error, ErrorKind, Result};
@@ -13,6 +16,7 @@ use crate::histogram::Latencies;
 use crate::mover::Mover;
 use crate::options::{Bench, Options};
 use crate::session::Session;
+use crate::stop;
 use vfio_remap_nvme::{Completion, IoQueue, Namespace, Settings};
 
 /// The latency of one request of this many is measured.
@@ -31,7 +35,12 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     let settings = Settings::DEFAULT
         .with_queues(bench.threads.max(1))
         .with_entries(entries.max(Settings::DEFAULT.entries))
-        .with_interrupts(bench.interrupts);
+        .with_interrupts(bench.interrupts)
+        .with_spin(Duration::from_micros(bench.spin));
+    let settings = match bench.acknowledge_after {
+        Some(completions) => settings.with_acknowledge_after(completions),
+        None => settings,
+    };
     let session = Session::open(&options.common, settings)?;
     check(bench, &session)?;
     if bench.read_percent < 100 {
@@ -46,15 +55,24 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     if !options.common.json {
         introduce(bench, &session, &queues);
     }
-    let time = Duration::from_secs(bench.seconds.max(1));
+    let time = bench.time;
     let start = Barrier::new(queues.len());
     // All workers are made before the first thread starts, because each thread waits for the others.
     let workers = queues.into_iter().map(|queue| Worker::new(queue, session.namespace, bench));
     let workers = workers.collect::<Result<Vec<_>>>()?;
-    let start = &start;
+    let mut processors = if bench.pin { processors() } else { Vec::new() }.into_iter();
+    let stop = stop::flag()?;
+    let (start, stop) = (&start, &*stop);
     let tallies = thread::scope(|scope| {
-        let threads =
-            workers.into_iter().map(|worker| scope.spawn(move || worker.run(time, start)));
+        let threads = workers.into_iter().map(|worker| {
+            let processor = processors.next();
+            scope.spawn(move || {
+                if let Some(Err(error)) = processor.map(pin) {
+                    eprintln!("warning: {error}");
+                }
+                worker.run(time, start, stop)
+            })
+        });
         let threads: Vec<_> = threads.collect();
         let joined = threads.into_iter().map(|thread| {
             thread.join().unwrap_or_else(|_| {
@@ -65,6 +83,22 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
     })?;
     report(options, bench, &tallies);
     session.close()
+}
+
+/// The processors that this process may use.
+fn processors() -> Vec<usize> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
+    (0..CpuSet::count()).filter(|processor| allowed.is_set(*processor) == Ok(true)).collect()
+}
+
+/// Keeps the calling thread on a processor (`man 2 sched_setaffinity`).
+fn pin(processor: usize) -> Result<()> {
+    let mut only = CpuSet::new();
+    let pinned = only.set(processor).and_then(|()| sched_setaffinity(Pid::from_raw(0), &only));
+    pinned.map_err(|errno| {
+        Error::new(ErrorKind::Os, "pin a thread to", format!("processor {processor}"))
+            .with_errno(errno as i32)
+    })
 }
 
 fn check(bench: &Bench, session: &Session) -> Result<()> {
@@ -91,7 +125,8 @@ fn check(bench: &Bench, session: &Session) -> Result<()> {
 }
 
 fn introduce(bench: &Bench, session: &Session, queues: &[IoQueue]) {
-    let Bench { depth, block_size, read_percent, threads, seconds, .. } = bench;
+    let Bench { depth, block_size, read_percent, threads, time, .. } = bench;
+    let seconds = time.as_secs_f64();
     println!(
         "{}: {read_percent} % reads, {block_size} bytes at random places, {depth} at a time, \
          {threads} threads, {seconds} s",
@@ -182,7 +217,7 @@ impl Worker {
         })
     }
 
-    fn run(mut self, time: Duration, start: &Barrier) -> Result<Tally> {
+    fn run(mut self, time: Duration, start: &Barrier, stop: &AtomicBool) -> Result<Tally> {
         let mut latencies = Latencies::new();
         let mut operations = 0;
         start.wait();
@@ -191,7 +226,7 @@ impl Worker {
             self.submit(tag as u64, buffer)?;
         }
         let mut now = start;
-        while now - start < time {
+        while now - start < time && !stop.load(Ordering::Relaxed) {
             // Takes all completions and submits as many requests, before the doorbell is rung.
             let mut done = self.queue.wait();
             while let Some(Completion { tag, status, buffer, .. }) = done {

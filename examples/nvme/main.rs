@@ -17,6 +17,7 @@ mod pattern;
 mod progress;
 mod session;
 mod show;
+mod stop;
 #[cfg(test)]
 mod tests;
 mod verify;

@@ -1,8 +1,10 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use vfio_remap_nvme::Settings;
 
 /// Drives an NVMe controller from user space.
 ///
@@ -48,7 +50,8 @@ pub enum Task {
     Write(Copy),
     /// Write a pattern with checksums to all blocks, and check all of them.
     Verify(Verify),
-    /// Measure random reads and writes, and the distribution of their latencies.
+    /// Measure random reads and writes, and the distribution of their latencies, for some time or until SIGINT or
+    /// SIGTERM.
     ///
     /// The latency is measured for every 256th request of a thread, because reading the clock takes longer than
     /// the driver does for a request.
@@ -89,12 +92,27 @@ pub struct Bench {
     #[arg(long, value_name = "PERCENT", default_value_t = 100, value_parser = clap::value_parser!(u8).range(..=100))]
     pub read_percent: u8,
     /// The duration
-    #[arg(long, value_name = "S", default_value_t = 3)]
-    pub seconds: u64,
+    #[arg(long = "seconds", value_name = "S", default_value = "3", value_parser = seconds)]
+    pub time: Duration,
     /// The number of threads, each with its own pair of queues and doorbell window
     #[arg(long, value_name = "T", default_value_t = 1)]
     pub threads: u16,
     /// Wait for completions by interrupts (MSI-X) instead of polling
     #[arg(long)]
     pub interrupts: bool,
+    /// With interrupts: poll for up to this many microseconds before sleeping, if completions come that fast
+    #[arg(long, value_name = "US", default_value_t = Settings::DEFAULT.spin.as_micros() as u64)]
+    pub spin: u64,
+    /// Tell the controller after so many completions that they were taken [default: half of the queue]
+    #[arg(long, value_name = "N")]
+    pub acknowledge_after: Option<u16>,
+    /// Keep each thread on a processor of its own, as far as there are enough
+    #[arg(long)]
+    pub pin: bool,
+}
+
+/// A time in seconds, which may be a fraction.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
