@@ -1,4 +1,5 @@
-//! Compares mapping and unmapping for DMA with the same ioctls on the same container.
+//! Compares mapping and unmapping for DMA with the same ioctls on the same container, and buffers that share
+//! mappings with buffers that have one each.
 //!
 //! In the lab: `cargo lab bench dma --kernel NAME`. Elsewhere it measures only the crate's own part, with
 //! a transport that does nothing.
@@ -7,6 +8,7 @@ use std::hint::black_box;
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use vfio_bindings::bindings::vfio::{
@@ -27,6 +29,13 @@ const SIZES: [(usize, usize); 3] = [(4, 4000), (64, 1000), (2048, 100)];
 /// The share of additional time that the crate may take.
 const SHARE: f64 = 0.05;
 
+/// How many buffers of a page there are at once, and in how many rounds they are allocated and dropped.
+const BUFFERS: usize = 1024;
+const ROUNDS: usize = 9;
+
+/// How many times less a buffer in a shared mapping costs, in time and in ioctls.
+const TIMES: f64 = 20.0;
+
 fn main() -> ExitCode {
     let Some(edu) = lab_device("edu") else {
         let space = Device::new(Arc::new(Nothing)).dma().expect("it maps");
@@ -37,9 +46,11 @@ fn main() -> ExitCode {
             || {},
             || through(&space, &memory, IovaPlacement::default()),
         );
-        return ExitCode::SUCCESS;
+        return if buffers(Nothing) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     };
-    let device = Device::new(Arc::new(Vfio::options().by_group().open(edu).expect("a group")));
+    let open = || Vfio::options().by_group().open(edu).expect("a group");
+    let mut good = buffers(open());
+    let device = Device::new(Arc::new(open()));
     let space = device.dma().expect("edu does DMA");
     // Fragments the allocator's free ranges, as in a running driver.
     let own = BufferRequest::new(4096).own_mapping();
@@ -47,7 +58,6 @@ fn main() -> ExitCode {
     let held: Vec<_> = held.into_iter().enumerate().filter(|(index, _)| index % 2 == 0).collect();
     let container = container().expect("the group's container is open");
     println!("map and unmap\n  {:<22} {:>9} {:>9} {:>9}", "", "ioctls", "crate", "excess");
-    let mut good = true;
     for (kib, pairs) in SIZES {
         let memory = memory(&space, kib << 10);
         // Both sides map at the same address alternately: whether the IOMMU's tables exist already makes
@@ -64,6 +74,41 @@ fn main() -> ExitCode {
     }
     drop((held, space));
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Prints what a buffer of a page costs: with a mapping of its own, and in a shared one, the first time and after
+/// others were dropped. Returns whether the latter costs so many times less.
+fn buffers(transport: impl Transport) -> bool {
+    let calls = Arc::new(AtomicU64::new(0));
+    let device = Device::new(Arc::new(Counting { inner: transport, calls: calls.clone() }));
+    let space = device.dma().expect("it does DMA");
+    println!("a buffer of 4 KiB, allocated and dropped, of {BUFFERS} at once");
+    // Nanoseconds and ioctls of each.
+    let measure = |name: &str, request: BufferRequest| {
+        let mut times = Vec::new();
+        let before = calls.load(Ordering::Relaxed);
+        for _ in 0..ROUNDS {
+            let start = Instant::now();
+            let all = (0..BUFFERS).map(|_| space.buffer_with(request).expect("memory"));
+            drop(black_box(all.collect::<Vec<_>>()));
+            times.push(start.elapsed().as_nanos() as f64 / BUFFERS as f64);
+        }
+        let ioctls = (calls.load(Ordering::Relaxed) - before) as f64 / (ROUNDS * BUFFERS) as f64;
+        let time = median(times);
+        println!("  {name:<34} {time:>7.0} ns {ioctls:>9.4} ioctls");
+        (time, ioctls)
+    };
+    let request = BufferRequest::new(4096);
+    let own = measure("with a mapping of its own", request.own_mapping());
+    measure("in shared mappings, made each time", request);
+    // Keeps the mappings, as a running driver does.
+    let kept: Vec<_> = (0..BUFFERS + 1).map(|_| space.buffer(4096).expect("memory")).collect();
+    let (_used, kept): (Vec<_>, Vec<_>) =
+        kept.into_iter().enumerate().partition(|(index, _)| index % 16 > 0);
+    drop(_used);
+    let shared = measure("in shared mappings that exist", request);
+    drop(kept);
+    own.0 >= TIMES * shared.0 && own.1 >= TIMES * shared.1
 }
 
 /// Memory of a buffer with a mapping of its own.
@@ -151,6 +196,45 @@ fn by_hand(container: RawFd, memory: &DmaMemory, iova: Iova) {
         ]
     };
     assert_eq!((done, unmap.size), ([0, 0], map.size));
+}
+
+/// Counts the mappings that are made and removed.
+#[derive(Debug)]
+struct Counting<T> {
+    inner: T,
+    calls: Arc<AtomicU64>,
+}
+
+impl<T: Transport> Transport for Counting<T> {
+    fn info(&self) -> DeviceInfo {
+        self.inner.info()
+    }
+
+    fn region(&self, index: u32) -> Result<RegionInfo> {
+        self.inner.region(index)
+    }
+
+    fn read_at(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.inner.read_at(region, offset, data)
+    }
+
+    fn write_at(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        self.inner.write_at(region, offset, data)
+    }
+
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        self.inner.dma_limits()
+    }
+
+    fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.inner.dma_map(iova, memory, access)
+    }
+
+    fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.inner.dma_unmap(iova, size)
+    }
 }
 
 /// Accepts all mappings and does nothing.
