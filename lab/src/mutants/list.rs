@@ -355,4 +355,50 @@ pub static MUTANTS: &[Mutant] = &[
             test: "binding::a_viable_group_opens_once_the_neighbour_is_bound",
         },
     },
+    // The Ethernet driver.
+    Mutant {
+        name: "frame-beyond-its-buffer",
+        file: "drivers/ethernet/src/receive.rs",
+        before: "received.is_whole() && len.wrapping_sub(1) < longest",
+        after: "received.is_whole() && longest > 0",
+        killer: Host(
+            "--package vfio-remap-ethernet --test host -- hostile::lengths_that_a_device_claims_stay_within_the_buffer",
+        ),
+    },
+    Mutant {
+        name: "frame-of-another-address-space",
+        file: "drivers/ethernet/src/transmit/write.rs",
+        before: "self.0.space == space",
+        after: "space == space",
+        killer: Host(
+            "--package vfio-remap-ethernet --test host -- sharing::a_card_refuses_buffers_that_it_does_not_reach",
+        ),
+    },
+    Mutant {
+        name: "memory-of-a-queue-not-kept",
+        file: "drivers/ethernet/src/nic.rs",
+        before: "state.kept.push((direction, queue, memory));",
+        after: "drop(memory);",
+        killer: Host(
+            "--package vfio-remap-ethernet --test host -- memory_of_a_queue_that_cannot_be_stopped_is_kept",
+        ),
+    },
+    Mutant {
+        name: "hung-transmitter-not-noticed",
+        file: "drivers/ethernet/src/transmit.rs",
+        before: "watched.elapsed() >= WATCH",
+        after: "watched.elapsed() >= WATCH * 1_000_000",
+        killer: Host(
+            "--package vfio-remap-ethernet --test host -- a_program_that_seldom_looks_notices_what_is_wrong",
+        ),
+    },
+    Mutant {
+        name: "reset-before-a-queue-not-noticed",
+        file: "drivers/ethernet/src/nic/recovery.rs",
+        before: "        if self.hardware.is_set_up()? {",
+        after: "        if self.hardware.is_set_up().is_ok() {",
+        killer: Host(
+            "--package vfio-remap-ethernet --test host -- a_card_that_others_have_reset_is_set_up_for_a_new_queue",
+        ),
+    },
 ];

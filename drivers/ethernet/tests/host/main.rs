@@ -5,8 +5,10 @@ mod fault_run;
 #[cfg(feature = "smoltcp")]
 mod faults;
 mod hostile;
+mod many_queues;
 mod sharing;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -249,4 +251,53 @@ fn a_program_that_seldom_looks_notices_what_is_wrong() {
         }
     }
     card.stop();
+}
+
+#[test]
+fn memory_of_a_queue_that_cannot_be_stopped_is_kept() {
+    let faults = Faults::new([(0, Fault::Removal)]);
+    let (port, _network) = Port::pair();
+    let End { nic, mut queues, mut pool, .. } = End::new(1, port, &faults, Settings::DEFAULT);
+    nic.wait_for_link(LONG).unwrap();
+    let all = BTreeSet::from_iter(addresses(&mut pool));
+    // The card has buffers, and is removed as it sends.
+    queues.receiver.receive(&mut pool, &mut Vec::new(), BURST).unwrap();
+    let mut frames = vec![pool.frame_of(&[0xff; 60]).unwrap()];
+    queues.transmitter.transmit(&mut frames, &mut pool).unwrap();
+    let end = Instant::now() + LONG;
+    while faults.remaining() > 0 {
+        assert!(Instant::now() < end);
+    }
+    queues.transmitter.stop(&mut pool).unwrap_err();
+    queues.receiver.stop(&mut pool).unwrap_err();
+    let theirs: BTreeSet<_> = &all - &BTreeSet::from_iter(addresses(&mut pool));
+    assert_eq!(theirs.len(), usize::from(Settings::DEFAULT.receive_entries));
+    assert_eq!(nic.queue().unwrap_err().kind(), ErrorKind::InUse);
+    // Nobody else gets it, as long as the card is not known to be quiet.
+    drop(pool);
+    let mut others = nic.pool(4 * BUFFERS).unwrap();
+    assert!(addresses(&mut others).iter().all(|address| !theirs.contains(address)));
+    drop(others);
+    faults.plug_in();
+    nic.reset().unwrap();
+    let mut others = nic.pool(4 * BUFFERS).unwrap();
+    assert!(addresses(&mut others).iter().any(|address| theirs.contains(address)));
+    let card = End {
+        queues: nic.queue().unwrap(),
+        pool: nic.pool(BUFFERS).unwrap(),
+        nic,
+        sequence: 0,
+        last: None,
+        received: 0,
+    };
+    drop(others);
+    card.stop();
+}
+
+/// Of the buffers that are in a pool.
+fn addresses(pool: &mut Pool) -> Vec<u64> {
+    let frames: Vec<_> = std::iter::from_fn(|| pool.frame(0)).collect();
+    let addresses = frames.iter().map(|frame| frame.buffer().iova().0).collect();
+    frames.into_iter().for_each(|frame| pool.put(frame).unwrap());
+    addresses
 }
