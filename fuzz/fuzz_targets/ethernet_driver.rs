@@ -15,10 +15,9 @@ use smoltcp::time::Instant;
 use smoltcp::wire::{IpAddress, IpCidr};
 use vfio_remap::Device;
 use vfio_remap::device::DmaBuffer;
-use vfio_remap::emulated::Emulated;
 use vfio_remap_ethernet::smoltcp::StackDevice;
 use vfio_remap_ethernet::{Frame, Nic, Pool, QueuePair, Settings};
-use vfio_remap_fuzz::card::Hand;
+use vfio_remap_fuzz::card::{Direct, Hand};
 use vfio_remap_fuzz::input::Input;
 use vfio_remap_fuzz::start;
 
@@ -33,7 +32,7 @@ const BURST: usize = 8;
 /// A card that is up.
 struct Up {
     hand: Hand,
-    model: Emulated,
+    transport: Arc<Direct>,
     nic: Arc<Nic>,
     /// Where the registers of its queues begin.
     rings: [u32; 2],
@@ -44,10 +43,11 @@ struct Up {
 impl Up {
     fn new(device: u16, rings: [u32; 2]) -> Self {
         let hand = Hand::default();
-        let model = Emulated::polled(hand.model(device)).expect("a device");
-        let nic = Nic::new(Device::new(Arc::new(model.clone())), SETTINGS).expect("a card");
+        let transport = Arc::new(Direct::new(&hand, device).expect("a device"));
+        let nic = Nic::new(Device::new(transport.clone()), SETTINGS).expect("a card");
+        hand.card().is_well();
         let _memory = nic.device().dma().expect("a space").buffer(4096).expect("a buffer");
-        Self { hand, model, nic, rings, _memory }
+        Self { hand, transport, nic, rings, _memory }
     }
 }
 
@@ -80,11 +80,9 @@ fn misbehave(up: &Up, step: u8, input: &mut Input<'_>) -> bool {
             let len = if len == 0 { bytes.len() as u64 } else { len.into() };
             card.frames.push((at, len << 32 | u64::from(flags) | 3, bytes));
         }
-        3 => card.touch(input.u16().into(), input.u32()),
-        4 => card.touch(
-            up.rings[usize::from(input.u8() & 1)] + u32::from(input.u8() & 0x3c),
-            input.u32(),
-        ),
+        3 => card.set(input.u16().into(), input.u32()),
+        4 => card
+            .set(up.rings[usize::from(input.u8() & 1)] + u32::from(input.u8() & 0x3c), input.u32()),
         5 => card.freeze(input.u16().into(), input.u32()),
         6 => card.freeze(
             up.rings[usize::from(input.u8() & 1)] + u32::from(input.u8() & 0x3c),
@@ -94,7 +92,7 @@ fn misbehave(up: &Up, step: u8, input: &mut Input<'_>) -> bool {
         _ => return false,
     }
     drop(card);
-    up.model.poll().expect("the model does not panic");
+    up.transport.model().poll().expect("the model does not panic");
     true
 }
 
@@ -173,7 +171,7 @@ fn use_card(
     }
 }
 
-/// Whether the card has to be reset.
+/// Whether the queues could be stopped.
 fn by_queues(up: &Up, queues: QueuePair, input: &mut Input<'_>) -> bool {
     let (nic, mut queues) = (&up.nic, queues);
     let mut pool = nic.pool(BUFFERS).expect("a pool");
@@ -184,7 +182,7 @@ fn by_queues(up: &Up, queues: QueuePair, input: &mut Input<'_>) -> bool {
             use_card(nic, &mut queues, &mut pool, &mut frames, step, input);
         }
     }
-    let touched = up.hand.card().heal();
+    up.hand.card().heal();
     for frame in frames {
         pool.put(frame).expect("it is one of the pool's");
     }
@@ -195,7 +193,7 @@ fn by_queues(up: &Up, queues: QueuePair, input: &mut Input<'_>) -> bool {
     if stopped {
         assert_eq!(pool.len(), BUFFERS, "buffers are lost");
     }
-    touched || !stopped
+    stopped
 }
 
 /// With a TCP/IP stack on top.
@@ -219,20 +217,24 @@ fn by_stack(up: &Up, queues: QueuePair, input: &mut Input<'_>) -> bool {
             let _ = device.flush();
         }
     }
-    let touched = up.hand.card().heal();
-    device.stop().is_err() || touched
+    up.hand.card().heal();
+    device.stop().is_ok()
 }
 
 fuzz_target!(init: start(Vec::new), |bytes: &[u8]| {
     let mut input = Input::new(bytes);
     let choice = input.u8();
     let up = &CARDS[usize::from(choice & 1)];
-    let queues = up.nic.queue().expect("nobody has it");
-    let is_unwell = match choice & 6 {
+    // The last run may have left a driver that waits for the card to be back.
+    let queues = up.nic.queue().or_else(|_| up.nic.reset().and_then(|()| up.nic.queue()));
+    let queues = queues.expect("the card is well, and nobody has its queues");
+    let has_stopped = match choice & 6 {
         6 => by_stack(up, queues, &mut input),
         _ => by_queues(up, queues, &mut input),
     };
-    if is_unwell {
+    if has_stopped {
+        up.hand.card().restore();
+    } else {
         up.nic.reset().expect("it is well again");
     }
     let space = up.nic.device().dma().expect("a space");

@@ -4,8 +4,11 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_remap::Result;
-use vfio_remap::emulated::{Activity, Bus, Model, PciConfig, Shape};
-use vfio_remap::transport::region_index::CONFIG;
+use vfio_remap::emulated::{Activity, Bus, Emulated, Model, PciConfig, Shape};
+use vfio_remap::space::{Access, DmaMemory};
+use vfio_remap::transport::{
+    AddressSpaceId, DeviceInfo, DmaLimits, IrqInfo, RegionInfo, Transport,
+};
 
 const BAR_SIZE: u32 = 0x2_0000;
 const CTRL: u32 = 0x0;
@@ -24,19 +27,19 @@ const INITIAL: [(u32, u32); 5] = [
 ];
 
 /// What the target makes of the card. Clones are the same one.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Hand(Arc<Mutex<Card>>);
 
 /// The registers, and how the card misbehaves.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Card {
     registers: Vec<u32>,
+    /// As the driver has set them up, without queues.
+    well: Vec<u32>,
     /// Registers that always read the same.
     frozen: Vec<(u32, u32)>,
     /// All registers read all ones.
     is_gone: bool,
-    /// Registers are not what the driver has made of them.
-    is_touched: bool,
     /// What it writes to memory the next time it is polled: addresses, and eight bytes each.
     pub writes: Vec<(u64, u64)>,
     /// Frames that it claims to have received: the address of a descriptor, its second word, and the bytes.
@@ -44,12 +47,6 @@ pub struct Card {
 }
 
 impl Hand {
-    /// The card's model; `device` is its PCI device ID.
-    pub fn model(&self, device: u16) -> impl Model + use<> {
-        let config = PciConfig::new(4096, 0x8086, device, 0x02_0000, 1).bar32(0, BAR_SIZE);
-        Served { config, hand: self.clone() }
-    }
-
     /// The card.
     pub fn card(&self) -> MutexGuard<'_, Card> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -58,12 +55,7 @@ impl Hand {
 
 impl Card {
     /// Sets a register, until the driver writes it.
-    pub fn touch(&mut self, offset: u32, value: u32) {
-        self.is_touched = true;
-        self.set(offset, value);
-    }
-
-    fn set(&mut self, offset: u32, value: u32) {
+    pub fn set(&mut self, offset: u32, value: u32) {
         if let Some(register) = self.registers.get_mut(offset as usize / 4) {
             *register = value;
         }
@@ -71,23 +63,30 @@ impl Card {
 
     /// Has a register read this value whatever is written.
     pub fn freeze(&mut self, offset: u32, value: u32) {
-        self.is_touched = true;
         self.frozen.push((offset & !3, value));
     }
 
     /// Is pulled, or plugged in.
     pub fn toggle(&mut self) {
-        self.is_touched = true;
         self.is_gone = !self.is_gone;
     }
 
-    /// Is a well-behaved card from now on; whether its registers were touched.
-    pub fn heal(&mut self) -> bool {
+    /// The driver has set it up, and has no queues.
+    pub fn is_well(&mut self) {
+        self.well.clone_from(&self.registers);
+    }
+
+    /// Its registers are once more as they were then.
+    pub fn restore(&mut self) {
+        self.registers.clone_from(&self.well);
+    }
+
+    /// Is a well-behaved card from now on.
+    pub fn heal(&mut self) {
         self.frozen.clear();
         self.is_gone = false;
         self.writes.clear();
         self.frames.clear();
-        std::mem::take(&mut self.is_touched)
     }
 
     /// The address of entry `index` of the ring whose registers begin at `offset`, as the card was told.
@@ -132,6 +131,90 @@ impl Card {
     }
 }
 
+/// The card as a transport. A driver writes some hundred registers when it sets a card up: they are reached without
+/// the way to a model, which takes three times as long.
+#[derive(Debug)]
+pub struct Direct {
+    hand: Hand,
+    /// For all the rest.
+    model: Emulated,
+}
+
+impl Direct {
+    /// The card; `device` is its PCI device ID.
+    ///
+    /// # Errors
+    /// As [`Emulated::polled`].
+    pub fn new(hand: &Hand, device: u16) -> Result<Self> {
+        let config = PciConfig::new(4096, 0x8086, device, 0x02_0000, 1).bar32(0, BAR_SIZE);
+        let model = Emulated::polled(Served { config, hand: hand.clone() })?;
+        Ok(Self { hand: hand.clone(), model })
+    }
+
+    /// The model, to be polled.
+    pub fn model(&self) -> &Emulated {
+        &self.model
+    }
+}
+
+impl Transport for Direct {
+    fn info(&self) -> DeviceInfo {
+        self.model.info()
+    }
+
+    fn region(&self, index: u32) -> Result<RegionInfo> {
+        self.model.region(index)
+    }
+
+    fn read_at(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        if region != 0 {
+            return self.model.read_at(region, offset, data);
+        }
+        let mut card = self.hand.card();
+        for (part, at) in data.chunks_mut(4).zip((offset as u32..).step_by(4)) {
+            part.copy_from_slice(&card.read(at).to_le_bytes()[..part.len()]);
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        if region != 0 {
+            return self.model.write_at(region, offset, data);
+        }
+        let mut card = self.hand.card();
+        let (words, _) = data.as_chunks::<4>();
+        for (word, at) in words.iter().zip((offset as u32..).step_by(4)) {
+            card.write(at, u32::from_le_bytes(*word));
+        }
+        Ok(())
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.model.reset()
+    }
+
+    fn irq(&self, index: u32) -> Result<IrqInfo> {
+        self.model.irq(index)
+    }
+
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        self.model.dma_limits()
+    }
+
+    fn address_space(&self) -> Option<AddressSpaceId> {
+        self.model.address_space()
+    }
+
+    fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
+        self.model.dma_map(iova, memory, access)
+    }
+
+    fn dma_unmap(&self, iova: u64, size: u64) -> Result<()> {
+        self.model.dma_unmap(iova, size)
+    }
+}
+
+/// Configuration space, and access to memory.
 struct Served {
     config: PciConfig,
     hand: Hand,
@@ -142,29 +225,17 @@ impl Model for Served {
         self.config.shape("card")
     }
 
-    fn read(&mut self, _: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        let mut card = self.hand.card();
-        if region == CONFIG && !card.is_gone {
+    fn read(&mut self, _: &Bus, _: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        data.fill(0xff);
+        if !self.hand.card().is_gone {
             self.config.read(offset, data);
-            return Ok(());
-        }
-        for (part, at) in data.chunks_mut(4).zip((offset as u32..).step_by(4)) {
-            part.copy_from_slice(&card.read(at).to_le_bytes()[..part.len()]);
         }
         Ok(())
     }
 
-    fn write(&mut self, _: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        let mut card = self.hand.card();
-        if region == CONFIG {
-            if !card.is_gone {
-                self.config.write(offset, data);
-            }
-            return Ok(());
-        }
-        let (words, _) = data.as_chunks::<4>();
-        for (word, at) in words.iter().zip((offset as u32..).step_by(4)) {
-            card.write(at, u32::from_le_bytes(*word));
+    fn write(&mut self, _: &Bus, _: u32, offset: u64, data: &[u8]) -> Result<()> {
+        if !self.hand.card().is_gone {
+            self.config.write(offset, data);
         }
         Ok(())
     }
