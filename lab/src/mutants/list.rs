@@ -187,7 +187,7 @@ pub static MUTANTS: &[Mutant] = &[
         name: "child-drops-emulated",
         file: "src/emulated/device.rs",
         before: "if self.generation != fork::generation() {
-            // The thread does not exist in a child of fork(2).",
+            // The thread does not exist in a child of fork(2), and may have held any lock.",
         after: "if false {",
         killer: Host("--test host -- children::a_child_leaves_an_emulated_device"),
     },
