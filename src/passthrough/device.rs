@@ -176,7 +176,7 @@ impl<S> GuestDevice<S> {
         self.place(&mut actions);
         self.interrupts.enable(&self.device, None, &mut actions);
         self.set_bus_mastering();
-        if !self.device.info().resettable {
+        if self.config.is_gone || !self.device.info().resettable {
             let wanted = self.enabled_interrupt();
             self.interrupts.enable(&self.device, wanted, &mut actions);
             return actions;

@@ -1,5 +1,6 @@
 //! Interrupts: what the guest has programmed, what the kernel signals, and what the monitor delivers.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -31,6 +32,8 @@ pub(super) struct Interrupts {
     eventfds: Vec<Option<OwnedFd>>,
     /// What the monitor was told to deliver.
     connected: Vec<Option<Message>>,
+    /// Vectors that the kernel could not set up. They are not tried again, so that a guest cannot fill the log.
+    failed: BTreeSet<u32>,
     /// The eventfd of the INTx, and the one that unmasks it.
     intx: Option<(OwnedFd, OwnedFd)>,
     intx_connected: bool,
@@ -56,6 +59,7 @@ impl Interrupts {
             actions.push(Action::DisconnectIntx);
         }
         self.vectors = None;
+        self.failed.clear();
         for fd in self.eventfds.iter().flatten().chain(self.intx.iter().map(|(fd, _)| fd)) {
             // Nothing of the old kind is delivered later.
             let _ = eventfd::take(fd);
@@ -132,10 +136,12 @@ impl Interrupts {
             let new = message(vector);
             let old = self.connected.get(vector as usize).copied().flatten();
             let action = match (old, new) {
+                (None, Some(_)) if self.failed.contains(&vector) => continue,
                 (None, Some(message)) => match self.set_up(device, kind, vector) {
                     Ok(()) => Action::Connect { vector, message },
                     Err(error) => {
                         log::warn!("the guest gets no vector {vector}: {error}");
+                        self.failed.insert(vector);
                         continue;
                     }
                 },

@@ -27,6 +27,9 @@ pub struct Card {
     accesses: Mutex<Vec<(u32, u64, usize, bool)>>,
     connected: Mutex<BTreeMap<(u32, u32), OwnedFd>>,
     resets: Mutex<u32>,
+    /// The vectors from this one on that cannot be connected, and how often that was tried.
+    refused: Option<u32>,
+    tries: Mutex<u32>,
 }
 
 impl Card {
@@ -43,6 +46,8 @@ impl Card {
             accesses: Mutex::default(),
             connected: Mutex::default(),
             resets: Mutex::default(),
+            refused: None,
+            tries: Mutex::default(),
         }
     }
 
@@ -84,6 +89,17 @@ impl Card {
     pub fn without_reset(mut self) -> Self {
         self.resettable = false;
         self
+    }
+
+    /// The machine has no interrupts left for this vector and those after it.
+    pub fn with_vectors_up_to(mut self, first_refused: u32) -> Self {
+        self.refused = Some(first_refused);
+        self
+    }
+
+    /// How often a vector was refused.
+    pub fn tries(&self) -> u32 {
+        *self.tries.lock().unwrap()
     }
 
     /// What was written to configuration space since the last call.
@@ -187,6 +203,10 @@ impl Transport for Card {
         assert!(connected.keys().all(|(other, _)| *other == index), "one kind at a time");
         if fds.is_empty() {
             connected.clear();
+        }
+        if self.refused.is_some_and(|first| first < start + fds.len() as u32) {
+            *self.tries.lock().unwrap() += 1;
+            return Err(Error::from_errno(libc::ENOSPC, "connect", "a vector"));
         }
         for (vector, fd) in (start..).zip(fds) {
             assert!(vector < self.irqs[index as usize].count);

@@ -17,21 +17,23 @@ const COUNT: u16 = 70;
 
 /// INTA#, MSI with four vectors, 64 bits and masks, and MSI-X with 70.
 fn card(noresize: bool) -> Arc<Card> {
+    Arc::new(described(noresize))
+}
+
+fn described(noresize: bool) -> Card {
     let mut msix = IrqInfo::eventfds(COUNT.into());
     msix.noresize = noresize;
     let control = (COUNT - 1).to_le_bytes();
-    Arc::new(
-        Card::new(256)
-            .with(0x3d, &[1])
-            .with_bar(0, 0, RegionInfo::mappable(0x4000))
-            .with_capabilities(&[
-                (0x50, &[0x11, 0, control[0], control[1], 0, 0x20, 0, 0, 0, 0x30, 0, 0]),
-                (0x70, &[0x05, 0, 0x84, 0x01]),
-            ])
-            .with_irqs(irq_index::INTX, IrqInfo::eventfds(1).with_automasking())
-            .with_irqs(irq_index::MSI, IrqInfo::eventfds(4).with_noresize())
-            .with_irqs(irq_index::MSIX, msix),
-    )
+    Card::new(256)
+        .with(0x3d, &[1])
+        .with_bar(0, 0, RegionInfo::mappable(0x4000))
+        .with_capabilities(&[
+            (0x50, &[0x11, 0, control[0], control[1], 0, 0x20, 0, 0, 0, 0x30, 0, 0]),
+            (0x70, &[0x05, 0, 0x84, 0x01]),
+        ])
+        .with_irqs(irq_index::INTX, IrqInfo::eventfds(1).with_automasking())
+        .with_irqs(irq_index::MSI, IrqInfo::eventfds(4).with_noresize())
+        .with_irqs(irq_index::MSIX, msix)
 }
 
 fn monitor(card: &Arc<Card>) -> Monitor {
@@ -233,6 +235,23 @@ fn an_interrupt_of_the_kind_before_is_not_delivered() {
 }
 
 #[test]
+fn a_vector_that_the_kernel_refuses_is_tried_once() {
+    let card = Arc::new(described(false).with_vectors_up_to(2));
+    let mut monitor = monitor(&card);
+    monitor.write(MSIX + 2, &[0, 0x80]);
+    for _ in 0..3 {
+        program(&mut monitor, 1, message(1), false);
+        program(&mut monitor, 2, message(2), false);
+        monitor.write(0x3c, &[9]);
+    }
+    assert_eq!((monitor.connected.len(), card.tries()), (1, 1));
+    // The next driver may have more luck.
+    monitor.write(MSIX + 2, &[0, 0]);
+    monitor.write(MSIX + 2, &[0, 0x80]);
+    assert_eq!(card.tries(), 2);
+}
+
+#[test]
 fn nothing_is_connected_when_the_device_is_taken_away() {
     let card = card(false);
     let mut monitor = monitor(&card);
@@ -242,4 +261,12 @@ fn nothing_is_connected_when_the_device_is_taken_away() {
     monitor.perform(actions);
     assert!(monitor.connected.is_empty() && !monitor.intx);
     assert!(card.connected(irq_index::MSIX).is_empty());
+    // Nor is a device reset that may be another's by now.
+    assert!(monitor.guest.restart().is_empty());
+}
+
+#[test]
+fn any_thread_may_have_the_device() {
+    fn is_send<T: Send>() {}
+    is_send::<vfio_remap::passthrough::GuestDevice>();
 }
