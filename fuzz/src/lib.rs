@@ -4,6 +4,7 @@ pub mod card;
 mod conversation;
 pub mod input;
 pub mod messages;
+pub mod passthrough;
 pub mod seeds;
 
 pub use conversation::drive;

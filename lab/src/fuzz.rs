@@ -1,5 +1,5 @@
-//! `cargo lab fuzz`: fuzzes the parsers of messages from untrusted peers with libFuzzer
-//! and AddressSanitizer.
+//! `cargo lab fuzz`: fuzzes the parsers of messages from untrusted peers, and a device in the
+//! hands of a guest, with libFuzzer and AddressSanitizer.
 //!
 //! The targets are built without cargo-fuzz, so that only a C++ compiler has to be
 //! installed. A stable Rust compiler accepts all flags below but the sanitizer's, for
@@ -26,9 +26,10 @@ struct Target {
     seeds: bool,
 }
 
-const TARGETS: [Target; 5] = [
+const TARGETS: [Target; 6] = [
     Target { name: "ethernet_driver", seeds: false },
     Target { name: "ethernet_model", seeds: false },
+    Target { name: "passthrough", seeds: true },
     Target { name: "region_info", seeds: false },
     Target { name: "vfio_user_client", seeds: true },
     Target { name: "vfio_user_server", seeds: true },
