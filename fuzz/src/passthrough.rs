@@ -101,8 +101,13 @@ impl Transport for Card {
 
     fn read_at(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
         if region == CONFIG {
-            let at = offset as usize;
-            data.copy_from_slice(&self.config.lock().unwrap()[at..at + data.len()]);
+            let config = self.config.lock().unwrap();
+            // A capability may claim more than there is.
+            let inside = (offset as usize).checked_add(data.len()).map(|end| offset as usize..end);
+            match inside.and_then(|inside| config.get(inside)) {
+                Some(bytes) => data.copy_from_slice(bytes),
+                None => return Err(Error::new(ErrorKind::OutOfRange, "read", "the card")),
+            }
         } else {
             assert!(offset + data.len() as u64 <= self.regions[region as usize].size);
             data.fill(0x5a);

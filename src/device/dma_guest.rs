@@ -40,6 +40,10 @@ impl DmaSpace {
     /// guest's driver gives to the device are then correct. All regions are mapped, or none. They stay mapped
     /// in this process while the device reaches them, even if `memory` is dropped.
     ///
+    /// Memory that is added to a running guest is mapped by a second call, with the new regions alone
+    /// (`GuestMemoryMmap::from_arc_regions`). Devices that share an address space share the mapping: map the
+    /// memory once, and keep the mapping until all of them are closed.
+    ///
     /// # Errors
     /// As [`map`](Self::map), for the first region that fails: one outside the ranges of the IOMMU, which
     /// exclude the addresses of interrupts (0xfee0_0000 on x86), or one that does not consist of whole pages.

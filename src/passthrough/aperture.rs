@@ -105,7 +105,7 @@ impl Apertures {
         };
         let occupied = &mut inner.occupied[space as usize];
         let below = occupied.range(..range.end).next_back();
-        if !inside || start == 0 || below.is_some_and(|(_, end)| *end > range.start) {
+        if !inside || below.is_some_and(|(_, end)| *end > range.start) {
             return None;
         }
         occupied.insert(range.start, range.end);

@@ -55,6 +55,26 @@ fn a_region_brings_its_file_along_where_its_pages_are_the_files() {
 }
 
 #[test]
+fn memory_that_is_added_to_a_running_guest_is_mapped_too() {
+    let transport = Arc::new(Scripted::default());
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let first = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+    let mapping = space.map_guest(&first, Access::ReadWrite).unwrap();
+    let added = GuestRegionMmap::from_range(GuestAddress(0x10_0000), 0x2000, None).unwrap();
+    let all = first.insert_region(Arc::new(added)).unwrap();
+    // Not all again: the old regions have their addresses.
+    let error = space.map_guest(&all, Access::ReadWrite).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddressTaken, "{error}");
+    let (rest, new) = all.remove_region(GuestAddress(0x10_0000), 0x2000).unwrap();
+    let new = GuestMemoryMmap::from_arc_regions(vec![new]).unwrap();
+    let added = space.map_guest(&new, Access::ReadWrite).unwrap();
+    assert_eq!(transport.mapped(), [(0, 0x1000), (0x10_0000, 0x2000)]);
+    drop((added, new, rest));
+    assert_eq!(transport.mapped(), [(0, 0x1000)]);
+    drop(mapping);
+}
+
+#[test]
 fn a_region_that_owns_nothing_is_mapped_by_unsafe_alone() {
     let transport = Arc::new(Scripted::default());
     let space = Device::new(transport.clone()).dma().unwrap();

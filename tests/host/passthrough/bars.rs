@@ -128,6 +128,7 @@ fn windows_follow_a_bar_that_moves_a_hundred_times() {
     }
     // Out of the aperture and into it, each of two spans, after they were mapped.
     assert_eq!(monitor.strategies.len(), 2 * 2 * 99);
+    assert_eq!(monitor.failed, []);
     let known = |it: &Strategy| matches!(it, Strategy::MapAgain | Strategy::DontUnmap);
     assert!(monitor.strategies.iter().all(known));
 }
@@ -254,12 +255,33 @@ fn a_span_whose_slot_is_refused_is_trapped() {
 }
 
 #[test]
+fn a_span_that_cannot_be_mapped_at_its_place_is_trapped() {
+    // Its file is not congruent to any place of the BAR modulo 2 MiB.
+    let card = Card::new(256).with_files_from(4096).with_bar(0, 0xc, RegionInfo::mappable(4 * MIB));
+    let mut monitor = Monitor::new(Arc::new(card), &apertures());
+    monitor.move_bar(0, LOW.start, true);
+    let span = SpanId { bar: 0, index: 0 };
+    assert_eq!(monitor.failed, [(span, ErrorKind::UnsuitablePlacement)]);
+    assert_eq!(monitor.mapped(), []);
+    assert_eq!(monitor.read_memory(LOW.start), Some(0));
+    // It is not tried again until the BAR moves.
+    monitor.write(0x3c, &[1]);
+    assert_eq!(monitor.failed.len(), 1);
+    monitor.move_bar(0, HIGH.start, true);
+    assert_eq!(monitor.failed.len(), 2);
+    let actions = monitor.guest.release();
+    monitor.perform(actions);
+    assert_eq!(monitor.failed.len(), 2);
+}
+
+#[test]
 fn a_slot_that_is_not_removed_stays_where_it_is() {
     let mut monitor = Monitor::new(Arc::new(card()), &apertures());
     monitor.move_bar(2, LOW.start, false);
     monitor.refuses_remove = true;
     monitor.set_bar(2, LOW.start + 0x1_0000, false);
     assert_eq!(monitor.mapped(), [(LOW.start, 0x1_0000)]);
+    assert_eq!(monitor.failed, [(SpanId { bar: 2, index: 0 }, ErrorKind::InUse)]);
     let error = monitor.guest.relocate(SpanId { bar: 2, index: 0 }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
     // Nothing else gets its place. The register says what the guest wrote; accesses there are trapped.

@@ -30,6 +30,8 @@ pub struct Card {
     /// The vectors from this one on that cannot be connected, and how often that was tried.
     refused: Option<u32>,
     tries: Mutex<u32>,
+    /// Where the regions begin in their files.
+    file_start: u64,
 }
 
 impl Card {
@@ -48,6 +50,7 @@ impl Card {
             resets: Mutex::default(),
             refused: None,
             tries: Mutex::default(),
+            file_start: 0,
         }
     }
 
@@ -76,7 +79,8 @@ impl Card {
     pub fn with_region(mut self, index: u32, info: RegionInfo) -> Self {
         let fd = memfd_create("vfio-remap-test-bar", MFdFlags::MFD_CLOEXEC).unwrap();
         let file = File::from(fd);
-        file.set_len(info.size.next_multiple_of(4096).min(1 << 40)).unwrap();
+        let size = info.size.next_multiple_of(4096).min(1 << 40);
+        file.set_len(self.file_start + size).unwrap();
         self.regions.insert(index, (info, Arc::new(file.into())));
         self
     }
@@ -88,6 +92,12 @@ impl Card {
 
     pub fn without_reset(mut self) -> Self {
         self.resettable = false;
+        self
+    }
+
+    /// The regions that are added later begin at this offset of their files.
+    pub fn with_files_from(mut self, file_start: u64) -> Self {
+        self.file_start = file_start;
         self
     }
 
@@ -185,7 +195,7 @@ impl Transport for Card {
     }
 
     fn backing(&self, region: u32) -> Result<RegionFile> {
-        RegionFile::memory(self.regions[&region].1.clone(), 0)
+        RegionFile::memory(self.regions[&region].1.clone(), self.file_start)
     }
 
     fn reset(&self) -> Result<()> {

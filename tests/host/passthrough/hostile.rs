@@ -69,6 +69,7 @@ fn attack(
         }
         check(monitor);
     }
+    assert_eq!(monitor.failed, []);
     assert!(most > 0 && reached > rounds / 8, "{reached} accesses to {most} slots at most");
     let actions = monitor.guest.release();
     monitor.perform(actions);

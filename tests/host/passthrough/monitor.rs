@@ -31,6 +31,8 @@ pub struct Monitor {
     /// The next calls that the hypervisor refuses.
     pub refuses_add: bool,
     pub refuses_remove: bool,
+    /// Windows that could not be moved.
+    pub failed: Vec<(SpanId, ErrorKind)>,
     next: u32,
 }
 
@@ -50,6 +52,7 @@ impl Monitor {
             strategies: Vec::new(),
             refuses_add: false,
             refuses_remove: false,
+            failed: Vec::new(),
             next: 0,
         };
         let actions = monitor.guest.start();
@@ -65,7 +68,7 @@ impl Monitor {
                 Action::RemoveSlot(span) => drop(self.remove_slot(span)),
                 Action::Relocate(span) => match self.guest.relocate(span) {
                     Ok(report) => self.strategies.extend(report.map(|report| report.strategy)),
-                    Err(error) => assert!(self.refuses_remove, "{error}"),
+                    Err(error) => self.failed.push((span, error.kind())),
                 },
                 Action::AddSlot(span) => drop(self.add_slot(span)),
                 Action::Connect { vector, message } => {
