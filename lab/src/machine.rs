@@ -189,8 +189,16 @@ pub fn disk_files() -> impl Iterator<Item = (&'static str, u64)> {
 }
 
 /// The user network of the cards that the Ethernet driver's tests use. Beside the gateway
-/// it has a station at 10.0.2.100: that echoes at port 7, and answers HTTP at port 80 with
-/// the numbers from 1 to 1,000,000, a line each.
+/// it has a station at 10.0.2.100, each of whose ports is a program of the host:
+/// - 7 echoes;
+/// - 80 answers HTTP with 8 MiB: the numbers from 1,000,000 on, a line each;
+/// - 81 reads the number of a port of the host, gets `/` from it by HTTP, and answers with the
+///   SHA-256 of what it got: for servers in the guest that are reached through a forwarded port;
+/// - 82 reads a line, and answers with the file in QEMU's working directory that has the
+///   network's name and `.pcap`.
+///
+/// Each reads all that it is sent: a program that ends with something unread resets the
+/// connection, and the end of its answer is lost. In these options two commas are one comma.
 macro_rules! user_network {
     ($id:literal) => {
         concat!(
@@ -198,8 +206,15 @@ macro_rules! user_network {
             $id,
             ",guestfwd=tcp:10.0.2.100:7-cmd:/bin/cat,guestfwd=tcp:10.0.2.100:80-cmd:/bin/sh -c ",
             r#""sed -u '/^.$/q' >/dev/null; "#,
-            r"printf 'HTTP/1.1 200 OK\r\nContent-Length: 6888896\r\nConnection: close\r\n\r\n'; ",
-            r#"seq 1 1000000""#
+            r"printf 'HTTP/1.1 200 OK\r\nContent-Length: 8388608\r\nConnection: close\r\n\r\n'; ",
+            r#"seq 1000000 2048575""#,
+            ",guestfwd=tcp:10.0.2.100:81-cmd:/bin/bash -c ",
+            r#""read -r port; exec 3<>/dev/tcp/127.0.0.1/$port; "#,
+            r"printf 'GET / HTTP/1.0\r\n\r\n' >&3; ",
+            r#"sed '1,,/^.$/d' <&3 | sha256sum""#,
+            r#",guestfwd=tcp:10.0.2.100:82-cmd:/bin/sh -c "read -r line; cat "#,
+            $id,
+            r#".pcap""#
         )
     };
 }

@@ -1,6 +1,8 @@
 //! The Ethernet driver of `drivers/ethernet` on QEMU's igb and e1000e.
 
+mod flaps;
 mod forwarding;
+mod host;
 mod interrupts;
 mod loopback;
 mod offloads;
@@ -9,6 +11,7 @@ mod recovery;
 mod stack;
 mod station;
 mod user_network;
+mod wire;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +22,7 @@ use crate::lab;
 
 const CARDS: [(&str, Model); 2] = [("igb", Model::I82576), ("e1000e", Model::I82574)];
 /// For an answer: QEMU's user network takes its time.
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(60);
 const BURST: usize = 32;
 
 fn bring_up(name: &str, settings: Settings) -> Arc<Nic> {

@@ -62,3 +62,27 @@ pub fn tcp(length: usize) -> Vec<u8> {
     bytes.extend((0..length).map(|at| at as u8));
     bytes
 }
+
+/// The longest frame of an MTU of 1,500 bytes.
+const LONGEST: usize = 1514;
+
+/// Sees that frames are the segments of `data` that [`tcp`] without data was made into, in order. `header` is the
+/// length of the headers.
+pub fn check_segments(frames: &[Vec<u8>], header: usize, data: &[u8], is_ipv4: bool) {
+    let mut at = 0;
+    for bytes in frames {
+        assert!(bytes.len() <= LONGEST, "a frame of {} bytes", bytes.len());
+        let length = |offset: usize| {
+            u16::from_be_bytes([bytes[ETHERNET + offset], bytes[ETHERNET + offset + 1]])
+        };
+        let length = if is_ipv4 { length(2) } else { 40 + length(4) };
+        let end = ETHERNET + usize::from(length);
+        let tcp_at = header - 20;
+        let sequence = u32::from_be_bytes(bytes[tcp_at + 4..tcp_at + 8].try_into().unwrap());
+        assert_eq!(sequence as usize, 0x1000 + at);
+        assert_eq!(transport_sum(bytes, is_ipv4), 0xffff);
+        assert!(bytes[header..end] == data[at..at + end - header], "at {at}");
+        at += end - header;
+    }
+    assert_eq!(at, data.len());
+}

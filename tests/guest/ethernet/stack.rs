@@ -1,185 +1,33 @@
-//! smoltcp on top of the driver: DHCP, pings, and TCP with stations of QEMU's user network.
+//! smoltcp on top of the driver: DHCP, pings, and TCP with stations of QEMU's user network and with its host.
 
-use std::time::Duration;
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
-use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::ChecksumCapabilities;
-use smoltcp::socket::{dhcpv4, icmp, tcp};
-use smoltcp::time::Instant;
-use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpAddress, IpCidr, Ipv4Address, Ipv4Cidr};
-use vfio_remap_ethernet::smoltcp::StackDevice;
-use vfio_remap_ethernet::{Nic, Settings};
+use smoltcp::wire::{Ipv4Address, Ipv4Cidr};
+use vfio_remap_ethernet::Settings;
 
-use super::{LONG, bring_up, on_both};
-use crate::leftovers;
+use super::host::{Host, OURS};
+use super::on_both;
+use crate::machine::Machine;
+use crate::{lab, leftovers};
 
-const GATEWAY: Ipv4Address = Ipv4Address::new(10, 0, 2, 2);
-const SERVER: IpAddress = IpAddress::v4(10, 0, 2, 100);
-const IDENTIFIER: u16 = 0x4711;
-/// How long a transfer may take.
-const VERY_LONG: Duration = Duration::from_secs(90);
-
-struct Host {
-    nic: std::sync::Arc<Nic>,
-    device: StackDevice,
-    interface: Interface,
-    sockets: SocketSet<'static>,
-}
-
-impl Host {
-    fn new(name: &str, settings: Settings) -> Self {
-        let nic = bring_up(name, settings);
-        let mut device = StackDevice::new(nic.queue().unwrap()).unwrap();
-        let mut config = Config::new(device.hardware_address().into());
-        config.random_seed = 0x1234_5678;
-        let interface = Interface::new(config, &mut device, Instant::now());
-        Self { nic, device, interface, sockets: SocketSet::new(Vec::new()) }
-    }
-
-    /// Runs the stack until `done` has found what it looks for.
-    fn run<T>(
-        &mut self,
-        what: &str,
-        limit: Duration,
-        mut done: impl FnMut(&mut Self) -> Option<T>,
-    ) -> T {
-        let end = std::time::Instant::now() + limit;
-        loop {
-            self.interface.poll(Instant::now(), &mut self.device, &mut self.sockets);
-            if let Some(found) = done(self) {
-                self.device.flush().unwrap();
-                return found;
-            }
-            let now = std::time::Instant::now();
-            assert!(
-                now < end,
-                "no {what}: {:?}, {:?}",
-                self.device.counts(),
-                self.nic.statistics()
-            );
-            let delay = self.interface.poll_delay(Instant::now(), &self.sockets);
-            let delay = delay.map_or(Duration::from_millis(50), Duration::from);
-            self.device.wait(delay.min(Duration::from_millis(50))).unwrap();
-        }
-    }
-
-    /// Has an address by DHCP.
-    fn configure(&mut self) -> Ipv4Cidr {
-        let socket = self.sockets.add(dhcpv4::Socket::new());
-        let address = self.run("lease", LONG, |host| {
-            let Some(dhcpv4::Event::Configured(lease)) =
-                host.sockets.get_mut::<dhcpv4::Socket>(socket).poll()
-            else {
-                return None;
-            };
-            host.interface.update_ip_addrs(|addresses| {
-                addresses.push(IpCidr::Ipv4(lease.address)).unwrap();
-            });
-            if let Some(router) = lease.router {
-                host.interface.routes_mut().add_default_ipv4_route(router).unwrap();
-            }
-            Some(lease.address)
-        });
-        self.sockets.remove(socket);
-        address
-    }
-
-    /// Pings the gateway; the data that came back is what went.
-    fn ping(&mut self, sequence: u16, len: usize) {
-        let buffer =
-            || icmp::PacketBuffer::new(vec![icmp::PacketMetadata::EMPTY; 2], vec![0; 10_000]);
-        let mut socket = icmp::Socket::new(buffer(), buffer());
-        socket.bind(icmp::Endpoint::Ident(IDENTIFIER)).unwrap();
-        let data: Vec<u8> = (0..len).map(|at| (at * 5) as u8).collect();
-        let request = Icmpv4Repr::EchoRequest { ident: IDENTIFIER, seq_no: sequence, data: &data };
-        let payload = socket.send(request.buffer_len(), GATEWAY.into()).unwrap();
-        let checksums = ChecksumCapabilities::default();
-        request.emit(&mut Icmpv4Packet::new_unchecked(payload), &checksums);
-        let socket = self.sockets.add(socket);
-        self.run("answer to a ping", LONG, |host| {
-            let socket = host.sockets.get_mut::<icmp::Socket>(socket);
-            let (payload, _) = socket.can_recv().then(|| socket.recv().unwrap())?;
-            let packet = Icmpv4Packet::new_checked(payload).unwrap();
-            let expected =
-                Icmpv4Repr::EchoReply { ident: IDENTIFIER, seq_no: sequence, data: &data };
-            assert_eq!(Icmpv4Repr::parse(&packet, &checksums).unwrap(), expected);
-            Some(())
-        });
-        self.sockets.remove(socket);
-    }
-
-    fn connect(&mut self, port: u16, local: u16) -> SocketHandle {
-        let buffer = || tcp::SocketBuffer::new(vec![0; 65_535]);
-        let mut socket = tcp::Socket::new(buffer(), buffer());
-        socket.connect(self.interface.context(), (SERVER, port), local).unwrap();
-        self.sockets.add(socket)
-    }
-
-    /// All that an HTTP server sends.
-    fn get(&mut self, local: u16) -> Vec<u8> {
-        let socket = self.connect(80, local);
-        let mut request = &b"GET / HTTP/1.1\r\nHost: server\r\n\r\n"[..];
-        let mut answer = Vec::new();
-        self.run("end of the answer", VERY_LONG, |host| {
-            let socket = host.sockets.get_mut::<tcp::Socket>(socket);
-            if socket.can_send() && !request.is_empty() {
-                let sent = socket.send_slice(request).unwrap();
-                request = &request[sent..];
-            }
-            while socket.can_recv() {
-                socket
-                    .recv(|bytes| {
-                        answer.extend_from_slice(bytes);
-                        (bytes.len(), ())
-                    })
-                    .unwrap();
-            }
-            (request.is_empty() && !socket.may_recv() && !answer.is_empty()).then_some(())
-        });
-        self.sockets.get_mut::<tcp::Socket>(socket).abort();
-        self.sockets.remove(socket);
-        answer
-    }
-
-    /// Sends bytes to a server that sends them back.
-    fn echo(&mut self, local: u16, data: &[u8]) {
-        let socket = self.connect(7, local);
-        let (mut sent, mut received) = (0, 0);
-        self.run("echo", VERY_LONG, |host| {
-            let socket = host.sockets.get_mut::<tcp::Socket>(socket);
-            if socket.can_send() && sent < data.len() {
-                sent += socket.send_slice(&data[sent..]).unwrap();
-            }
-            while socket.can_recv() {
-                received += socket
-                    .recv(|bytes| {
-                        assert!(data[received..].starts_with(bytes), "at {received}");
-                        (bytes.len(), bytes.len())
-                    })
-                    .unwrap();
-            }
-            (received == data.len()).then_some(())
-        });
-        self.sockets.get_mut::<tcp::Socket>(socket).abort();
-        self.sockets.remove(socket);
-    }
-
-    fn stop(self) {
-        let Self { nic, device, .. } = self;
-        device.stop().unwrap();
-        nic.close().unwrap();
-    }
-}
+/// What is served, and got, in bytes.
+const SIZE: usize = 8 << 20;
 
 #[test]
 fn a_stack_has_an_address_pings_and_transfers() {
     const ECHOED: usize = 2 << 20;
-    let numbers: String = (1..=1_000_000).map(|number| format!("{number}\n")).collect();
+    let numbers: String = (1_000_000..=2_048_575).map(|number| format!("{number}\n")).collect();
+    assert_eq!(numbers.len(), SIZE);
     let data: Vec<u8> = (0..ECHOED).map(|at| (at * 13 + (at >> 9)) as u8).collect();
     leftovers::none_of(|| {
         on_both(|name, _| {
             for interrupts in [true, false] {
                 let mut host = Host::new(name, Settings::DEFAULT.with_interrupts(interrupts));
+                // Where the kernel has device files, the card is reached by its own.
+                assert_eq!(is_open("/dev/iommu"), lab::kernel() == "patched");
+                assert_eq!(is_open("/dev/vfio/vfio"), lab::kernel() != "patched");
                 let address = host.configure();
                 assert_eq!(address, Ipv4Cidr::new(Ipv4Address::new(10, 0, 2, 15), 24));
                 for (sequence, len) in [(1, 56), (2, 1472), (3, 4000)] {
@@ -201,4 +49,58 @@ fn a_stack_has_an_address_pings_and_transfers() {
             }
         });
     });
+}
+
+#[test]
+fn the_host_gets_from_a_server_by_a_forwarded_port() {
+    let machine = Mutex::new(Machine::open());
+    let say = |command: String| machine.lock().unwrap().say(&command);
+    let body: Vec<u8> = (0..SIZE).map(|at| (at * 29 + (at >> 7) + (at >> 15)) as u8).collect();
+    let expected = sha256(&body);
+    leftovers::none_of(|| {
+        on_both(|name, _| {
+            let mut host = Host::new(name, Settings::DEFAULT.with_interrupts(true));
+            host.configure();
+            // The host's kernel chooses a port: other guests may run at the same time.
+            let to_us = format!("10.0.2.15:{OURS}");
+            let network = format!("net-{name}");
+            assert_eq!(say(format!("hostfwd_add {network} tcp:127.0.0.1:0-{to_us}")), "");
+            let port = forwarded(&say("info usernet".to_owned()), &network);
+            let found = host.served(port, &body);
+            let removed = say(format!("hostfwd_remove {network} tcp:127.0.0.1:{port}"));
+            assert!(removed.ends_with("removed"), "{removed}");
+            assert_eq!(found, expected, "{name}: {:?}", host.device.counts());
+            let counts = host.device.counts();
+            assert!(counts.sent_bytes > SIZE as u64, "{counts:?}");
+            assert_eq!(counts.dropped, 0, "{counts:?}");
+            host.stop();
+        });
+    });
+}
+
+/// The port of the host that leads to a network's guest, from QEMU's table of the networks' connections.
+fn forwarded(table: &str, network: &str) -> u16 {
+    let of_network = table.lines().skip_while(|line| !line.contains(&format!("({network})")));
+    let mut row = of_network.skip(1).take_while(|line| !line.starts_with("Hub"));
+    let row = row.find(|line| line.contains("[HOST_FORWARD]"));
+    let port = row.and_then(|row| row.split_whitespace().nth(3)?.parse().ok());
+    port.unwrap_or_else(|| panic!("no port leads to the guest of {network}: {table}"))
+}
+
+/// The SHA-256 of bytes, by the guest's own program.
+fn sha256(bytes: &[u8]) -> String {
+    let mut program = Command::new("sha256sum");
+    let mut child = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    String::from_utf8(output.stdout).unwrap().split_whitespace().next().unwrap().to_owned()
+}
+
+/// Whether this process has a file open.
+fn is_open(path: &str) -> bool {
+    let files = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    files
+        .filter_map(|file| std::fs::read_link(file.path()).ok())
+        .any(|file| file.as_os_str() == path)
 }
