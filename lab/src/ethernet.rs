@@ -208,7 +208,7 @@ frames per second: median | quartiles | × DPDK |
 pub fn write(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
     let program = payload::benchmark("nic")?;
     let testpmd = Program::ensure(store, &TESTPMD)?;
-    let Some(image) = kernel.image_with_network(store)? else {
+    let Some(image) = kernel.image(store)? else {
         bail!("the mirror does not have kernel {} any more", kernel.name);
     };
     let mut files = testpmd.files()?;

@@ -74,9 +74,6 @@ pub const FIRST_PATCH: Kernel = Kernel {
     source: Source::Patched(Recipe { patches: &["tests/first-patch"], selftests: &[] }),
 };
 
-/// The directory of an image's [`network_modules`](Image::network_modules).
-const NETWORK: &str = "network";
-
 pub const NEWEST: &str = "newest";
 pub const PATCHED: &str = "patched";
 
@@ -99,18 +96,18 @@ impl Image {
 
     /// The modules to load, in order.
     pub fn modules(&self) -> Result<Vec<PathBuf>> {
-        sorted_entries(&self.directory.join("modules"))
+        sorted_entries(&self.directory.join(modules::LOADED))
     }
 
     /// The modules that a payload may load, in order; none if all are built in.
     pub fn modules_on_demand(&self) -> Result<Vec<PathBuf>> {
-        let directory = self.directory.join("on-demand");
+        let directory = self.directory.join(modules::LOADED_ON_DEMAND);
         if directory.exists() { sorted_entries(&directory) } else { Ok(Vec::new()) }
     }
 
-    /// The modules of network cards and of pktgen, in order.
+    /// The modules of network cards and of pktgen, in order. Only stock kernels have them.
     pub fn network_modules(&self) -> Result<Vec<PathBuf>> {
-        sorted_entries(&self.directory.join(NETWORK))
+        sorted_entries(&self.directory.join(modules::OF_NETWORK))
     }
 
     /// The kernel's selftests that were built with it; none for a stock kernel.
@@ -188,22 +185,6 @@ impl Kernel {
             names.join(", ")
         );
         Ok(())
-    }
-
-    /// As [`image`](Self::image), with its network modules. They are in no image of an earlier
-    /// lab, which is then fetched again.
-    pub fn image_with_network(&'static self, store: &Store) -> Result<Option<Image>> {
-        let image = self.image(store)?;
-        if image.as_ref().is_none_or(|image| image.directory.join(NETWORK).exists()) {
-            return Ok(image);
-        }
-        let Source::Debian { suite, .. } = &self.source else {
-            bail!("kernel {} is built without drivers of network cards", self.name);
-        };
-        let directory = self.directory(store);
-        let there = fetch(suite, store, &directory, None)
-            .with_context(|| format!("cannot fetch kernel {} with its network modules", self.name));
-        Ok(if there? { Image::cached_with_modules(self.name, directory) } else { None })
     }
 
     fn directory(&self, store: &Store) -> PathBuf {
@@ -308,7 +289,7 @@ fn keep(tree: &Path, new: &Path) -> Result<()> {
         bail!("the packages contain no vmlinuz");
     };
     fs::write(new.join("vmlinux"), decompress::kernel(&fs::read(image)?)?)?;
-    modules::install(&modules, &new.join("modules"), &new.join("on-demand"), &new.join(NETWORK))
+    modules::install(&modules, new)
 }
 
 fn only_entry(directory: &Path) -> Option<PathBuf> {

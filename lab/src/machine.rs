@@ -219,6 +219,10 @@ macro_rules! user_network {
     };
 }
 
+/// The user network of the emulated card of `cargo lab vfio-user`: a command line's `-netdev`
+/// with the name `user`. It sends nothing by itself.
+pub const SILENT_USER_NETWORK: &str = concat!(user_network!("user"), ",ipv6=off");
+
 /// The back ends of the devices.
 const BACKENDS: [(&str, &str); 13] = [
     ("-blockdev", "driver=null-co,node-name=null,size=1073741824,read-zeroes=on"),

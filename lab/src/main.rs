@@ -4,7 +4,7 @@
 //! The commands are [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
 //! [`matrix`], [`mutants`], [`targets`], [`release`], [`performance`], [`ethernet`] and this file. [`boot`] makes one
 //! boot of one kernel, with its [`heartbeat`]; [`side_by_side`] makes several. [`kernels`],
-//! [`patched`], [`busybox`], [`payload`], [`compiler`] and [`guest`] provide the software of
+//! [`patched`], [`busybox`], [`mod@program`], [`payload`], [`compiler`] and [`guest`] provide the software of
 //! a guest, [`machine`] and [`root`] its machine. [`huge_pages`] reserves memory for one. [`klog`], [`libtest`] and [`report`]
 //! evaluate the result.
 
@@ -109,13 +109,15 @@ enum Task {
         #[arg(last = true, value_name = "LIBTEST-ARGS")]
         libtest: Vec<String>,
     },
-    /// Test the emulated NVMe controller with the kernel's nvme driver, through QEMU's
-    /// vfio-user-pci: it makes, writes and checks file systems. Part of `test`.
+    /// Test the emulated NVMe controller and network card with the kernel's own drivers, through
+    /// QEMU's vfio-user-pci. Part of `test`.
     ///
-    /// The guest's memory is first a memfd, then a memfd of huge pages, then a file on a disk.
-    /// For the second, 256 pages of 2 MiB are reserved and given back.
+    /// Its igb driver pings, gets and echoes, and its statistics have to be those of the wire. Its
+    /// nvme driver makes, writes and checks file systems. That guest's memory is first a memfd,
+    /// then a memfd of huge pages, then a file on a disk. For the second, 256 pages of 2 MiB are
+    /// reserved and given back.
     VfioUser {
-        /// Boot so many guests instead, one after another, with the same server.
+        /// Boot so many guests with a disk instead, one after another, with the same server.
         #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
         starts: Option<u32>,
         /// The kernel with the driver.

@@ -21,20 +21,24 @@ const WANTED: [&str; 2] = ["vfio_iommu_type1", "vfio_pci"];
 const ON_DEMAND: [&str; 3] = ["nvme", "crc32c_generic", "ext4"];
 const GONE_FROM_SOME: [&str; 1] = ["crc32c_generic"];
 
-/// The kernel's drivers of network cards, and its generator of packets, which guests of one
-/// benchmark load.
+/// The kernel's drivers of network cards, and its generator of packets.
 const NETWORK: [&str; 3] = ["igb", "e1000e", "pktgen"];
 
-/// The modules that [`install`] installs, without those of a benchmark. The cache stores this, so that an entry of an
+/// The directories of [`install`].
+pub const LOADED: &str = "modules";
+pub const LOADED_ON_DEMAND: &str = "on-demand";
+pub const OF_NETWORK: &str = "network";
+
+/// The modules that [`install`] installs. The cache stores this, so that an entry of an
 /// earlier lab with fewer modules is recognized.
 pub fn selection() -> String {
-    [&WANTED[..], &ON_DEMAND].concat().join(" ")
+    [&WANTED[..], &ON_DEMAND, &NETWORK].concat().join(" ")
 }
 
-/// Writes the needed modules and their dependencies to `loaded`, decompressed, and
-/// numbered in the order in which to load them. Writes the modules on demand that are
-/// not in `loaded` to `on_demand` in the same way, and those for the network to `network`.
-pub fn install(tree: &Path, loaded: &Path, on_demand: &Path, network: &Path) -> Result<()> {
+/// Writes the needed modules and their dependencies to a directory in `new`, decompressed, and
+/// numbered in the order in which to load them. Writes the modules on demand that are not among
+/// these to another in the same way, and those for the network to a third.
+pub fn install(tree: &Path, new: &Path) -> Result<()> {
     let mut files = Vec::new();
     find(tree, &mut files)?;
     let path =
@@ -49,8 +53,8 @@ pub fn install(tree: &Path, loaded: &Path, on_demand: &Path, network: &Path) -> 
         load_order(wanted, &read, &mut order)?;
     }
 
-    write(loaded, &order)?;
-    for (directory, wanted) in [(on_demand, &ON_DEMAND[..]), (network, &NETWORK)] {
+    write(&new.join(LOADED), &order)?;
+    for (directory, wanted) in [(LOADED_ON_DEMAND, &ON_DEMAND[..]), (OF_NETWORK, &NETWORK)] {
         let mut order = order.clone();
         let first = order.len();
         for wanted in wanted {
@@ -58,7 +62,7 @@ pub fn install(tree: &Path, loaded: &Path, on_demand: &Path, network: &Path) -> 
                 load_order(wanted, &read, &mut order)?;
             }
         }
-        write(directory, &order[first..])?;
+        write(&new.join(directory), &order[first..])?;
     }
     Ok(())
 }

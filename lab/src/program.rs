@@ -24,6 +24,8 @@ const LOADER: &str = "ld-linux-x86-64.so.2";
 pub struct Recipe {
     /// Its file name.
     pub name: &'static str,
+    /// Where its package has it.
+    directory: &'static str,
     /// The packages that it and its libraries are in, without those that these depend on. The
     /// first is its own, whose version counts.
     pub packages: &'static [&'static str],
@@ -32,11 +34,17 @@ pub struct Recipe {
 }
 
 /// The flexible I/O tester: 3.33, which supports io_uring.
-pub const FIO: Recipe = Recipe { name: "fio", packages: &["fio"], plugins: &[] };
+pub const FIO: Recipe =
+    Recipe { name: "fio", directory: "usr/bin", packages: &["fio"], plugins: &[] };
+
+/// Shows what a network driver says of its card.
+pub const ETHTOOL: Recipe =
+    Recipe { name: "ethtool", directory: "sbin", packages: &["ethtool"], plugins: &[] };
 
 /// The test program of DPDK, with its driver of Intel's cards. libgcc is loaded to end a thread.
 pub const TESTPMD: Recipe = Recipe {
     name: "dpdk-testpmd",
+    directory: "usr/bin",
     packages: &[
         "dpdk-dev",
         "librte-net-e1000-23",
@@ -90,7 +98,7 @@ fn guest_path(program: &str, name: &str) -> String {
 }
 
 fn fetch(store: &Store, recipe: &Recipe, directory: &Path) -> Result<()> {
-    let Recipe { name, packages, plugins } = recipe;
+    let Recipe { name, directory: from, packages, plugins } = recipe;
     let stage = Stage::new("Fetching", name);
     let Some(suite) = Suite::open(SUITE, store)? else {
         bail!("the mirror has no suite {SUITE}, which {name} comes from");
@@ -104,7 +112,7 @@ fn fetch(store: &Store, recipe: &Recipe, directory: &Path) -> Result<()> {
         suite.unpack(&packages, tree.path())?;
         let files = new.join("files");
         fs::create_dir(&files)?;
-        for (name, path) in needed(&tree.path().join("usr/bin").join(name), plugins, tree.path())? {
+        for (name, path) in needed(&tree.path().join(from).join(name), plugins, tree.path())? {
             fs::copy(path, files.join(name))?;
         }
         Ok(fs::write(new.join("version"), &version)?)

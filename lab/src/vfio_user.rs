@@ -1,5 +1,5 @@
-//! `cargo lab vfio-user`: tests the emulated NVMe controller with Linux's nvme driver,
-//! through QEMU's vfio-user-pci.
+//! `cargo lab vfio-user`: tests the emulated NVMe controller with Linux's nvme driver, and the
+//! emulated network card with its igb driver ([`network`]), through QEMU's vfio-user-pci.
 //!
 //! `examples/serve` serves the controller, whose first namespace is a file. The guest's
 //! `lab/guest/vfio-user` uses it. The guest's memory is a memfd, a memfd of huge pages, or a
@@ -8,10 +8,12 @@
 //!
 //! With `--starts`, several guests use the same server, one after another.
 
+mod network;
+
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -106,7 +108,12 @@ struct Guest<'a> {
 
 impl<'a> Guest<'a> {
     /// `None`, with a warning, if there is no QEMU or no kernel for it.
-    fn new(lab: &'a Lab, store: &Store, kernel: &'static Kernel) -> Result<Option<Self>> {
+    fn new(
+        lab: &'a Lab,
+        store: &Store,
+        kernel: &'static Kernel,
+        initramfs: impl FnOnce(&Image) -> Result<Vec<u8>>,
+    ) -> Result<Option<Self>> {
         if !lab.root.has_vfio_user() {
             ui::warning("skipped: vfio-user, since the mirror has no QEMU of 10.1 or newer");
             return Ok(None);
@@ -120,13 +127,18 @@ impl<'a> Guest<'a> {
         };
         let program = payload::host_example("serve")?;
         fs::create_dir_all(&lab.logs)?;
-        let initramfs = guest(&image, &lab.busybox, &lab.root)?;
+        let initramfs = initramfs(&image)?;
         Ok(Some(Self { lab, kernel, image, initramfs, program }))
     }
 
-    /// One boot with the device at `socket`; whether it went well. `more` is added to the
-    /// kernel's command line. It is never booted again: if QEMU crashes or the guest
-    /// stands still here, that may be our server's doing.
+    /// A guest with the emulated NVMe controller.
+    fn with_disks(lab: &'a Lab, store: &Store, kernel: &'static Kernel) -> Result<Option<Self>> {
+        Self::new(lab, store, kernel, |image| disk_guest(image, &lab.busybox, &lab.root))
+    }
+
+    /// One boot with the device at `socket`; the output of its payload, if it went well. `more`
+    /// is added to the kernel's command line. It is never booted again: if QEMU crashes or the
+    /// guest stands still here, that may be our server's doing.
     fn boot(
         &self,
         memory: Memory,
@@ -134,7 +146,7 @@ impl<'a> Guest<'a> {
         socket: &Path,
         label: &str,
         more: &str,
-    ) -> Result<bool> {
+    ) -> Result<Option<String>> {
         let (root, image) = (&self.lab.root, &self.image);
         let initramfs = work.join("initramfs");
         let console = work.join("console");
@@ -149,7 +161,7 @@ impl<'a> Guest<'a> {
         let seconds = outcome.took.as_secs_f32();
         if matches!(outcome.ending, Ending::Exited(0)) && complaints.is_empty() {
             ui::status("Passed", &format!("vfio-user: {what}, {label} in {seconds:.1} s"));
-            return Ok(true);
+            return Ok(Some(outcome.output));
         }
         let log = outcome.log_path.display();
         // The complaints describe any other ending.
@@ -158,15 +170,15 @@ impl<'a> Guest<'a> {
             _ => String::new(),
         };
         ui::error(&format!("vfio-user: {label}: {status}{complaints}the kernel log is {log}"));
-        Ok(false)
+        Ok(None)
     }
 }
 
-/// Boots a guest once with each sort of memory. Whether it went well, or there is no QEMU
-/// for it.
+/// Boots a guest with a disk once with each sort of memory, and one with a network card.
+/// Whether it went well, or there is no QEMU for it.
 pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
-    let Some(guest) = Guest::new(lab, store, kernel)? else { return Ok(true) };
-    let mut passed = true;
+    let Some(guest) = Guest::with_disks(lab, store, kernel)? else { return Ok(true) };
+    let mut passed = network::test(lab, store, kernel)?;
     for memory in Memory::ALL {
         let work = cache::work_directory(&lab.logs, "boot-of-")?;
         let reserved = match memory {
@@ -182,8 +194,8 @@ pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
         let socket = short.path().join("nvme");
         let disk = short.path().join("disk");
         let second = ["--namespace", "memory:64M,block=4096"];
-        let server = Server::start(&guest.program, &socket, &disk, &second)?;
-        let booted = guest.boot(memory, work.path(), &socket, memory.name(), "")?;
+        let server = serve_disk(&guest.program, &socket, &disk, &second)?;
+        let booted = guest.boot(memory, work.path(), &socket, memory.name(), "")?.is_some();
         // SIGKILL: no cache is written back.
         drop(server);
         if booted {
@@ -197,62 +209,84 @@ pub fn test(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
 /// Boots guests one after another, all with the same server: each finds what those before
 /// have written. Whether all went well, or there is no QEMU for it.
 pub fn starts(lab: &Lab, store: &Store, kernel: &'static Kernel, count: u32) -> Result<bool> {
-    let Some(guest) = Guest::new(lab, store, kernel)? else { return Ok(true) };
+    let Some(guest) = Guest::with_disks(lab, store, kernel)? else { return Ok(true) };
     let work = cache::work_directory(&lab.logs, "boot-of-")?;
     let short = tempfile::tempdir()?;
     let socket = short.path().join("nvme");
     let disk = short.path().join("disk");
-    let mut server = Server::start(&guest.program, &socket, &disk, &[])?;
+    let server = serve_disk(&guest.program, &socket, &disk, &[])?;
     for start in 1..=count {
         let more = format!("lab.start={start}");
-        if !guest.boot(Memory::Memfd, work.path(), &socket, "starts", &more)? {
+        if guest.boot(Memory::Memfd, work.path(), &socket, "starts", &more)?.is_none() {
             ui::error(&format!("vfio-user: start {start} of {count} failed"));
             return Ok(false);
         }
     }
-    ensure!(server.0.try_wait()?.is_none(), "the server has ended by itself");
-    let process = server.0.id().to_string();
-    command::output(Command::new("kill").args(["-s", "TERM", &process]))?;
-    let status = server.0.wait()?;
-    ensure!(status.success(), "the server ended with {status} after SIGTERM");
-    ensure!(!fs::exists(&socket)?, "the server left its socket behind");
+    server.end(&socket)?;
     command::output(lab.root.command("usr/sbin/e2fsck").args(["-f", "-n"]).arg(&disk))?;
     Ok(true)
 }
 
+/// Serves an NVMe controller whose first namespace is the file `disk`, with more arguments.
+fn serve_disk(program: &Path, socket: &Path, disk: &Path, more: &[&str]) -> Result<Server> {
+    let namespace = format!("file:{},size={DISK}", disk.display());
+    let arguments = [&["--namespace", &namespace], more].concat();
+    Server::start(program, "nvme", socket, &arguments, Stdio::null())
+}
+
 /// The server. Dropping this kills it.
-struct Server(Child);
+struct Server {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+}
 
 impl Server {
-    /// Starts it, with more arguments, and waits until it listens.
-    fn start(program: &Path, socket: &Path, disk: &Path, more: &[&str]) -> Result<Self> {
+    /// Starts it, and waits until it listens.
+    fn start(
+        program: &Path,
+        device: &str,
+        socket: &Path,
+        arguments: &[&str],
+        stdin: Stdio,
+    ) -> Result<Self> {
         let mut child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
             .arg(program)
-            .args(["nvme", "--socket"])
+            .args([device, "--socket"])
             .arg(socket)
-            .arg("--namespace")
-            .arg(format!("file:{},size={DISK}", disk.display()))
-            .args(more)
-            .stdin(Stdio::null())
+            .args(arguments)
+            .stdin(stdin)
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot run setpriv (package util-linux)")?;
         let stdout = child.stdout.take().context("standard output is a pipe")?;
-        let server = Self(child);
+        let mut server = Self { child, stdout: BufReader::new(stdout) };
         // It writes one line when it listens, and none if it ends before.
         let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line)?;
+        server.stdout.read_line(&mut line)?;
         ensure!(line.contains("is served at"), "the server does not start: {line}");
         Ok(server)
+    }
+
+    /// Ends it by SIGTERM, and returns the rest of its output.
+    fn end(mut self, socket: &Path) -> Result<String> {
+        ensure!(self.child.try_wait()?.is_none(), "the server has ended by itself");
+        let process = self.child.id().to_string();
+        command::output(Command::new("kill").args(["-s", "TERM", &process]))?;
+        let mut rest = String::new();
+        self.stdout.read_to_string(&mut rest)?;
+        let status = self.child.wait()?;
+        ensure!(status.success(), "the server ended with {status} after SIGTERM");
+        ensure!(!fs::exists(socket)?, "the server left its socket behind");
+        Ok(rest)
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         // Both fail only for a child that has ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -281,8 +315,8 @@ fn qemu(root: &Root, image: &Image, initramfs: &Path, console: &Path, socket: &P
     command
 }
 
-/// The initramfs of the guest.
-fn guest(image: &Image, busybox: &Path, root: &Root) -> Result<Vec<u8>> {
+/// The initramfs of the guest with disks.
+fn disk_guest(image: &Image, busybox: &Path, root: &Root) -> Result<Vec<u8>> {
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let mut archive = Archive::default();
