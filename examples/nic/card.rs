@@ -34,9 +34,13 @@ pub fn has_wire(common: &Common, device: &str) -> bool {
     device.starts_with(EMULATED) && common.tap.is_none()
 }
 
+/// Descriptors of a receive queue: room for all that a station may send before it is answered.
+pub const RECEIVE_ENTRIES: u16 = 1024;
+
 /// The settings that all commands begin with.
 pub fn settings(common: &Common) -> Settings {
-    Settings::DEFAULT.with_interrupts(true).with_mtu(common.mtu)
+    let settings = Settings::DEFAULT.with_interrupts(true).with_mtu(common.mtu);
+    settings.with_receive_entries(RECEIVE_ENTRIES)
 }
 
 /// The address of the `number`th emulated card.

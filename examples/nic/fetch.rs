@@ -13,7 +13,6 @@ use crate::response::{Head, Response};
 use crate::stack::Stack;
 use crate::url::Url;
 
-const RECEIVE: usize = 512 << 10;
 const SEND: usize = 4 << 10;
 
 /// A file that is on its way.
@@ -44,7 +43,7 @@ pub struct Fetched {
 impl Fetch {
     /// Begins to connect to a server. It may be silent for `limit` at most.
     pub fn new(stack: &mut Stack, url: Url, server: Ipv4Addr, limit: Duration) -> Result<Self> {
-        let mut socket = Stack::tcp(RECEIVE, SEND);
+        let mut socket = Stack::tcp(stack.window(), SEND);
         socket.set_timeout(Some(Period::from(limit.max(Duration::from_secs(1)))));
         let remote = (server, url.port);
         socket.connect(stack.interface.context(), remote, Stack::local_port()).map_err(

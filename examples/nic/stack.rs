@@ -13,12 +13,16 @@ use vfio_remap::{Error, ErrorKind, Result};
 use vfio_remap_ethernet::Nic;
 use vfio_remap_ethernet::smoltcp::StackDevice;
 
-use crate::card::LOOK;
+use crate::card::{LOOK, RECEIVE_ENTRIES};
 use crate::options::Common;
 use crate::stop::Stop;
 
 /// How long a DHCP server has to offer an address before it is asked again.
 const ASK_AGAIN: Period = Period::from_secs(2);
+
+/// The headers of IP and TCP, and the most that is buffered of what a server sends.
+const HEADERS: usize = 40;
+const MOST_WINDOW: usize = 512 << 10;
 
 /// A card with a TCP/IP stack.
 pub struct Stack {
@@ -29,6 +33,7 @@ pub struct Stack {
     dhcp: Option<SocketHandle>,
     pub network: Network,
     pub stop: Stop,
+    mtu: usize,
 }
 
 /// Where a stack is.
@@ -61,6 +66,7 @@ impl Stack {
             dhcp: None,
             network: Network::default(),
             stop: stop.clone(),
+            mtu: nic.settings().mtu,
         })
     }
 
@@ -204,6 +210,13 @@ impl Stack {
                 Err(failed(ErrorKind::NotFound, format!("{server} knows no address of it")))
             }
         }
+    }
+
+    /// How much a server may send to a socket before it is answered: so much as the card has room for, since a
+    /// card drops what it has no descriptor for.
+    pub fn window(&self) -> usize {
+        let segment = self.mtu.saturating_sub(HEADERS).max(1);
+        (segment * usize::from(RECEIVE_ENTRIES) / 2).min(MOST_WINDOW)
     }
 
     /// A TCP socket with buffers of these sizes.
