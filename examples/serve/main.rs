@@ -58,8 +58,8 @@ enum Device {
         #[command(flatten)]
         common: Common,
         /// What the card is connected to: udp:OURS,THEIRS, two addresses with ports, where each datagram is a
-        /// frame, as for QEMU's "-netdev dgram"; or stdin, a socket that keeps packets apart. Without this there
-        /// is no cable
+        /// frame, as for QEMU's "-netdev dgram"; or tap:NAME, a TAP interface of this machine; or stdin, a socket
+        /// that keeps packets apart. Without this there is no cable
         #[arg(long, value_name = "WIRE")]
         wire: Option<WireSpec>,
         /// The card's address

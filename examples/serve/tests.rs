@@ -248,9 +248,11 @@ fn wires_and_addresses_are_understood_or_the_mistake_is_named() {
     let (ours, theirs) = ("127.0.0.1:5000", "[::1]:5001");
     assert_eq!(format!("udp:{ours},{theirs}").parse(), Ok(udp(ours, theirs)));
     assert_eq!("stdin".parse(), Ok(WireSpec::Stdin));
+    assert_eq!("tap:a,b".parse(), Ok(WireSpec::Tap("a,b".to_owned())));
     for (text, says) in [
         ("", "begins with \"udp:\""),
-        ("tap0", "begins with \"udp:\""),
+        ("tap0", "begins with \"udp:\" or \"tap:\""),
+        ("tap:", "name of the interface is missing"),
         ("udp:127.0.0.1:5000", "two addresses"),
         ("udp:127.0.0.1,127.0.0.1:5001", "\"127.0.0.1\" is no address with a port"),
     ] {
@@ -267,4 +269,6 @@ fn wires_and_addresses_are_understood_or_the_mistake_is_named() {
     let here = taken.local_addr().unwrap();
     let error = WireSpec::Udp { ours: here, theirs: here }.open().unwrap_err().to_string();
     assert!(error.contains(&format!("cannot listen at udp:{here}")), "{error}");
+    let error = WireSpec::Tap("longer-than-15-bytes".to_owned()).open().unwrap_err().to_string();
+    assert!(error.contains("/dev/net/tun") || error.contains("longer-than-15-bytes"), "{error}");
 }

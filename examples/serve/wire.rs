@@ -13,11 +13,13 @@ use serde_json::{Value, json};
 use vfio_remap::emulated::igb::{Packets, Wire};
 use vfio_remap::{Error, ErrorKind, Result};
 
-/// `udp:OURS,THEIRS` or `stdin`.
+/// `udp:OURS,THEIRS`, `tap:NAME` or `stdin`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WireSpec {
     /// Datagrams from one address to the other and back.
     Udp { ours: SocketAddr, theirs: SocketAddr },
+    /// A TAP interface of this machine.
+    Tap(String),
     /// The socket that is standard input.
     Stdin,
 }
@@ -35,6 +37,7 @@ impl WireSpec {
                 socket.connect(theirs).map_err(|error| failed("send to", theirs, error))?;
                 Packets::new(socket)
             }
+            Self::Tap(name) => Packets::tap(name),
             Self::Stdin => {
                 let socket = stdin().as_fd().try_clone_to_owned().map_err(|error| {
                     Error::new(ErrorKind::Os, "use", "standard input")
@@ -53,8 +56,13 @@ impl FromStr for WireSpec {
         if text == "stdin" {
             return Ok(Self::Stdin);
         }
+        match text.strip_prefix("tap:") {
+            Some("") => return Err("the name of the interface is missing".to_owned()),
+            Some(name) => return Ok(Self::Tap(name.to_owned())),
+            None => {}
+        }
         let Some(addresses) = text.strip_prefix("udp:") else {
-            return Err("it is \"stdin\", or begins with \"udp:\"".to_owned());
+            return Err("it is \"stdin\", or begins with \"udp:\" or \"tap:\"".to_owned());
         };
         let Some((ours, theirs)) = addresses.split_once(',') else {
             return Err("two addresses follow \"udp:\", with a comma between them".to_owned());
