@@ -19,7 +19,7 @@ use vfio_remap_ethernet::smoltcp::StackDevice;
 use vfio_remap_ethernet::{Frame, Nic, Pool, QueuePair, Settings};
 use vfio_remap_fuzz::card::{Direct, Hand};
 use vfio_remap_fuzz::input::Input;
-use vfio_remap_fuzz::start;
+use vfio_remap_fuzz::{seeds_of_cards, start};
 
 const BUFFERS: usize = 24;
 const SETTINGS: Settings = Settings::DEFAULT
@@ -221,7 +221,7 @@ fn by_stack(up: &Up, queues: QueuePair, input: &mut Input<'_>) -> bool {
     device.stop().is_ok()
 }
 
-fuzz_target!(init: start(Vec::new), |bytes: &[u8]| {
+fuzz_target!(init: start(seeds_of_cards::of_ethernet_driver), |bytes: &[u8]| {
     let mut input = Input::new(bytes);
     let choice = input.u8();
     let up = &CARDS[usize::from(choice & 1)];

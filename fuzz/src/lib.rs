@@ -6,6 +6,7 @@ pub mod input;
 pub mod messages;
 pub mod passthrough;
 pub mod seeds;
+pub mod seeds_of_cards;
 
 pub use conversation::drive;
 

@@ -27,7 +27,7 @@ struct Target {
 }
 
 const TARGETS: [Target; 6] = [
-    Target { name: "ethernet_driver", seeds: false },
+    Target { name: "ethernet_driver", seeds: true },
     Target { name: "ethernet_model", seeds: false },
     Target { name: "passthrough", seeds: true },
     Target { name: "region_info", seeds: false },
