@@ -1,5 +1,6 @@
-//! `cargo lab fuzz`: fuzzes the parsers of messages from untrusted peers, and a device in the
-//! hands of a guest, with libFuzzer and AddressSanitizer.
+//! `cargo lab fuzz`: fuzzes the parsers of messages from untrusted peers, a device in the hands
+//! of a guest, a driver on a hostile network card, and a model of that card under a hostile
+//! driver, with libFuzzer and AddressSanitizer.
 //!
 //! The targets are built without cargo-fuzz, so that only a C++ compiler has to be
 //! installed. A stable Rust compiler accepts all flags below but the sanitizer's, for

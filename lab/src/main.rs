@@ -126,7 +126,8 @@ enum Task {
         #[command(flatten)]
         common: Common,
     },
-    /// Fuzz the vfio-user client and server with malformed messages. Part of `test`.
+    /// Fuzz what is not trusted: messages of vfio-user, a guest's accesses to a device, a network
+    /// card under its driver, and a driver of the card's model. Part of `test`.
     Fuzz {
         /// How long to fuzz.
         #[arg(long, value_name = "SECONDS", default_value_t = fuzz::SECONDS,
