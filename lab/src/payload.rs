@@ -61,7 +61,7 @@ pub fn guest_tests() -> Result<PathBuf> {
 
 /// As [`guest_tests`], from other sources.
 pub fn guest_tests_of(sources: &Sources) -> Result<PathBuf> {
-    let arguments = "test --no-run --test guest --profile lab --features vm-memory";
+    let arguments = "test --no-run --test guest --profile lab --features vm-memory,passthrough";
     build_of(sources, "guest", &arguments.split(' ').collect::<Vec<_>>())
 }
 
