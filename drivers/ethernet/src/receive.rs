@@ -17,8 +17,9 @@ use super::pool::{Frame, Pool, foreign};
 use super::registers::Ring;
 use super::wait::WATCH;
 
-/// After how many buffers the card is told of them, if frames come one after the other.
-const TELL_AFTER: usize = 16;
+/// After how many buffers the card is told of them, if frames come one after the other: a quarter of the ring,
+/// and this many at most. Telling it costs more than a frame.
+const TELL_AFTER: usize = 64;
 
 /// After how many looks in vain it is seen whether the card is well, unless that was seen just now.
 const LOOK: u32 = 64;
@@ -242,7 +243,8 @@ impl Receiver {
         }
         self.fill = fill;
         let untold = fill.wrapping_sub(self.told) & self.mask;
-        if untold >= TELL_AFTER || idle { self.tell() } else { Ok(()) }
+        let enough = TELL_AFTER.min(self.slots.len() / 4);
+        if untold >= enough || idle { self.tell() } else { Ok(()) }
     }
 
     /// Waits until a frame has come, and whether one has in time: polls for [`Settings::poll`], then sleeps

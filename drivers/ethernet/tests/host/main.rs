@@ -201,6 +201,44 @@ fn frames_that_had_come_before_a_reset_are_received() {
     card.stop();
 }
 
+/// A write to the tail costs more than a frame. A card that may wait for buffers is told of them at once.
+#[test]
+fn a_card_is_told_of_a_quarter_of_the_ring_at_a_time() {
+    const TAIL: u64 = 0x18;
+    let (port, network) = Port::pair();
+    let settings = Settings::DEFAULT.with_receive_entries(64);
+    let mut card = End::new(1, port, &Faults::default(), settings);
+    card.nic.wait_for_link(LONG).unwrap();
+    card.receive();
+    let tail = card.nic.device().bar(0).unwrap();
+    let tail = tail.trapped_register::<u32>(card.queues.receiver.registers().start + TAIL).unwrap();
+    let mut bytes = [0; 60];
+    bytes[..6].copy_from_slice(&card.nic.address().0);
+    let mut sent = 0;
+    let mut send = |count: u64, nic: &Nic| {
+        (0..count).for_each(|_| network.send(&bytes));
+        sent += count;
+        let end = Instant::now() + LONG;
+        while nic.statistics().unwrap().received < sent {
+            assert!(Instant::now() < end);
+        }
+    };
+    let mut receive = |limit, count| {
+        let mut frames = Vec::new();
+        let received = card.queues.receiver.receive(&mut card.pool, &mut frames, limit).unwrap();
+        assert_eq!(received, count);
+        frames.into_iter().for_each(|frame| card.pool.put(frame).unwrap());
+        tail.read().unwrap()
+    };
+    send(45, &card.nic);
+    assert_eq!(receive(15, 15), 63, "fifteen are less than a quarter");
+    assert_eq!(receive(15, 15), 63 + 30 - 64);
+    assert_eq!(receive(15, 15), 63 + 30 - 64);
+    assert_eq!(receive(15, 0), 63 + 45 - 64, "nothing has come");
+    drop(tail);
+    card.stop();
+}
+
 #[test]
 fn a_card_that_others_have_reset_is_set_up_for_a_new_queue() {
     let (port, network) = Port::pair();
