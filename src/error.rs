@@ -51,6 +51,10 @@ pub enum ErrorKind {
     AddressTaken,
     /// It is still in use.
     InUse,
+    /// The window is revoked.
+    Revoked,
+    /// The window is sealed: nothing changes it until the process ends.
+    Sealed,
     /// The kernel refused every strategy that was allowed.
     Refused,
     /// A kernel hazard forbids it.
@@ -94,6 +98,8 @@ impl ErrorKind {
             Self::UnsuitablePlacement => "unsuitable placement",
             Self::AddressTaken => "address taken",
             Self::InUse => "in use",
+            Self::Revoked => "window revoked",
+            Self::Sealed => "window sealed",
             Self::Refused => "refused by the kernel",
             Self::Hazard => "kernel hazard",
             Self::ReservationLost => "reservation lost",

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::capabilities::Capability;
 use super::layout::Reserved;
+use super::revocation::DECODING;
 use super::{BARS, Device};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -179,8 +180,10 @@ impl<'d> Config<'d> {
         Ok(self.present_u16(COMMAND)? & MEMORY_SPACE != 0)
     }
 
-    /// Enables or disables the memory BARs. While they are disabled, an access through a window of a vfio-pci
-    /// device raises SIGBUS. Behind a vfio-user server, BARs without an address get one before they are enabled.
+    /// Enables or disables the memory BARs. Before they are disabled, the windows of the device are revoked: loads
+    /// answer all ones and stores are dropped. After they are enabled again by this method, these windows are
+    /// restored. While they are disabled by other means, an access through a window of a vfio-pci device raises
+    /// SIGBUS, and so does one through a sealed window. Behind a vfio-user server, BARs without an address get one before they are enabled.
     ///
     /// # Errors
     /// As [`memory_decoding`](Self::memory_decoding).
@@ -312,7 +315,26 @@ impl<'d> Config<'d> {
         if on {
             self.device.transport().assign_addresses()?;
         }
-        self.change_bits(COMMAND, bit, on)
+        let device = &self.device.inner;
+        if bit != MEMORY_SPACE {
+            return self.change_bits(COMMAND, bit, on);
+        }
+        if on {
+            self.change_bits(COMMAND, bit, on)?;
+            device.end_outage(DECODING);
+            return Ok(());
+        }
+        let mut outage = device.take_away(DECODING);
+        let result = self.change_bits(COMMAND, bit, on);
+        if result.is_err() {
+            device.bring_back(DECODING, &mut outage);
+        }
+        result
+    }
+
+    /// The command register, as it is.
+    pub(super) fn command(&self) -> Result<u16> {
+        self.read_u16(COMMAND)
     }
 
     fn set_bits(&self, register: u64, bits: u16, on: bool) -> Result<()> {

@@ -10,6 +10,7 @@ use super::dma_arena::Arenas;
 use super::dma_buffer::{BufferRequest, DmaBuffer};
 use super::dma_placement::IovaPlacement;
 use super::iova::Iova;
+use super::outage::{PeerMapping, map_peer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::fork;
@@ -166,15 +167,22 @@ impl DmaSpace {
         placement: IovaPlacement,
         access: Access,
     ) -> Result<DmaMapping> {
-        let taken = self.inner.take(&memory, placement)?;
-        let (taken, iova) = match self.inner.map(taken, &memory, placement, access) {
-            Ok(iova) => (taken, iova),
-            Err(error) => {
-                self.inner.map_elsewhere(search, taken, error, &memory, placement, access)?
+        let map = || {
+            let taken = self.inner.take(&memory, placement)?;
+            match self.inner.map(taken, &memory, placement, access) {
+                Ok(iova) => Ok((taken, iova)),
+                Err(error) => {
+                    self.inner.map_elsewhere(search, taken, error, &memory, placement, access)
+                }
             }
         };
+        let ((taken, iova), peer) = if memory.is_kept_by_kernel() {
+            (map()?, None)
+        } else {
+            map_peer(&self.inner.transport, &memory, access, map, |(taken, _)| taken.0)?
+        };
         let generation = fork::generation();
-        Ok(DmaMapping { space: self.clone(), memory, taken, iova, generation })
+        Ok(DmaMapping { space: self.clone(), memory, taken, iova, peer, generation })
     }
 
     pub(super) fn arenas(&self) -> &Arenas {
@@ -477,6 +485,8 @@ pub struct DmaMapping {
     taken: Iova,
     /// The address for the device.
     iova: Iova,
+    /// If the memory is a window of another device.
+    peer: Option<PeerMapping>,
     /// The process that made it: see [`fork::generation`].
     generation: u32,
 }
@@ -521,6 +531,10 @@ impl Drop for DmaMapping {
         }
         let size = self.memory.size() as u64;
         let inner = &self.space.inner;
+        if self.peer.as_ref().is_some_and(|peer| !peer.end()) {
+            inner.give_back(self.taken, size);
+            return;
+        }
         match inner.transport.dma_unmap(self.taken.0, size) {
             Ok(()) => inner.give_back(self.taken, size),
             // Neither the memory nor the addresses may be used again.

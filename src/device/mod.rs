@@ -17,8 +17,10 @@ mod dma_parts;
 mod dma_placement;
 mod dma_ring;
 mod events;
+mod gone;
 mod iova;
 mod layout;
+mod outage;
 mod poll;
 mod power;
 mod region;
@@ -29,6 +31,7 @@ mod register_copy;
 pub(crate) mod register_layout;
 mod register_macro;
 mod resample;
+mod revocation;
 mod signals;
 #[cfg(test)]
 mod tests;
@@ -43,7 +46,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use slab::Slab;
 
 use crate::error::{Error, ErrorKind, Result, gives_back};
-use crate::space::Backing;
+use crate::space::{Backing, Control, Group};
 use crate::sys;
 use crate::transport::{AffectedDevice, DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
 
@@ -61,6 +64,7 @@ pub use dma_ring::DmaRing;
 pub use events::{Event, Events};
 pub use iova::Iova;
 pub use layout::{Layout, Span, Trap};
+pub use outage::Outage;
 pub use poll::{poll_until, try_poll_until, try_poll_until_async};
 pub use power::LowPower;
 pub use region::Region;
@@ -70,6 +74,7 @@ pub use register::{
 };
 pub use register_block::{IoRegisterBlock, RegisterBlock};
 pub use register_layout::{BlockArrayAt, BlockAt, BlockLayout, RegisterArrayAt, RegisterAt};
+pub use revocation::{FaultCause, NotSealed, Revoked, SealedWindow, WindowChanges};
 pub use vectors::{Growth, Interrupt, Vector, Vectors};
 pub use window::{StillMapped, Window};
 
@@ -94,6 +99,9 @@ struct Inner {
     control: Mutex<()>,
     /// What holds the device. Each holder keeps its key in this slab.
     holders: Mutex<Slab<Holder>>,
+    /// Its windows, for the guard.
+    group: Arc<Group>,
+    absence: outage::Absence,
     info: DeviceInfo,
     transport: Arc<dyn Transport>,
 }
@@ -124,10 +132,10 @@ struct Mappable {
 }
 
 /// What holds a device.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 enum Holder {
     /// A window over a range of a region.
-    Window { region: u32, range: Range<u64>, address: usize },
+    Window { region: u32, range: Range<u64>, address: usize, control: Arc<Control> },
     /// A block of trapped registers.
     Block { name: &'static str, region: u32, range: Range<u64> },
     /// Vectors that are set up.
@@ -177,6 +185,8 @@ impl Device {
                 dma_lock: Mutex::new(()),
                 control: Mutex::new(()),
                 holders: Mutex::default(),
+                group: Arc::default(),
+                absence: outage::Absence::default(),
                 info,
                 transport,
             }),
@@ -319,8 +329,11 @@ impl Device {
         Ok(self.inner.dma.get_or_init(|| space).clone())
     }
 
-    /// Resets this device only (function level reset, PCIe 5.0 §6.6.2, or by its power state). Windows stay
-    /// mapped, and reach the device again once memory decoding is on.
+    /// Resets this device only (function level reset, PCIe 5.0 §6.6.2, or by its power state).
+    ///
+    /// Its windows are revoked first and restored afterwards: meanwhile loads answer all ones, stores are
+    /// dropped, and no store from before reaches the device after the reset. Peer-to-peer mappings of its windows
+    /// are unmapped and mapped again at the same IOVA. The answer names what could not be.
     ///
     /// Assume that memory decoding, bus mastering and the device's interrupts are off afterwards. vfio-pci
     /// restores the command register; a device model or a vfio-user server clears it. Enable both again
@@ -330,10 +343,13 @@ impl Device {
     /// # Errors
     /// `Unsupported` if the device has no reset of its own ([`hot_reset`](Self::hot_reset) may work); the
     /// kernel's error.
-    pub fn reset(&self) -> Result<()> {
+    pub fn reset(&self) -> Result<Outage> {
         // The transport may restore configuration space.
         let _one = self.control_lock();
-        self.inner.transport.reset()
+        let mut outage = self.inner.take_away(revocation::RESET);
+        let result = self.inner.transport.reset();
+        self.inner.bring_back(revocation::RESET, &mut outage);
+        result.map(|()| outage)
     }
 
     /// The devices that [`hot_reset`](Self::hot_reset) resets, including this one.
@@ -345,8 +361,8 @@ impl Device {
     }
 
     /// Resets the bus or slot of the device, and every device on it. Use it for a device that has no reset of
-    /// its own. Windows stay mapped. Each device is afterwards in the state that [`reset`](Self::reset)
-    /// describes.
+    /// its own. What [`reset`](Self::reset) says of windows and of the state afterwards is true of this device
+    /// and of `others`.
     ///
     /// `others` are the other affected devices that this process has open; the caller's drivers for them must
     /// expect the reset. An affected device that is not open must be bound to vfio-pci, and this process must
@@ -355,9 +371,19 @@ impl Device {
     /// # Errors
     /// `NotOwned` with the devices that prevent the reset, and why; nothing is reset then. `Unsupported` if
     /// there is no such reset; `InUse` if a device was being accessed; the kernel's error.
-    pub fn hot_reset(&self, others: &[&Device]) -> Result<()> {
+    pub fn hot_reset(&self, others: &[&Device]) -> Result<Outage> {
+        let mut outages = Vec::with_capacity(1 + others.len());
+        for device in [self].iter().chain(others) {
+            outages.push((&device.inner, device.inner.take_away(revocation::RESET)));
+        }
         let others: Vec<_> = others.iter().map(|device| device.transport()).collect();
-        self.inner.transport.hot_reset(&others)
+        let result = self.inner.transport.hot_reset(&others);
+        let mut all = Outage::default();
+        for (device, mut outage) in outages {
+            device.bring_back(revocation::RESET, &mut outage);
+            all.append(outage);
+        }
+        result.map(|()| all)
     }
 
     /// Closes the device. It can then be bound to another driver.
@@ -411,7 +437,8 @@ impl Device {
                 let file = self.transport().backing(index)?;
                 let name = self.inner.region_name(index);
                 // The file may end where the last mappable part ends.
-                Some(Arc::new(Backing::new(name, file.fd, file.start, last.end, file.kind)?))
+                let backing = Backing::new(name, file.fd, file.start, last.end, file.kind)?;
+                Some(Arc::new(backing.in_group(self.inner.group.clone())))
             }
             None => None,
         };
@@ -471,8 +498,10 @@ impl Inner {
 
     fn describe(&self, holder: &Holder) -> String {
         match holder {
-            Holder::Window { region, range, address } => {
-                format!("a window over {} at {address:#x}", self.range_name(*region, range))
+            Holder::Window { region, range, address, control } => {
+                let kind = if control.is_sealed() { "sealed " } else { "" };
+                let range = self.range_name(*region, range);
+                format!("a {kind}window over {range} at {address:#x}")
             }
             Holder::Block { name, region, range } => {
                 format!("the register block {name}, {}", self.range_name(*region, range))

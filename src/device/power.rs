@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::revocation::POWER;
 use super::signals::{eventfd, wait};
 use super::{Device, Holder, Inner};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,8 +14,9 @@ use crate::sys::fork;
 /// A device in a low power state. Dropping this wakes it.
 ///
 /// While this lives
-/// - an access through a [`Window`](super::Window) raises SIGBUS, until this is dropped or
-///   [`woken`](Self::woken) has returned `Ok`, even if the device woke earlier;
+/// - [windows](super::Window) of the device are revoked: loads answer all ones, stores are dropped, until this is
+///   dropped or [`woken`](Self::woken) has returned `Ok`, even if the device woke earlier. An access to a sealed
+///   window raises SIGBUS;
 /// - an access through the kernel, to a trapped register
 ///   ([`Region::trapped_register`](super::Region::trapped_register)) or to [`Config`](super::Config), wakes the
 ///   device and works, and so do calls that set up interrupts or reset it. The device sleeps again afterwards, unless this came from [`Device::low_power_until_woken`];
@@ -51,7 +53,9 @@ impl Device {
 
     fn sleep(&self, wakeup: Option<OwnedFd>) -> Result<LowPower> {
         let slot = self.inner.insert_exclusive(Holder::LowPower)?;
+        let mut outage = self.inner.take_away(POWER);
         if let Err(error) = self.transport().enter_low_power(wakeup.as_ref().map(AsFd::as_fd)) {
+            self.inner.bring_back(POWER, &mut outage);
             self.inner.holders().try_remove(slot);
             return Err(error);
         }
@@ -69,7 +73,11 @@ impl LowPower {
     pub fn woken(&self, timeout: Duration) -> Result<()> {
         let name = || format!("the wake-up of {}", self.device.info.name);
         match &self.wakeup {
-            Some(wakeup) => wait(wakeup, timeout, name).map(drop),
+            Some(wakeup) => {
+                wait(wakeup, timeout, name)?;
+                self.device.end_outage(POWER);
+                Ok(())
+            }
             None => Err(Error::new(ErrorKind::Unsupported, "wait for", name())
                 .with_reason("nothing reports it after Device::low_power")
                 .with_advice("use Device::low_power_until_woken")),
@@ -86,7 +94,9 @@ impl LowPower {
     /// # Errors
     /// The transport's error; the value is then dropped, which retries the wake-up.
     pub fn wake(self) -> Result<()> {
-        self.device.transport.exit_low_power()
+        self.device.transport.exit_low_power()?;
+        self.device.end_outage(POWER);
+        Ok(())
     }
 }
 
@@ -96,8 +106,9 @@ impl Drop for LowPower {
             return;
         }
         // This has no effect on a device that is awake.
-        if let Err(error) = self.device.transport.exit_low_power() {
-            log::warn!("a device sleeps until it is closed: {error}");
+        match self.device.transport.exit_low_power() {
+            Ok(()) => self.device.end_outage(POWER),
+            Err(error) => log::warn!("a device sleeps until it is closed: {error}"),
         }
         self.device.holders().try_remove(self.slot);
     }

@@ -30,6 +30,10 @@ impl<'d> Region<'d> {
         Self { device, index, region, mappable: &region.usual }
     }
 
+    pub(super) fn device(&self) -> &'d Device {
+        self.device
+    }
+
     /// The region's index.
     pub fn index(&self) -> u32 {
         self.index
@@ -89,6 +93,11 @@ impl<'d> Region<'d> {
 
     /// Maps a range of the region, in bytes; `..` maps all of it. The whole pages that hold the range are
     /// mapped; the window gives access to the range only. It is read-only if the region cannot be written.
+    ///
+    /// From now on, the crate keeps as many bytes of memory, up to
+    /// [`revocable_size`](crate::space::revocable_size), so that the window can be revoked to all ones at any
+    /// time. A larger window reads zeros when it is revoked:
+    /// [`Window::reads_ones_when_revoked`] says so.
     ///
     /// ```
     /// # use vfio_remap::{Device, space::Placement, transport::MemoryDevice};

@@ -79,7 +79,7 @@ impl Writable for WriteOnly {}
 pub struct Register<T: Width, M: Mode = ReadWrite> {
     at: NonNull<T>,
     /// Keeps the mapping alive and in place.
-    _window: Arc<window::Inner>,
+    window: Arc<window::Inner>,
     _mode: PhantomData<M>,
 }
 
@@ -93,7 +93,7 @@ impl<T: Width, M: Mode> Register<T, M> {
     /// The register at `offset` bytes into the window.
     pub(super) fn new(window: &Window, offset: usize) -> Result<Self> {
         let at = window.place(offset, size_of::<T>(), M::ACCESS)?;
-        Ok(Self { at: at.cast(), _window: window.inner.clone(), _mode: PhantomData })
+        Ok(Self { at: at.cast(), window: window.inner.clone(), _mode: PhantomData })
     }
 
     /// The register at an address.
@@ -101,7 +101,7 @@ impl<T: Width, M: Mode> Register<T, M> {
     /// # Safety
     /// `at` is aligned and lies in the window. If `M` can be written, so can the window.
     pub(super) unsafe fn within(at: NonNull<T>, window: Arc<window::Inner>) -> Self {
-        Self { at, _window: window, _mode: PhantomData }
+        Self { at, window, _mode: PhantomData }
     }
 }
 
@@ -109,8 +109,21 @@ impl<T: Width, M: Readable> Register<T, M> {
     /// Reads the register. Later accesses to memory happen after it.
     #[inline(always)]
     pub fn read(&self) -> T {
-        // SAFETY: in bounds and aligned, and readable, since `new`; mapped while `_window` lives.
+        // SAFETY: in bounds and aligned, and readable, since `new`; mapped while `window` lives.
         unsafe { T::load(self.at.as_ptr()) }
+    }
+
+    /// Reads the register, as [`read`](Self::read), and says if the value is not the device's: one comparison more,
+    /// unless the value is all ones.
+    ///
+    /// # Errors
+    /// `Revoked` if the value is all ones and the window is revoked. A window that
+    /// [reads zeros](Window::reads_ones_when_revoked) when it is revoked is not noticed, nor is a value that was
+    /// stored since, or a window that was restored between the access and the check.
+    #[inline(always)]
+    pub fn try_read(&self) -> Result<T> {
+        let value = self.read();
+        if value.is_all_ones() { self.window.check(value) } else { Ok(value) }
     }
 
     /// Reads the register, unordered with accesses to memory, in order with other registers.
@@ -126,7 +139,7 @@ impl<T: Width, M: Writable> Register<T, M> {
     /// finds it in DMA memory.
     #[inline(always)]
     pub fn write(&self, value: T) {
-        // SAFETY: in bounds, aligned and writable since `new`; mapped while `_window` lives.
+        // SAFETY: in bounds, aligned and writable since `new`; mapped while `window` lives.
         unsafe { T::store(self.at.as_ptr(), value) }
     }
 
@@ -149,7 +162,7 @@ impl<T: Width> Register<T, ReadWrite> {
 
 impl<T: Width, M: Mode> Clone for Register<T, M> {
     fn clone(&self) -> Self {
-        Self { at: self.at, _window: self._window.clone(), _mode: PhantomData }
+        Self { at: self.at, window: self.window.clone(), _mode: PhantomData }
     }
 }
 
@@ -308,6 +321,17 @@ impl<T: Width, M: Mode> IoRegister<T, M> {
 }
 
 impl<T: Width, M: Readable> IoRegister<T, M> {
+    /// Reads the register, as [`Register::try_read`] if it is mapped.
+    ///
+    /// # Errors
+    /// `Revoked` if it is mapped; the transport's error if it is trapped.
+    pub fn try_read(&self) -> Result<T> {
+        match &self.0 {
+            Route::Mapped(register) => register.try_read(),
+            Route::Trapped(trapped) => trapped.read(0),
+        }
+    }
+
     /// Reads the register, as [`Register::read`].
     ///
     /// # Errors

@@ -59,6 +59,8 @@ pub(super) mod sealed {
             unsafe { Self::store_relaxed(entry.wrapping_add(WORD), value) }
         }
 
+        /// Whether all bits are 1.
+        fn is_all_ones(&self) -> bool;
         fn from_bytes(bytes: &[u8]) -> Option<Self>;
         fn with_bytes<T>(self, f: impl FnOnce(&[u8]) -> T) -> T;
     }
@@ -67,6 +69,11 @@ pub(super) mod sealed {
 /// The bytes of a value in PCI's byte order, for accesses through the transport.
 macro_rules! bytes {
     ($type:ty) => {
+        #[inline(always)]
+        fn is_all_ones(&self) -> bool {
+            *self == <$type>::MAX
+        }
+
         fn from_bytes(bytes: &[u8]) -> Option<Self> {
             Some(<$type>::from_le_bytes(bytes.try_into().ok()?))
         }

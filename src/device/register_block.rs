@@ -54,6 +54,24 @@ impl<L: BlockLayout, M: Mode> RegisterBlock<L, M> {
         T::from(unsafe { R::load(self.pointer(at)) })
     }
 
+    /// Reads a register, as [`read`](Self::read), and says if the value is not the device's: one comparison more,
+    /// unless the value is all ones.
+    ///
+    /// # Errors
+    /// As [`Register::try_read`].
+    #[inline(always)]
+    pub fn try_read<R: Width, T: From<R>, A: Readable>(
+        &self,
+        at: RegisterAt<L, R, T, A>,
+    ) -> Result<T> {
+        // SAFETY: as `read`.
+        let value = unsafe { R::load(self.pointer(at)) };
+        if value.is_all_ones() {
+            return self.hold.window.check(value).map(T::from);
+        }
+        Ok(T::from(value))
+    }
+
     /// Reads a register, unordered with accesses to memory, in order with other registers.
     #[inline(always)]
     pub fn read_relaxed<R: Width, T: From<R>, A: Readable>(&self, at: RegisterAt<L, R, T, A>) -> T {
@@ -309,6 +327,23 @@ impl<L: BlockLayout> IoRegisterBlock<L> {
     pub fn read<R: Width, T: From<R>, A: Readable>(&self, at: RegisterAt<L, R, T, A>) -> Result<T> {
         match &self.0 {
             Route::Mapped(block) => Ok(block.read(at)),
+            Route::Trapped { hold, offset } => {
+                hold.first.read::<R>(offset + at.offset() as u64).map(T::from)
+            }
+        }
+    }
+
+    /// Reads a register, as [`RegisterBlock::try_read`] if it is mapped.
+    ///
+    /// # Errors
+    /// `Revoked` if it is mapped; the transport's error if it is trapped.
+    #[inline]
+    pub fn try_read<R: Width, T: From<R>, A: Readable>(
+        &self,
+        at: RegisterAt<L, R, T, A>,
+    ) -> Result<T> {
+        match &self.0 {
+            Route::Mapped(block) => block.try_read(at),
             Route::Trapped { hold, offset } => {
                 hold.first.read::<R>(offset + at.offset() as u64).map(T::from)
             }

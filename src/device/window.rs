@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use slab::Slab;
 
 use super::register::{ReadOnly, ReadWrite, Register, RegisterArray, Width, permits};
-use super::{Holder, Inner as DeviceInner};
+use super::{Device, Holder, Inner as DeviceInner};
 use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::space::{
     Access, Backing, DmaMemory, Failed, Mapping, Placement, Relocation, Report, Request,
@@ -101,7 +101,10 @@ impl Window {
         let blocks = Mutex::default();
         let mut inner =
             Inner { mapping, region, skip, size, slot: 0, blocks, device: device.clone() };
-        inner.slot = device.holders().insert(inner.holder());
+        let mut holders = device.holders();
+        inner.slot = holders.insert(inner.holder());
+        device.revoke_if_away(&inner);
+        drop(holders);
         Self { inner: Arc::new(inner) }
     }
 
@@ -265,7 +268,9 @@ impl Window {
     /// The window as memory for the DMA of another device: peer-to-peer.
     ///
     /// Type 1 containers map it by page frame. The DMA mapping reaches this device even after the window is
-    /// dropped, so remove it before you reset this device. iommufd rejects such memory.
+    /// [revoked](Self::revoke) or dropped. A reset by this crate ([`Device::reset`](super::Device::reset)), low
+    /// power and switching off memory decoding remove it, and map it again when they end. iommufd rejects such
+    /// memory.
     pub fn dma_memory(&self) -> DmaMemory {
         let addresses = self.addresses();
         // SAFETY: the range is mapped while the window's shared state lives, and the memory holds that; no
@@ -356,7 +361,30 @@ impl Inner {
 
     fn holder(&self) -> Holder {
         let (region, range) = (self.region, self.region_range());
-        Holder::Window { region, range, address: self.mapping.range().start }
+        let control = self.mapping.control().clone();
+        Holder::Window { region, range, address: self.mapping.range().start, control }
+    }
+
+    /// A value of all ones that was loaded, if the window is not revoked.
+    #[cold]
+    pub(super) fn check<T>(&self, value: T) -> Result<T> {
+        if !self.mapping.control().is_revoked() {
+            return Ok(value);
+        }
+        let object = self.device.range_name(self.region, &self.region_range());
+        Err(Error::new(ErrorKind::Revoked, "read", object)
+            .with_reason("the window is revoked, and the value is not the device's")
+            .with_advice(
+                "ask why: Window::revoked; if the device is back, restore it: Window::restore",
+            ))
+    }
+
+    pub(super) fn device(&self) -> Device {
+        Device { inner: self.device.clone() }
+    }
+
+    pub(super) fn device_inner(&self) -> &Arc<DeviceInner> {
+        &self.device
     }
 }
 

@@ -265,7 +265,7 @@ impl<S> GuestDevice<S> {
     /// # Errors
     /// As [`Device::reset`].
     pub fn reset(&mut self) -> Result<()> {
-        let done = self.device.reset().and_then(|()| self.enable_decoding());
+        let done = self.device.reset().and_then(|_| self.enable_decoding());
         self.interrupts.set_up_intx(&self.device);
         done
     }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 
+use super::revocation::Group;
 use super::{Hazard, KernelVersion};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mm::{self, Access};
@@ -43,6 +44,8 @@ pub(crate) struct Backing {
     remaps: [AtomicU8; 2],
     /// Held during a probe, so that concurrent verbs probe once.
     probing: Mutex<()>,
+    /// Its windows are revoked together.
+    group: Arc<Group>,
 }
 
 /// A use of `mremap` that a kernel accepts for some files only.
@@ -98,7 +101,18 @@ impl Backing {
             accepted: AtomicU8::new(0),
             remaps: [const { AtomicU8::new(UNKNOWN) }; 2],
             probing: Mutex::new(()),
+            group: Arc::default(),
         })
+    }
+
+    /// As a member of a group of backings, whose windows are revoked together.
+    pub(crate) fn in_group(mut self, group: Arc<Group>) -> Self {
+        self.group = group;
+        self
+    }
+
+    pub(super) fn group(&self) -> &Arc<Group> {
+        &self.group
     }
 
     #[cfg(test)]

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 
 use super::limits::out_of_memory;
 use super::reservation::CoverFailed;
+use super::revocation::{self, Control, Shown};
 use super::{Backing, BackingKind, Failed, Placement, Reservation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mm::{self, Access};
@@ -23,7 +24,8 @@ const GIB: usize = 1 << 30;
 ///
 /// Dropping it unmaps the range. If it was placed in a reservation, the range is reserved again.
 pub(crate) struct Mapping {
-    pub(super) backing: Arc<Backing>,
+    /// Revokes and restores it, and keeps its backing.
+    pub(super) control: Arc<Control>,
     pub(super) offset: u64,
     pub(super) address: usize,
     pub(super) size: usize,
@@ -152,7 +154,8 @@ impl Destination {
                 // SAFETY: by the contract the range is ours, and nothing uses it.
                 unsafe {
                     let cover = || reservation.cover(&lock, size);
-                    let covered = try_cover(&lock, backing, offset, address..address + size, cover);
+                    let shown = Shown::backing(backing, offset);
+                    let covered = try_cover(&lock, shown, address..address + size, cover);
                     reservation.clear(&lock, size, covered)
                 }
             }
@@ -194,11 +197,13 @@ impl Mapping {
         let object = Object { backing: &backing, offset, size };
         let destination =
             Destination::prepare(placement, "map", &object, backing.file_offset(offset), size)?;
+        revocation::prepare(size);
         match map_again(&backing, offset, size, access, &destination) {
             Ok(address) => {
                 let home = destination.into_home();
                 let generation = fork::generation();
-                Ok(Self { backing, offset, address, size, access, home, generation })
+                let control = Control::new(backing, offset, size, access, address);
+                Ok(Self { control, offset, address, size, access, home, generation })
             }
             Err(FailedCall { errno, lost }) => {
                 let error = out_of_memory(errno, "map", object, size);
@@ -212,13 +217,23 @@ impl Mapping {
         self.address..self.address + self.size
     }
 
+    pub(super) fn backing(&self) -> &Arc<Backing> {
+        &self.control.backing
+    }
+
+    /// What revokes and restores it.
+    #[inline]
+    pub(crate) fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
     pub(crate) fn access(&self) -> Access {
         self.access
     }
 
     /// Its name in errors.
     pub(super) fn object(&self) -> Object<'_> {
-        Object { backing: &self.backing, offset: self.offset, size: self.size }
+        Object { backing: self.backing(), offset: self.offset, size: self.size }
     }
 
     pub(crate) fn offset(&self) -> u64 {
@@ -227,7 +242,7 @@ impl Mapping {
 
     /// Whether its pages are memory of a file on tmpfs, and not of a device.
     pub(crate) fn is_shared_memory(&self) -> bool {
-        self.backing.kind() == BackingKind::SharedMemory
+        self.backing().kind() == BackingKind::SharedMemory
     }
 
     /// Unmaps it and returns its addresses as a reservation.
@@ -238,9 +253,20 @@ impl Mapping {
     /// then [owns nothing](Self::is_unmapped).
     pub(crate) fn vacate(&mut self) -> Result<Reservation> {
         self.check_process("unmap")?;
-        // SAFETY: `&mut self` proves that nothing uses the mapping. It owns nothing afterwards, since its
-        // length is set to 0 below.
-        let result = unsafe { self.release() };
+        let control = self.control.clone();
+        let mut turn = control.turn();
+        if turn.is_sealed() {
+            return Err(Error::new(ErrorKind::Sealed, "unmap", self.object())
+                .with_reason("a sealed window stays as it is until the process ends"));
+        }
+        let state = turn.suspend();
+        // SAFETY: `&mut self` proves that nothing uses the mapping, and it is suspended. It owns nothing
+        // afterwards, since its length is set to 0 below.
+        let result = unsafe { self.release(turn.shown(state)) };
+        match &result {
+            Ok(_) => turn.retire(),
+            Err(_) => turn.resume(state),
+        }
         let released =
             result.map_err(|errno| out_of_memory(errno, "unmap", self.object(), self.size))?;
         let error = Error::new(ErrorKind::ReservationLost, "unmap", self.object());
@@ -258,13 +284,13 @@ impl Mapping {
         self.size == 0
     }
 
-    /// Covers the mapping and returns its addresses as a reservation. On failure nothing has changed. On
-    /// success the mapping owns nothing: the caller sets its address or its length.
+    /// Covers the mapping, which shows `shown`, and returns its addresses as a reservation. On failure nothing
+    /// has changed. On success the mapping owns nothing: the caller sets its address or its length.
     ///
     /// # Safety
-    /// Nothing reads or writes through the mapping any more.
+    /// Nothing reads or writes through the mapping any more, and no handler revokes it.
     #[inline(always)]
-    pub(super) unsafe fn release(&mut self) -> std::result::Result<Released, Errno> {
+    pub(super) unsafe fn release(&mut self, shown: Shown) -> std::result::Result<Released, Errno> {
         let lock = MmapLock::take();
         let home = self.home.take();
         // SAFETY: the mapping owns its range, and by the contract nothing uses it.
@@ -274,7 +300,7 @@ impl Mapping {
                 None => Reservation::over(&lock, self.address, self.size).map(Some),
             }
         };
-        let covered = try_cover(&lock, &self.backing, self.offset, self.range(), cover);
+        let covered = try_cover(&lock, shown, self.range(), cover);
         match (covered, home) {
             (Ok(made), home) => Ok(made.or(home).map_or(Released::Lost, Released::Whole)),
             (Err(CoverFailed { errno, intact: true }), home) => {
@@ -309,19 +335,18 @@ impl Mapping {
     }
 }
 
-/// Covers the mapping of `backing` in `range`, which begins at `offset` of the region.
+/// Covers the mapping in `range`, which shows `shown`.
 ///
 /// The kernel checks the limits on mappings, address space and locked memory before it changes the range
 /// (`do_mmap`, `mmap_region`; Linux 5.10 to 7.3). If it runs out of memory later, it has already unmapped
 /// the range, and other code may have mapped something there since.
 fn try_cover<T>(
     lock: &MmapLock,
-    backing: &Backing,
-    offset: u64,
+    shown: Shown,
     range: Range<usize>,
     cover: impl Fn() -> std::result::Result<T, Errno>,
 ) -> std::result::Result<T, CoverFailed> {
-    let Some(file) = backing.identity else {
+    let Some(file) = shown.file else {
         // After a failed call, this mapping could not be told from others. So the limits are checked
         // first, by a reservation elsewhere.
         Reservation::ensure_room(lock, range.len())
@@ -330,10 +355,7 @@ fn try_cover<T>(
     };
     // A mapping of the same bytes of the same file that children do not inherit is a window of this
     // crate. It is this one, since the lock was taken before the call.
-    let is_intact = || {
-        let shown = maps::is_kept_from_children(&range, file, backing.file_offset(offset));
-        shown.unwrap_or(false)
-    };
+    let is_intact = || maps::is_kept_from_children(&range, file, shown.offset).unwrap_or(false);
     let refused = |errno| CoverFailed { errno, intact: is_intact() };
     let locked = match cover().map_err(refused) {
         Err(uncovered) if uncovered.errno == Errno::EAGAIN && uncovered.intact => uncovered,
@@ -386,12 +408,21 @@ pub(super) fn map_again(
         let lost = !unsafe { destination.undo(backing, offset, address, size) };
         return Err(FailedCall { errno, lost });
     }
+    // SAFETY: the mapping was made above, so the range is ours.
+    unsafe { prefer_huge(backing, address, size) };
+    Ok(address)
+}
+
+/// Asks for huge page-table entries, if the mapping has room for one.
+///
+/// # Safety
+/// The range is ours.
+pub(super) unsafe fn prefer_huge(backing: &Backing, address: usize, size: usize) {
     if size >= HUGE && backing.kind() == BackingKind::VfioPci {
         // A kernel without transparent huge pages returns EINVAL, and uses 4 KiB entries.
-        // SAFETY: the mapping was made above, so the range is ours.
+        // SAFETY: by the contract.
         let _ = unsafe { mm::prefer_huge_pages(address, size) };
     }
-    Ok(address)
 }
 
 impl Drop for Mapping {
@@ -399,8 +430,15 @@ impl Drop for Mapping {
         if self.size == 0 || self.is_inherited() {
             return;
         }
+        let control = self.control.clone();
+        let mut turn = control.turn();
+        if turn.is_sealed() {
+            return;
+        }
+        let shown = turn.shown(turn.suspend());
+        turn.retire();
         // SAFETY: the mapping owns its range. It is being dropped, so nothing uses the range any more:
-        // windows and registers hold it by an `Arc`.
+        // windows and registers hold it by an `Arc`, and it is no longer in the registry of handlers.
         unsafe {
             match &mut self.home {
                 None => {
@@ -412,11 +450,10 @@ impl Drop for Mapping {
                     // A reservation that has no other holder is dropped next, and unmaps the range in one
                     // munmap. A reservation that this process inherited does not.
                     if !home.is_whole_area() {
-                        let (backing, offset) = (&self.backing, self.offset);
                         let range = self.address..self.address + self.size;
                         let lock = MmapLock::take();
                         let cover = || home.cover(&lock, self.size);
-                        let covered = try_cover(&lock, backing, offset, range, cover);
+                        let covered = try_cover(&lock, shown, range, cover);
                         home.clear(&lock, self.size, covered);
                     }
                 }
@@ -433,9 +470,9 @@ impl fmt::Debug for Mapping {
 
 /// "bar 0 of 0000:00:03.0, 0x0..0x4000"
 pub(super) struct Object<'a> {
-    backing: &'a Backing,
-    offset: u64,
-    size: usize,
+    pub backing: &'a Backing,
+    pub offset: u64,
+    pub size: usize,
 }
 
 impl fmt::Display for Object<'_> {

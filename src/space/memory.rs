@@ -40,7 +40,7 @@ struct Range {
     address: usize,
     size: usize,
     file: Option<(Arc<OwnedFd>, u64)>,
-    _owner: Arc<dyn Any + Send + Sync>,
+    owner: Arc<dyn Any + Send + Sync>,
 }
 
 impl DmaMemory {
@@ -60,7 +60,7 @@ impl DmaMemory {
         file: Option<(Arc<OwnedFd>, u64)>,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        let range = Arc::new(Range { address, size, file, _owner: owner });
+        let range = Arc::new(Range { address, size, file, owner });
         Self {
             range,
             pages: Pages::OfOwner,
@@ -95,6 +95,12 @@ impl DmaMemory {
     #[inline]
     pub(crate) fn is_kept_by_kernel(&self) -> bool {
         self.pages == Pages::Own
+    }
+
+    /// What keeps it mapped.
+    #[inline]
+    pub(crate) fn owner(&self) -> &(dyn Any + Send + Sync) {
+        &*self.range.owner
     }
 
     /// How many bytes count as locked when the kernel maps it for DMA.

@@ -17,6 +17,7 @@ mod memory;
 mod placement;
 mod report;
 mod reservation;
+mod revocation;
 #[cfg(feature = "emulated")]
 mod shared;
 mod strategies;
@@ -31,6 +32,10 @@ pub use memory::DmaMemory;
 pub use placement::{Failed, Placement, Request, Strategy};
 pub use report::{Attempt, Attempts, Outcome, Report, Source, Verb};
 pub use reservation::{Reservation, ReservationPool};
+pub(crate) use revocation::{Control, Group, Reasons};
+pub use revocation::{
+    FaultGuard, FaultScope, StateReport, WindowState, revocable_size, set_revocable_size,
+};
 pub use strategies::Relocation;
 
 pub use crate::sys::mm::Access;

@@ -141,6 +141,16 @@ impl Order {
     }
 }
 
+impl Request {
+    /// A failure that returns the reservation.
+    pub(crate) fn refused(self, error: Error) -> Failed {
+        match self.placement {
+            Placement::In(reservation) => Failed::new(error, Some(reservation)),
+            Placement::Anywhere | Placement::At(_) => error.into(),
+        }
+    }
+}
+
 impl From<Placement> for Request {
     fn from(placement: Placement) -> Self {
         Self { placement, order: Order::Default, pinned: false }

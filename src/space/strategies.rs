@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use super::backing::Remap;
 use super::limits::out_of_memory;
 use super::mapping::{Destination, FailedCall, Released, map_again};
+use super::revocation::{Control, Shown};
 use super::{
     Attempt, Attempts, Failed, Mapping, Outcome, Report, Request, Reservation, Source, Strategy,
     Verb,
@@ -44,8 +45,22 @@ impl Mapping {
         request: Request,
     ) -> Result<(Mapping, Report), Failed> {
         let mut attempts = Attempts::default();
+        self.check_process("duplicate")?;
+        let turn = self.control.turn();
+        if let Err(error) = turn.check("duplicate") {
+            return Err(request.refused(error));
+        }
         let Made { address, strategy, destination } =
             self.make(Verb::Duplicate, access, request, &mut attempts)?;
+        if strategy == Strategy::DontUnmap
+            && let Err(error) = turn.check_settled("duplicate")
+        {
+            // SAFETY: the new side was made above, and nothing else has its address yet.
+            let lost =
+                !unsafe { destination.undo(self.backing(), self.offset, address, self.size) };
+            return Err(Failed::new(error, destination.given_back(lost)));
+        }
+        drop(turn);
         let report = Report {
             verb: Verb::Duplicate,
             strategy,
@@ -58,8 +73,9 @@ impl Mapping {
             },
         };
         log::debug!("{}: {report}", self.object());
+        let backing = Arc::clone(self.backing());
         let duplicate = Mapping {
-            backing: Arc::clone(&self.backing),
+            control: Control::new(backing, self.offset, self.size, access, address),
             offset: self.offset,
             address,
             size: self.size,
@@ -74,20 +90,29 @@ impl Mapping {
     #[inline(always)]
     pub(crate) fn relocate(&mut self, request: Request) -> Result<Relocation, Failed> {
         let mut attempts = Attempts::default();
-        let Made { address, strategy, destination } =
-            self.make(Verb::Relocate, self.access, request, &mut attempts)?;
+        self.check_process("relocate")?;
+        let control = Arc::clone(&self.control);
+        let mut turn = control.turn();
+        let sweeps = turn.sweeps();
+        if let Err(error) = turn.freeze("relocate") {
+            return Err(request.refused(error));
+        }
+        let made = self.make(Verb::Relocate, self.access, request, &mut attempts);
+        let Made { address, strategy, destination } = made.inspect_err(|_| turn.thaw())?;
         let from = self.range();
+        let shown = Shown::backing(&control.backing, self.offset);
         let (old, source) = match strategy {
             Strategy::Move => self.reserve_old(),
-            // SAFETY: `&mut self` proves that nothing uses the mapping meanwhile.
-            _ => match unsafe { self.release() } {
+            // SAFETY: `&mut self` proves that nothing uses the mapping meanwhile, and it is frozen.
+            _ => match unsafe { self.release(shown) } {
                 Ok(Released::Whole(old)) => (Some(old), Source::Released),
                 Ok(Released::WithGap(old)) => (Some(old), Source::ReleasedWithGap),
                 Ok(Released::Lost) => (None, Source::Lost),
                 Err(errno) => {
+                    turn.thaw();
                     // SAFETY: the new side was made above, and nothing else has its address yet.
                     let lost = !unsafe {
-                        destination.undo(&self.backing, self.offset, address, self.size)
+                        destination.undo(self.backing(), self.offset, address, self.size)
                     };
                     let error = out_of_memory(errno, "relocate", self.object(), self.size);
                     let error = if lost {
@@ -105,6 +130,7 @@ impl Mapping {
         };
         self.address = address;
         self.home = destination.into_home();
+        turn.moved(address, sweeps);
         let report =
             Report { verb: Verb::Relocate, strategy, attempts, from, to: self.range(), source };
         log::debug!("{}: {report}", self.object());
@@ -128,8 +154,7 @@ impl Mapping {
             Verb::Duplicate => "duplicate",
             Verb::Relocate => "relocate",
         };
-        self.check_process(operation)?;
-        let file_offset = self.backing.file_offset(self.offset);
+        let file_offset = self.backing().file_offset(self.offset);
         let mut destination =
             Destination::prepare(placement, operation, &self.object(), file_offset, self.size)?;
         for strategy in order.strategies(verb).into_iter().flatten() {
@@ -137,7 +162,7 @@ impl Mapping {
                 Strategy::DontUnmap => self.by_dont_unmap(access, &destination, pinned),
                 Strategy::OldLenZero => self.by_old_len_zero(verb, access, &destination, pinned),
                 Strategy::MapAgain => {
-                    map_again(&self.backing, self.offset, self.size, access, &destination)
+                    map_again(self.backing(), self.offset, self.size, access, &destination)
                         .map_err(FailedAttempt::from)
                 }
                 Strategy::Move => self.by_move(verb, &mut destination),
@@ -164,7 +189,7 @@ impl Mapping {
     ) -> Result<usize, FailedAttempt> {
         self.probe(Remap::DontUnmap, probe_again)?;
         let (address, size) = (self.address, self.size);
-        if let Some(hazard) = self.backing.hazard_of_dont_unmap(address, self.offset, size) {
+        if let Some(hazard) = self.backing().hazard_of_dont_unmap(address, self.offset, size) {
             return Err(FailedAttempt { outcome: Outcome::Hazard(hazard), lost: false });
         }
         let new = match destination {
@@ -196,7 +221,7 @@ impl Mapping {
             return Err(FailedAttempt { outcome: Outcome::OnlyDuplicates, lost: false });
         }
         self.probe(Remap::OldLenZero, probe_again)?;
-        if let Some(hazard) = self.backing.hazard_of_old_len_zero() {
+        if let Some(hazard) = self.backing().hazard_of_old_len_zero() {
             return Err(FailedAttempt { outcome: Outcome::Hazard(hazard), lost: false });
         }
         let (address, size) = (self.address, self.size);
@@ -217,7 +242,7 @@ impl Mapping {
 
     /// Fails if the kernel does not accept `remap` for this backing.
     fn probe(&self, remap: Remap, again: bool) -> Result<(), FailedAttempt> {
-        let (probed, remembered) = self.backing.probe(remap, self.offset, again);
+        let (probed, remembered) = self.backing().probe(remap, self.offset, again);
         probed.map_err(|errno| {
             let outcome = Outcome::Refused { errno: errno as i32, remembered };
             FailedAttempt { outcome, lost: false }
@@ -241,7 +266,7 @@ impl Mapping {
         // SAFETY: by the contract the range is ours, and nothing uses it.
         if let Err(errno) = unsafe { mm::protect_read_only(new, self.size) } {
             // SAFETY: as above.
-            let lost = !unsafe { destination.undo(&self.backing, self.offset, new, self.size) };
+            let lost = !unsafe { destination.undo(self.backing(), self.offset, new, self.size) };
             return Err(FailedCall { errno, lost }.into());
         }
         Ok(new)
@@ -252,7 +277,7 @@ impl Mapping {
             return Err(FailedAttempt { outcome: Outcome::OnlyMoves, lost: false });
         }
         let (address, size) = (self.address, self.size);
-        if let Some(hazard) = self.backing.hazard_of_move(address, self.offset, size) {
+        if let Some(hazard) = self.backing().hazard_of_move(address, self.offset, size) {
             return Err(FailedAttempt { outcome: Outcome::Hazard(hazard), lost: false });
         }
         // `mremap` moves a mapping that keeps its size only with MREMAP_FIXED, so it needs a destination.

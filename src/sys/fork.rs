@@ -31,6 +31,11 @@ pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
+/// As [`generation`], for a signal handler. The code that the handler serves has called [`generation`] before.
+pub(crate) fn generation_in_handler() -> u32 {
+    GENERATION.load(Ordering::Relaxed)
+}
+
 /// Whether `f` returns true in a child of `fork(2)`. The child exits after `f`, or after two minutes.
 ///
 /// # Safety

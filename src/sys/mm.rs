@@ -30,7 +30,7 @@ pub enum Access {
 }
 
 impl Access {
-    fn prot(self) -> libc::c_int {
+    pub(super) fn prot(self) -> libc::c_int {
         match self {
             Self::ReadOnly => libc::PROT_READ,
             Self::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
@@ -192,6 +192,18 @@ pub(crate) unsafe fn munlock(address: usize, len: usize) -> Result<()> {
     spy::call(Call::Unlock)?;
     // SAFETY: the caller owns the range; the mapping does not change.
     Errno::result(unsafe { libc::munlock(address as *const _, len) }).map(drop)
+}
+
+/// `mseal(address, len, 0)` (Linux 6.10): the mapping cannot be unmapped, replaced, moved or protected any
+/// more. ENOSYS on an older kernel.
+///
+/// # Safety
+/// The range is ours, and is never unmapped or replaced from now on.
+pub(crate) unsafe fn seal(address: usize, len: usize) -> Result<()> {
+    /// The same on every machine.
+    const MSEAL: libc::c_long = 462;
+    // SAFETY: the caller owns the range; what is mapped there does not change.
+    Errno::result(unsafe { libc::syscall(MSEAL, address, len, 0 as libc::c_long) }).map(drop)
 }
 
 /// `madvise(address, len, MADV_DONTFORK)`: children do not inherit the mapping.

@@ -6,6 +6,7 @@
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
+pub(crate) mod async_safe;
 pub(crate) mod eventfd;
 pub(crate) mod file;
 pub(crate) mod fork;
@@ -15,6 +16,7 @@ pub(crate) mod mm;
 pub(crate) mod mmap_lock;
 #[cfg(feature = "vfio-user")]
 pub(crate) mod mount;
+pub(crate) mod signal;
 #[cfg(feature = "vfio-user")]
 pub(crate) mod socket;
 pub(crate) mod spy;

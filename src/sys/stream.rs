@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::fork;
 
@@ -28,6 +29,16 @@ pub(crate) struct Stream {
 impl Stream {
     pub(crate) fn new(stream: UnixStream) -> Self {
         Self { stream: ManuallyDrop::new(stream), generation: fork::generation() }
+    }
+
+    /// `poll(2)` without waiting: whether the peer has closed its end, or either side has shut both directions
+    /// down.
+    pub(crate) fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|_| {
+            let ended = PollFlags::POLLHUP | PollFlags::POLLERR;
+            fds[0].revents().is_some_and(|events| events.intersects(ended))
+        })
     }
 
     /// The socket, open.

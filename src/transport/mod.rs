@@ -76,6 +76,12 @@ pub trait Transport: Any + Send + Sync + Debug {
         Err(unsupported(self.info(), format!("map region {region} of")))
     }
 
+    /// Whether the transport knows, without asking the device, that it is gone for good. False by default. See
+    /// [`Device::gone`](crate::Device::gone).
+    fn is_gone(&self) -> bool {
+        false
+    }
+
     /// Gives addresses to the BARs of a PCI device that have none. [`Config`](crate::device::Config) calls it
     /// before it enables the BARs. Does nothing by default: firmware and the kernel assign the addresses of a
     /// real device.

@@ -117,7 +117,7 @@ fn drives(device: Device, address: Option<PciAddress>) {
     assert_eq!(vectors.wait(0, Duration::from_secs(10)).unwrap(), 1);
 
     // Its address space is its opener's.
-    for error in [device.dma().map(drop), device.hot_reset(&[])].map(Result::unwrap_err) {
+    for error in [device.dma().map(drop), device.hot_reset(&[]).map(drop)].map(Result::unwrap_err) {
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
         assert!(error.to_string().contains("other code opened its device file"), "{error}");
         assert!(!error.advice().is_empty(), "{error}");

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use vfio_remap::device::Revoked;
 use vfio_remap::{Device, ErrorKind};
 
 use crate::{lab, leftovers, probe};
@@ -52,12 +53,17 @@ fn a_sleeping_device_is_reached_through_the_kernel_only() {
                 assert_ne!(awake, 0);
                 let low_power = device.low_power().unwrap();
                 becomes(&device, "suspended");
-                assert_eq!(probe::load(at), None, "a mapped access works");
+                // It is revoked before the device sleeps, and restored after.
+                assert_eq!(
+                    (register.read(), window.revoked()),
+                    (u32::MAX, Some(Revoked::LowPower))
+                );
+                assert_eq!(window.restore().unwrap_err().kind(), ErrorKind::Revoked);
                 // The kernel wakes it for these, and no longer than they take.
                 let bar = device.bar(0).unwrap();
                 assert_eq!(bar.trapped_register::<u32>(STATUS).unwrap().read().unwrap(), awake);
                 assert_eq!(device.config().unwrap().vendor_id().unwrap(), 0x8086);
-                assert_eq!(probe::load(at), None, "a mapped access works");
+                assert_eq!(register.read(), u32::MAX);
                 let error = low_power.woken(Duration::ZERO).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
                 let error = device.low_power().unwrap_err();
@@ -66,7 +72,7 @@ fn a_sleeping_device_is_reached_through_the_kernel_only() {
                 assert_eq!(register.read(), awake);
             }
             drop(device.low_power().unwrap());
-            assert!(probe::load(at).is_some());
+            assert!(!window.is_revoked() && probe::load(at).is_some());
         }
         drop((register, window));
         device.close().unwrap();
@@ -84,10 +90,10 @@ fn an_access_through_the_kernel_wakes_a_device() {
             becomes(&device, "suspended");
             let error = low_power.woken(Duration::ZERO).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
-            assert_eq!(probe::load(at), None);
+            assert_eq!(probe::load(at), Some(u32::MAX));
             assert_eq!(device.config().unwrap().vendor_id().unwrap(), 0x8086);
             low_power.woken(Duration::from_secs(5)).unwrap();
-            assert!(probe::load(at).is_some(), "it does not stay awake");
+            assert!(!window.is_revoked() && probe::load(at).is_some(), "it does not stay awake");
             // While its sleep is held, the device cannot be closed, and the error says so.
             let still = device.close().unwrap_err();
             assert!(still.to_string().contains("low power"), "{still}");

@@ -38,6 +38,7 @@ mod relocation_under_contention;
 mod reservation_pool;
 #[cfg(feature = "emulated")]
 mod returned_on_failure;
+mod revocation;
 mod transport;
 mod vectors;
 #[cfg(feature = "emulated")]

@@ -343,6 +343,10 @@ impl Transport for VfioUser {
         })
     }
 
+    fn is_gone(&self) -> bool {
+        self.connection.has_ended()
+    }
+
     fn assign_addresses(&self) -> Result<()> {
         self.place_bars()
     }

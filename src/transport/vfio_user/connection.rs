@@ -464,6 +464,11 @@ impl Connection {
         self.fault().is_some()
     }
 
+    /// Whether it has ended, or the server has closed its end.
+    pub(super) fn has_ended(&self) -> bool {
+        self.has_failed() || self.stream.is_hung_up()
+    }
+
     /// Ends the connection, and shuts the socket down, so that the server notices.
     pub(super) fn fail(&self, fault: Fault) {
         log::debug!("{}: {fault}", self.name);

@@ -54,7 +54,7 @@ fn traffic(card: &mut Loop, sequence: &mut u64, received: &AtomicU64, until: u64
 /// by CTRL.RST.
 fn reset_by_others(nic: &Nic) -> vfio_remap::Result<()> {
     if nic.model() == Model::I82576 {
-        return nic.device().reset();
+        return nic.device().reset().map(drop);
     }
     nic.device().bar(0)?.trapped_register::<u32>(0)?.update(|value| value | 1 << 26)
 }

@@ -19,8 +19,12 @@ pub fn holdings() -> Holdings {
             let target = std::fs::read_link(entry.path()).ok()?.display().to_string();
             ours(&target).then(|| format!("{} {target}", entry.file_name().display()))
         })
-        // One file each for the life of the process: that marks reservations, that signals eventfds.
-        .filter(|file| !file.contains("vfio-remap-reserved") && !file.contains("vfio-remap-signal"))
+        // One file each for the life of the process: that marks reservations, that signals eventfds, that
+        // revoked windows show.
+        .filter(|file| {
+            let kept = ["vfio-remap-reserved", "vfio-remap-signal", "vfio-remap-revoked"];
+            !kept.iter().any(|name| file.contains(name))
+        })
         .collect();
     let mappings = std::fs::read_to_string("/proc/self/maps")
         .unwrap()

@@ -1,0 +1,68 @@
+//! Whether a device is still there.
+
+use super::revocation::{FaultCause, GONE};
+use super::{Config, Device};
+use crate::error::{ErrorKind, Result};
+
+const POWER_MANAGEMENT: u8 = 1;
+/// The control and status register in the power management capability, and the bits that hold the state
+/// (PCI Power Management 1.2 §3.2.4).
+const CONTROL_STATUS: u64 = 4;
+const POWER_STATE: u16 = 3;
+
+impl Device {
+    /// Whether the device is gone: its configuration space reads all ones, or the connection to its server has
+    /// ended. If so, this revokes all its windows, so that everything that still uses them reads all ones.
+    ///
+    /// All ones means that the vendor ID does, or the command register, of which five bits are 0 in every device
+    /// (PCIe 5.0 §2.3.2, §7.5.1.1.3): the kernel answers the vendor ID itself, and keeps answering it after the
+    /// device was pulled. The value of another register is never a reason.
+    ///
+    /// A device that is gone does not come back: drop what holds it, [`close`](Self::close) it, and open the one
+    /// that took its place.
+    ///
+    /// A device in [low power](super::LowPower) is woken to be asked.
+    pub fn gone(&self) -> bool {
+        let gone = self.is_gone();
+        if gone {
+            let changes = self.inner.each_window(None, |control| control.revoke(GONE));
+            if !changes.errors.is_empty() {
+                log::warn!("{} is gone: {changes}", self.name());
+            }
+        }
+        gone
+    }
+
+    fn is_gone(&self) -> bool {
+        if self.transport().is_gone() {
+            return true;
+        }
+        let Ok(config) = self.config() else { return false };
+        let is_gone = |value: Result<u16>| match value {
+            Ok(value) => value == u16::MAX,
+            Err(error) => error.kind() == ErrorKind::Gone,
+        };
+        is_gone(config.vendor_id()) || is_gone(config.command())
+    }
+
+    /// What explains a fault now.
+    pub(super) fn fault_cause(&self) -> FaultCause {
+        if self.is_gone() {
+            return FaultCause::Gone;
+        }
+        let Ok(config) = self.config() else { return FaultCause::Unknown };
+        if config.memory_decoding().is_ok_and(|on| !on) {
+            FaultCause::DecodingOff
+        } else if sleeps(&config).unwrap_or(false) {
+            FaultCause::LowPower
+        } else {
+            FaultCause::Unknown
+        }
+    }
+}
+
+/// Whether the device is in another power state than D0.
+fn sleeps(config: &Config<'_>) -> Result<bool> {
+    let Some(capability) = config.capability(POWER_MANAGEMENT)? else { return Ok(false) };
+    Ok(config.read_u16(capability.offset + CONTROL_STATUS)? & POWER_STATE != 0)
+}

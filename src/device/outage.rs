@@ -1,0 +1,230 @@
+//! While a call of this crate takes a device away, its windows are revoked, and it is no target of
+//! peer-to-peer DMA.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use slab::Slab;
+
+use super::revocation::WindowChanges;
+use super::{Inner, window};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::{Access, DmaMemory, Reasons};
+use crate::transport::Transport;
+
+/// What a reset did to the windows of the devices, and to their peer-to-peer mappings. Its `Display` is a
+/// sentence.
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct Outage {
+    /// The windows that were revoked. A sealed window is not, and is an error here.
+    pub revoked: WindowChanges,
+    /// The windows that were restored. One that could not be stays revoked, and is an error here.
+    pub restored: WindowChanges,
+    /// How many peer-to-peer mappings were unmapped, and mapped again at the same IOVA.
+    pub remapped: usize,
+    /// Peer-to-peer mappings that could not be unmapped, so that the other device reached this one meanwhile;
+    /// or that could not be mapped again: the other device does not reach this one any more.
+    pub lost: Vec<Error>,
+}
+
+impl Outage {
+    /// Whether all is as it was.
+    pub fn is_over(&self) -> bool {
+        self.revoked.errors.is_empty() && self.restored.errors.is_empty() && self.lost.is_empty()
+    }
+
+    pub(super) fn append(&mut self, mut other: Self) {
+        self.revoked.append(other.revoked);
+        self.restored.append(other.restored);
+        self.remapped += other.remapped;
+        self.lost.append(&mut other.lost);
+    }
+}
+
+impl fmt::Display for Outage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { revoked, restored, remapped, lost } = self;
+        write!(
+            f,
+            "revoked {} windows, restored {}, and mapped {remapped} peer-to-peer mappings again",
+            revoked.changed(),
+            restored.changed()
+        )?;
+        for error in revoked.errors.iter().chain(&restored.errors).chain(lost) {
+            write!(f, "; {error}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a device is away, and who reaches it by peer-to-peer DMA.
+#[derive(Default)]
+pub(super) struct Absence {
+    /// [`Reasons`] by which new windows are revoked. Changed while holders are locked.
+    reasons: AtomicU8,
+    peers: Mutex<Slab<Arc<Peer>>>,
+}
+
+/// A window of a device, mapped for the DMA of another one.
+struct Peer {
+    transport: Arc<dyn Transport>,
+    iova: u64,
+    memory: DmaMemory,
+    access: Access,
+    /// Whether it is mapped now.
+    mapped: Mutex<bool>,
+}
+
+impl Peer {
+    fn mapped(&self) -> MutexGuard<'_, bool> {
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unmap(&self) -> Result<()> {
+        let mut mapped = self.mapped();
+        if *mapped {
+            self.transport.dma_unmap(self.iova, self.memory.size() as u64)?;
+            *mapped = false;
+        }
+        Ok(())
+    }
+
+    /// Maps it again. Returns whether that was needed.
+    fn map(&self) -> Result<bool> {
+        let mut mapped = self.mapped();
+        let needed = !*mapped;
+        if needed {
+            self.transport.dma_map(self.iova, &self.memory, self.access)?;
+            *mapped = true;
+        }
+        Ok(needed)
+    }
+}
+
+/// A peer-to-peer mapping, among those of the device that is its target.
+pub(super) struct PeerMapping {
+    peer: Arc<Peer>,
+    device: Arc<Inner>,
+    slot: usize,
+}
+
+impl PeerMapping {
+    /// Whether the mapping still exists. It does not if a reset could not map it again.
+    pub(super) fn end(&self) -> bool {
+        // Removed first, so that a reset at the same time does not map it again.
+        self.device.peers().try_remove(self.slot);
+        *self.peer.mapped()
+    }
+}
+
+impl Inner {
+    fn peers(&self) -> MutexGuard<'_, Slab<Arc<Peer>>> {
+        self.absence.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn away(&self) -> Reasons {
+        Reasons::from_bits(self.absence.reasons.load(Ordering::Relaxed))
+    }
+
+    fn set_away(&self, reasons: Reasons) {
+        self.absence.reasons.store(reasons.bits(), Ordering::Relaxed);
+    }
+
+    /// Revokes a new window if the device is away. Holders are locked.
+    pub(super) fn revoke_if_away(&self, window: &window::Inner) {
+        let reasons = self.away();
+        if !reasons.is_empty()
+            && let Err(error) = window.mapping.control().revoke(reasons)
+        {
+            log::warn!("a window was mapped while its device is away: {error}");
+        }
+    }
+
+    /// Takes the device away for this reason: unmaps peer-to-peer mappings, and revokes its windows.
+    pub(super) fn take_away(&self, reason: Reasons) -> Outage {
+        let mut outage = Outage::default();
+        let peers = self.peers();
+        {
+            let _holders = self.holders();
+            self.set_away(self.away().and(reason));
+        }
+        for (_, peer) in peers.iter() {
+            outage.lost.extend(peer.unmap().err());
+        }
+        drop(peers);
+        outage.revoked = self.each_window(None, |control| control.revoke(reason));
+        log::debug!("{}: {outage}", self.info.name);
+        outage
+    }
+
+    /// Ends what [`take_away`](Self::take_away) began. The device is back if no other reason is left.
+    pub(super) fn bring_back(&self, reason: Reasons, outage: &mut Outage) {
+        let peers = self.peers();
+        let left = {
+            let _holders = self.holders();
+            let left = self.away().without(reason);
+            self.set_away(left);
+            left
+        };
+        outage.restored.append(self.each_window(None, |control| control.restore(reason)));
+        if left.is_empty() {
+            for (_, peer) in peers.iter() {
+                match peer.map() {
+                    Ok(needed) => outage.remapped += usize::from(needed),
+                    Err(error) => outage.lost.push(error),
+                }
+            }
+        }
+        drop(peers);
+        if outage.is_over() {
+            log::debug!("{}: {outage}", self.info.name);
+        } else {
+            log::warn!("{}: {outage}", self.info.name);
+        }
+    }
+
+    /// Brings the device back if it is away for this reason.
+    pub(super) fn end_outage(&self, reason: Reasons) {
+        if self.away().contains(reason) {
+            self.bring_back(reason, &mut Outage::default());
+        }
+    }
+}
+
+/// Maps memory for DMA by `map`. If it is a window, the mapping is registered with the window's device.
+///
+/// # Errors
+/// `Revoked` for a window that is; that of `map`.
+pub(super) fn map_peer<T>(
+    transport: &Arc<dyn Transport>,
+    memory: &DmaMemory,
+    access: Access,
+    map: impl FnOnce() -> Result<T>,
+    iova_of: impl FnOnce(&T) -> u64,
+) -> Result<(T, Option<PeerMapping>)> {
+    let Some(window) = memory.owner().downcast_ref::<window::Inner>() else {
+        return Ok((map()?, None));
+    };
+    let device = window.device_inner();
+    // While it is held, the device is neither taken away nor brought back.
+    let mut peers = device.peers();
+    if window.mapping.control().is_revoked() || !device.away().is_empty() {
+        let object = format!("a window of {}", device.info.name);
+        return Err(Error::new(ErrorKind::Revoked, "map for DMA", object)
+            .with_reason("the window is revoked, and does not reach its device")
+            .with_advice("restore it first: Window::restore"));
+    }
+    let mapped = map()?;
+    let peer = Arc::new(Peer {
+        transport: transport.clone(),
+        iova: iova_of(&mapped),
+        memory: memory.clone(),
+        access,
+        mapped: Mutex::new(true),
+    });
+    let slot = peers.insert(peer.clone());
+    drop(peers);
+    Ok((mapped, Some(PeerMapping { peer, device: device.clone(), slot })))
+}

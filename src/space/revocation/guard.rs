@@ -1,0 +1,264 @@
+//! The SIGBUS guard: a fault in a window revokes the window, and the access completes.
+//!
+//! The handler is async-signal-safe by construction: it reads atomics and values that are never freed, makes
+//! raw system calls, and takes no lock.
+
+#![expect(unsafe_code, reason = "signal handlers, and addresses that are owned by convention")]
+
+use std::ffi::c_void;
+use std::mem;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
+
+use nix::errno::Errno;
+
+use super::registry::{Pin, State};
+use super::{Group, absent, current};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::mm::Access;
+use crate::sys::mmap_lock::MmapLock;
+use crate::sys::signal::{self, Action};
+use crate::sys::{async_safe, fork};
+
+/// Which windows a fault revokes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FaultScope {
+    /// The one in which the access was.
+    WindowOnly,
+    /// All of the same device.
+    WholeDevice,
+}
+
+/// The guard of this process: a handler of SIGBUS that contains faults in windows.
+///
+/// An access to a window of a device that does not answer raises SIGBUS, which ends the process: memory
+/// decoding was switched off by another holder of the device, or the device sleeps; a vfio-user server has
+/// truncated the file behind the window. With the guard, the window is revoked instead
+/// ([`Window::revoke`](crate::Window::revoke)), and the access is repeated: a load answers all ones, a store
+/// goes nowhere. The program finds out by [`Window::gone`](crate::Window::gone),
+/// [`Register::try_read`](crate::Register::try_read) or the eventfd of
+/// [`Device::contained_faults`](crate::Device::contained_faults), and may call
+/// [`Window::restore`](crate::Window::restore) later.
+///
+/// An access to a register costs the same with the guard and without it.
+///
+/// # Other handlers
+/// Any other SIGBUS goes to the handler that was there before, with its signal mask; or to the default action,
+/// which ends the process. A handler that is installed later gets every SIGBUS first. If it passes on those
+/// that it does not know, as this one does, windows stay guarded. The later handler must have `SA_SIGINFO`.
+///
+/// # What it does not contain
+/// - A fault while a later handler of SIGBUS does not pass it on. [`is_installed`](Self::is_installed) is
+///   false then; [`install`](Self::install) installs the guard over it.
+/// - A fault in a thread that blocks SIGBUS: the kernel ends the process (`man 2 sigprocmask`).
+/// - A fault in a thread whose alternate stack (`man 2 sigaltstack`) is too small: the handler runs on it if
+///   there is one. It needs [`STACK`](Self::STACK) bytes beyond `AT_MINSIGSTKSZ` (`man 3 getauxval`).
+/// - A fault in a sealed window, or in memory that is not a window: DMA buffers, the program's own mappings.
+/// - An access by unaligned pointers, which is an error of the program (`BUS_ADRALN`).
+/// - A fault when the kernel has no memory for the pages, or refuses them for a limit (RLIMIT_DATA counts
+///   them).
+/// - After `fork(2)`, a fault in the child: it has no windows of its parent.
+#[derive(Debug)]
+pub struct FaultGuard(());
+
+/// How often the guard can be installed over a later handler.
+const LEVELS: usize = 4;
+
+static INSTALLED: AtomicUsize = AtomicUsize::new(0);
+static WHOLE_DEVICE: AtomicBool = AtomicBool::new(false);
+
+/// What was there before each of our handlers. Each has its own, because a handler in between may call the
+/// one before it.
+static BEFORE: [Before; LEVELS] = [const { Before::none() }; LEVELS];
+
+const HANDLERS: [signal::Handler; LEVELS] = [handle::<0>, handle::<1>, handle::<2>, handle::<3>];
+
+/// An [`Action`] that a signal handler reads.
+struct Before {
+    handler: AtomicUsize,
+    flags: AtomicI32,
+    mask: AtomicU64,
+}
+
+impl Before {
+    const fn none() -> Self {
+        Self {
+            handler: AtomicUsize::new(libc::SIG_DFL),
+            flags: AtomicI32::new(0),
+            mask: AtomicU64::new(0),
+        }
+    }
+
+    fn set(&self, action: Action) {
+        self.flags.store(action.flags, Ordering::Relaxed);
+        self.mask.store(action.mask, Ordering::Relaxed);
+        self.handler.store(action.handler, Ordering::Release);
+    }
+
+    fn get(&self) -> Action {
+        let handler = self.handler.load(Ordering::Acquire);
+        let flags = self.flags.load(Ordering::Relaxed);
+        Action { handler, flags, mask: self.mask.load(Ordering::Relaxed) }
+    }
+}
+
+fn is_ours(handler: usize) -> bool {
+    HANDLERS.iter().any(|ours| *ours as *const () as usize == handler)
+}
+
+impl FaultGuard {
+    /// How many bytes of a stack the handler needs beyond the frame that the kernel makes
+    /// (`AT_MINSIGSTKSZ`). The handler that was there before comes on top, if the fault is passed to it.
+    pub const STACK: usize = 4096;
+
+    /// Installs the guard, for the process and until it ends. Calling it again changes the scope, and
+    /// installs it over a handler that was installed later.
+    ///
+    /// # Errors
+    /// `InUse` if it was installed over later handlers too often (4 times); `Os` if the kernel refuses.
+    pub fn install(scope: FaultScope) -> Result<()> {
+        let failed = |errno| Error::os(errno, "install", "the handler of SIGBUS");
+        // Observes fork, which a handler cannot begin to do.
+        fork::generation();
+        WHOLE_DEVICE.store(scope == FaultScope::WholeDevice, Ordering::Relaxed);
+        let _lock = MmapLock::take();
+        let present = signal::action(libc::SIGBUS).map_err(failed)?;
+        if is_ours(present.handler) {
+            return Ok(());
+        }
+        let level = INSTALLED.load(Ordering::Relaxed);
+        let (Some(before), Some(handler)) = (BEFORE.get(level), HANDLERS.get(level)) else {
+            return Err(Error::new(ErrorKind::InUse, "install", "the handler of SIGBUS")
+                .with_reason(format!("it was installed {LEVELS} times, each time over another one"))
+                .with_advice(
+                    "let the handler that is installed last pass on what it does not know",
+                ));
+        };
+        // Stored before as well: a fault may come before the call returns what it replaced.
+        before.set(present);
+        before.set(signal::install(libc::SIGBUS, *handler).map_err(failed)?);
+        INSTALLED.store(level + 1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether SIGBUS goes to the guard first. False, too, if a handler was installed later that may pass on
+    /// what it does not know.
+    pub fn is_installed() -> bool {
+        signal::action(libc::SIGBUS).is_ok_and(|action| is_ours(action.handler))
+    }
+}
+
+/// The handler. Each level is a function of its own, with its own handler before it.
+extern "C" fn handle<const LEVEL: usize>(
+    number: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut c_void,
+) {
+    let errno = Errno::last_raw();
+    // SAFETY: the kernel, or a later handler as the documentation demands, passes a valid pointer.
+    let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
+    let contained = is_fault(code) && contain(address, code);
+    Errno::set_raw(errno);
+    if !contained {
+        pass_on(&BEFORE[LEVEL], code, number, info, context);
+    }
+}
+
+/// Codes of `man 2 sigaction`: an access at an address that nothing answers, an error of the hardware (an
+/// external abort on arm64), and a page of memory that has failed.
+fn is_fault(code: i32) -> bool {
+    matches!(code, libc::BUS_ADRERR | libc::BUS_OBJERR | libc::BUS_MCEERR_AR)
+}
+
+/// Whether a fault at `address` was in a window, which is revoked now, so that the access can be repeated.
+fn contain(address: usize, code: i32) -> bool {
+    let Some(registry) = current() else { return false };
+    let Some(pin) = registry.find(address) else { return false };
+    let group = match pin.state() {
+        State::Live => match revoke(&pin) {
+            Some(group) => group,
+            None => return false,
+        },
+        // Its pages have failed: repeating the access would not end.
+        State::Revoked if code == libc::BUS_MCEERR_AR => return false,
+        // Another thread was first.
+        State::Revoked | State::Busy => return true,
+        State::Dead => return false,
+    };
+    if WHOLE_DEVICE.load(Ordering::Relaxed) {
+        group.sweeps.fetch_add(1, Ordering::AcqRel);
+        for sibling in registry.each() {
+            if sibling.state() == State::Live && ptr::eq(group_of(&sibling), group) {
+                // A sibling that cannot be revoked now has its own fault later.
+                let _ = revoke(&sibling);
+            }
+        }
+    }
+    let fd = group.fd.load(Ordering::Acquire);
+    if fd >= 0 {
+        async_safe::signal_eventfd(fd);
+    }
+    true
+}
+
+fn group_of<'a>(pin: &'a Pin<'_>) -> &'a Group {
+    let group: *const Group = ptr::with_exposed_provenance(pin.note() & !1);
+    // SAFETY: `Group::note` exposed it, and the window's backing holds it while the entry is not dead. The pin
+    // keeps it from becoming so.
+    unsafe { &*group }
+}
+
+/// Revokes a window that is live or was a moment ago. `None` if the kernel refuses the pages.
+fn revoke<'a>(pin: &'a Pin<'_>) -> Option<&'a Group> {
+    let range = pin.range();
+    let access = if pin.note() & 1 == 1 { Access::ReadWrite } else { Access::ReadOnly };
+    // SAFETY: the window stays mapped at its range while its entry is pinned: whoever unmaps, relocates or
+    // restores it changes the state first, and waits for the pin. Another thread may have revoked it since,
+    // and then this replaces equal pages.
+    unsafe { absent::replace(range.start, range.len(), access) }.ok()?;
+    pin.revoke();
+    Some(group_of(pin))
+}
+
+/// Does with the signal what would have been done without the guard.
+fn pass_on(
+    before: &Before,
+    code: i32,
+    number: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut c_void,
+) {
+    let action = before.get();
+    // A fault that the kernel has found, and not a signal that somebody sent: it comes again when the
+    // handler returns.
+    let comes_again = is_fault(code) || code == libc::BUS_ADRALN;
+    match action.handler {
+        // A fault ends a process that ignores it, too.
+        libc::SIG_IGN if !comes_again => {}
+        libc::SIG_DFL | libc::SIG_IGN => {
+            signal::set_default(number);
+            if !comes_again {
+                async_safe::raise(number);
+            }
+        }
+        handler => {
+            if action.flags & libc::SA_RESETHAND != 0 {
+                before.set(Action::DEFAULT);
+            }
+            let own = if action.flags & libc::SA_NODEFER != 0 { 0 } else { 1 << (number - 1) };
+            // SAFETY: the kernel passes the context of the interrupted thread.
+            let interrupted = unsafe { signal::mask_of(context) };
+            let mask = async_safe::block_signals(interrupted | action.mask | own);
+            // SAFETY: the program installed this handler for this signal, with these flags.
+            unsafe {
+                if action.flags & libc::SA_SIGINFO != 0 {
+                    mem::transmute::<usize, signal::Handler>(handler)(number, info, context);
+                } else {
+                    mem::transmute::<usize, extern "C" fn(libc::c_int)>(handler)(number);
+                }
+            }
+            async_safe::block_signals(mask);
+        }
+    }
+}

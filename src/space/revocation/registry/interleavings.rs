@@ -1,0 +1,161 @@
+//! All interleavings of handlers with verbs, by loom:
+//!
+//! ```sh
+//! RUSTFLAGS="--cfg vfio_remap_loom" CARGO_TARGET_DIR=target/loom \
+//!     cargo test --release --lib interleavings
+//! ```
+//!
+//! What is mapped at a window is a number here. The kernel changes it in one step, as `mmap(2)` does.
+
+use loom::sync::Arc;
+use loom::sync::atomic::AtomicU8;
+use loom::thread;
+
+use super::*;
+
+/// Nothing of ours: another thread may have mapped anything there.
+const FOREIGN: u8 = 0;
+const DEVICE: u8 = 1;
+const PAGES: u8 = 2;
+
+const RANGE: Range<usize> = 0x1000..0x2000;
+/// Other windows of the same size.
+const OTHERS: [Range<usize>; 2] = [0x2000..0x3000, 0x3000..0x4000];
+
+struct Model {
+    registry: Registry,
+    mapped: AtomicU8,
+}
+
+impl Model {
+    fn new(room: usize) -> Arc<Self> {
+        Arc::new(Self { registry: Registry::new(room), mapped: AtomicU8::new(DEVICE) })
+    }
+
+    /// What a signal handler does at a fault in the window.
+    fn handle(&self) {
+        let Some(pin) = self.registry.find(RANGE.start + 8) else { return };
+        assert_eq!(pin.range(), RANGE);
+        if pin.state() == State::Live {
+            let before = self.mapped.swap(PAGES, Ordering::AcqRel);
+            assert_ne!(before, FOREIGN, "replaced what is not the window's");
+            pin.revoke();
+        }
+    }
+
+    fn handler(self: &Arc<Self>) -> thread::JoinHandle<()> {
+        let model = self.clone();
+        thread::spawn(move || model.handle())
+    }
+
+    /// `Control::revoke`
+    fn revoke(&self, entry: &Entry) {
+        if entry.state() == State::Live {
+            self.mapped.store(PAGES, Ordering::Release);
+            let _ = entry.change(State::Live, State::Revoked);
+        }
+    }
+
+    /// `Control::restore`
+    fn restore(&self, entry: &Entry) {
+        if entry.stop_if(State::Revoked, State::Busy).is_ok() {
+            self.mapped.store(DEVICE, Ordering::Release);
+            entry.change(State::Busy, State::Live).unwrap();
+        }
+    }
+
+    fn agrees(&self, entry: &Entry) {
+        let expected = if entry.state() == State::Live { DEVICE } else { PAGES };
+        assert_eq!(self.mapped.load(Ordering::Acquire), expected, "{:?}", entry.state());
+    }
+}
+
+fn all(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.check(model);
+}
+
+#[test]
+fn a_window_is_not_replaced_after_it_was_dropped() {
+    all(4, || {
+        let model = Model::new(1);
+        let slot = model.registry.insert(&RANGE, 0);
+        let handlers = [model.handler(), model.handler()];
+        model.registry.remove(slot);
+        model.mapped.store(FOREIGN, Ordering::Release);
+        handlers.map(|handler| handler.join().unwrap());
+        assert_eq!(model.mapped.load(Ordering::Acquire), FOREIGN);
+    });
+}
+
+#[test]
+fn an_entry_that_is_used_again_is_not_mistaken() {
+    all(4, || {
+        let model = Model::new(1);
+        let slot = model.registry.insert(&RANGE, 0);
+        let handler = model.handler();
+        model.registry.remove(slot);
+        model.mapped.store(FOREIGN, Ordering::Release);
+        let other = model.registry.insert(&OTHERS[0], 0);
+        handler.join().unwrap();
+        assert_eq!(other.entry.state(), State::Live);
+        assert_eq!(model.mapped.load(Ordering::Acquire), FOREIGN);
+    });
+}
+
+#[test]
+fn state_and_pages_agree_after_revoke_and_restore() {
+    all(3, || {
+        let model = Model::new(1);
+        let entry = model.registry.insert(&RANGE, 0).entry;
+        let handlers = [model.handler(), model.handler()];
+        model.revoke(entry);
+        model.restore(entry);
+        handlers.map(|handler| handler.join().unwrap());
+        model.agrees(entry);
+    });
+}
+
+#[test]
+fn a_window_that_is_relocated_is_not_replaced() {
+    all(4, || {
+        let model = Model::new(1);
+        let slot = model.registry.insert(&RANGE, 0);
+        let handler = model.handler();
+        if slot.entry.stop_if(State::Live, State::Busy).is_ok() {
+            model.mapped.store(FOREIGN, Ordering::Release);
+            let moved = model.registry.insert(&OTHERS[1], 0);
+            model.registry.remove(slot);
+            handler.join().unwrap();
+            assert_eq!(moved.entry.state(), State::Live);
+            assert_eq!(model.mapped.load(Ordering::Acquire), FOREIGN);
+        } else {
+            handler.join().unwrap();
+            model.agrees(slot.entry);
+        }
+    });
+}
+
+#[test]
+fn a_window_is_found_while_others_come_and_go() {
+    for room in [1, 2, 3] {
+        all(3, move || {
+            let model = Model::new(room);
+            let _slot = model.registry.insert(&RANGE, 0);
+            let other = model.registry.insert(&OTHERS[0], 0);
+            let finder = {
+                let model = model.clone();
+                thread::spawn(move || {
+                    let pin = model.registry.find(RANGE.end - 1).expect("it is there");
+                    assert_eq!(pin.range(), RANGE);
+                })
+            };
+            // The link of the first is used for the second, in another chain or in the same.
+            model.registry.remove(other);
+            let other = model.registry.insert(&OTHERS[1], 0);
+            model.registry.remove(other);
+            finder.join().unwrap();
+        });
+    }
+}
