@@ -332,11 +332,6 @@ impl<'d> Config<'d> {
         result
     }
 
-    /// The command register, as it is.
-    pub(super) fn command(&self) -> Result<u16> {
-        self.read_u16(COMMAND)
-    }
-
     fn set_bits(&self, register: u64, bits: u16, on: bool) -> Result<()> {
         let _one = self.device.control_lock();
         self.change_bits(register, bits, on)

@@ -14,9 +14,9 @@ impl Device {
     /// Whether the device is gone: its configuration space reads all ones, or the connection to its server has
     /// ended. If so, this revokes all its windows, so that everything that still uses them reads all ones.
     ///
-    /// All ones means that the vendor ID does, or the command register, of which five bits are 0 in every device
-    /// (PCIe 5.0 §2.3.2, §7.5.1.1.3): the kernel answers the vendor ID itself, and keeps answering it after the
-    /// device was pulled. The value of another register is never a reason.
+    /// All ones means that the vendor ID does, or the class code, which no device has (PCIe 5.0 §2.3.2): the kernel
+    /// answers the vendor ID itself, and keeps answering it after the device was pulled. The value of another
+    /// register is never a reason.
     ///
     /// A device that is gone does not come back: drop what holds it, [`close`](Self::close) it, and open the one
     /// that took its place.
@@ -38,11 +38,12 @@ impl Device {
             return true;
         }
         let Ok(config) = self.config() else { return false };
-        let is_gone = |value: Result<u16>| match value {
-            Ok(value) => value == u16::MAX,
+        let is_gone = |ones: Result<bool>| match ones {
+            Ok(ones) => ones,
             Err(error) => error.kind() == ErrorKind::Gone,
         };
-        is_gone(config.vendor_id()) || is_gone(config.command())
+        is_gone(config.vendor_id().map(|id| id == u16::MAX))
+            || is_gone(config.class_code().map(|class| class == 0xff_ffff))
     }
 
     /// What explains a fault now.

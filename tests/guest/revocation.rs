@@ -59,7 +59,7 @@ fn every_alias_is_revoked_and_restored() {
             let device = lab::open(subject.name);
             let windows = aliases(subject, &device);
             let registers: Vec<_> = windows.iter().map(|window| subject.scratch(window)).collect();
-            for round in 0..3 {
+            for round in 0..2 {
                 registers[0].write(subject.scratch.1);
                 let kept = (subject.answer)(subject.scratch.1);
                 for (window, register) in windows.iter().zip(&registers) {
@@ -185,6 +185,7 @@ fn under_load(subject: &Subject, windows: &[Window], rounds: usize, act: impl Fn
     let stop = AtomicBool::new(false);
     let turns: Vec<AtomicU64> = windows.iter().map(|_| AtomicU64::new(0)).collect();
     std::thread::scope(|scope| {
+        let _stop = StopAtEnd(&stop);
         for (window, turns) in windows.iter().zip(&turns) {
             let (register, stop) = (subject.scratch(window), &stop);
             scope.spawn(move || {
@@ -205,8 +206,16 @@ fn under_load(subject: &Subject, windows: &[Window], rounds: usize, act: impl Fn
                     .all(|(turns, before)| turns.load(Ordering::Acquire) > before + 1)
             });
         }
-        stop.store(true, Ordering::Relaxed);
     });
+}
+
+/// Tells threads to stop, also when a test has failed.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn until(what: &str, holds: impl Fn() -> bool) {
@@ -217,8 +226,12 @@ fn until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-/// 50, or as many times that as a soak asks for.
-fn rounds() -> usize {
+/// 50, or as many times that as a soak asks for. Up to Linux 6.11, a fault maps all of a window in pages of 4 KiB,
+/// which takes an emulated processor seconds for 4 GiB.
+fn rounds(subject: &Subject) -> usize {
+    if subject.name == "ivshmem4g" {
+        return 2;
+    }
     let factor = std::env::var("VFIO_REMAP_ROUNDS").ok().and_then(|text| text.parse().ok());
     50 * factor.unwrap_or(1)
 }
@@ -230,7 +243,7 @@ fn comes_and_goes(expected: FaultCause, away: impl Fn(&Device), back: impl Fn(&D
     let subject = subject();
     let device = lab::open(subject.name);
     let windows = aliases(subject, &device);
-    under_load(subject, &windows, rounds(), |_| {
+    under_load(subject, &windows, rounds(subject), |_| {
         away(&device);
         until("all are revoked", || windows.iter().all(Window::is_revoked));
         assert_eq!(windows[3].revoked(), Some(Revoked::Fault(expected)), "{}", subject.name);

@@ -8,7 +8,7 @@ use vfio_remap::device::{FaultCause, Revoked};
 use vfio_remap::space::{FaultGuard, FaultScope};
 use vfio_remap::{Device, ErrorKind, Placement, Window};
 
-use super::truncatable::{PAGE, SIZE, Truncatable, aliases, device, set_there};
+use super::truncatable::{PAGE, SIZE, StopAtEnd, Truncatable, aliases, device, set_there};
 use crate::support::alone::alone;
 
 fn is_readable(fd: std::os::fd::BorrowedFd<'_>) -> bool {
@@ -94,6 +94,7 @@ fn fifty_truncations_kill_nobody() {
         let windows = aliases(&device, 0);
         let (stop, ones) = (AtomicBool::new(false), AtomicUsize::new(0));
         std::thread::scope(|scope| {
+            let _stop = StopAtEnd(&stop);
             for window in &windows {
                 let (stop, ones) = (&stop, &ones);
                 scope.spawn(move || {
@@ -118,7 +119,6 @@ fn fifty_truncations_kill_nobody() {
                 set_there(&file, true);
                 device.restore().into_result().unwrap();
             }
-            stop.store(true, Ordering::Relaxed);
         });
     });
 }

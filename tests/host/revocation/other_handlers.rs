@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use vfio_remap::space::{FaultGuard, FaultScope};
 use vfio_remap::{ErrorKind, Placement, Register, Window};
 
-use super::truncatable::{PAGE, device, set_there};
+use super::truncatable::{PAGE, StopAtEnd, device, set_there};
 use crate::support::alone::alone;
 
 type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void);
@@ -305,6 +305,7 @@ fn a_fault_is_contained_while_malloc_is_interrupted() {
         let stop = AtomicBool::new(false);
         let thread = AtomicUsize::new(0);
         std::thread::scope(|scope| {
+            let _stop = StopAtEnd(&stop);
             scope.spawn(|| {
                 // SAFETY: the own thread.
                 thread.store(unsafe { libc::pthread_self() } as usize, Ordering::Release);
@@ -336,7 +337,6 @@ fn a_fault_is_contained_while_malloc_is_interrupted() {
                 assert!(window.is_revoked());
                 set_there(&file, true);
             }
-            stop.store(true, Ordering::Relaxed);
         });
     });
 }

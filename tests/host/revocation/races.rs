@@ -7,7 +7,7 @@ use vfio_remap::space::{FaultGuard, FaultScope};
 use vfio_remap::{ErrorKind, Placement, Reservation, Strategy};
 
 use super::guard::rounds;
-use super::truncatable::{device, set_there};
+use super::truncatable::{StopAtEnd, device, set_there};
 use crate::support::alone::alone;
 
 /// A thread makes faults in one window, with the scope of the device, so that its handler revokes all others,
@@ -15,6 +15,7 @@ use crate::support::alone::alone;
 fn while_handlers_run(act: impl Fn(usize) + Sync, faults: &(impl Fn() + Sync)) {
     let (stop, handled) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
+        let _stop = StopAtEnd(&stop);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 faults();
@@ -26,7 +27,6 @@ fn while_handlers_run(act: impl Fn(usize) + Sync, faults: &(impl Fn() + Sync)) {
             act(round);
             round += 1;
         }
-        stop.store(true, Ordering::Relaxed);
     });
 }
 

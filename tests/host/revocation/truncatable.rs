@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vfio_remap::transport::{DeviceInfo, RegionFile, RegionInfo, Transport};
@@ -83,6 +84,15 @@ pub fn aliases(device: &Device, bar: u32) -> [Window; 3] {
     let (mut relocated, _) = original.duplicate(Placement::Anywhere).unwrap();
     relocated.relocate(Placement::Anywhere).unwrap();
     [original, duplicate, relocated]
+}
+
+/// Tells threads to stop, also when a test has failed.
+pub struct StopAtEnd<'a>(pub &'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Truncates a file to nothing, or gives it its size again.

@@ -8,7 +8,7 @@ use vfio_remap::space::{Reservation, WindowState, revocable_size, set_revocable_
 use vfio_remap::transport::MemoryDevice;
 use vfio_remap::{Device, ErrorKind, Placement, Strategy};
 
-use super::truncatable::{PAGE, SIZE, Truncatable, aliases, device};
+use super::truncatable::{PAGE, SIZE, StopAtEnd, Truncatable, aliases, device};
 use crate::support::alone::alone;
 
 #[test]
@@ -139,6 +139,7 @@ fn threads_use_a_window_that_comes_and_goes() {
     windows[0].register::<u32>(0).unwrap().write(0x1234);
     let (stop, reads) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
+        let _stop = StopAtEnd(&stop);
         for window in &windows {
             let (stop, reads) = (&stop, &reads);
             scope.spawn(move || {
@@ -159,7 +160,6 @@ fn threads_use_a_window_that_comes_and_goes() {
             device.restore().into_result().unwrap();
             rounds += 1;
         }
-        stop.store(true, Ordering::Relaxed);
     });
 }
 
