@@ -6,7 +6,7 @@ use std::time::Duration;
 use vfio_remap::{Device, Error, ErrorKind, Result};
 
 use super::admin::Admin;
-use super::registers::{CLASS_CODE, Capabilities, Registers, has_gone};
+use super::registers::{CLASS_CODE, Capabilities, Registers};
 
 /// Mass storage, non-volatile memory, NVMe (PCI code and ID assignment, class 01h).
 const CLASS: u32 = 0x01_0802;
@@ -27,7 +27,7 @@ impl Hardware {
     pub fn find(device: Device, disable_delay: Duration) -> Result<Self> {
         let device = Arc::new(device);
         let config = device.config()?;
-        if has_gone(&device) {
+        if device.gone() {
             return Err(Error::new(ErrorKind::Gone, "find", device.name())
                 .with_reason("its configuration space reads all ones"));
         }
@@ -59,6 +59,22 @@ impl Hardware {
                 .with_reason(format!("its smallest page has 2^{page_shift} bytes (CAP.MPSMIN)")));
         }
         Ok(hardware)
+    }
+
+    /// Makes the controller's registers reachable again, if a fault or an absence has revoked the windows over
+    /// them and the device is back: see [`Window::revoke`](vfio_remap::Window::revoke).
+    ///
+    /// # Errors
+    /// `Gone` if it is not back. The device then reaches no memory.
+    pub fn reach(&self) -> Result<()> {
+        if self.device.gone() {
+            return Err(Error::new(ErrorKind::Gone, "reach", self.device.name())
+                .with_reason("its configuration space reads all ones, or its server has ended")
+                .with_advice("plug it in again, and reset the controller, or close and open it"));
+        }
+        // A fault may be somebody else's who has switched it off.
+        self.device.config()?.set_memory_decoding(true)?;
+        self.device.restore().into_result().map(drop)
     }
 
     /// Brings the controller up with empty admin queues. `quiet` becomes true once it is disabled: from
@@ -95,6 +111,12 @@ impl Hardware {
     /// # Errors
     /// Why neither can be had.
     pub fn quieten(&self) -> Result<()> {
+        if let Err(error) = self.reach() {
+            log::info!("nvme: {error}");
+            if error.kind() == ErrorKind::Gone {
+                return Ok(());
+            }
+        }
         let disabled = self.registers.disable(self.capabilities.timeout());
         let muted = self.device.config().and_then(|config| {
             config.set_bus_mastering(false)?;

@@ -35,6 +35,12 @@ const ALL: u32 = u32::MAX;
 ///
 /// When it fails or loses a command, the queue that notices first resets it. The other queues see a new
 /// [generation](Self::generation) and are created again.
+///
+/// A controller that is gone ([`Device::gone`]) ends all commands with errors, within the interval between two
+/// checks, and returns their buffers. If the same device comes back, [`reset`](Self::reset) initializes it again;
+/// for another one, open it. An access to a controller that does not answer raises SIGBUS, unless the program has
+/// installed [`FaultGuard`](vfio_remap::space::FaultGuard): the windows are then revoked, and restored by the next
+/// reset.
 pub struct Controller {
     /// Dropped first, which disables the controller before its DMA memory is freed.
     hardware: Hardware,
@@ -335,9 +341,12 @@ impl Controller {
     }
 
     fn reset_locked(&self, state: &mut State) -> Result<()> {
-        self.stop_queues(state);
-        let mut quiet = false;
-        let result = self.hardware.disable().and_then(|()| {
+        let reached = self.hardware.reach();
+        // What is gone reaches no memory.
+        let mut quiet = reached.as_ref().is_err_and(|error| error.kind() == ErrorKind::Gone);
+        let result = reached.and_then(|()| {
+            self.stop_queues(state);
+            self.hardware.disable()?;
             self.hardware.bring_up(&mut state.admin, &mut quiet)?;
             self.prepare(state)
         });

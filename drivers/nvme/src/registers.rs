@@ -210,7 +210,7 @@ impl Registers {
 
     /// An error if the controller does not work: it has failed, something has reset it, or it is gone.
     pub fn check(&self) -> Result<()> {
-        let status = self.block.read(Layout::STATUS)?;
+        let status = self.block.try_read(Layout::STATUS)?;
         if is_absent(status) {
             return Err(self.gone("use"));
         }
@@ -353,8 +353,9 @@ impl Registers {
         }
     }
 
+    /// Whether the device is gone. Registers alone may read all ones for a while.
     fn has_gone(&self) -> bool {
-        has_gone(&self.device)
+        self.device.gone()
     }
 
     fn gone(&self, operation: &'static str) -> Error {
@@ -362,13 +363,6 @@ impl Registers {
             .with_reason("its registers read all ones")
             .with_advice("check that it is still present, and powered")
     }
-}
-
-/// Whether the device is gone: configuration space reads all ones. Registers alone may read all ones for a
-/// while.
-pub fn has_gone(device: &Device) -> bool {
-    let read = device.config().and_then(|config| config.read_u32(CLASS_CODE));
-    read.map_or(true, |class| class == u32::MAX)
 }
 
 /// Between two looks, the longer the more time has passed: real controllers take milliseconds, emulated
