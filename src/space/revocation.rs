@@ -193,7 +193,8 @@ impl Control {
     /// Whether the window is revoked.
     #[inline]
     pub(crate) fn is_revoked(&self) -> bool {
-        self.entry().is_some_and(|entry| entry.state() == State::Revoked)
+        let state = self.entry().map(Entry::state);
+        matches!(state, Some(State::Revoked | State::Restoring))
     }
 
     fn entry(&self) -> Option<&'static Entry> {
@@ -256,18 +257,23 @@ impl Control {
         let mut turn = self.turn();
         let entry = turn.entry("revoke")?;
         let range = entry.range();
-        if entry.state() == State::Revoked {
+        // A handler that has marked it may still fail, and take the mark back.
+        entry.drain();
+        // Marked first, so that whoever reads the pages also sees the mark.
+        if entry.change(State::Live, State::Revoked).is_err() {
+            entry.drain();
             turn.held.reasons = turn.reasons().and(reasons);
             return Ok(self.report(range, self.revoked(), self.revoked()));
         }
         let lock = MmapLock::take();
         // SAFETY: the window stays mapped at its range, because its verbs take turns, of which this is one.
         if let Err(errno) = unsafe { absent::replace(range.start, self.size, self.access) } {
-            self.after_failed_revoke(&lock, &range, errno)?;
+            let result = self.after_failed_revoke(&lock, &range, errno);
+            result.inspect_err(|_| {
+                let _ = entry.change(State::Revoked, State::Live);
+            })?;
         }
         drop(lock);
-        // A handler may have done the same.
-        let _ = entry.change(State::Live, State::Revoked);
         turn.held.reasons = reasons;
         Ok(self.report(range, WindowState::Live, self.revoked()))
     }
@@ -324,8 +330,10 @@ impl Control {
         // A signal handler of the program that interrupted this thread, and had a fault in this window,
         // would repeat its access for ever.
         let signals = async_safe::block_signals(!0);
-        let result =
-            entry.stop_if(State::Revoked, State::Busy).map_err(|_| Errno::EBUSY).and_then(|()| {
+        let result = entry
+            .stop_if(State::Revoked, State::Restoring)
+            .map_err(|_| Errno::EBUSY)
+            .and_then(|()| {
                 // SAFETY: nothing uses the new mapping, and verbs on this window take turns. No handler
                 // replaces the window while its entry is busy.
                 let moved = unsafe { async_safe::move_over(new, self.size, range.start) };
@@ -334,7 +342,7 @@ impl Control {
                     let _ = unmap();
                     self.after_failed_restore(&lock, &range);
                 }
-                let _ = entry.change(State::Busy, state);
+                let _ = entry.change(State::Restoring, state);
                 moved
             });
         async_safe::block_signals(signals);
@@ -459,12 +467,15 @@ impl<'a> Turn<'a> {
         if let Some(old) = self.held.slot.replace(slot) {
             registry().remove(old);
         }
-        if self.sweeps() != sweeps {
+        if self.sweeps() != sweeps
+            && let Some(slot) = &self.held.slot
+            && slot.entry.change(State::Live, State::Revoked).is_ok()
+        {
             // SAFETY: the window stays mapped at its range during this turn.
             let replaced = unsafe { absent::replace(address, control.size, control.access) };
-            if let (Ok(()), Some(slot)) = (replaced, &self.held.slot) {
-                let _ = slot.entry.change(State::Live, State::Revoked);
-                self.held.reasons = Reasons::FAULT;
+            if replaced.is_err() {
+                // It has its own fault later.
+                let _ = slot.entry.change(State::Revoked, State::Live);
             }
         }
     }

@@ -177,13 +177,14 @@ fn contain(address: usize, code: i32) -> bool {
     let Some(pin) = registry.find(address) else { return false };
     let group = match pin.state() {
         State::Live => match revoke(&pin) {
-            Some(group) => group,
-            None => return false,
+            Ok(true) => group_of(&pin),
+            // Another thread was first.
+            Ok(false) => return true,
+            Err(_) => return false,
         },
         // Its pages have failed: repeating the access would not end.
         State::Revoked if code == libc::BUS_MCEERR_AR => return false,
-        // Another thread was first.
-        State::Revoked | State::Busy => return true,
+        State::Revoked | State::Busy | State::Restoring => return true,
         State::Dead => return false,
     };
     if WHOLE_DEVICE.load(Ordering::Relaxed) {
@@ -209,16 +210,20 @@ fn group_of<'a>(pin: &'a Pin<'_>) -> &'a Group {
     unsafe { &*group }
 }
 
-/// Revokes a window that is live or was a moment ago. `None` if the kernel refuses the pages.
-fn revoke<'a>(pin: &'a Pin<'_>) -> Option<&'a Group> {
+/// Revokes a window that is live; false if it no longer is.
+///
+/// # Errors
+/// The kernel's, if it refuses the pages: the window is what it was.
+fn revoke(pin: &Pin<'_>) -> std::result::Result<bool, Errno> {
+    if !pin.revoke() {
+        return Ok(false);
+    }
     let range = pin.range();
     let access = if pin.note() & 1 == 1 { Access::ReadWrite } else { Access::ReadOnly };
     // SAFETY: the window stays mapped at its range while its entry is pinned: whoever unmaps, relocates or
-    // restores it changes the state first, and waits for the pin. Another thread may have revoked it since,
-    // and then this replaces equal pages.
-    unsafe { absent::replace(range.start, range.len(), access) }.ok()?;
-    pin.revoke();
-    Some(group_of(pin))
+    // restores it changes the state first, and waits for the pin.
+    unsafe { absent::replace(range.start, range.len(), access) }.inspect_err(|_| pin.fail())?;
+    Ok(true)
 }
 
 /// Does with the signal what would have been done without the guard.

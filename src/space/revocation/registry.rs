@@ -37,10 +37,12 @@ pub(in crate::space) enum State {
     Dead = 0,
     /// The window reaches its device: revoke it.
     Live = 1,
-    /// The window is revoked: repeat the access.
+    /// The window is revoked, or whoever marked it so is about to replace it: repeat the access.
     Revoked = 2,
-    /// A verb changes the window: repeat the access until that has ended.
+    /// A verb changes the window, which reaches its device: repeat the access until that has ended.
     Busy = 3,
+    /// A verb restores the window: as busy, but it still counts as revoked.
+    Restoring = 4,
 }
 
 /// The number of pins is below, the state above.
@@ -53,7 +55,8 @@ impl State {
             0 => Self::Dead,
             1 => Self::Live,
             2 => Self::Revoked,
-            _ => Self::Busy,
+            3 => Self::Busy,
+            _ => Self::Restoring,
         }
     }
 }
@@ -169,9 +172,15 @@ impl Pin<'_> {
         self.state
     }
 
-    /// Marks the window as revoked, after its range was replaced. False if it was marked before.
+    /// Marks the window as revoked. If this returns true, the caller replaces its range before it drops the pin,
+    /// or [fails](Self::fail). Marked first, so that whoever reads the pages also sees the mark.
     pub(super) fn revoke(&self) -> bool {
         self.entry.change(State::Live, State::Revoked).is_ok()
+    }
+
+    /// Takes the mark back.
+    pub(super) fn fail(&self) {
+        let _ = self.entry.change(State::Revoked, State::Live);
     }
 }
 

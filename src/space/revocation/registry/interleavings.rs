@@ -36,10 +36,9 @@ impl Model {
     fn handle(&self) {
         let Some(pin) = self.registry.find(RANGE.start + 8) else { return };
         assert_eq!(pin.range(), RANGE);
-        if pin.state() == State::Live {
+        if pin.state() == State::Live && pin.revoke() {
             let before = self.mapped.swap(PAGES, Ordering::AcqRel);
-            assert_ne!(before, FOREIGN, "replaced what is not the window's");
-            pin.revoke();
+            assert_eq!(before, DEVICE, "replaced what is not the window's, or twice");
         }
     }
 
@@ -50,17 +49,16 @@ impl Model {
 
     /// `Control::revoke`
     fn revoke(&self, entry: &Entry) {
-        if entry.state() == State::Live {
+        if entry.change(State::Live, State::Revoked).is_ok() {
             self.mapped.store(PAGES, Ordering::Release);
-            let _ = entry.change(State::Live, State::Revoked);
         }
     }
 
     /// `Control::restore`
     fn restore(&self, entry: &Entry) {
-        if entry.stop_if(State::Revoked, State::Busy).is_ok() {
+        if entry.stop_if(State::Revoked, State::Restoring).is_ok() {
             self.mapped.store(DEVICE, Ordering::Release);
-            entry.change(State::Busy, State::Live).unwrap();
+            entry.change(State::Restoring, State::Live).unwrap();
         }
     }
 
@@ -68,6 +66,21 @@ impl Model {
         let expected = if entry.state() == State::Live { DEVICE } else { PAGES };
         assert_eq!(self.mapped.load(Ordering::Acquire), expected, "{:?}", entry.state());
     }
+}
+
+/// Reads the window, and then asks whether it is revoked, as `Register::try_read` does.
+#[test]
+fn whoever_reads_the_pages_sees_that_the_window_is_revoked() {
+    all(4, || {
+        let model = Model::new(1);
+        let entry = model.registry.insert(&RANGE, 0).entry;
+        let handler = model.handler();
+        if model.mapped.load(Ordering::Acquire) == PAGES {
+            assert_eq!(entry.state(), State::Revoked);
+        }
+        handler.join().unwrap();
+        model.agrees(entry);
+    });
 }
 
 fn all(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
