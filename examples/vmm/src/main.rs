@@ -1,0 +1,20 @@
+//! The program: see the library.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    #[cfg(target_arch = "x86_64")]
+    let end = vmm::monitor::run(&clap::Parser::parse());
+    #[cfg(not(target_arch = "x86_64"))]
+    let end: anyhow::Result<&str> = Err(anyhow::anyhow!("this program needs an x86-64 machine"));
+    match end {
+        Ok(end) => eprintln!("vmm: {end}"),
+        Err(error) => {
+            eprintln!("vmm: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
