@@ -14,6 +14,7 @@ use crate::chart::{self, Bar, Panel};
 use crate::guest::Payload;
 use crate::kernels::{Image, Kernel};
 use crate::machine::Variant;
+use crate::modules;
 use crate::payload;
 use crate::processors;
 use crate::program::{Program, TESTPMD};
@@ -212,10 +213,7 @@ pub fn write(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> 
         bail!("the mirror does not have kernel {} any more", kernel.name);
     };
     let mut files = testpmd.files()?;
-    for module in image.network_modules()? {
-        let name = module.file_name().context("a module is a file")?.to_string_lossy();
-        files.push((format!("lab/network/{name}"), module));
-    }
+    files.extend(image.module_files(&modules::NETWORK)?);
     let arguments = [
         "--bench".to_owned(),
         format!("--turns={TURNS}"),

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use crate::cpio::Archive;
 use crate::kernels::Image;
 use crate::machine::{self, Variant};
+use crate::modules;
 
 const INIT: &str = include_str!("../guest/init");
 
@@ -37,12 +38,9 @@ pub fn initramfs(
     }
     archive.file("init", INIT.as_bytes());
     archive.file("bin/busybox", &read(busybox)?);
-    for (directory, modules) in
-        [("lab/modules", image.modules()?), ("lab/on-demand", image.modules_on_demand()?)]
-    {
-        for module in modules {
-            let name = module.file_name().context("a module is a file")?.to_string_lossy();
-            archive.file(&format!("{directory}/{name}"), &read(&module)?);
+    for set in [&modules::LOADED, &modules::ON_DEMAND] {
+        for (path, module) in image.module_files(set)? {
+            archive.file_in_directories(&path, &read(&module)?);
         }
     }
     let program = payload.program.file_name().context("the payload is a file")?.to_string_lossy();

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::apt::Suite;
 use crate::cache::{self, Store};
 use crate::decompress;
-use crate::modules;
+use crate::modules::{self, Set};
 use crate::patched::{self, Recipe};
 use crate::ui::{self, Stage};
 
@@ -94,20 +94,19 @@ impl Image {
         self.directory.join("vmlinux")
     }
 
-    /// The modules to load, in order.
-    pub fn modules(&self) -> Result<Vec<PathBuf>> {
-        sorted_entries(&self.directory.join(modules::LOADED))
-    }
-
-    /// The modules that a payload may load, in order; none if all are built in.
-    pub fn modules_on_demand(&self) -> Result<Vec<PathBuf>> {
-        let directory = self.directory.join(modules::LOADED_ON_DEMAND);
+    /// A set of modules, in the order in which to load them; none if all are built in.
+    pub fn modules(&self, set: &Set) -> Result<Vec<PathBuf>> {
+        let directory = self.directory.join(set.directory);
         if directory.exists() { sorted_entries(&directory) } else { Ok(Vec::new()) }
     }
 
-    /// The modules of network cards and of pktgen, in order. Only stock kernels have them.
-    pub fn network_modules(&self) -> Result<Vec<PathBuf>> {
-        sorted_entries(&self.directory.join(modules::OF_NETWORK))
+    /// As [`modules`](Self::modules), each after its path in a guest.
+    pub fn module_files(&self, set: &Set) -> Result<Vec<(String, PathBuf)>> {
+        let path = |module: PathBuf| {
+            let name = module.file_name().context("a module is a file")?.to_string_lossy();
+            Ok((format!("lab/{}/{name}", set.directory), module))
+        };
+        self.modules(set)?.into_iter().map(path).collect()
     }
 
     /// The kernel's selftests that were built with it; none for a stock kernel.

@@ -1,7 +1,7 @@
 //! `cargo lab`: boots real kernels with real VFIO in QEMU and runs the
 //! crate's tests, examples and benchmarks in them.
 //!
-//! The commands are [`mod@test`], [`vfio_user`], [`mod@fuzz`], [`soak`], [`hazard`],
+//! The commands are [`mod@test`], [`vfio_user`], [`vmm`], [`mod@fuzz`], [`soak`], [`hazard`],
 //! [`matrix`], [`mutants`], [`targets`], [`release`], [`performance`], [`ethernet`] and this file. [`boot`] makes one
 //! boot of one kernel, with its [`heartbeat`]; [`side_by_side`] makes several. [`kernels`],
 //! [`patched`], [`busybox`], [`mod@program`], [`payload`], [`compiler`] and [`guest`] provide the software of
@@ -53,6 +53,7 @@ mod tools;
 mod turns;
 mod ui;
 mod vfio_user;
+mod vmm;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -70,6 +71,7 @@ use machine::Variant;
 use mutants::{MUTANTS, Mutant};
 use root::Root;
 use tools::Need;
+use vmm::Extent;
 
 /// Boots stock kernels and a patched one with VFIO and an IOMMU in QEMU, and
 /// runs vfio-remap's tests, examples and benchmarks in them.
@@ -91,7 +93,7 @@ enum Task {
     /// those with `without_intremap` in the newest kernel, on a machine whose IOMMU does
     /// not remap interrupts; the tests of the kernel patches in the patched kernel. In
     /// the newest kernel the examples tour, edu and nvme run on devices of the machine.
-    /// The command `vfio-user` runs too.
+    /// The commands `vfio-user` and `vmm` run too; of `vmm` what is brief.
     ///
     /// Two guests run at the same time, while other kernels are fetched or built. The
     /// output of a guest is shown when it has ended. Fails if a test fails, or if a kernel
@@ -126,6 +128,22 @@ enum Task {
         #[command(flatten)]
         common: Common,
     },
+    /// Test the example `vmm`: guests inside a guest use devices that are passed through, and
+    /// move their BARs. In part in `test`.
+    ///
+    /// The guests run Linux 6.12 with its own drivers for an NVMe controller and an e1000e.
+    /// The lab guests, which are their hosts, run 6.12, newest and patched. The KVM of this
+    /// machine is not used, and need not exist: the emulator has its own.
+    Vmm {
+        /// Only on this kernel; may be given several times.
+        #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::by_name)]
+        kernels: Vec<&'static Kernel>,
+        /// Only what is part of `test`.
+        #[arg(long)]
+        brief: bool,
+        #[command(flatten)]
+        common: Common,
+    },
     /// Fuzz what is not trusted: messages of vfio-user, a guest's accesses to a device, a network
     /// card under its driver, and a driver of the card's model. Part of `test`.
     Fuzz {
@@ -135,8 +153,8 @@ enum Task {
         seconds: u64,
     },
     /// Run what takes too long for `test`: a minute of races between moves and revocation
-    /// in the patched kernel, twenty guests one after another at one vfio-user server, two
-    /// thousand faults of network cards, and ten million runs of each fuzz target.
+    /// in the patched kernel, twenty guests one after another at one vfio-user server, all of
+    /// `vmm`, two thousand faults of network cards, and ten million runs of each fuzz target.
     Soak {
         #[command(flatten)]
         common: Common,
@@ -302,6 +320,12 @@ fn perform(task: Task) -> Result<ExitCode> {
                 None => vfio_user::test(&lab, &store, kernel)?,
                 Some(count) => vfio_user::starts(&lab, &store, kernel, count)?,
             };
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Vmm { kernels, brief, common } => {
+            let (lab, store) = ready(common)?;
+            let extent = if brief { Extent::Brief } else { Extent::Long };
+            let passed = vmm::run(&lab, &store, &kernels, extent)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Fuzz { seconds } => {

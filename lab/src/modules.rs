@@ -12,32 +12,46 @@ use elf::endian::AnyEndian;
 
 use crate::decompress;
 
-/// The modules that a guest needs. The type 1 IOMMU driver is named because no module
-/// depends on it; a kernel would load it by modprobe.
-const WANTED: [&str; 2] = ["vfio_iommu_type1", "vfio_pci"];
-
-/// The modules that a payload may load for the kernel's own drivers. ext4 needs a checksum
-/// that is a separate module up to 6.13.
-const ON_DEMAND: [&str; 3] = ["nvme", "crc32c_generic", "ext4"];
-const GONE_FROM_SOME: [&str; 1] = ["crc32c_generic"];
-
-/// The kernel's drivers of network cards, and its generator of packets.
-const NETWORK: [&str; 3] = ["igb", "e1000e", "pktgen"];
-
-/// The directories of [`install`].
-pub const LOADED: &str = "modules";
-pub const LOADED_ON_DEMAND: &str = "on-demand";
-pub const OF_NETWORK: &str = "network";
-
-/// The modules that [`install`] installs. The cache stores this, so that an entry of an
-/// earlier lab with fewer modules is recognized.
-pub fn selection() -> String {
-    [&WANTED[..], &ON_DEMAND, &NETWORK].concat().join(" ")
+/// A set of modules: a directory of the cache.
+pub struct Set {
+    pub directory: &'static str,
+    wanted: &'static [&'static str],
 }
 
-/// Writes the needed modules and their dependencies to a directory in `new`, decompressed, and
-/// numbered in the order in which to load them. Writes the modules on demand that are not among
-/// these to another in the same way, and those for the network to a third.
+/// What a guest loads at its start. The type 1 IOMMU driver is named because no module
+/// depends on it; a kernel would load it by modprobe.
+pub const LOADED: Set = Set { directory: "modules", wanted: &["vfio_iommu_type1", "vfio_pci"] };
+
+/// What a payload may load for the kernel's own drivers. ext4 needs a checksum that is a
+/// separate module up to 6.13.
+pub const ON_DEMAND: Set =
+    Set { directory: "on-demand", wanted: &["nvme", "crc32c_generic", "ext4"] };
+
+/// The kernel's drivers of network cards, and its generator of packets.
+pub const NETWORK: Set = Set { directory: "network", wanted: &["igb", "e1000e", "pktgen"] };
+
+/// What the host of other guests loads: -cpu max of TCG has AMD's virtualization.
+pub const HYPERVISOR: Set = Set { directory: "hypervisor", wanted: &["kvm_amd"] };
+
+/// What the guest of a guest loads, for the devices that are passed through to it.
+pub const DRIVERS: Set =
+    Set { directory: "drivers", wanted: &["nvme", "e1000e", "uio_pci_generic"] };
+
+/// All sets, and whether the modules of [`LOADED`] are loaded before.
+const SETS: [(Set, bool); 5] =
+    [(LOADED, false), (ON_DEMAND, true), (NETWORK, true), (HYPERVISOR, true), (DRIVERS, false)];
+
+const GONE_FROM_SOME: [&str; 1] = ["crc32c_generic"];
+
+/// The modules that [`install`] installs. The cache stores this, so that an entry of an
+/// earlier lab with other modules is recognized.
+pub fn selection() -> String {
+    SETS.map(|(set, _)| format!("{}: {}", set.directory, set.wanted.join(" "))).join("\n")
+}
+
+/// Writes each set to its directory in `new`: the modules and their dependencies,
+/// decompressed, and numbered in the order in which to load them. Modules that are loaded
+/// before are left out.
 pub fn install(tree: &Path, new: &Path) -> Result<()> {
     let mut files = Vec::new();
     find(tree, &mut files)?;
@@ -48,29 +62,23 @@ pub fn install(tree: &Path, new: &Path) -> Result<()> {
             path(name).with_context(|| format!("{} has no module {name}", tree.display()))?;
         decompress::elf(fs::read(path)?).with_context(|| format!("cannot read {}", path.display()))
     };
-    let mut order = Vec::new();
-    for wanted in WANTED {
-        load_order(wanted, &read, &mut order)?;
+    let mut loaded = Vec::new();
+    for wanted in LOADED.wanted {
+        load_order(wanted, &read, &mut loaded)?;
     }
-
-    write(&new.join(LOADED), &order)?;
-    for (directory, wanted) in [(LOADED_ON_DEMAND, &ON_DEMAND[..]), (OF_NETWORK, &NETWORK)] {
-        let mut order = order.clone();
+    for (set, after_others) in &SETS {
+        let mut order = if *after_others { loaded.clone() } else { Vec::new() };
         let first = order.len();
-        for wanted in wanted {
+        for wanted in set.wanted {
             if path(wanted).is_some() || !GONE_FROM_SOME.contains(wanted) {
                 load_order(wanted, &read, &mut order)?;
             }
         }
-        write(&new.join(directory), &order[first..])?;
-    }
-    Ok(())
-}
-
-fn write(directory: &Path, modules: &[(String, Vec<u8>)]) -> Result<()> {
-    fs::create_dir(directory)?;
-    for (number, (name, content)) in modules.iter().enumerate() {
-        fs::write(directory.join(format!("{number:02}-{name}.ko")), content)?;
+        let directory = new.join(set.directory);
+        fs::create_dir(&directory)?;
+        for (number, (name, content)) in order.iter().enumerate().skip(first) {
+            fs::write(directory.join(format!("{number:02}-{name}.ko")), content)?;
+        }
     }
     Ok(())
 }

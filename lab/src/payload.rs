@@ -80,6 +80,11 @@ pub fn example(name: &str) -> Result<PathBuf> {
     build(name, &["build", "--release", "--example", name])
 }
 
+/// A program of the package `vmm`.
+pub fn vmm(name: &str) -> Result<PathBuf> {
+    build(name, &["build", "--package", "vmm", "--bin", name, "--profile", "lab"])
+}
+
 pub fn benchmark(name: &str) -> Result<PathBuf> {
     build(name, &["bench", "--no-run", "--bench", name])
 }

@@ -12,6 +12,7 @@ use crate::cache::Store;
 use crate::guest::Payload;
 use crate::kernels::{Image, Kernel};
 use crate::machine::Variant;
+use crate::modules::Set;
 use crate::report::{self, Proof, Row};
 use crate::ui;
 
@@ -28,6 +29,8 @@ pub struct Job {
     pub arguments: Vec<String>,
     /// Other files that the program needs: see [`Payload`].
     pub files: Vec<(String, PathBuf)>,
+    /// A set of modules of the kernel that it needs, too.
+    pub modules: Option<&'static Set>,
     pub proof: Proof,
 }
 
@@ -113,7 +116,10 @@ fn boot_all(lab: &Lab, jobs: &Mutex<Receiver<Ready>>, rows: &Rows) {
 
 fn boot(lab: &Lab, image: &Image, job: &Job) -> Result<report::Result> {
     let Job { program, arguments, proof, .. } = job;
-    let files = [job.files.clone(), selftests(image)?].concat();
+    let mut files = [job.files.clone(), selftests(image)?].concat();
+    if let Some(set) = job.modules {
+        files.extend(image.module_files(set)?);
+    }
     let payload = Payload { program, arguments, files: &files };
     let outcome = lab.boot(image, job.variant, &payload, &job.label)?;
     Ok(report::Result::Ran { version: image.version.clone(), outcome, proof: *proof })

@@ -12,6 +12,7 @@ use crate::machine::Variant;
 use crate::payload;
 use crate::ui;
 use crate::vfio_user;
+use crate::vmm::{self, Extent};
 
 /// Runs of each fuzz target.
 const RUNS: u64 = 10_000_000;
@@ -32,8 +33,9 @@ pub fn run(lab: &Lab, store: &Store) -> Result<bool> {
     let raced = race(lab, store)?;
     let newest = kernels::by_name(NEWEST).map_err(anyhow::Error::msg)?;
     let started = vfio_user::starts(lab, store, newest, STARTS)?;
+    let passed_through = vmm::run(lab, store, &[], Extent::Long)?;
     let recovered = faults()?;
-    Ok(fuzz::run(Limit::Runs(RUNS))? && raced && started && recovered)
+    Ok(fuzz::run(Limit::Runs(RUNS))? && raced && started && passed_through && recovered)
 }
 
 /// Two thousand faults of network cards under streams of TCP.

@@ -18,6 +18,7 @@ use crate::side_by_side::{self, Job, Plan};
 use crate::tools::Need;
 use crate::ui;
 use crate::vfio_user;
+use crate::vmm::{self, Extent, Nested};
 
 /// In the name of each test that needs a machine without an IOMMU. All others
 /// need one with an IOMMU.
@@ -68,7 +69,7 @@ pub fn needs(
 /// and `patched` again without an IOMMU, `patched` again with the tests of its patches,
 /// and the last kernel before `patched` again without interrupt remapping. Runs the
 /// examples on `newest`, unless there are arguments for libtest. Two guests run at a time.
-/// If `all`, the test of `vfio-user` is one of them. Returns whether all kernels passed
+/// If `all`, the tests of `vfio-user` and `vmm` are among them. Returns whether all kernels passed
 /// that the mirror still has.
 pub fn guest(
     lab: &Lab,
@@ -87,6 +88,7 @@ pub fn guest(
     // One kernel is enough, since all kernels behave the same.
     let last = kernels.iter().map(|kernel| kernel.name).rfind(|&name| name != PATCHED);
     let scripts = tempfile::tempdir()?;
+    let nested = if all { Nested::build(lab, store, scripts.path())? } else { None };
     let mut plans = Vec::new();
     for &kernel in kernels {
         let mut jobs = Vec::new();
@@ -95,8 +97,9 @@ pub fn guest(
         }
         let mut boot = |variant, program: &Path, arguments: &[String], label: &str| {
             let (program, arguments) = (program.to_owned(), arguments.to_owned());
-            let (label, files) = (label.to_owned(), Vec::new());
-            jobs.push(Job { label, variant, program, arguments, files, proof: Proof::Counts });
+            let (label, files, modules) = (label.to_owned(), Vec::new(), None);
+            let proof = Proof::Counts;
+            jobs.push(Job { label, variant, program, arguments, files, modules, proof });
         };
         if let Some(arguments) = &usual {
             boot(Variant::Usual, &program, arguments, kernel.name);
@@ -126,6 +129,9 @@ pub fn guest(
             if let Some(arguments) = only(&hazards, libtest, |name| name.starts_with(SERIES))? {
                 boot(Variant::Nvdimm, &hazards, &arguments, "patched-series");
             }
+        }
+        if let Some(nested) = nested.as_ref().filter(|_| vmm::is_brief(kernel)) {
+            jobs.push(nested.job(kernel, Extent::Brief));
         }
         plans.push(Plan { kernel, jobs });
     }
@@ -161,8 +167,8 @@ fn examples(label: String, scripts: &Path) -> Result<Job> {
     }
     let program = scripts.join("run-examples");
     fs::write(&program, script(&commands))?;
-    let proof = Proof::Status;
-    Ok(Job { label, variant: Variant::Usual, program, arguments: Vec::new(), files, proof })
+    let (arguments, modules, proof) = (Vec::new(), None, Proof::Status);
+    Ok(Job { label, variant: Variant::Usual, program, arguments, files, modules, proof })
 }
 
 /// A script that runs commands one after the other. Its exit status is that of the last

@@ -23,6 +23,7 @@ use crate::command;
 use crate::cpio::Archive;
 use crate::huge_pages::{self, HugePages};
 use crate::kernels::{Image, Kernel};
+use crate::modules;
 use crate::payload;
 use crate::root::Root;
 use crate::ui;
@@ -336,7 +337,7 @@ fn disk_guest(image: &Image, busybox: &Path, root: &Root) -> Result<Vec<u8>> {
         let path = format!("lib/x86_64-linux-gnu/{library}");
         archive.file(&path, &read(&root.library(library))?);
     }
-    for module in image.modules_on_demand()? {
+    for module in image.modules(&modules::ON_DEMAND)? {
         let name = module.file_name().context("a module is a file")?.to_string_lossy();
         archive.file(&format!("lab/modules/{name}"), &read(&module)?);
     }

@@ -22,6 +22,7 @@ use crate::command;
 use crate::cpio::Archive;
 use crate::kernels::{Image, Kernel};
 use crate::machine;
+use crate::modules;
 use crate::program::{ETHTOOL, Program};
 use crate::root::Root;
 use crate::ui;
@@ -122,7 +123,7 @@ fn initramfs(image: &Image, lab: &Lab, store: &Store) -> Result<Vec<u8>> {
     for (path, file) in Program::ensure(store, &ETHTOOL)?.files()? {
         archive.file_in_directories(&path, &read(&file)?);
     }
-    for module in image.network_modules()? {
+    for module in image.modules(&modules::NETWORK)? {
         let name = module.file_name().context("a module is a file")?.to_string_lossy();
         archive.file(&format!("lab/modules/{name}"), &read(&module)?);
     }
