@@ -145,7 +145,7 @@ impl Nvme {
         let (count, id) = (self.namespaces.len() as u32, command.namespace());
         let data = match command.dword(10) as u8 {
             0x00 => identify::namespace(self.namespace(id)?),
-            0x01 => identify::controller(count),
+            0x01 => identify::controller(count, self.identity),
             0x02 if id < u32::MAX - 1 => identify::list(count, id),
             0x02 => return Err(Status::INVALID_NAMESPACE),
             0x03 => {

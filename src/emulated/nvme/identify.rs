@@ -16,7 +16,7 @@ fn text(data: &mut [u8], at: usize, len: usize, text: &str) {
     put(data, at, text.as_bytes());
 }
 
-pub(super) fn controller(namespaces: u32) -> Vec<u8> {
+pub(super) fn controller(namespaces: u32, identity: u64) -> Vec<u8> {
     let mut data = vec![0; SIZE];
     put(&mut data, 0, &VENDOR.to_le_bytes());
     put(&mut data, 2, &VENDOR.to_le_bytes());
@@ -43,7 +43,8 @@ pub(super) fn controller(namespaces: u32) -> Vec<u8> {
     put(&mut data, 520, &(1u16 << 2 | 1 << 3).to_le_bytes());
     // A volatile write cache; a flush may name all namespaces at once.
     data[525] = 0b111;
-    put(&mut data, 768, b"nqn.2024-01.io.github.vfio-remap:emulated");
+    let name = format!("nqn.2024-01.io.github.vfio-remap:emulated:{identity:016x}");
+    put(&mut data, 768, name.as_bytes());
     data
 }
 

@@ -10,7 +10,9 @@ mod long;
 mod queue;
 mod storage;
 
+use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
+use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -73,6 +75,8 @@ const SHUT_DOWN: u32 = 2 << 2;
 #[derive(Debug)]
 pub struct Nvme {
     namespaces: Vec<Namespace>,
+    /// What no other controller has in its name: an operating system takes two of one name for one.
+    identity: u64,
     config: PciConfig,
     msix: Box<[u8]>,
     /// CC, CSTS, AQA, ASQ, ACQ, and the interrupt mask.
@@ -122,6 +126,7 @@ impl Nvme {
         );
         Self {
             namespaces,
+            identity: RandomState::new().hash_one(DEVICE),
             config,
             msix: vec![0; 16 * usize::from(VECTORS)].into(),
             configuration: 0,

@@ -101,6 +101,15 @@ fn a_driver_in_another_place_does_so_over_a_socket() {
 }
 
 #[test]
+fn no_two_controllers_have_the_same_name() {
+    let name = |mut driver| identify(&mut driver, 1, 0).unwrap()[768..1024].to_vec();
+    let [first, second] = [(); 2].map(|()| Driver::new(Arc::new(nvme().0)));
+    let (first, second) = (name(first), name(second));
+    assert!(first.starts_with(b"nqn.2024-01.io.github.vfio-remap:emulated:"));
+    assert_ne!(first, second);
+}
+
+#[test]
 fn what_makes_no_sense_is_answered_by_the_specifications_status() {
     let mut driver = Driver::new(Arc::new(nvme().0));
     let data = IOVA + DATA as u64;
