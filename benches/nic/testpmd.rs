@@ -20,9 +20,11 @@ use super::{Contender, Count, TIME_LIMIT, wait_until};
 /// Pages of 2 MiB, and how many MiB of them it takes.
 const HUGE_PAGES: u32 = 160;
 const MEMORY: u32 = 192;
-/// What it says.
+/// What it says: at once that it takes a command, and the rest when there is much of it, or at its end.
 const OUTPUT: &str = "/tmp/testpmd";
+const PROMPT: &str = "testpmd> ";
 const TELEMETRY: &str = "/var/run/dpdk/bench/dpdk_telemetry.v2";
+const STATS: &str = "/ethdev/stats";
 /// The most bytes of an answer of the telemetry.
 const MOST: usize = 16 << 10;
 
@@ -56,12 +58,12 @@ pub struct Testpmd {
 impl Testpmd {
     /// It sends frames.
     pub fn sending(card: &PciDevice) -> Result<Self> {
-        Self::new(&[card], "txonly", "start\n")
+        Self::new(&[card], "txonly", "start")
     }
 
     /// It sends four bursts at each card, and forwards what comes at the other.
     pub fn forwarding([a, b]: &[PciDevice; 2]) -> Result<Self> {
-        Self::new(&[a, b], "io", "start tx_first 4\n")
+        Self::new(&[a, b], "io", "start tx_first 4")
     }
 
     fn new(cards: &[&PciDevice], mode: &str, start: &'static str) -> Result<Self> {
@@ -83,49 +85,59 @@ impl Testpmd {
             .stderr(output);
         let mut child = command.spawn().map_err(|error| format!("cannot run testpmd: {error}"))?;
         let commands = child.stdin.take().ok_or("its standard input is a pipe")?;
-        let telemetry = connected(&mut child)?;
-        let mut testpmd = Self { child, commands, telemetry, ports: cards.len(), start };
-        for port in 0..testpmd.ports {
-            testpmd.wait_for_link(port)?;
+        // Until then it sets its cards up, which questions about them would disturb.
+        wait_until("testpmd takes commands", || Ok(prompts(&mut child)? > 0))?;
+        let telemetry = connected()?;
+        Ok(Self { child, commands, telemetry, ports: cards.len(), start })
+    }
+
+    /// Has it execute a command.
+    fn execute(&mut self, command: &str) -> Result<()> {
+        let before = prompts(&mut self.child)?;
+        writeln!(self.commands, "{command}")?;
+        wait_until("testpmd executes a command", || Ok(prompts(&mut self.child)? > before))
+    }
+
+    /// Ends it.
+    fn quit(&mut self) {
+        // It closes its cards.
+        let _ = writeln!(self.commands, "quit");
+        if wait_until("testpmd ends", || Ok(self.child.try_wait()?.is_some())).is_err() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
         }
-        Ok(testpmd)
     }
 
-    /// Asks for something of a port, such as `stats`.
-    fn ask(&mut self, what: &str, port: usize) -> Result<serde_json::Value> {
-        let question = format!("/ethdev/{what}");
-        self.telemetry.write_all(format!("{question},{port}").as_bytes())?;
-        let mut answer: serde_json::Value = serde_json::from_slice(&message(&mut self.telemetry)?)?;
-        Ok(answer[question].take())
-    }
-
-    fn wait_for_link(&mut self, port: usize) -> Result<()> {
-        wait_until("testpmd's card has a link", || {
-            Ok(self.ask("link_status", port)?["status"] == "UP")
-        })
+    /// Starts it, lets `measure` count its frames, and stops it.
+    fn take_turn(&mut self, measure: &mut dyn FnMut(Count) -> Result<()>) -> Result<()> {
+        self.execute(self.start)?;
+        measure(&mut || self.sent())?;
+        self.execute("stop")
     }
 
     /// Frames that its ports have sent.
     fn sent(&mut self) -> Result<u64> {
         (0..self.ports).try_fold(0, |sum, port| {
-            let stats = self.ask("stats", port)?;
-            let sent = stats["opackets"].as_u64();
-            Ok(sum + sent.ok_or_else(|| format!("testpmd does not tell what it sent: {stats}"))?)
+            self.telemetry.write_all(format!("{STATS},{port}").as_bytes())?;
+            let answer: serde_json::Value = serde_json::from_slice(&message(&mut self.telemetry)?)?;
+            let sent = answer[STATS]["opackets"].as_u64();
+            Ok(sum + sent.ok_or_else(|| format!("testpmd does not tell what it sent: {answer}"))?)
         })
     }
 }
 
-/// Waits until it answers.
-fn connected(child: &mut Child) -> Result<File> {
-    let address = UnixAddr::new(Path::new(TELEMETRY))?;
+/// How often it has said that it takes a command.
+fn prompts(child: &mut Child) -> Result<usize> {
+    let said = String::from_utf8_lossy(&fs::read(OUTPUT)?).into_owned();
+    if let Some(status) = child.try_wait()? {
+        return Err(format!("testpmd ended, {status}: {said}").into());
+    }
+    Ok(said.matches(PROMPT).count())
+}
+
+fn connected() -> Result<File> {
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-    wait_until("testpmd answers", || {
-        if let Some(status) = child.try_wait()? {
-            let said = fs::read_to_string(OUTPUT)?;
-            return Err(format!("testpmd ended, {status}: {said}").into());
-        }
-        Ok(connect(socket.as_raw_fd(), &address).is_ok())
-    })?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(Path::new(TELEMETRY))?)?;
     setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(TIME_LIMIT.as_secs() as i64))?;
     let mut telemetry = File::from(socket);
     // It says first who it is.
@@ -151,24 +163,16 @@ impl Contender for Testpmd {
     }
 
     fn run(&mut self, measure: &mut dyn FnMut(Count) -> Result<()>) -> Result<()> {
-        self.commands.write_all(self.start.as_bytes())?;
-        measure(&mut || self.sent())?;
-        self.commands.write_all(b"stop\n")?;
-        let mut before = None;
-        wait_until("testpmd stops", || {
-            let now = Some(self.sent()?);
-            Ok(std::mem::replace(&mut before, now) == now)
+        self.take_turn(measure).map_err(|error| {
+            self.quit();
+            let said = fs::read(OUTPUT).unwrap_or_default();
+            format!("{error}\n{}", String::from_utf8_lossy(&said)).into()
         })
     }
 }
 
 impl Drop for Testpmd {
     fn drop(&mut self) {
-        // It closes its cards.
-        let _ = self.commands.write_all(b"quit\n");
-        if wait_until("testpmd ends", || Ok(self.child.try_wait()?.is_some())).is_err() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
+        self.quit();
     }
 }
