@@ -212,7 +212,8 @@ impl Hypervisor {
                 Action::DisconnectIntx => assert!(std::mem::take(&mut self.intx)),
                 Action::Reset => {
                     assert!(self.connected.is_empty() && !self.intx);
-                    guest.reset().expect("it can be reset");
+                    // A command register of ones, which the input may describe, is that of a device that is gone.
+                    drop(guest.reset());
                 }
                 other => panic!("{other:?}"),
             }
