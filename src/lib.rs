@@ -99,6 +99,34 @@
 //! # Ok::<(), vfio_remap::Error>(())
 //! ```
 //!
+//! # When a device disappears
+//! A card is pulled or falls asleep, a server ends, another process switches memory decoding off: an access
+//! through a window then raises SIGBUS or reads all ones. A driver that survives this
+//!
+//! 1. installs [`FaultGuard`](space::FaultGuard) when it starts: a fault revokes the window instead of ending
+//!    the process, and the access completes;
+//! 2. asks when a value is suspicious, and not at each access: [`Register::try_read`] where all ones is not a
+//!    value that the register has, [`Window::gone`] after a time limit, [`Device::gone`] from time to time;
+//! 3. ends its requests with an error when the device is [gone](Device::gone). What is gone reaches no memory,
+//!    so its buffers can be used again;
+//! 4. lets go when [`Device::events`] reports [`Event::Release`](device::Event::Release), and closes the device;
+//! 5. restores the windows ([`Device::restore`]) and initializes the device if it is back.
+//!
+//! ```
+//! # use vfio_remap::{Device, Error, ErrorKind, Register, Result, Window};
+//! /// The status of a device whose registers are never all ones.
+//! fn status(window: &Window, register: &Register<u32>) -> Result<u32> {
+//!     let value = register.try_read()?; // Revoked
+//!     if value == u32::MAX && window.gone() {
+//!         return Err(Error::new(ErrorKind::Gone, "read the status of", "the device"));
+//!     }
+//!     Ok(value)
+//! }
+//! ```
+//!
+//! The crate's own calls raise no fault: a reset, low power and switching memory decoding off revoke the windows
+//! first. The example `unplug` shows all causes, the NVMe driver uses the pattern.
+//!
 //! # Layers
 //! - [`device`]: what a driver uses.
 //! - [`transport`]: how a device is reached: Linux VFIO, a vfio-user server, or an implementation of

@@ -24,6 +24,10 @@ const SEEDS: &str = "0..40";
 /// How many guests use one vfio-user server, one after another.
 const STARTS: u32 = 20;
 
+/// The tests of the handler of SIGBUS, and by how much their rounds are multiplied.
+const HANDLERS: &str = "test --release --test host revocation::";
+const ROUNDS: &str = "100";
+
 /// The long test among the tests of the kernel patches.
 const RACE: &str = "series::race::moves_against_revocation_for_a_minute";
 
@@ -35,7 +39,9 @@ pub fn run(lab: &Lab, store: &Store) -> Result<bool> {
     let started = vfio_user::starts(lab, store, newest, STARTS)?;
     let passed_through = vmm::run(lab, store, &[], Extent::Long)?;
     let recovered = faults()?;
-    Ok(fuzz::run(Limit::Runs(RUNS))? && raced && started && passed_through && recovered)
+    let handled = handlers()?;
+    let all = raced && started && passed_through && recovered && handled;
+    Ok(fuzz::run(Limit::Runs(RUNS))? && all)
 }
 
 /// Two thousand faults of network cards under streams of TCP.
@@ -45,6 +51,19 @@ fn faults() -> Result<bool> {
     let status = cargo
         .args(FAULTS.split(' '))
         .env("VFIO_REMAP_TEST_FAULT_SEEDS", SEEDS)
+        .status()
+        .context("cannot run cargo")?;
+    Ok(status.success())
+}
+
+/// A million rounds in which handlers of SIGBUS revoke windows that are dropped, restored and relocated, and
+/// thousands of truncated files.
+fn handlers() -> Result<bool> {
+    ui::status("Running", &format!("cargo {HANDLERS}, {ROUNDS} times as many rounds"));
+    let mut cargo = payload::cargo();
+    let status = cargo
+        .args(HANDLERS.split(' '))
+        .env("VFIO_REMAP_ROUNDS", ROUNDS)
         .status()
         .context("cannot run cargo")?;
     Ok(status.success())

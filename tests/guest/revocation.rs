@@ -59,7 +59,10 @@ fn every_alias_is_revoked_and_restored() {
             let device = lab::open(subject.name);
             let windows = aliases(subject, &device);
             let registers: Vec<_> = windows.iter().map(|window| subject.scratch(window)).collect();
-            for round in 0..2 {
+            // Up to Linux 6.11, a fault maps all of a window in pages of 4 KiB, which takes an emulated processor
+            // seconds for 4 GiB.
+            let first = u32::from(subject.name == "ivshmem4g");
+            for round in first..2 {
                 registers[0].write(subject.scratch.1);
                 let kept = (subject.answer)(subject.scratch.1);
                 for (window, register) in windows.iter().zip(&registers) {
@@ -160,7 +163,7 @@ fn contained(test: &str, subject: &str) {
 
 #[test]
 fn decoding_that_others_switch_off_is_contained() {
-    for subject in ["nvme", "edu", "ivshmem64m", "ivshmem4g"] {
+    for subject in ["nvme", "edu", "ivshmem64m"] {
         contained("survives_decoding", subject);
     }
 }
@@ -226,12 +229,8 @@ fn until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-/// 50, or as many times that as a soak asks for. Up to Linux 6.11, a fault maps all of a window in pages of 4 KiB,
-/// which takes an emulated processor seconds for 4 GiB.
-fn rounds(subject: &Subject) -> usize {
-    if subject.name == "ivshmem4g" {
-        return 2;
-    }
+/// 50, or as many times that as a soak asks for.
+fn rounds() -> usize {
     let factor = std::env::var("VFIO_REMAP_ROUNDS").ok().and_then(|text| text.parse().ok());
     50 * factor.unwrap_or(1)
 }
@@ -243,7 +242,7 @@ fn comes_and_goes(expected: FaultCause, away: impl Fn(&Device), back: impl Fn(&D
     let subject = subject();
     let device = lab::open(subject.name);
     let windows = aliases(subject, &device);
-    under_load(subject, &windows, rounds(subject), |_| {
+    under_load(subject, &windows, rounds(), |_| {
         away(&device);
         until("all are revoked", || windows.iter().all(Window::is_revoked));
         assert_eq!(windows[3].revoked(), Some(Revoked::Fault(expected)), "{}", subject.name);

@@ -42,8 +42,8 @@ impl Model {
         }
     }
 
-    fn handler(self: &Arc<Self>) -> thread::JoinHandle<()> {
-        let model = self.clone();
+    fn handler(model: &Arc<Self>) -> thread::JoinHandle<()> {
+        let model = model.clone();
         thread::spawn(move || model.handle())
     }
 
@@ -74,7 +74,7 @@ fn whoever_reads_the_pages_sees_that_the_window_is_revoked() {
     all(4, || {
         let model = Model::new(1);
         let entry = model.registry.insert(&RANGE, 0).entry;
-        let handler = model.handler();
+        let handler = Model::handler(&model);
         if model.mapped.load(Ordering::Acquire) == PAGES {
             assert_eq!(entry.state(), State::Revoked);
         }
@@ -94,10 +94,12 @@ fn a_window_is_not_replaced_after_it_was_dropped() {
     all(4, || {
         let model = Model::new(1);
         let slot = model.registry.insert(&RANGE, 0);
-        let handlers = [model.handler(), model.handler()];
+        let handlers = [Model::handler(&model), Model::handler(&model)];
         model.registry.remove(slot);
         model.mapped.store(FOREIGN, Ordering::Release);
-        handlers.map(|handler| handler.join().unwrap());
+        for handler in handlers {
+            handler.join().unwrap();
+        }
         assert_eq!(model.mapped.load(Ordering::Acquire), FOREIGN);
     });
 }
@@ -107,7 +109,7 @@ fn an_entry_that_is_used_again_is_not_mistaken() {
     all(4, || {
         let model = Model::new(1);
         let slot = model.registry.insert(&RANGE, 0);
-        let handler = model.handler();
+        let handler = Model::handler(&model);
         model.registry.remove(slot);
         model.mapped.store(FOREIGN, Ordering::Release);
         let other = model.registry.insert(&OTHERS[0], 0);
@@ -122,10 +124,12 @@ fn state_and_pages_agree_after_revoke_and_restore() {
     all(3, || {
         let model = Model::new(1);
         let entry = model.registry.insert(&RANGE, 0).entry;
-        let handlers = [model.handler(), model.handler()];
+        let handlers = [Model::handler(&model), Model::handler(&model)];
         model.revoke(entry);
         model.restore(entry);
-        handlers.map(|handler| handler.join().unwrap());
+        for handler in handlers {
+            handler.join().unwrap();
+        }
         model.agrees(entry);
     });
 }
@@ -135,7 +139,7 @@ fn a_window_that_is_relocated_is_not_replaced() {
     all(4, || {
         let model = Model::new(1);
         let slot = model.registry.insert(&RANGE, 0);
-        let handler = model.handler();
+        let handler = Model::handler(&model);
         if slot.entry.stop_if(State::Live, State::Busy).is_ok() {
             model.mapped.store(FOREIGN, Ordering::Release);
             let moved = model.registry.insert(&OTHERS[1], 0);
