@@ -1,38 +1,55 @@
-//! Compares the example `nvme`, a driver in user space, with the kernel's driver under fio: alternately, in
-//! one boot, on the same device.
+//! Compares the example `nvme`, a driver in user space, with the kernel's driver under fio: by turns, in one boot, on
+//! the same device.
 //!
-//! It runs only in the lab (`cargo lab bench nvme`), which provides fio, the example and the kernel's
-//! modules, and reads the rows that this prints.
+//! It runs only in the lab (`cargo lab bench nvme`), which provides fio, the example and the kernel's modules,
+//! measures what each turn uses, and reads the rows that this prints.
 
 #[path = "common/guest.rs"]
 mod guest;
+#[path = "common/turn.rs"]
+mod turn;
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use vfio_remap::transport::PciDevice;
 
-use guest::{Result, lab_device, load_modules, output, sysfs_of};
+use guest::{Result, lab_device, load_modules, sysfs_of};
+use turn::Turns;
 
 /// The paths of the example and of modules that are not loaded yet, in the lab's guest.
 const EXAMPLE: &str = "/lab/examples/nvme";
 const MODULES: &str = "/lab/on-demand";
+/// The lab's device with blocks of 4096 bytes.
+const DEVICE: &str = "nvme4k";
 
-/// How long the kernel's driver may take to find its namespaces.
-const TIME_LIMIT: Duration = Duration::from_secs(30);
+/// How long the kernel's driver may take to find its namespaces, and a program to begin.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
+/// How long each thread of the driver works before it is measured, and fio where it cannot be seen at work.
+const WARM_UP: Duration = Duration::from_millis(100);
+const LONG_WARM_UP: Duration = Duration::from_millis(600);
+/// How many commands the kernel's block layer completes before fio is measured.
+const COMMANDS: u64 = 200;
+/// Longer than a program is ever needed, in seconds.
+const LONG: u32 = 3600;
+/// What a program has said.
+const SAID: &str = "/tmp/said";
 
 #[derive(Parser)]
 struct Options {
-    /// How often each contender runs.
-    #[arg(long, default_value_t = 5)]
-    rounds: u32,
-    /// How long each run lasts.
-    #[arg(long, default_value_t = 2)]
-    seconds: u32,
-    /// Leave out writes, smaller blocks, and other ways of completion.
+    /// How often each contender has a turn with each load.
+    #[arg(long, default_value_t = 15)]
+    turns: u32,
+    /// How long a turn is measured.
+    #[arg(long, default_value_t = 300)]
+    milliseconds: u64,
+    /// Leave out writes, and other ways of completion.
     #[arg(long)]
     brief: bool,
     /// Passed by cargo.
@@ -40,11 +57,12 @@ struct Options {
     bench: bool,
 }
 
-/// What one thread does, as often as possible.
+/// What is done, as often as possible.
 #[derive(Clone, Copy)]
 struct Load {
     write: bool,
     block_size: u32,
+    threads: u32,
     depth: u32,
 }
 
@@ -53,27 +71,33 @@ struct Load {
 enum Contender {
     /// The kernel's driver, under fio with io_uring and default options.
     Kernel,
-    /// The same, with fio's options for speed.
-    KernelTuned,
-    /// The same, and the kernel polls for completions.
+    /// The same with fio's options for speed, and the kernel polls for completions.
     KernelPolled,
+    /// The same, with commands that pass the block layer by.
+    KernelPassthrough,
     Driver,
+    /// With the completion queue's doorbell for each completion.
+    DriverAcknowledging,
     DriverInterrupts,
+    /// With interrupts, and sleeping at once instead of polling first.
+    DriverSleeping,
 }
 
 impl Contender {
     fn name(self) -> &'static str {
         match self {
             Self::Kernel => "kernel",
-            Self::KernelTuned => "kernel-tuned",
             Self::KernelPolled => "kernel-polled",
+            Self::KernelPassthrough => "kernel-passthrough",
             Self::Driver => "driver",
+            Self::DriverAcknowledging => "driver-acknowledging",
             Self::DriverInterrupts => "driver-interrupts",
+            Self::DriverSleeping => "driver-sleeping",
         }
     }
 
     fn is_kernel(self) -> bool {
-        !matches!(self, Self::Driver | Self::DriverInterrupts)
+        matches!(self, Self::Kernel | Self::KernelPolled | Self::KernelPassthrough)
     }
 }
 
@@ -93,119 +117,231 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let runs = runs(options.brief);
-    load_nvme()?;
-    for name in ["nvme4k", "nvme"] {
-        give_to_kernel(&lab_device(name)?)?;
-    }
-    for round in 1..=options.rounds {
-        println!("round {round} of {}", options.rounds);
-        for name in ["nvme4k", "nvme"] {
-            let device = lab_device(name)?;
-            let ours = runs.iter().copied().filter(|(load, _)| device_of(*load) == name);
-            let (kernel, driver): (Vec<_>, Vec<_>) =
-                ours.partition(|(_, contender)| contender.is_kernel());
-            if kernel.is_empty() {
-                continue;
-            }
-            let namespace = namespace(&device)?;
-            for (load, contender) in kernel {
-                report(load, contender, fio(&namespace, load, contender, options.seconds)?);
-            }
-            let binding = device.bind_vfio_pci()?;
-            for (load, contender) in driver {
-                report(load, contender, example(&device, load, contender, options.seconds)?);
-            }
-            binding.restore()?;
+    load_modules(MODULES, "-nvme.ko", Some("poll_queues=1"))?;
+    let device = lab_device(DEVICE)?;
+    give_to_kernel(&device)?;
+    let mut turns = Turns::default();
+    let time = Duration::from_millis(options.milliseconds);
+    let (kernel, driver): (Vec<_>, Vec<_>) =
+        loads(options.brief).into_iter().partition(|(_, contender)| contender.is_kernel());
+    // The first round is a warm-up: the emulator translates each program's code when it first runs.
+    for round in 0..=options.turns {
+        println!("round {round} of {}", options.turns);
+        let time = (round > 0).then_some(time);
+        let namespace = namespace(&device)?;
+        for (load, contender) in &kernel {
+            take_turn(
+                &mut turns,
+                *load,
+                *contender,
+                time,
+                &mut fio(&namespace, *load, *contender),
+            )?;
         }
+        let binding = device.bind_vfio_pci()?;
+        for (load, contender) in &driver {
+            take_turn(
+                &mut turns,
+                *load,
+                *contender,
+                time,
+                &mut example(&device, *load, *contender),
+            )?;
+        }
+        binding.restore()?;
     }
     Ok(())
 }
 
-/// The runs of each round.
-fn runs(brief: bool) -> Vec<(Load, Contender)> {
-    use Contender::{Driver, DriverInterrupts, Kernel, KernelPolled, KernelTuned};
-    let mut runs = Vec::new();
-    for depth in [1, 32] {
-        let mut add = |write, block_size, contenders: &[Contender]| {
-            let load = Load { write, block_size, depth };
-            runs.extend(contenders.iter().map(|contender| (load, *contender)));
-        };
-        if brief {
-            add(false, 4096, &[Kernel, Driver]);
-            continue;
-        }
-        add(false, 4096, &[Kernel, KernelTuned, KernelPolled, Driver, DriverInterrupts]);
-        add(true, 4096, &[Kernel, Driver]);
-        add(false, 512, &[Kernel, Driver]);
+/// What is measured in each round.
+fn loads(brief: bool) -> Vec<(Load, Contender)> {
+    use Contender::{Driver, Kernel};
+    let mut loads = Vec::new();
+    let mut add = |write, threads, depth, contenders: &[Contender]| {
+        let load = Load { write, block_size: 4096, threads, depth };
+        loads.extend(contenders.iter().map(|contender| (load, *contender)));
+    };
+    if brief {
+        add(false, 1, 32, &[Kernel, Driver]);
+        return loads;
     }
-    runs
+    let all = [
+        Kernel,
+        Contender::KernelPolled,
+        Contender::KernelPassthrough,
+        Driver,
+        Contender::DriverInterrupts,
+        Contender::DriverSleeping,
+    ];
+    add(false, 1, 1, &all);
+    add(false, 1, 1, &[Contender::DriverAcknowledging]);
+    add(false, 1, 4, &[Kernel, Driver]);
+    add(false, 1, 32, &all);
+    add(false, 2, 32, &[Kernel, Driver]);
+    add(true, 1, 32, &[Kernel, Driver]);
+    loads
 }
 
-/// The lab's device with blocks of the load's size.
-fn device_of(load: Load) -> &'static str {
-    if load.block_size == 4096 { "nvme4k" } else { "nvme" }
+/// Lets a program run, and has a part of its run measured if there is a time for that.
+fn take_turn(
+    turns: &mut Turns,
+    load: Load,
+    contender: Contender,
+    time: Option<Duration>,
+    command: &mut Command,
+) -> Result<()> {
+    let Load { write, block_size, threads, depth } = load;
+    let running = Running::start(command, contender, threads)?;
+    let what = [
+        if write { "write" } else { "read" },
+        &block_size.to_string(),
+        &threads.to_string(),
+        &depth.to_string(),
+        contender.name(),
+    ];
+    if let Some(time) = time {
+        // The lab counts the commands.
+        turns.measure(&what, time, || Ok(0))?;
+    }
+    running.stop()
 }
 
-/// Prints a row for the lab.
-fn report(load: Load, contender: Contender, iops: f64) {
-    let Load { write, block_size, depth } = load;
-    let operation = if write { "write" } else { "read" };
-    println!("row\t{operation}\t{block_size}\t{depth}\t{}\t{iops:.0}", contender.name());
+/// A program that works.
+struct Running {
+    child: Child,
+    contender: Contender,
 }
 
-fn fio(namespace: &Path, load: Load, contender: Contender, seconds: u32) -> Result<f64> {
+impl Running {
+    /// Starts a program, and waits until its threads have worked for a while.
+    fn start(command: &mut Command, contender: Contender, threads: u32) -> Result<Self> {
+        let (said, before) = (File::create(SAID)?, completed());
+        let child = command.stdout(said.try_clone()?).stderr(said).spawn()?;
+        let mut running = Self { child, contender };
+        let deadline = Instant::now() + TIME_LIMIT;
+        while !running.has_begun(threads, before) {
+            if running.child.try_wait()?.is_some() || Instant::now() > deadline {
+                return Err(running.fail("does not work"));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(running)
+    }
+
+    /// Whether it has worked for a while. fio prepares itself for long, and its threads test the clock, so the
+    /// commands count that the block layer has completed; it does not count those that pass it by.
+    fn has_begun(&self, threads: u32, before: u64) -> bool {
+        let process = self.child.id();
+        match self.contender {
+            Contender::KernelPassthrough => {
+                let jobs = children(process).into_iter();
+                jobs.map(|job| time(job, None)).sum::<Duration>() >= LONG_WARM_UP
+            }
+            _ if self.contender.is_kernel() => completed() >= before + COMMANDS,
+            _ => time(process, Some(process)) >= WARM_UP * threads,
+        }
+    }
+
+    /// Ends the program.
+    fn stop(mut self) -> Result<()> {
+        if self.child.try_wait()?.is_some() {
+            return Err(self.fail("has ended too early"));
+        }
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT)?;
+        let status = self.child.wait()?;
+        // fio reports a signal by its status.
+        if !status.success() && !self.contender.is_kernel() {
+            return Err(self.fail("has failed"));
+        }
+        Ok(())
+    }
+
+    fn fail(mut self, what: &str) -> Box<dyn std::error::Error> {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let said = fs::read_to_string(SAID).unwrap_or_default();
+        format!("{} {what}: {said}", self.contender.name()).into()
+    }
+}
+
+/// The reads and writes that the kernel's NVMe block devices have completed (Linux, `Documentation/block/stat.rst`).
+fn completed() -> u64 {
+    let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let devices = devices.filter(|device| device.file_name().to_string_lossy().starts_with("nvme"));
+    let counts = devices.filter_map(|device| {
+        let stat = fs::read_to_string(device.path().join("stat")).ok()?;
+        let fields: Vec<u64> =
+            stat.split_ascii_whitespace().map_while(|field| field.parse().ok()).collect();
+        Some(fields.first()? + fields.get(4)?)
+    });
+    counts.sum()
+}
+
+fn children(process: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
+    let children = children.unwrap_or_default();
+    children.split_ascii_whitespace().filter_map(|child| child.parse().ok()).collect()
+}
+
+/// The processor time of a process's threads, without one of them.
+fn time(process: u32, without: Option<u32>) -> Duration {
+    let threads = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let without = without.map_or_else(String::new, |thread| thread.to_string());
+    let times = threads.filter(|thread| *thread.file_name() != *without).filter_map(|thread| {
+        let times = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        times.split_ascii_whitespace().next()?.parse().ok()
+    });
+    times.map(Duration::from_nanos).sum()
+}
+
+/// fio on a namespace's block device or, for passthrough, its character device.
+fn fio(namespace: &Path, load: Load, contender: Contender) -> Command {
     let mut command = Command::new("fio");
     command
-        .args(["--name=nvme", "--ioengine=io_uring", "--direct=1", "--numjobs=1", "--thread"])
-        .args(["--time_based", "--ramp_time=500ms", "--output-format=json"])
-        .arg(format!("--runtime={seconds}"))
-        .arg(format!("--filename={}", namespace.display()))
+        .args(["--name=nvme", "--group_reporting", "--time_based"])
+        .args(["--cpus_allowed=0-1", "--cpus_allowed_policy=split"])
+        .arg(format!("--runtime={LONG}"))
         .arg(format!("--rw={}", if load.write { "randwrite" } else { "randread" }))
         .arg(format!("--bs={}", load.block_size))
+        .arg(format!("--numjobs={}", load.threads))
         .arg(format!("--iodepth={}", load.depth));
+    let device = namespace.display().to_string();
+    match contender {
+        Contender::KernelPassthrough => command
+            .args(["--ioengine=io_uring_cmd", "--cmd_type=nvme"])
+            .arg(format!("--filename={}", device.replace("/dev/nvme", "/dev/ng"))),
+        _ => {
+            command.args(["--ioengine=io_uring", "--direct=1"]).arg(format!("--filename={device}"))
+        }
+    };
     if contender != Contender::Kernel {
         command.args(["--fixedbufs", "--registerfiles", "--norandommap", "--gtod_reduce=1"]);
-    }
-    if contender == Contender::KernelPolled {
         command.arg("--hipri");
     }
-    let said = output(&mut command)?;
-    let report: serde_json::Value = serde_json::from_str(from_brace(&said)?)?;
-    let side = &report["jobs"][0][if load.write { "write" } else { "read" }];
-    side["iops"].as_f64().ok_or_else(|| format!("fio reports no IOPS: {said}").into())
+    command
 }
 
-fn example(device: &PciDevice, load: Load, contender: Contender, seconds: u32) -> Result<f64> {
+fn example(device: &PciDevice, load: Load, contender: Contender) -> Command {
     let mut command = Command::new(EXAMPLE);
     command
-        .args(["bench", "--namespace=1", "--threads=1", "--json"])
+        .args(["bench", "--namespace=1", "--pin"])
+        .arg(format!("--threads={}", load.threads))
         .arg(format!("--device={}", device.address()))
         .arg(format!("--depth={}", load.depth))
         .arg(format!("--block-size={}", load.block_size))
-        .arg(format!("--seconds={seconds}"));
+        .arg(format!("--seconds={LONG}"));
     if load.write {
         command.args(["--read-percent=0", "--yes-destroy-data"]);
     } else {
         command.arg("--read-percent=100");
     }
-    if contender == Contender::DriverInterrupts {
-        command.arg("--interrupts");
-    }
-    let said = output(&mut command)?;
-    let report: serde_json::Value = serde_json::from_str(from_brace(&said)?)?;
-    report["iops"].as_f64().ok_or_else(|| format!("the example reports no IOPS: {said}").into())
-}
-
-/// The JSON in an output, which may begin with warnings.
-fn from_brace(said: &str) -> Result<&str> {
-    let start = said.find('{').ok_or_else(|| format!("the output is not JSON: {said}"))?;
-    Ok(&said[start..])
-}
-
-/// Loads the kernel's NVMe driver and its dependencies, with a queue for polling.
-fn load_nvme() -> Result<()> {
-    load_modules(MODULES, "-nvme.ko", Some("poll_queues=1"))
+    match contender {
+        Contender::DriverInterrupts => command.arg("--interrupts"),
+        Contender::DriverSleeping => command.args(["--interrupts", "--spin=0"]),
+        Contender::DriverAcknowledging => command.arg("--acknowledge-after=1"),
+        _ => &mut command,
+    };
+    command
 }
 
 /// Unbinds a device from vfio-pci, and binds it to the kernel's NVMe driver.

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 
+use crate::block_stats;
 use crate::cards;
 use crate::heartbeat;
 
@@ -382,6 +383,8 @@ pub fn qemu_arguments(variant: Variant) -> Vec<String> {
     for (option, value) in CONTROL {
         add(option, value);
     }
+    // A monitor for the lab itself: `block_stats`.
+    add("-qmp", &format!("unix:{},server=on,wait=off", block_stats::SOCKET));
     for (option, value) in heartbeat() {
         add(option, &value);
     }

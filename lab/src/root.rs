@@ -42,22 +42,12 @@ pub struct Root {
 impl Root {
     /// Returns the root from the cache, after fetching it if needed.
     pub fn ensure(store: &Store) -> Result<Self> {
-        Self::ensure_from(&SUITES, store, "qemu")
-    }
-
-    /// As [`ensure`](Self::ensure), from trixie without its backports: QEMU 10.0, in which a
-    /// doorbell takes less time. The targets of the NVMe benchmark were measured on it.
-    pub fn ensure_for_nvme(store: &Store) -> Result<Self> {
-        Self::ensure_from(&SUITES[1..], store, "qemu-of-trixie")
-    }
-
-    fn ensure_from(suites: &[&[&str]], store: &Store, name: &str) -> Result<Self> {
-        let directory = store.directory.join(name);
+        let directory = store.directory.join("qemu");
         let kept = Self::kept(&directory);
         if let Some(kept) = kept.as_ref().filter(|kept| !kept.is_to_be_replaced()) {
             return Ok(kept.clone());
         }
-        match (fetch(suites, store, &directory, kept.as_ref()), kept) {
+        match (fetch(store, &directory, kept.as_ref()), kept) {
             (Ok(()), _) => Self::kept(&directory).context("the fetched QEMU is not in the cache"),
             (Err(error), Some(kept)) => {
                 ui::warning(&format!(
@@ -130,9 +120,9 @@ impl Root {
 }
 
 /// Fetches the packages into `directory`, unless it already has this version.
-fn fetch(suites: &[&[&str]], store: &Store, directory: &Path, kept: Option<&Root>) -> Result<()> {
+fn fetch(store: &Store, directory: &Path, kept: Option<&Root>) -> Result<()> {
     let stage = Stage::new("Fetching", "QEMU");
-    let suite = suite(suites, store)?;
+    let suite = suite(store)?;
     let packages = suite.closure(&PACKAGES)?;
     let version = packages
         .iter()
@@ -153,8 +143,8 @@ fn fetch(suites: &[&[&str]], store: &Store, directory: &Path, kept: Option<&Root
     Ok(())
 }
 
-fn suite(suites: &[&[&str]], store: &Store) -> Result<Suite> {
-    for &names in suites {
+fn suite(store: &Store) -> Result<Suite> {
+    for names in SUITES {
         if let Some(suite) = Suite::open_all(names, store)?
             && suite.show(QEMU)?.is_some()
         {

@@ -22,10 +22,6 @@ impl Samples {
         (self.quantile(0.25), self.quantile(0.75))
     }
 
-    pub fn range(&self) -> (f64, f64) {
-        (self.quantile(0.0), self.quantile(1.0))
-    }
-
     /// The figure below which this part of all figures is, between two neighbours in proportion.
     fn quantile(&self, part: f64) -> f64 {
         let place = part * self.0.len().saturating_sub(1) as f64;
@@ -56,7 +52,7 @@ mod tests {
         let samples = Samples::new(vec![4.0, 1.0, 3.0, 2.0]);
         assert_eq!((samples.median(), samples.quartiles()), (2.5, (1.75, 3.25)));
         let samples = Samples::new(vec![10.0, 30.0, 20.0]);
-        assert_eq!((samples.median(), samples.range()), (20.0, (10.0, 30.0)));
+        assert_eq!((samples.median(), samples.quartiles()), (20.0, (15.0, 25.0)));
         assert_eq!(Samples::new(vec![7.0]).quartiles(), (7.0, 7.0));
         assert!(Samples::new(Vec::new()).median().is_nan());
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+use crate::block_stats::BlockStats;
 use crate::boot::Watcher;
 use crate::processors::{self, Threads};
 
@@ -20,6 +21,9 @@ const PROCESSOR: &str = "CPU ";
 #[derive(Default)]
 pub struct Turns {
     process: u32,
+    /// The block node whose commands count.
+    node: Option<&'static str>,
+    stats: Option<BlockStats>,
     /// The beginning of a line that has not ended.
     line: Vec<u8>,
     begun: Option<(u32, Reading)>,
@@ -37,6 +41,10 @@ pub struct Used {
     /// By everybody on this machine, the emulator included.
     pub by_all: Duration,
     pub elapsed: Duration,
+    /// How often the other threads of the emulator went to sleep.
+    pub sleeps: u64,
+    /// The commands of the counted block node.
+    pub commands: u64,
 }
 
 impl Used {
@@ -50,24 +58,36 @@ struct Reading {
     at: Instant,
     threads: Threads,
     busy: Duration,
+    commands: u64,
 }
 
 impl Reading {
-    fn now(process: u32) -> Result<Self> {
+    fn now(process: u32, commands: u64) -> Result<Self> {
         let (at, threads) = (Instant::now(), Threads::of(process)?);
-        Ok(Self { at, threads, busy: processors::busy()? })
+        Ok(Self { at, threads, busy: processors::busy()?, commands })
     }
 
     fn since(&self, earlier: &Self) -> Used {
         let is_processor = |name: &str| name.starts_with(PROCESSOR);
         let guest = self.threads.since(&earlier.threads, is_processor);
         let emulator = self.threads.since(&earlier.threads, |name| !is_processor(name));
-        let by_all = self.busy.saturating_sub(earlier.busy);
-        Used { guest, emulator, by_all, elapsed: self.at.duration_since(earlier.at) }
+        Used {
+            guest,
+            emulator,
+            by_all: self.busy.saturating_sub(earlier.busy),
+            elapsed: self.at.duration_since(earlier.at),
+            sleeps: self.threads.sleeps_since(&earlier.threads, |name| !is_processor(name)),
+            commands: self.commands.saturating_sub(earlier.commands),
+        }
     }
 }
 
 impl Turns {
+    /// Counts the commands of a block node, too, and gives the emulator the highest priority.
+    pub fn counting(node: &'static str) -> Self {
+        Self { node: Some(node), ..Self::default() }
+    }
+
     /// The share of this machine's processors that other processes used during the turns.
     pub fn share_of_others(&self) -> f64 {
         let sum = |time: fn(&Used) -> Duration| {
@@ -79,9 +99,22 @@ impl Turns {
         if all > 0.0 { (others / all).max(0.0) } else { 0.0 }
     }
 
+    /// The commands of the counted block node so far.
+    fn commands(&mut self) -> Result<u64> {
+        let Some(node) = self.node else { return Ok(0) };
+        if self.stats.is_none() {
+            self.stats = Some(BlockStats::of(self.process)?);
+            // Now all threads exist. If it may not be done, the turns are measured without.
+            let _ = processors::prefer(self.process);
+        }
+        self.stats.as_mut().map_or(Ok(0), |stats| stats.completed(node))
+    }
+
     fn mark(&mut self, number: u32, begins: bool) {
         // If QEMU has ended, the turn has no time.
-        let Ok(now) = Reading::now(self.process) else { return };
+        let Ok(now) = self.commands().and_then(|count| Reading::now(self.process, count)) else {
+            return;
+        };
         if begins {
             self.begun = Some((number, now));
         } else if let Some((begun, earlier)) = self.begun.take()
@@ -94,7 +127,7 @@ impl Turns {
 
 impl Watcher for Turns {
     fn started(&mut self, process: u32) {
-        *self = Self { process, ..Self::default() };
+        *self = Self { process, node: self.node, ..Self::default() };
     }
 
     fn output(&mut self, bytes: &[u8]) {
@@ -154,6 +187,7 @@ mod tests {
             emulator: seconds(1),
             by_all: seconds(2) + by_all * processors,
             elapsed: seconds(10),
+            ..Used::default()
         };
         let done = [(1, used(seconds(4))), (2, used(seconds(1)))].into();
         let share = Turns { done, ..Turns::default() }.share_of_others();
