@@ -3,5 +3,7 @@
 mod guard;
 mod other_handlers;
 mod races;
+#[cfg(feature = "emulated")]
+mod server_gone;
 mod truncatable;
 mod verbs;

@@ -7,10 +7,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vfio_remap::Result;
-use vfio_remap::emulated::{Edu, Emulated, Server};
+use vfio_remap::emulated::nvme::Namespace;
+use vfio_remap::emulated::{Edu, Emulated, Nvme, Server};
 use vfio_remap::transport::{Transport, VfioUser};
 
 const SOCKET: &str = "VFIO_REMAP_TEST_SOCKET";
+const MODEL: &str = "VFIO_REMAP_TEST_MODEL";
 
 /// A path that nothing is at.
 pub fn path() -> PathBuf {
@@ -35,7 +37,7 @@ pub fn with_edu<T>(f: impl FnOnce(VfioUser) -> T) -> T {
     result
 }
 
-/// A server of edu in a process of its own, killed when it is dropped: this program once more, with the
+/// A server in a process of its own, killed when it is dropped: this program once more, with the
 /// test [`serves`].
 pub struct Process {
     pub child: Child,
@@ -44,10 +46,20 @@ pub struct Process {
 
 impl Process {
     pub fn start() -> Self {
+        Self::of("edu")
+    }
+
+    /// A server of an NVMe controller, whose doorbells are mapped.
+    pub fn nvme() -> Self {
+        Self::of("nvme")
+    }
+
+    fn of(model: &str) -> Self {
         let path = path();
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", "support::server::serves"])
             .env(SOCKET, &path)
+            .env(MODEL, model)
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
@@ -87,7 +99,14 @@ impl Drop for Process {
 #[ignore = "a server for others, in a process of its own"]
 fn serves() {
     let Some(path) = std::env::var_os(SOCKET) else { return };
-    let server = Server::bind(path, Emulated::new(Edu::new()).unwrap()).unwrap();
+    let device = match std::env::var(MODEL).as_deref() {
+        Ok("nvme") => {
+            let namespace = Namespace::memory(1 << 20, 512).unwrap();
+            Emulated::new(Nvme::new(vec![namespace]))
+        }
+        _ => Emulated::new(Edu::new()),
+    };
+    let server = Server::bind(path, device.unwrap()).unwrap();
     loop {
         server.serve().unwrap();
     }
