@@ -19,6 +19,10 @@ const BATCHES: usize = 2001;
 const SHARE: f64 = 0.05;
 const NANOSECONDS: f64 = 300.0;
 
+/// How much longer a revocation may take than `mmap` with `MAP_FIXED`, and how much longer each of the last of
+/// ten thousand windows may take than each of the first.
+const REVOKE: f64 = 1.5;
+
 /// How much slower a duplicate may become while the count of duplicates grows to ten thousand.
 const GROWTH: f64 = 2.0;
 
@@ -33,6 +37,7 @@ fn main() -> ExitCode {
     } else {
         good &= flat("memfd, 1 MiB", &memory, 0);
     }
+    good &= revoke("memfd, 1 MiB", &memory, 0);
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -179,6 +184,79 @@ fn compare(what: &str, device: &Device, index: u32) -> bool {
             },
         ),
     )
+}
+
+/// Compares the revocation of a window with one `mmap` over it, by medians of windows that were touched; and the
+/// first thousand of ten thousand windows that are revoked at once with the last.
+fn revoke(what: &str, device: &Device, index: u32) -> bool {
+    let bar = device.bar(index).expect("a bar");
+    let window = bar.map(.., Placement::Anywhere).expect("a window");
+    let (start, len) = (window.addresses().start, window.addresses().len());
+    let register = window.register::<u32>(0).expect("a register");
+    let time = |call: &dyn Fn()| {
+        let begin = Instant::now();
+        call();
+        begin.elapsed().as_nanos() as f64
+    };
+    let ones = nix::sys::memfd::memfd_create("bench", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+    let ones = std::fs::File::from(ones.expect("a memfd"));
+    ones.set_len(len as u64).expect("its size");
+    let calls = Calls {
+        file: device.transport().backing(index).expect("a file"),
+        len,
+        marker: ones.try_clone().expect("a descriptor"),
+    };
+    let hand = calls.mapped();
+    let cover = || {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // SAFETY: the benchmark owns the range.
+        let at =
+            unsafe { libc::mmap(hand.at as *mut _, len, protection, flags, ones.as_raw_fd(), 0) };
+        assert_eq!(at as usize, hand.at);
+    };
+    let (mut by_hand, mut by_crate) = (Vec::new(), Vec::new());
+    for _ in 0..BATCHES {
+        calls.map(hand.at, libc::MAP_FIXED);
+        // SAFETY: the mapping was made above.
+        black_box(unsafe { (hand.at as *const u32).read_volatile() });
+        by_hand.push(time(&cover));
+        black_box(register.read());
+        by_crate.push(time(&|| {
+            black_box(window.revoke().expect("a revocation"));
+        }));
+        window.restore().expect("the device again");
+    }
+    let (hand, library) = (median(by_hand), median(by_crate));
+    let mut good = library <= hand * REVOKE;
+    println!(
+        "{what}, revoke: mmap {hand:.0} ns, crate {library:.0} ns, {:.2} times, at most {REVOKE} allowed",
+        library / hand
+    );
+    assert_eq!(window.addresses(), start..start + len);
+    let again = || window.duplicate(Placement::Anywhere.only(Strategy::MapAgain));
+    let windows: Vec<_> = (0..10_000).map(|_| again().expect("a duplicate").0).collect();
+    let times = |part: &[vfio_remap::Window]| {
+        median(part.iter().map(|window| time(&|| drop(window.revoke()))).collect())
+    };
+    let (first, last) = (times(&windows[..1000]), {
+        let _ = times(&windows[1000..9000]);
+        times(&windows[9000..])
+    });
+    let linear = last <= first * REVOKE;
+    println!("  of 10,000 windows each of the first takes {first:.0} ns, of the last {last:.0} ns");
+    let all = time(&|| drop(device.restore()));
+    let revoked = time(&|| drop(device.revoke()));
+    println!(
+        "  all of a device: revoked in {:.1} ms, restored in {:.1} ms",
+        revoked / 1e6,
+        all / 1e6
+    );
+    good &= linear;
+    if !good {
+        println!("  more than allowed");
+    }
+    good
 }
 
 /// Prints one line: the medians of alternating batches, and the median difference of the pairs. Returns
