@@ -40,6 +40,7 @@ mod reservation_pool;
 mod returned_on_failure;
 mod revocation;
 mod transport;
+#[cfg(feature = "emulated")]
 mod vectors;
 #[cfg(feature = "emulated")]
 mod vfio_user;
