@@ -46,8 +46,9 @@ pub struct Settings {
     /// The time limit of a command of the admin queue.
     pub admin_timeout: Duration,
     /// How long the controller's registers cannot or must not be read after it was disabled. The driver does
-    /// not access them for this time after each disable. [`Controller::new`] may follow a disable by another
-    /// program, so it waits this long for the registers to respond. Most controllers need no delay. Linux uses
+    /// not access them for this time after each disable. [`Controller::new`](crate::Controller::new) may follow
+    /// a disable by another program, so it waits this long for the registers to respond. Most controllers need no
+    /// delay. Linux uses
     /// 2.3 seconds for some (`NVME_QUIRK_DELAY_BEFORE_CHK_RDY`).
     ///
     /// If it is zero and registers read all ones after a disable, the driver waits for them for the time in
