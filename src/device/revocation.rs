@@ -186,7 +186,7 @@ fn reason(reasons: Reasons, cause: impl FnOnce() -> FaultCause) -> Option<Revoke
 
 fn restore(device: &Device, control: &Control) -> Result<StateReport> {
     let report = control.restore(RESTORABLE)?;
-    if report.after == WindowState::Live {
+    if !matches!(report.after, WindowState::Revoked { .. }) {
         return Ok(report);
     }
     let why = reason(control.reasons(), || FaultCause::Unknown);
@@ -297,7 +297,11 @@ impl Inner {
             if let Holder::Window { region, control, .. } = holder
                 && of.is_none_or(|of| of == *region)
             {
-                changes.add(act(control));
+                let result = act(control);
+                // Another thread may be about to take it off the list.
+                if result.is_ok() || !control.is_unmapped() {
+                    changes.add(result);
+                }
             }
         }
         changes

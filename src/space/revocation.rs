@@ -22,12 +22,15 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use nix::errno::Errno;
 
 use super::Backing;
+use super::KernelVersion;
 use super::limits::out_of_memory;
 use super::mapping::{Object, prefer_huge};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::async_safe::{self, SignalsBlocked};
 use crate::sys::mm::{self, Access};
 use crate::sys::mmap_lock::MmapLock;
-use crate::sys::{async_safe, eventfd, file, fork, maps};
+use crate::sys::{eventfd, file, fork, maps};
+use absent::{Left, Pages};
 use registry::{Entry, Registry, Slot, State};
 
 pub use absent::{revocable_size, set_revocable_size};
@@ -72,8 +75,10 @@ impl Reasons {
     }
 }
 
-/// Windows that a fault in one of them may revoke together: those of a device.
+/// Windows that a fault in one of them may revoke together: those of a device. Aligned so that a pointer to it has
+/// room for the rest of a [note](Group::note).
 #[derive(Debug)]
+#[repr(align(128))]
 pub(crate) struct Group {
     eventfd: OnceLock<OwnedFd>,
     /// The eventfd, for a signal handler; -1 if there is none.
@@ -103,10 +108,19 @@ impl Group {
         Ok(fd.as_fd())
     }
 
-    /// What a handler is told of a window: the group, and whether the window can be written.
-    fn note(self: &Arc<Self>, access: Access) -> usize {
-        const { assert!(align_of::<Group>() >= 2) };
-        ptr::from_ref::<Self>(self).expose_provenance() | usize::from(access == Access::ReadWrite)
+    /// The bits of a note that are not the group.
+    const OTHERS: usize = align_of::<Self>() - 1;
+
+    /// What a handler is told of a window: the group, whether the window can be written, and its pages.
+    fn note(self: &Arc<Self>, access: Access, pages: Pages) -> usize {
+        const { assert!(2 << Pages::BITS <= align_of::<Group>()) };
+        let others = usize::from(access == Access::ReadWrite) | pages.bits() << 1;
+        ptr::from_ref::<Self>(self).expose_provenance() | others
+    }
+
+    fn of_note(note: usize) -> (Access, Pages) {
+        let access = if note & 1 == 1 { Access::ReadWrite } else { Access::ReadOnly };
+        (access, Pages::from_bits((note & Self::OTHERS) >> 1))
     }
 }
 
@@ -147,6 +161,8 @@ pub(crate) struct Control {
     offset: u64,
     size: usize,
     access: Access,
+    /// What it shows when it is revoked.
+    pages: Pages,
     generation: u32,
     /// The entry in `held`; null if there is none.
     entry: AtomicPtr<Entry>,
@@ -158,7 +174,8 @@ struct Held {
     slot: Option<Slot>,
     /// Empty while the window is live, and if a handler has revoked it.
     reasons: Reasons,
-    sealed: bool,
+    /// Where it is, if it is sealed.
+    sealed: Option<Range<usize>>,
 }
 
 /// The right to do something to a window.
@@ -177,12 +194,12 @@ impl Control {
         address: usize,
     ) -> Arc<Self> {
         let range = address..address + size;
-        let slot = registry().insert(&range, backing.group().note(access));
+        let pages = Pages::of(size);
+        let slot = registry().insert(&range, backing.group().note(access, pages));
         let entry = AtomicPtr::new(ptr::from_ref(slot.entry).cast_mut());
-        let held =
-            Mutex::new(Held { slot: Some(slot), reasons: Reasons::default(), sealed: false });
+        let held = Mutex::new(Held { slot: Some(slot), reasons: Reasons::default(), sealed: None });
         let generation = fork::generation();
-        Arc::new(Self { backing, offset, size, access, generation, entry, held })
+        Arc::new(Self { backing, offset, size, access, pages, generation, entry, held })
     }
 
     /// Waits for verbs on the same window to end. Not for a child of `fork(2)`.
@@ -194,7 +211,7 @@ impl Control {
     #[inline]
     pub(crate) fn is_revoked(&self) -> bool {
         let state = self.entry().map(Entry::state);
-        matches!(state, Some(State::Revoked | State::Restoring))
+        matches!(state, Some(State::Revoking | State::Revoked | State::Restoring))
     }
 
     fn entry(&self) -> Option<&'static Entry> {
@@ -209,11 +226,20 @@ impl Control {
 
     /// Whether it reads all ones when it is revoked, and not zeros.
     pub(crate) fn reads_ones(&self) -> bool {
-        absent::reads_ones(self.size)
+        self.pages.are_ones()
     }
 
     pub(crate) fn is_sealed(&self) -> bool {
-        !self.is_inherited() && self.turn().held.sealed
+        !self.is_inherited() && self.turn().is_sealed()
+    }
+
+    /// Whether the window is no more: its verbs fail, and nothing is wrong with its device.
+    pub(crate) fn is_unmapped(&self) -> bool {
+        if self.is_inherited() {
+            return false;
+        }
+        let turn = self.turn();
+        turn.held.slot.is_none() && !turn.is_sealed()
     }
 
     /// How many bytes of the file behind the window are left, if it is a file that can be truncated and is
@@ -257,57 +283,80 @@ impl Control {
         let mut turn = self.turn();
         let entry = turn.entry("revoke")?;
         let range = entry.range();
-        // A handler that has marked it may still fail, and take the mark back.
-        entry.drain();
+        let lock = MmapLock::take();
+        // A signal handler of the program that interrupted this thread after the mark, and had a fault in this
+        // window, would repeat its access for ever.
+        let signals = SignalsBlocked::new();
         // Marked first, so that whoever reads the pages also sees the mark.
-        if entry.change(State::Live, State::Revoked).is_err() {
-            entry.drain();
+        let was_live = entry.mark();
+        if was_live {
+            // SAFETY: the window stays mapped at its range, because its verbs take turns, of which this is one.
+            unsafe { self.replace_marked(&lock, entry) }
+                .map_err(|errno| out_of_memory(errno, "revoke", self.object(), self.size))?;
+        }
+        drop((signals, lock));
+        if !was_live {
             turn.held.reasons = turn.reasons().and(reasons);
             return Ok(self.report(range, self.revoked(), self.revoked()));
         }
-        let lock = MmapLock::take();
-        // SAFETY: the window stays mapped at its range, because its verbs take turns, of which this is one.
-        if let Err(errno) = unsafe { absent::replace(range.start, self.size, self.access) } {
-            let result = self.after_failed_revoke(&lock, &range, errno);
-            result.inspect_err(|_| {
-                let _ = entry.change(State::Revoked, State::Live);
-            })?;
-        }
-        drop(lock);
         turn.held.reasons = reasons;
         Ok(self.report(range, WindowState::Live, self.revoked()))
     }
 
-    /// What is mapped there after the kernel refused the pages: the window, as after every check that the
-    /// kernel makes in time, or nothing, if it ran out of memory for its tables (Linux 6.11 and older).
-    #[cold]
-    fn after_failed_revoke(&self, _: &MmapLock, range: &Range<usize>, errno: Errno) -> Result<()> {
-        if absent::fill_gap(range.start, range.len(), self.access) {
-            return Ok(());
+    /// Replaces the window by its pages, after its entry was marked. On failure the window is what it was.
+    ///
+    /// # Safety
+    /// The window stays mapped at its range.
+    unsafe fn replace_marked(&self, _: &MmapLock, entry: &Entry) -> std::result::Result<(), Errno> {
+        let range = entry.range();
+        // SAFETY: by the contract.
+        let result = unsafe { absent::replace(range.start, self.size, self.access, self.pages) };
+        if let Err(refused) = &result {
+            let is_intact = match refused.left {
+                Left::Untouched => true,
+                Left::Unknown => self.is_shown(&range),
+                Left::Plugged | Left::Hole => false,
+            };
+            if !is_intact {
+                lost(&range);
+            }
         }
-        let offset = self.backing.file_offset(self.offset);
-        let shown = |file| maps::is_kept_from_children(range, file, offset);
-        if let Some(Ok(false)) = self.backing.identity.map(shown) {
-            lost(range);
-        }
-        Err(out_of_memory(errno, "revoke", self.object(), self.size))
+        let state = if result.is_ok() { State::Revoked } else { State::Live };
+        let _ = entry.change(State::Revoking, state);
+        result.map_err(|refused| refused.errno)
     }
 
-    /// Takes back reasons. If none is left, maps the device again, at the same addresses.
+    /// Whether the device is mapped in the range, and not what another thread has mapped. False if that cannot be
+    /// found out.
+    #[cold]
+    fn is_shown(&self, range: &Range<usize>) -> bool {
+        let offset = self.backing.file_offset(self.offset);
+        let file = file::identity(self.backing.fd());
+        file.is_ok_and(|file| maps::still_shows(range, file, offset) == Some(true))
+    }
+
+    /// Takes back reasons. If none is left, maps the device again, at the same addresses. A sealed window reaches its
+    /// device, and stays as it is.
     ///
     /// The new mapping is made at an address that the kernel chooses, and moved over the pages untouched,
-    /// which no kernel's hazards concern. If it cannot be made, the window stays revoked.
+    /// which no kernel's hazards concern. If it cannot be made, the window stays revoked, as after a fault: no reason
+    /// is left that somebody would take back. A late handler of a fault from before may revoke it again.
     pub(crate) fn restore(&self, reasons: Reasons) -> Result<StateReport> {
         self.check_process("restore")?;
         let mut turn = self.turn();
+        if let Some(range) = &turn.held.sealed {
+            return Ok(self.report(range.clone(), WindowState::Sealed, WindowState::Sealed));
+        }
         let entry = turn.entry("restore")?;
         let range = entry.range();
+        // A handler that has marked it may still fail, and take the mark back.
+        entry.drain();
         if entry.state() != State::Revoked {
             return Ok(self.report(range, WindowState::Live, WindowState::Live));
         }
         let left = turn.reasons().without(reasons);
+        turn.held.reasons = left;
         if !left.is_empty() {
-            turn.held.reasons = left;
             return Ok(self.report(range, self.revoked(), self.revoked()));
         }
         if self.truncated_to() == Some(0) {
@@ -327,41 +376,42 @@ impl Control {
         }
         // SAFETY: as above.
         unsafe { prefer_huge(&self.backing, new, self.size) };
-        // A signal handler of the program that interrupted this thread, and had a fault in this window,
-        // would repeat its access for ever.
-        let signals = async_safe::block_signals(!0);
-        let result = entry
-            .stop_if(State::Revoked, State::Restoring)
-            .map_err(|_| Errno::EBUSY)
-            .and_then(|()| {
-                // SAFETY: nothing uses the new mapping, and verbs on this window take turns. No handler
-                // replaces the window while its entry is busy.
-                let moved = unsafe { async_safe::move_over(new, self.size, range.start) };
-                let state = if moved.is_ok() { State::Live } else { State::Revoked };
-                if moved.is_err() {
-                    let _ = unmap();
-                    self.after_failed_restore(&lock, &range);
-                }
-                let _ = entry.change(State::Restoring, state);
-                moved
-            });
-        async_safe::block_signals(signals);
+        // As in `revoke`.
+        let signals = SignalsBlocked::new();
+        let stopped = entry.stop_if(State::Revoked, State::Restoring).map_err(|_| Errno::EBUSY);
+        let result = stopped.and_then(|()| {
+            // SAFETY: nothing uses the new mapping, and verbs on this window take turns. No handler
+            // replaces the window while its entry is busy.
+            let moved = unsafe { async_safe::move_over(new, self.size, range.start) };
+            if moved.is_err() {
+                self.after_failed_restore(&lock, &range);
+            }
+            let state = if moved.is_ok() { State::Live } else { State::Revoked };
+            let _ = entry.change(State::Restoring, state);
+            moved
+        });
+        drop(signals);
         if let Err(errno) = result {
+            let _ = unmap();
             return Err(failed(errno));
         }
-        turn.held.reasons = Reasons::default();
         Ok(self.report(range, self.revoked(), WindowState::Live))
     }
 
     /// Makes sure that the pages are still there after a move over them failed.
     #[cold]
     fn after_failed_restore(&self, _: &MmapLock, range: &Range<usize>) {
-        if absent::fill_gap(range.start, range.len(), self.access) {
-            return;
-        }
-        let shown = |file| maps::is_kept_from_children(range, file, 0);
-        if let Some(Ok(false)) = absent::identity(self.size).map(shown) {
-            lost(range);
+        /// From this version on, a move that is refused keeps what it was to replace.
+        const KEEPS: KernelVersion = KernelVersion::new(6, 17);
+        match absent::fill_gap(range.start, range.len(), self.access, self.pages) {
+            Ok(()) => {}
+            Err(Left::Untouched | Left::Unknown) => {
+                let shown = maps::still_shows(range, self.pages.in_maps(), 0);
+                if !shown.unwrap_or_else(|| KernelVersion::running() >= KEEPS) {
+                    lost(range);
+                }
+            }
+            Err(Left::Plugged | Left::Hole) => lost(range),
         }
     }
 
@@ -370,11 +420,14 @@ impl Control {
         self.check_process("seal")?;
         let mut turn = self.turn();
         let range = turn.entry("seal")?.range();
+        // As in `revoke`.
+        let signals = SignalsBlocked::new();
         turn.freeze("seal")?;
         // SAFETY: the range is the window's, and is never replaced or unmapped from now on: its entry is
         // removed below, and the owner of the mapping keeps it for ever.
         if let Err(errno) = unsafe { mm::seal(range.start, self.size) } {
             turn.thaw();
+            drop(signals);
             let error = Error::os(errno, "seal", self.object());
             return Err(match errno {
                 Errno::ENOSYS => error
@@ -383,8 +436,9 @@ impl Control {
                 _ => error,
             });
         }
-        turn.held.sealed = true;
+        turn.held.sealed = Some(range.clone());
         turn.retire();
+        drop(signals);
         Ok(self.report(range, WindowState::Live, WindowState::Sealed))
     }
 }
@@ -393,7 +447,7 @@ impl<'a> Turn<'a> {
     fn entry(&self, operation: &'static str) -> Result<&'static Entry> {
         match &self.held.slot {
             Some(slot) => Ok(slot.entry),
-            None if self.held.sealed => {
+            None if self.is_sealed() => {
                 Err(Error::new(ErrorKind::Sealed, operation, self.control.object())
                     .with_reason("a sealed window stays as it is until the process ends"))
             }
@@ -404,10 +458,12 @@ impl<'a> Turn<'a> {
 
     fn reasons(&self) -> Reasons {
         match &self.held.slot {
-            Some(slot) if slot.entry.state() == State::Revoked => match self.held.reasons {
-                reasons if reasons.is_empty() => Reasons::FAULT,
-                reasons => reasons,
-            },
+            Some(slot) if [State::Revoking, State::Revoked].contains(&slot.entry.state()) => {
+                match self.held.reasons {
+                    reasons if reasons.is_empty() => Reasons::FAULT,
+                    reasons => reasons,
+                }
+            }
             _ => Reasons::default(),
         }
     }
@@ -420,11 +476,11 @@ impl<'a> Turn<'a> {
 
     /// Fails if the window is revoked.
     pub(super) fn check(&self, operation: &'static str) -> Result<()> {
-        if self.held.sealed {
+        if self.is_sealed() {
             return Ok(());
         }
         match self.entry(operation)?.state() {
-            State::Revoked => Err(self.refused(operation)),
+            State::Revoking | State::Revoked => Err(self.refused(operation)),
             _ => Ok(()),
         }
     }
@@ -462,21 +518,20 @@ impl<'a> Turn<'a> {
     pub(super) fn moved(&mut self, address: usize, sweeps: u64) {
         let control = self.control;
         let range = address..address + control.size;
-        let slot = registry().insert(&range, control.backing.group().note(control.access));
+        let note = control.backing.group().note(control.access, control.pages);
+        let slot = registry().insert(&range, note);
         control.entry.store(ptr::from_ref(slot.entry).cast_mut(), Ordering::Release);
         if let Some(old) = self.held.slot.replace(slot) {
             registry().remove(old);
         }
         if self.sweeps() != sweeps
             && let Some(slot) = &self.held.slot
-            && slot.entry.change(State::Live, State::Revoked).is_ok()
         {
-            // SAFETY: the window stays mapped at its range during this turn.
-            let replaced = unsafe { absent::replace(address, control.size, control.access) };
-            if replaced.is_err() {
-                // It has its own fault later.
-                let _ = slot.entry.change(State::Revoked, State::Live);
-            }
+            let lock = MmapLock::take();
+            // SAFETY: the window stays mapped at its range during this turn. If it is not revoked, it has its own
+            // fault later.
+            let _ =
+                slot.entry.mark() && unsafe { control.replace_marked(&lock, slot.entry) }.is_ok();
         }
     }
 
@@ -502,14 +557,14 @@ impl<'a> Turn<'a> {
     }
 
     pub(super) fn is_sealed(&self) -> bool {
-        self.held.sealed
+        self.held.sealed.is_some()
     }
 
     /// What the window shows in this state.
     pub(super) fn shown(&self, state: Option<State>) -> Shown {
-        let Control { backing, offset, size, .. } = self.control;
+        let Control { backing, offset, pages, .. } = self.control;
         match state {
-            Some(State::Revoked) => Shown { file: absent::identity(*size), offset: 0 },
+            Some(State::Revoked) => Shown { file: pages.identity(), offset: 0 },
             _ => Shown::backing(backing, *offset),
         }
     }
@@ -535,14 +590,15 @@ pub(super) fn prepare(size: usize) {
 }
 
 /// Ends the process. After a call that replaces a mapping of which registers exist, something else is mapped
-/// there, and no other answer keeps those registers from reading and writing it.
+/// there, or nothing, and no other answer keeps those registers from reading and writing what is not theirs.
 ///
 /// The kernel unmaps and maps in one call, and fails in between only if it has no memory for its own tables;
-/// and then another thread must have mapped something at just these addresses before they were filled again.
+/// and then it must have refused the pages once more, or another thread must have mapped something at just these
+/// addresses before they were filled again.
 #[cold]
 fn lost(range: &Range<usize>) -> ! {
     log::error!(
-        "the kernel unmapped a window at {:#x}..{:#x} in a call that failed, and something else was mapped there",
+        "the kernel unmapped a window at {:#x}..{:#x} in a call that failed, and it could not be filled again",
         range.start,
         range.end
     );

@@ -5,10 +5,13 @@
 
 #![expect(unsafe_code, reason = "the kernel's contracts are unsafe")]
 
+use std::marker::PhantomData;
+
 use libc::{c_long, syscall};
 use nix::errno::Errno;
 
 use super::mm::Access;
+use super::spy::{self, Call};
 
 type Result<T> = std::result::Result<T, Errno>;
 
@@ -49,41 +52,80 @@ pub(crate) unsafe fn replace(
     access: Access,
     with: Private,
 ) -> Result<()> {
+    spy::call(Call::MapFixed { address, len: size })?;
     // SAFETY: by the contract.
     unsafe { map_private(address, size, access, with, libc::MAP_FIXED) }.map(drop)
 }
 
 /// As [`replace`], if nothing is mapped there (`MAP_FIXED_NOREPLACE`); EEXIST if something is.
 pub(crate) fn fill_gap(address: usize, size: usize, access: Access, with: Private) -> Result<()> {
+    spy::call(Call::FillGap { address })?;
     // SAFETY: nothing is replaced.
     let at = unsafe { map_private(address, size, access, with, libc::MAP_FIXED_NOREPLACE) }?;
+    not_elsewhere(at, address, size)
+}
+
+/// `mmap(address, size, PROT_NONE, MAP_PRIVATE|MAP_ANONYMOUS|MAP_NORESERVE|MAP_FIXED_NOREPLACE)`: makes a hole
+/// inaccessible, which counts neither as committed memory nor as data. EEXIST if something is mapped there.
+pub(crate) fn plug_gap(address: usize, size: usize) -> Result<()> {
+    spy::call(Call::ReserveAt { address })?;
+    let (flags, fd) = Private::Anonymous.flags_and_fd();
+    let flags = flags | c_long::from(libc::MAP_FIXED_NOREPLACE);
+    let prot = c_long::from(libc::PROT_NONE);
+    // SAFETY: nothing is replaced.
+    let at = done(unsafe { syscall(libc::SYS_mmap, address, size, prot, flags, fd, 0 as c_long) })?;
+    not_elsewhere(at, address, size)
+}
+
+/// A kernel before 4.17 takes the address of `MAP_FIXED_NOREPLACE` as a hint.
+fn not_elsewhere(at: usize, address: usize, size: usize) -> Result<()> {
     if at == address {
         return Ok(());
     }
-    // A kernel before 4.17 takes the address as a hint.
-    // SAFETY: the mapping was made above, and nothing else has its address.
-    let _ = unsafe { syscall(libc::SYS_munmap, at, size) };
+    // SAFETY: the mapping was just made, and nothing else has its address.
+    let _ = unsafe { unmap(at, size) };
     Err(Errno::EEXIST)
 }
 
-/// As [`replace`], by a mapping that is made elsewhere first: the calls that the kernel may refuse for lack
-/// of memory replace nothing.
+/// As [`replace`], at an address that the kernel chooses.
+pub(crate) fn map_elsewhere(size: usize, access: Access, with: Private) -> Result<usize> {
+    spy::call(Call::Map { len: size })?;
+    // SAFETY: no MAP_FIXED.
+    unsafe { map_private(0, size, access, with, 0) }
+}
+
+/// `munmap(address, size)`
 ///
 /// # Safety
-/// As [`replace`].
-pub(crate) unsafe fn replace_by_move(
-    address: usize,
-    size: usize,
-    access: Access,
-    with: Private,
-) -> Result<()> {
-    // SAFETY: no MAP_FIXED.
-    let new = unsafe { map_private(0, size, access, with, 0) }?;
-    // SAFETY: the mapping was made above, and by the contract the range is the caller's to replace.
-    unsafe { move_over(new, size, address) }.inspect_err(|_| {
-        // SAFETY: the mapping was made above, and nothing else has its address.
-        let _ = unsafe { syscall(libc::SYS_munmap, new, size) };
-    })
+/// The range is the caller's, and nothing uses it.
+pub(crate) unsafe fn unmap(address: usize, size: usize) -> Result<()> {
+    // SAFETY: by the contract.
+    done(unsafe { syscall(libc::SYS_munmap, address, size) }).map(drop)
+}
+
+/// `msync(address, size, MS_ASYNC)`, which does nothing but look (`man 2 msync`): whether the range has no hole.
+pub(crate) fn has_no_hole(address: usize, size: usize) -> bool {
+    let flags = c_long::from(libc::MS_ASYNC);
+    // SAFETY: no memory is involved.
+    done(unsafe { syscall(libc::SYS_msync, address, size, flags) }) != Err(Errno::ENOMEM)
+}
+
+/// Whether the eight bytes around `address` can be read, found out without a signal: `rt_sigprocmask` reads them
+/// (EFAULT) before it looks at what to do with them (EINVAL), and changes nothing. Not for a device's memory.
+pub(crate) fn is_readable(address: usize) -> bool {
+    let none = 0usize;
+    // SAFETY: the kernel checks the address, and the invalid first argument keeps it from using the bytes.
+    let result = unsafe {
+        syscall(libc::SYS_rt_sigprocmask, c_long::from(-1), address & !7, none, SIGNAL_SET)
+    };
+    done(result) != Err(Errno::EFAULT)
+}
+
+/// `nanosleep` of 50 microseconds: lets threads of lower priority on the same processor get on.
+pub(crate) fn nap() {
+    let time = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
+    // SAFETY: the kernel reads the time.
+    let _ = unsafe { syscall(libc::SYS_nanosleep, &raw const time, 0usize) };
 }
 
 /// # Safety
@@ -107,6 +149,7 @@ unsafe fn map_private(
 /// # Safety
 /// `old` is the caller's, and nothing uses it. As [`replace`] for `new`.
 pub(crate) unsafe fn move_over(old: usize, size: usize, new: usize) -> Result<()> {
+    spy::call(Call::MoveFixed { address: new, len: size })?;
     let flags = c_long::from(libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
     // SAFETY: by the contract both ranges are the caller's.
     done(unsafe { syscall(libc::SYS_mremap, old, size, size, flags, new) }).map(drop)
@@ -153,6 +196,33 @@ pub(crate) fn block_signals(set: u64) -> u64 {
         )
     };
     before
+}
+
+/// While it lives, this thread gets no signal.
+pub(crate) struct SignalsBlocked {
+    before: u64,
+    /// The mask is this thread's.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl SignalsBlocked {
+    pub(crate) fn new() -> Self {
+        Self { before: block_signals(!0), _not_send: PhantomData }
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        block_signals(self.before);
+    }
+}
+
+/// `rt_sigpending`: whether a signal waits until this thread does not block it any more.
+pub(crate) fn is_pending(signal: i32) -> bool {
+    let mut pending = 0u64;
+    // SAFETY: the kernel writes eight bytes.
+    let _ = unsafe { syscall(libc::SYS_rt_sigpending, &raw mut pending, SIGNAL_SET) };
+    pending & 1 << (signal - 1) != 0
 }
 
 /// `tgkill(getpid(), gettid(), signal)`: the signal is pending for this thread. If it is blocked, it is

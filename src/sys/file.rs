@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{FileStat, SFlag, fstat};
@@ -19,6 +19,23 @@ pub(crate) fn memory_file(name: &str, size: u64) -> Result<OwnedFd, Errno> {
     let file = File::from(fd);
     file.set_len(size)
         .map_err(|error| error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw))?;
+    Ok(file.into())
+}
+
+/// `memfd_create(name, MFD_CLOEXEC|MFD_ALLOW_SEALING)`, filled by `write`. When this returns, nobody can change it
+/// any more, not even through `/proc` (`F_SEAL_*`, `man 2 F_ADD_SEALS`). Private mappings of it can be written.
+pub(crate) fn constant_memory(
+    name: &str,
+    write: impl FnOnce(&mut File) -> std::io::Result<()>,
+) -> std::io::Result<OwnedFd> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let mut file = File::from(memfd_create(name, flags)?);
+    write(&mut file)?;
+    let seals = SealFlag::F_SEAL_SHRINK
+        | SealFlag::F_SEAL_GROW
+        | SealFlag::F_SEAL_WRITE
+        | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file.into())
 }
 

@@ -15,6 +15,9 @@ pub(crate) struct Mapped {
     pub name: String,
 }
 
+/// The device and inode number of what maps no file.
+pub(crate) const ANONYMOUS: (u64, u64) = (0, 0);
+
 impl Mapped {
     fn parse(line: &str) -> Option<Self> {
         let hex = |text| u64::from_str_radix(text, 16).ok();
@@ -34,8 +37,12 @@ impl Mapped {
         })
     }
 
-    /// Whether it maps this file, at such an offset that `start` corresponds to `offset` of the file.
+    /// Whether it maps this file, at such an offset that `start` corresponds to `offset` of the file. Anonymous
+    /// memory has no offset.
     fn shows(&self, (device, inode): (u64, u64), offset: u64, start: usize) -> bool {
+        if (device, inode) == ANONYMOUS {
+            return (self.device, self.inode) == ANONYMOUS;
+        }
         let expected = offset.wrapping_add(self.range.start as u64).wrapping_sub(start as u64);
         (self.device, self.inode, self.offset) == (device, inode, expected)
     }
@@ -77,6 +84,24 @@ pub(crate) fn is_kept_from_children(
     Ok(all_match(range, &with_flags, |mapped| {
         !mapped.inaccessible && mapped.shows(file, offset, range.start)
     }))
+}
+
+/// As [`is_kept_from_children`], for a mapping of which that is known if it is still there. `None` if `/proc` cannot
+/// be read. On a kernel without `CONFIG_PROC_PAGE_MONITOR` any accessible mapping of the file counts.
+pub(crate) fn still_shows(range: &Range<usize>, file: (u64, u64), offset: u64) -> Option<bool> {
+    if let Ok(known) = is_kept_from_children(range, file, offset) {
+        return Some(known);
+    }
+    let found = overlapping(&(0..usize::MAX));
+    let overlaps =
+        |mapped: &Mapped| mapped.range.start < range.end && range.start < mapped.range.end;
+    let (is_read, found) = (!found.is_empty(), found.into_iter().filter(overlaps));
+    let found: Vec<_> = found.collect();
+    is_read.then(|| {
+        all_match(range, &found, |mapped| {
+            !mapped.inaccessible && mapped.shows(file, offset, range.start)
+        })
+    })
 }
 
 /// From the lines of `/proc/self/smaps`, the mappings that overlap `range` and have the flag `dc`.

@@ -25,8 +25,6 @@ pub(crate) struct Action {
 }
 
 impl Action {
-    pub(crate) const DEFAULT: Self = Self { handler: libc::SIG_DFL, flags: 0, mask: 0 };
-
     fn of(raw: &libc::sigaction) -> Self {
         let mask = word(&raw.sa_mask);
         Self { handler: raw.sa_sigaction, flags: raw.sa_flags, mask }

@@ -19,6 +19,8 @@ pub(crate) enum Call {
     Map { len: usize },
     /// `mmap` of a file over a range of ours (`MAP_FIXED`).
     MapFixed { address: usize, len: usize },
+    /// `mmap` of private pages at an address, if nothing is mapped there (`MAP_FIXED_NOREPLACE`).
+    FillGap { address: usize },
     /// `munmap`.
     Unmap,
     /// `mprotect`.

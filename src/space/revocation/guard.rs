@@ -7,15 +7,16 @@
 
 use std::ffi::c_void;
 use std::mem;
+use std::process;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 
+use super::absent::{self, Left, Refused};
 use super::registry::{Pin, State};
-use super::{Group, absent, current};
+use super::{Group, current};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::mm::Access;
 use crate::sys::mmap_lock::MmapLock;
 use crate::sys::signal::{self, Action};
 use crate::sys::{async_safe, fork};
@@ -59,6 +60,10 @@ pub enum FaultScope {
 /// - A fault when the kernel has no memory for the pages, or refuses them for a limit (RLIMIT_DATA counts
 ///   them).
 /// - After `fork(2)`, a fault in the child: it has no windows of its parent.
+///
+/// # A fault from before
+/// A thread that had a fault may get to the handler late, after another one has reset the device or restored the
+/// window. The handler cannot tell, and revokes the window again. Restore it once more.
 #[derive(Debug)]
 pub struct FaultGuard(());
 
@@ -96,10 +101,19 @@ impl Before {
         self.handler.store(action.handler, Ordering::Release);
     }
 
-    fn get(&self) -> Action {
+    /// The action for a signal that is passed to it. A handler with `SA_RESETHAND` is passed one only.
+    fn take(&self) -> Action {
         let handler = self.handler.load(Ordering::Acquire);
         let flags = self.flags.load(Ordering::Relaxed);
-        Action { handler, flags, mask: self.mask.load(Ordering::Relaxed) }
+        let action = Action { handler, flags, mask: self.mask.load(Ordering::Relaxed) };
+        if flags & libc::SA_RESETHAND == 0 || handler == libc::SIG_IGN {
+            return action;
+        }
+        let (taken, fail) = (Ordering::AcqRel, Ordering::Acquire);
+        match self.handler.compare_exchange(handler, libc::SIG_DFL, taken, fail) {
+            Ok(_) => action,
+            Err(handler) => Action { handler, ..action },
+        }
     }
 }
 
@@ -127,7 +141,9 @@ impl FaultGuard {
         if is_ours(present.handler) {
             return Ok(());
         }
-        let level = INSTALLED.load(Ordering::Relaxed);
+        let installed = INSTALLED.load(Ordering::Relaxed);
+        // After the default action was set, nobody is left who passes a signal to the last handler for another one.
+        let level = installed - usize::from(installed > 0 && present.handler == libc::SIG_DFL);
         let (Some(before), Some(handler)) = (BEFORE.get(level), HANDLERS.get(level)) else {
             return Err(Error::new(ErrorKind::InUse, "install", "the handler of SIGBUS")
                 .with_reason(format!("it was installed {LEVELS} times, each time over another one"))
@@ -156,12 +172,16 @@ extern "C" fn handle<const LEVEL: usize>(
     context: *mut c_void,
 ) {
     let errno = Errno::last_raw();
+    // A later handler may leave signals unblocked. One that interrupts this and has a fault in the same window would
+    // wait for this one for ever.
+    let mask = async_safe::block_signals(!0);
     // SAFETY: the kernel, or a later handler as the documentation demands, passes a valid pointer.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
     let contained = is_fault(code) && contain(address, code);
+    async_safe::block_signals(mask);
     Errno::set_raw(errno);
     if !contained {
-        pass_on(&BEFORE[LEVEL], code, number, info, context);
+        pass_on(LEVEL, code, number, info, context);
     }
 }
 
@@ -172,21 +192,28 @@ fn is_fault(code: i32) -> bool {
 }
 
 /// Whether a fault at `address` was in a window, which is revoked now, so that the access can be repeated.
-fn contain(address: usize, code: i32) -> bool {
+pub(super) fn contain(address: usize, code: i32) -> bool {
     let Some(registry) = current() else { return false };
     let Some(pin) = registry.find(address) else { return false };
-    let group = match pin.state() {
+    let is_changing = match pin.state() {
         State::Live => match revoke(&pin) {
-            Ok(true) => group_of(&pin),
-            // Another thread was first.
-            Ok(false) => return true,
+            Ok(is_first) => !is_first,
             Err(_) => return false,
         },
         // Its pages have failed: repeating the access would not end.
         State::Revoked if code == libc::BUS_MCEERR_AR => return false,
-        State::Revoked | State::Busy | State::Restoring => return true,
+        // An access from before is repeated. While it is pinned, the window shows its pages, and no device.
+        State::Revoked => return async_safe::is_readable(address),
+        State::Revoking | State::Busy | State::Restoring => true,
         State::Dead => return false,
     };
+    if is_changing {
+        // Who changes it may wait for the pin, or for this processor.
+        drop(pin);
+        async_safe::nap();
+        return true;
+    }
+    let group = group_of(&pin);
     if WHOLE_DEVICE.load(Ordering::Relaxed) {
         group.sweeps.fetch_add(1, Ordering::AcqRel);
         for sibling in registry.each() {
@@ -204,7 +231,7 @@ fn contain(address: usize, code: i32) -> bool {
 }
 
 fn group_of<'a>(pin: &'a Pin<'_>) -> &'a Group {
-    let group: *const Group = ptr::with_exposed_provenance(pin.note() & !1);
+    let group: *const Group = ptr::with_exposed_provenance(pin.note() & !Group::OTHERS);
     // SAFETY: `Group::note` exposed it, and the window's backing holds it while the entry is not dead. The pin
     // keeps it from becoming so.
     unsafe { &*group }
@@ -213,28 +240,36 @@ fn group_of<'a>(pin: &'a Pin<'_>) -> &'a Group {
 /// Revokes a window that is live; false if it no longer is.
 ///
 /// # Errors
-/// The kernel's, if it refuses the pages: the window is what it was.
-fn revoke(pin: &Pin<'_>) -> std::result::Result<bool, Errno> {
-    if !pin.revoke() {
+/// The kernel's, if it refuses the pages. The window is live if it is what it was. If it is inaccessible, it counts as
+/// revoked.
+pub(super) fn revoke(pin: &Pin<'_>) -> std::result::Result<bool, Errno> {
+    if !pin.mark() {
         return Ok(false);
     }
     let range = pin.range();
-    let access = if pin.note() & 1 == 1 { Access::ReadWrite } else { Access::ReadOnly };
+    let (access, pages) = Group::of_note(pin.note());
     // SAFETY: the window stays mapped at its range while its entry is pinned: whoever unmaps, relocates or
     // restores it changes the state first, and waits for the pin.
-    unsafe { absent::replace(range.start, range.len(), access) }.inspect_err(|_| pin.fail())?;
-    Ok(true)
+    let result = unsafe { absent::replace(range.start, range.len(), access, pages) };
+    match result {
+        Ok(()) => pin.has_revoked(true),
+        Err(Refused { left: Left::Untouched | Left::Unknown, .. }) => pin.has_revoked(false),
+        Err(Refused { left: Left::Plugged, .. }) => pin.has_revoked(true),
+        // Other code would be mapped there next, and registers would reach it.
+        Err(Refused { left: Left::Hole, .. }) => process::abort(),
+    }
+    result.map(|()| true).map_err(|refused| refused.errno)
 }
 
 /// Does with the signal what would have been done without the guard.
 fn pass_on(
-    before: &Before,
+    level: usize,
     code: i32,
     number: libc::c_int,
     info: *mut libc::siginfo_t,
     context: *mut c_void,
 ) {
-    let action = before.get();
+    let action = BEFORE[level].take();
     // A fault that the kernel has found, and not a signal that somebody sent: it comes again when the
     // handler returns.
     let comes_again = is_fault(code) || code == libc::BUS_ADRALN;
@@ -248,22 +283,26 @@ fn pass_on(
             }
         }
         handler => {
-            if action.flags & libc::SA_RESETHAND != 0 {
-                before.set(Action::DEFAULT);
-            }
             let own = if action.flags & libc::SA_NODEFER != 0 { 0 } else { 1 << (number - 1) };
             // SAFETY: the kernel passes the context of the interrupted thread.
             let interrupted = unsafe { signal::mask_of(context) };
             let mask = async_safe::block_signals(interrupted | action.mask | own);
-            // SAFETY: the program installed this handler for this signal, with these flags.
-            unsafe {
-                if action.flags & libc::SA_SIGINFO != 0 {
-                    mem::transmute::<usize, signal::Handler>(handler)(number, info, context);
-                } else {
-                    mem::transmute::<usize, extern "C" fn(libc::c_int)>(handler)(number);
-                }
-            }
+            // SAFETY: the program installed this handler for this signal. The kernel passes three arguments
+            // to one without SA_SIGINFO, too.
+            unsafe { mem::transmute::<usize, signal::Handler>(handler)(number, info, context) };
             async_safe::block_signals(mask);
+            if !comes_again {
+                stay(level, number);
+            }
         }
+    }
+}
+
+/// Installs the handler again if the one before it has set the default action. The standard library's does so for a
+/// signal that it does not know, and returns. If a signal is pending, that one is to end the process.
+fn stay(level: usize, number: libc::c_int) {
+    let is_default = signal::action(number).is_ok_and(|action| action.handler == libc::SIG_DFL);
+    if is_default && !async_safe::is_pending(number) {
+        let _ = signal::install(number, HANDLERS[level]);
     }
 }

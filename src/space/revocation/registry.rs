@@ -37,12 +37,15 @@ pub(in crate::space) enum State {
     Dead = 0,
     /// The window reaches its device: revoke it.
     Live = 1,
-    /// The window is revoked, or whoever marked it so is about to replace it: repeat the access.
+    /// The window is revoked, and shows its pages: repeat the access.
     Revoked = 2,
     /// A verb changes the window, which reaches its device: repeat the access until that has ended.
     Busy = 3,
     /// A verb restores the window: as busy, but it still counts as revoked.
     Restoring = 4,
+    /// Whoever marked it so is about to replace the window, or to fail, but it already counts as revoked: repeat
+    /// the access until that has ended. Only who marked it changes it.
+    Revoking = 5,
 }
 
 /// The number of pins is below, the state above.
@@ -56,7 +59,8 @@ impl State {
             1 => Self::Live,
             2 => Self::Revoked,
             3 => Self::Busy,
-            _ => Self::Restoring,
+            4 => Self::Restoring,
+            _ => Self::Revoking,
         }
     }
 }
@@ -107,11 +111,13 @@ impl Entry {
     }
 
     /// Changes the state to one in which handlers do not act, and waits until those that acted have ended.
-    /// Returns the state before.
+    /// Returns the state before, which is not [`Revoking`](State::Revoking): what the window shows is known.
     pub(super) fn stop(&self, to: State) -> State {
         let before = loop {
             let state = self.state();
-            if self.change(state, to).is_ok() {
+            if state == State::Revoking {
+                self.drain();
+            } else if self.change(state, to).is_ok() {
                 break state;
             }
         };
@@ -124,6 +130,19 @@ impl Entry {
         self.change(from, to)?;
         self.drain();
         Ok(())
+    }
+
+    /// Marks a live window, for a verb: it is [`Revoking`](State::Revoking). False if it is revoked. A handler that
+    /// has marked it may fail and take the mark back, so this waits for it.
+    pub(super) fn mark(&self) -> bool {
+        loop {
+            self.drain();
+            match self.change(State::Live, State::Revoking) {
+                Ok(()) => return true,
+                Err(State::Revoking) => {}
+                Err(_) => return false,
+            }
+        }
     }
 
     /// Waits for handlers, which make a few system calls each.
@@ -172,15 +191,17 @@ impl Pin<'_> {
         self.state
     }
 
-    /// Marks the window as revoked. If this returns true, the caller replaces its range before it drops the pin,
-    /// or [fails](Self::fail). Marked first, so that whoever reads the pages also sees the mark.
-    pub(super) fn revoke(&self) -> bool {
-        self.entry.change(State::Live, State::Revoked).is_ok()
+    /// Marks the window. If this returns true, the caller replaces its range, and says whether it
+    /// [has](Self::has_revoked), before it drops the pin. Marked first, so that whoever reads the pages also sees the
+    /// mark.
+    pub(super) fn mark(&self) -> bool {
+        self.entry.change(State::Live, State::Revoking).is_ok()
     }
 
-    /// Takes the mark back.
-    pub(super) fn fail(&self) {
-        let _ = self.entry.change(State::Revoked, State::Live);
+    /// Ends what [`mark`](Self::mark) began: the window is revoked, or what it was.
+    pub(super) fn has_revoked(&self, revoked: bool) {
+        let state = if revoked { State::Revoked } else { State::Live };
+        let _ = self.entry.change(State::Revoking, state);
     }
 }
 
@@ -246,7 +267,9 @@ impl Table {
         for (bucket, link) in self.buckets(range).into_iter().zip(2 * index..) {
             let Some(bucket) = bucket else { continue };
             let head = self.heads[bucket].load(Ordering::Relaxed);
-            self.links[link as usize].store(head, Ordering::Relaxed);
+            // A handler that stands on this link since it was another window's goes on from here, and must see
+            // the entries that follow.
+            self.links[link as usize].store(head, Ordering::Release);
             self.heads[bucket].store(link, Ordering::Release);
         }
     }

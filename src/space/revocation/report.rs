@@ -54,6 +54,9 @@ impl fmt::Display for StateReport {
             (WindowState::Revoked { .. }, WindowState::Live) => {
                 write!(f, "restored {start:#x}..{end:#x} by a new mapping that was moved there")
             }
+            (WindowState::Sealed, WindowState::Sealed) => {
+                write!(f, "{start:#x}..{end:#x} stays sealed, and reaches its device")
+            }
             (_, WindowState::Live) => write!(f, "{start:#x}..{end:#x} reaches its device"),
             (_, WindowState::Sealed) => write!(
                 f,
@@ -77,6 +80,7 @@ mod tests {
             (ones, ones, "0x1000..0x3000 stays revoked, and reads all ones"),
             (ones, Live, "restored 0x1000..0x3000 by a new mapping that was moved there"),
             (Live, Live, "0x1000..0x3000 reaches its device"),
+            (Sealed, Sealed, "0x1000..0x3000 stays sealed, and reaches its device"),
             (
                 Live,
                 Sealed,

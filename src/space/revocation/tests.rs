@@ -54,12 +54,13 @@ fn a_window_that_cannot_be_mapped_stays_revoked() {
     write(&mapping, PAGE, 7);
     control.revoke(WHY).unwrap();
     for refused in [|call| matches!(call, Call::Map { .. }), |call| matches!(call, Call::Advise)] {
-        let error = spy::refuse(Errno::ENODEV, refused, || control.restore(WHY)).unwrap_err();
+        let restore = || control.restore(WHY.and(Reasons::FAULT));
+        let error = spy::refuse(Errno::ENODEV, refused, restore).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
         assert!(control.is_revoked());
         assert_eq!((read(&mapping, PAGE), state(&mapping.range())), (u32::MAX, (2 * PAGE, 0)));
     }
-    control.restore(WHY).unwrap();
+    control.restore(Reasons::FAULT).unwrap();
     assert_eq!(read(&mapping, PAGE), 7);
 }
 
@@ -114,12 +115,14 @@ fn a_window_that_cannot_be_revoked_is_what_it_was() {
 }
 
 #[test]
-fn pages_that_count_as_committed_are_moved_over_a_window() {
+fn on_an_old_kernel_pages_are_moved_over_a_window() {
     let held = limited(Resource::RLIMIT_DATA, usize::MAX >> 1, || {
-        absent::count_as_committed();
+        absent::always_move();
         let mapping = shared(2 * MIB);
         for _ in 0..3 {
-            mapping.control().revoke(WHY).unwrap();
+            let (_, calls) = spy::record(|| mapping.control().revoke(WHY).unwrap());
+            let at = mapping.range().start;
+            assert_eq!(calls[1], Call::MoveFixed { address: at, len: 2 * MIB });
             assert_eq!(read(&mapping, 2 * MIB - 4), u32::MAX);
             write(&mapping, 0, 3);
             mapping.control().restore(WHY).unwrap();
@@ -130,24 +133,227 @@ fn pages_that_count_as_committed_are_moved_over_a_window() {
     assert!(held);
 }
 
+/// Far from where the kernel maps what other tests map meanwhile.
+fn alone(len: usize) -> Mapping {
+    let backing = Arc::new(backing(len, BackingKind::SharedMemory));
+    let place = Placement::In(secluded(len));
+    Mapping::new(backing, 0, len, Access::ReadWrite, place).unwrap()
+}
+
+fn replaces(call: Call) -> bool {
+    matches!(call, Call::MapFixed { .. } | Call::MoveFixed { .. })
+}
+
+fn replaces_or_fills(call: Call) -> bool {
+    replaces(call) || matches!(call, Call::FillGap { .. })
+}
+
+/// Does what the handler does at a fault in the window.
+fn handle(mapping: &Mapping) -> std::result::Result<bool, Errno> {
+    guard::revoke(&registry().find(mapping.range().start).unwrap())
+}
+
 #[test]
 fn what_became_a_hole_is_filled_with_pages() {
-    let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
-    let place = Placement::In(secluded(PAGE));
-    let mapping = Mapping::new(backing, 0, PAGE, Access::ReadWrite, place).unwrap();
-    let range = mapping.range();
-    // SAFETY: the mapping is the test's own, and nothing else has its address.
-    unsafe { mm::munmap(range.start, PAGE) }.unwrap();
-    let lock = MmapLock::take();
-    mapping.control().after_failed_revoke(&lock, &range, Errno::ENOMEM).unwrap();
-    drop(lock);
-    assert_eq!(read(&mapping, 0), u32::MAX);
-    // What is still there is the window.
+    type Revoke = fn(&Mapping) -> bool;
+    let by: [Revoke; 2] =
+        [|it| it.control().revoke(WHY).unwrap().has_changed(), |it| handle(it).unwrap()];
+    for revoke in by {
+        let mapping = alone(PAGE);
+        assert!(spy::refuse_destructively(Errno::ENOMEM, replaces, || revoke(&mapping)));
+        assert!(mapping.control().is_revoked());
+        assert_eq!((read(&mapping, 0), state(&mapping.range())), (u32::MAX, (PAGE, 0)));
+        // A restore that fails leaves the pages, too.
+        let restore = || mapping.control().restore(WHY.and(Reasons::FAULT));
+        let error = spy::refuse_destructively(Errno::ENOMEM, replaces, restore).unwrap_err();
+        assert_eq!(error.errno(), Some(libc::ENOMEM), "{error}");
+        assert!(mapping.control().is_revoked());
+        assert_eq!(read(&mapping, 0), u32::MAX);
+        restore().unwrap();
+        assert_eq!(read(&mapping, 0), 0);
+    }
+}
+
+#[test]
+fn what_is_still_there_after_a_failed_call_is_the_window() {
+    for old in [false, true] {
+        let held = limited(Resource::RLIMIT_DATA, usize::MAX >> 1, || {
+            if old {
+                absent::always_move();
+            }
+            let mapping = alone(PAGE);
+            let control = mapping.control();
+            for refused in [replaces, replaces_or_fills] {
+                let revoke = || control.revoke(WHY).unwrap_err();
+                let error = spy::refuse(Errno::ENOMEM, refused, revoke);
+                assert_eq!(error.errno(), Some(libc::ENOMEM), "{error}");
+                spy::refuse(Errno::ENOMEM, refused, || handle(&mapping)).unwrap_err();
+                assert!(!control.is_revoked());
+                write(&mapping, 0, 6);
+                assert_eq!((read(&mapping, 0), state(&mapping.range())), (6, (PAGE, 0)));
+            }
+            control.revoke(WHY).unwrap().has_changed()
+        });
+        assert!(held, "old: {old}");
+    }
+}
+
+#[test]
+fn a_hole_without_memory_for_pages_is_plugged_by_the_handler() {
+    let mapping = alone(PAGE);
+    let refuse = |f: fn(&Mapping) -> _| {
+        spy::refuse_destructively(Errno::ENOMEM, replaces_or_fills, || f(&mapping))
+    };
+    refuse(handle).unwrap_err();
+    assert!(mapping.control().is_revoked());
+    assert_eq!(state(&mapping.range()), (0, PAGE), "a hole, or accessible");
+    mapping.control().restore(Reasons::FAULT).unwrap();
+    assert_eq!(read(&mapping, 0), 0);
+}
+
+/// By which signal a child ends that runs `f`.
+fn signal_of(f: impl FnOnce()) -> i32 {
+    // SAFETY: the child takes no lock that another thread holds: only its test uses what it touches.
+    unsafe {
+        match libc::fork() {
+            0 => {
+                libc::alarm(120);
+                f();
+                libc::_exit(0)
+            }
+            child => {
+                let mut status = 0;
+                assert_eq!(libc::waitpid(child, &mut status, 0), child);
+                libc::WTERMSIG(status)
+            }
+        }
+    }
+}
+
+#[test]
+fn a_verb_that_loses_a_window_ends_the_process() {
+    // Initializes what is initialized once, before the fork.
+    shared(PAGE).control().revoke(WHY).unwrap();
+    let hole = || {
+        let mapping = alone(PAGE);
+        let revoke = || drop(mapping.control().revoke(WHY));
+        spy::refuse_destructively(Errno::ENOMEM, replaces_or_fills, revoke);
+    };
+    // What another thread has mapped in the gap is not the window.
+    let other = |backing: Backing| {
+        absent::always_move();
+        let place = secluded(PAGE).range();
+        let control = Control::new(Arc::new(backing), 0, PAGE, Access::ReadWrite, place.start);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: nothing is replaced.
+        unsafe { libc::mmap(place.start as *mut _, PAGE, libc::PROT_READ, flags, -1, 0) };
+        let moves = |call| matches!(call, Call::MoveFixed { .. });
+        let _ = spy::refuse(Errno::ENOMEM, moves, || control.revoke(WHY));
+    };
+    // As a VFIO device before Linux 6.10, which shares its inode with others.
+    let nameless = || {
+        let fd = Arc::new(eventfd::new().unwrap());
+        Backing::new("a device", fd, 0, PAGE as u64, BackingKind::Other).unwrap()
+    };
+    assert_eq!(signal_of(hole), libc::SIGABRT);
+    let named = || backing(PAGE, BackingKind::SharedMemory);
+    assert_eq!(signal_of(|| other(named())), libc::SIGABRT);
+    assert_eq!(signal_of(|| other(nameless())), libc::SIGABRT);
+}
+
+#[test]
+fn a_restore_that_fails_leaves_no_reason_but_the_fault() {
+    let mapping = shared(PAGE);
+    let control = mapping.control();
+    control.revoke(WHY).unwrap();
+    let refuse = |call| matches!(call, Call::Map { .. });
+    spy::refuse(Errno::ENOMEM, refuse, || control.restore(WHY)).unwrap_err();
+    assert_eq!(control.reasons(), Reasons::FAULT);
+    assert!(control.restore(Reasons::FAULT).unwrap().has_changed());
+}
+
+#[test]
+fn an_unmapped_window_is_told_from_a_sealed_one() {
+    let mut mapping = shared(PAGE);
+    let control = mapping.control().clone();
+    assert!(!control.is_unmapped());
+    control.revoke(WHY).unwrap();
+    assert!(!control.is_unmapped());
+    drop(mapping.vacate().unwrap());
+    assert!(control.is_unmapped());
+    let mapping = shared(PAGE);
+    if mapping.control().seal().is_ok() {
+        assert!(!mapping.control().is_unmapped());
+        assert_eq!(mapping.control().restore(WHY).unwrap().after, WindowState::Sealed);
+    }
+}
+
+#[test]
+fn nobody_can_change_the_ones() {
+    drop(shared(PAGE));
+    let fd = absent::file_of(PAGE).unwrap();
+    let file = std::fs::File::from(fd.try_clone_to_owned().unwrap());
+    for size in [0, 1 << 30] {
+        let error = file.set_len(size).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{size:#x}");
+    }
+    let error = std::os::unix::fs::FileExt::write_at(&file, &[0], 0).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+    let fd = file::memory_file("test", 0).unwrap();
     let mapping = shared(PAGE);
     let lock = MmapLock::take();
     let control = mapping.control();
-    let error = control.after_failed_revoke(&lock, &mapping.range(), Errno::ENOMEM).unwrap_err();
+    let entry = control.entry().unwrap();
+    assert!(entry.mark());
+    // Pages that fail, as if their memory did: a file without a byte.
+    // SAFETY: the mapping is the test's to replace.
+    unsafe { mm::map_fixed(&lock, mapping.range().start, fd.as_fd(), 0, PAGE, Access::ReadOnly) }
+        .unwrap();
     drop(lock);
-    assert_eq!(error.errno(), Some(libc::ENOMEM), "{error}");
-    assert_eq!(read(&mapping, 0), 0);
+    let contain = || guard::contain(mapping.range().start + 5, libc::BUS_ADRERR);
+    assert!(contain(), "it is about to be replaced");
+    entry.change(State::Revoking, State::Revoked).unwrap();
+    assert!(!contain(), "the access would be repeated for ever");
+    control.restore(Reasons::FAULT).unwrap();
+    control.revoke(WHY).unwrap();
+    assert!(contain(), "an access from before");
+}
+
+#[test]
+fn what_a_revoked_window_shows_does_not_change() {
+    let held = limited(Resource::RLIMIT_DATA, usize::MAX >> 1, || {
+        const LARGE: usize = 128 * MIB;
+        let (small, large) = (shared(MIB), shared(LARGE));
+        let shows = |it: &Mapping| (it.control().pages, it.control().pages.identity());
+        let before = [shows(&small), shows(&large)];
+        for it in [&small, &large] {
+            it.control().revoke(WHY).unwrap();
+        }
+        set_revocable_size(LARGE);
+        let late = shared(LARGE);
+        assert_eq!(before, [shows(&small), shows(&large)]);
+        for (it, ones) in [(&small, true), (&large, false), (&late, true)] {
+            assert_eq!(it.control().reads_ones(), ones);
+            it.control().revoke(WHY).unwrap();
+            assert_eq!(read(it, MIB - 4), if ones { u32::MAX } else { 0 });
+            let shown = maps::still_shows(&it.range(), it.control().pages.in_maps(), 0);
+            assert_eq!(shown, Some(true));
+        }
+        true
+    });
+    assert!(held);
+}
+
+#[test]
+fn a_limit_on_files_is_no_end_of_the_process() {
+    let held = limited(Resource::RLIMIT_FSIZE, 1 << 40, || {
+        const LARGE: usize = 300 * MIB;
+        set_revocable_size(usize::MAX);
+        let backing = Arc::new(backing(LARGE, BackingKind::SharedMemory));
+        setrlimit(Resource::RLIMIT_FSIZE, MIB as u64, MIB as u64).unwrap();
+        let mapping = crate::space::fixture::map(&backing, LARGE);
+        mapping.control().revoke(WHY).unwrap();
+        !mapping.control().reads_ones() && read(&mapping, 0) == 0
+    });
+    assert!(held);
 }

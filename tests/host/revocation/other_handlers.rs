@@ -160,7 +160,9 @@ fn an_older_handler_gets_foreign_faults() {
     alone(|| {
         let with_info = (repair as *const () as usize, libc::SA_SIGINFO);
         let without = (repair_without_info as *const () as usize, libc::SA_NODEFER);
-        for (handler, flags) in [with_info, without] {
+        // The kernel passes all arguments to this one, too.
+        let silent = (repair as *const () as usize, 0);
+        for (handler, flags) in [with_info, without, silent] {
             survives(|| {
                 install(handler, flags);
                 FaultGuard::install(FaultScope::WindowOnly).unwrap();
@@ -208,6 +210,60 @@ fn a_later_handler_that_passes_on_keeps_windows_guarded() {
             assert_eq!(load(foreign()), 0);
             assert_eq!(count(), (3, 2));
         });
+    });
+}
+
+#[test]
+fn a_stray_signal_does_not_remove_the_guard() {
+    alone(|| {
+        // The standard library's handler sets the default action for what it does not know.
+        survives(|| {
+            FaultGuard::install(FaultScope::WindowOnly).unwrap();
+            let window = broken();
+            for _ in 0..3 {
+                // SAFETY: the signal is the test.
+                unsafe { libc::raise(libc::SIGBUS) };
+                assert!(FaultGuard::is_installed());
+                is_contained(&window);
+            }
+        });
+        // A handler that sets it to end the process by the signal does so.
+        extern "C" fn end(number: i32) {
+            // SAFETY: both calls are for signal handlers.
+            unsafe {
+                libc::signal(number, libc::SIG_DFL);
+                libc::raise(number);
+            }
+        }
+        for flags in [0, libc::SA_NODEFER] {
+            assert!(is_killed_by(Signal::SIGBUS, || {
+                install(end as *const () as usize, flags);
+                FaultGuard::install(FaultScope::WindowOnly).unwrap();
+                // SAFETY: the signal is the test.
+                unsafe { libc::raise(libc::SIGBUS) };
+            }));
+        }
+    });
+}
+
+#[test]
+fn the_guard_is_installed_after_the_default_any_number_of_times() {
+    alone(|| {
+        survives(|| {
+            FaultGuard::install(FaultScope::WindowOnly).unwrap();
+            let window = broken();
+            for _ in 0..10 {
+                install(libc::SIG_DFL, 0);
+                FaultGuard::install(FaultScope::WindowOnly).unwrap();
+                is_contained(&window);
+            }
+        });
+        assert!(is_killed_by(Signal::SIGBUS, || {
+            FaultGuard::install(FaultScope::WindowOnly).unwrap();
+            install(libc::SIG_DFL, 0);
+            FaultGuard::install(FaultScope::WindowOnly).unwrap();
+            load(foreign());
+        }));
     });
 }
 
@@ -291,6 +347,43 @@ extern "C" fn read_it(_: i32) {
     // SAFETY: the test stores a register that is never dropped.
     let value = unsafe { (*REGISTER.load(Ordering::Acquire)).read() };
     READS.fetch_add(usize::from(value == u32::MAX), Ordering::Release);
+}
+
+#[test]
+fn a_handler_that_interrupts_revoke_has_its_fault_contained() {
+    alone(|| {
+        FaultGuard::install(FaultScope::WindowOnly).unwrap();
+        let (device, [file, _]) = device();
+        let window = device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
+        // Accesses to the second page fault, and the window can be restored all the same.
+        file.set_len(PAGE as u64).unwrap();
+        REGISTER.store(Box::into_raw(Box::new(window.register(PAGE).unwrap())), Ordering::Release);
+        // SAFETY: the handler reads atomics and a register. A timer ends a process that hangs. The thread is this
+        // one, which outlives the other.
+        let this = unsafe {
+            libc::signal(libc::SIGUSR1, read_it as *const () as usize);
+            libc::alarm(300);
+            libc::pthread_self() as usize
+        };
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let _stop = StopAtEnd(&stop);
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let seen = READS.load(Ordering::Acquire);
+                    // SAFETY: as above.
+                    unsafe { libc::pthread_kill(this as libc::pthread_t, libc::SIGUSR1) };
+                    while READS.load(Ordering::Acquire) == seen && !stop.load(Ordering::Relaxed) {
+                        std::hint::spin_loop();
+                    }
+                }
+            });
+            while READS.load(Ordering::Acquire) < 20_000 {
+                window.revoke().unwrap();
+                window.restore().unwrap();
+            }
+        });
+    });
 }
 
 #[test]

@@ -36,9 +36,18 @@ impl Model {
     fn handle(&self) {
         let Some(pin) = self.registry.find(RANGE.start + 8) else { return };
         assert_eq!(pin.range(), RANGE);
-        if pin.state() == State::Live && pin.revoke() {
+        if pin.state() == State::Live && pin.mark() {
             let before = self.mapped.swap(PAGES, Ordering::AcqRel);
             assert_eq!(before, DEVICE, "replaced what is not the window's, or twice");
+            pin.has_revoked(true);
+        }
+    }
+
+    /// As [`handle`](Self::handle), if the kernel refuses the pages.
+    fn fail(&self) {
+        let Some(pin) = self.registry.find(RANGE.start + 8) else { return };
+        if pin.state() == State::Live && pin.mark() {
+            pin.has_revoked(false);
         }
     }
 
@@ -49,8 +58,9 @@ impl Model {
 
     /// `Control::revoke`
     fn revoke(&self, entry: &Entry) {
-        if entry.change(State::Live, State::Revoked).is_ok() {
+        if entry.mark() {
             self.mapped.store(PAGES, Ordering::Release);
+            entry.change(State::Revoking, State::Revoked).unwrap();
         }
     }
 
@@ -76,7 +86,7 @@ fn whoever_reads_the_pages_sees_that_the_window_is_revoked() {
         let entry = model.registry.insert(&RANGE, 0).entry;
         let handler = Model::handler(&model);
         if model.mapped.load(Ordering::Acquire) == PAGES {
-            assert_eq!(entry.state(), State::Revoked);
+            assert!([State::Revoking, State::Revoked].contains(&entry.state()));
         }
         handler.join().unwrap();
         model.agrees(entry);
@@ -131,6 +141,41 @@ fn state_and_pages_agree_after_revoke_and_restore() {
             handler.join().unwrap();
         }
         model.agrees(entry);
+    });
+}
+
+#[test]
+fn a_window_is_revoked_although_a_handler_fails() {
+    all(4, || {
+        let model = Model::new(1);
+        let slot = model.registry.insert(&RANGE, 0);
+        let handler = {
+            let model = model.clone();
+            thread::spawn(move || model.fail())
+        };
+        model.revoke(slot.entry);
+        assert_eq!(slot.entry.state(), State::Revoked);
+        model.agrees(slot.entry);
+        handler.join().unwrap();
+        assert_eq!(slot.entry.stop(State::Busy), State::Revoked);
+    });
+}
+
+#[test]
+fn a_window_that_is_suspended_shows_what_its_state_says() {
+    all(4, || {
+        let model = Model::new(1);
+        let slot = model.registry.insert(&RANGE, 0);
+        let handlers = {
+            let failing = model.clone();
+            [Model::handler(&model), thread::spawn(move || failing.fail())]
+        };
+        let before = slot.entry.stop(State::Busy);
+        let expected = if before == State::Live { DEVICE } else { PAGES };
+        assert_eq!(model.mapped.load(Ordering::Acquire), expected, "{before:?}");
+        for handler in handlers {
+            handler.join().unwrap();
+        }
     });
 }
 
