@@ -65,7 +65,8 @@ impl Hardware {
     /// them and the device is back: see [`Window::revoke`](vfio_remap::Window::revoke).
     ///
     /// # Errors
-    /// `Gone` if it is not back. The device then reaches no memory.
+    /// `Gone` if it is not back, or if a window cannot be restored for ever: only [`Device::gone`] tells whether
+    /// it still reaches memory.
     pub fn reach(&self) -> Result<()> {
         if self.device.gone() {
             return Err(Error::new(ErrorKind::Gone, "reach", self.device.name())
@@ -99,7 +100,10 @@ impl Hardware {
         let timeout = self.capabilities.timeout();
         let Err(error) = self.registers.disable(timeout) else { return Ok(()) };
         log::warn!("nvme: {error}; the function is reset");
-        self.device.reset()?;
+        let outage = self.device.reset()?;
+        if !outage.is_over() {
+            log::warn!("nvme: {outage}");
+        }
         self.device.config()?.set_memory_decoding(true)?;
         self.registers.settle(timeout)?;
         self.registers.disable(timeout)
@@ -111,13 +115,12 @@ impl Hardware {
     /// # Errors
     /// Why neither can be had.
     pub fn quieten(&self) -> Result<()> {
-        if let Err(error) = self.reach() {
-            log::info!("nvme: {error}");
-            if error.kind() == ErrorKind::Gone {
-                return Ok(());
-            }
+        let reached = self.reach();
+        if reached.is_err() && self.device.gone() {
+            return Ok(());
         }
-        let disabled = self.registers.disable(self.capabilities.timeout());
+        // A window that is still revoked answers, but not for the controller.
+        let disabled = reached.and_then(|()| self.registers.disable(self.capabilities.timeout()));
         let muted = self.device.config().and_then(|config| {
             config.set_bus_mastering(false)?;
             // What is read comes after all that the device has written.

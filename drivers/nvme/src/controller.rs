@@ -341,16 +341,15 @@ impl Controller {
     }
 
     fn reset_locked(&self, state: &mut State) -> Result<()> {
-        let reached = self.hardware.reach();
-        // What is gone reaches no memory.
-        let mut quiet = reached.as_ref().is_err_and(|error| error.kind() == ErrorKind::Gone);
-        let result = reached.and_then(|()| {
+        let mut quiet = false;
+        let result = self.hardware.reach().and_then(|()| {
             self.stop_queues(state);
             self.hardware.disable()?;
             self.hardware.bring_up(&mut state.admin, &mut quiet)?;
             self.prepare(state)
         });
-        if quiet {
+        // What is gone reaches no memory. No error says that it is: one window may be lost, and the rest alive.
+        if quiet || (result.is_err() && self.hardware.device.gone()) {
             state.quiet_below = self.generation() + 1;
             state.kept.clear();
         }

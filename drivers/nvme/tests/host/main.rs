@@ -4,6 +4,7 @@ mod bad_input;
 mod commands;
 mod fault_worker;
 mod faults;
+mod lost_windows;
 mod mappings;
 mod registers;
 mod scripted;
