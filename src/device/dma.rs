@@ -182,7 +182,12 @@ impl DmaSpace {
             map_peer(&self.inner.transport, &memory, access, map, |(taken, _)| taken.0)?
         };
         let generation = fork::generation();
-        Ok(DmaMapping { space: self.clone(), memory, taken, iova, peer, generation })
+        let mapping = DmaMapping { space: self.clone(), memory, taken, iova, peer, generation };
+        if let Some(peer) = &mapping.peer {
+            // Dropped, it is unmapped.
+            peer.check()?;
+        }
+        Ok(mapping)
     }
 
     pub(super) fn arenas(&self) -> &Arenas {
@@ -531,11 +536,11 @@ impl Drop for DmaMapping {
         }
         let size = self.memory.size() as u64;
         let inner = &self.space.inner;
-        if self.peer.as_ref().is_some_and(|peer| !peer.end()) {
-            inner.give_back(self.taken, size);
-            return;
-        }
-        match inner.transport.dma_unmap(self.taken.0, size) {
+        let unmapped = match &self.peer {
+            Some(peer) => peer.end(),
+            None => inner.transport.dma_unmap(self.taken.0, size),
+        };
+        match unmapped {
             Ok(()) => inner.give_back(self.taken, size),
             // Neither the memory nor the addresses may be used again.
             Err(error) => leak(&self.memory, &error),

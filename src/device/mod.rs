@@ -102,6 +102,8 @@ struct Inner {
     /// Its windows, for the guard.
     group: Arc<Group>,
     absence: outage::Absence,
+    /// The process that opened it: see [`sys::fork::generation`].
+    generation: u32,
     info: DeviceInfo,
     transport: Arc<dyn Transport>,
 }
@@ -187,6 +189,7 @@ impl Device {
                 holders: Mutex::default(),
                 group: Arc::default(),
                 absence: outage::Absence::default(),
+                generation: sys::fork::generation(),
                 info,
                 transport,
             }),
@@ -463,6 +466,11 @@ impl Device {
 impl Inner {
     fn control_lock(&self) -> MutexGuard<'_, ()> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this is a child of `fork(2)`, and the device is its parent's.
+    fn is_inherited(&self) -> bool {
+        self.generation != sys::fork::generation()
     }
 
     fn holders(&self) -> MutexGuard<'_, Slab<Holder>> {

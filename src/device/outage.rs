@@ -16,6 +16,7 @@ use crate::transport::Transport;
 /// What a reset did to the windows of the devices, and to their peer-to-peer mappings. Its `Display` is a
 /// sentence.
 #[derive(Debug, Default)]
+#[must_use = "it has the errors: see is_over"]
 #[non_exhaustive]
 pub struct Outage {
     /// The windows that were revoked. A sealed window is not, and is an error here.
@@ -25,7 +26,8 @@ pub struct Outage {
     /// How many peer-to-peer mappings were unmapped, and mapped again at the same IOVA.
     pub remapped: usize,
     /// Peer-to-peer mappings that could not be unmapped, so that the other device reached this one meanwhile;
-    /// or that could not be mapped again: the other device does not reach this one any more.
+    /// or that could not be mapped again, with `Revoked` if their window is still revoked. The other device does
+    /// not reach this one until a later restore or reset maps them.
     pub lost: Vec<Error>,
 }
 
@@ -64,8 +66,13 @@ impl fmt::Display for Outage {
 pub(super) struct Absence {
     /// [`Reasons`] by which new windows are revoked. Changed while holders are locked.
     reasons: AtomicU8,
+    /// Locked before holders, and while windows are restored: whoever holds it and finds a window that is not
+    /// revoked, before and after it has looked at the pages, has seen those of the device.
     peers: Mutex<Slab<Arc<Peer>>>,
 }
+
+/// The device's peers, and the right to restore its windows.
+pub(super) struct Peers<'a>(MutexGuard<'a, Slab<Arc<Peer>>>);
 
 /// A window of a device, mapped for the DMA of another one.
 struct Peer {
@@ -91,15 +98,50 @@ impl Peer {
         Ok(())
     }
 
-    /// Maps it again. Returns whether that was needed.
+    /// Maps it again, unless its window is revoked. Returns whether that was needed. All peers are locked.
     fn map(&self) -> Result<bool> {
-        let mut mapped = self.mapped();
-        let needed = !*mapped;
-        if needed {
-            self.transport.dma_map(self.iova, &self.memory, self.access)?;
-            *mapped = true;
+        if *self.mapped() {
+            return Ok(false);
         }
-        Ok(needed)
+        self.check()?;
+        self.transport.dma_map(self.iova, &self.memory, self.access)?;
+        *self.mapped() = true;
+        // Windows are marked before their pages are replaced: it was the device that was mapped.
+        if let Err(error) = self.check() {
+            self.unmap()?;
+            return Err(error);
+        }
+        Ok(true)
+    }
+
+    /// Fails if the window is revoked.
+    fn check(&self) -> Result<()> {
+        match self.memory.owner().downcast_ref::<window::Inner>() {
+            Some(window) if window.mapping.control().is_revoked() => Err(revoked(window)),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cold]
+fn revoked(window: &window::Inner) -> Error {
+    let object = format!("a window of {}", window.device_inner().info.name);
+    Error::new(ErrorKind::Revoked, "map for DMA", object)
+        .with_reason("the window is revoked, and does not reach its device")
+        .with_advice("restore it first: Window::restore")
+}
+
+impl Peers<'_> {
+    /// Maps again those that are not mapped. Returns how many, and why others are not.
+    fn map(&self) -> (usize, Vec<Error>) {
+        let (mut remapped, mut lost) = (0, Vec::new());
+        for (_, peer) in self.0.iter() {
+            match peer.map() {
+                Ok(needed) => remapped += usize::from(needed),
+                Err(error) => lost.push(error),
+            }
+        }
+        (remapped, lost)
     }
 }
 
@@ -108,24 +150,54 @@ pub(super) struct PeerMapping {
     peer: Arc<Peer>,
     device: Arc<Inner>,
     slot: usize,
+    /// An error if the window was revoked while it was mapped: what is mapped may be other pages.
+    revoked: Option<Error>,
 }
 
 impl PeerMapping {
-    /// Whether the mapping still exists. It does not if a reset could not map it again.
-    pub(super) fn end(&self) -> bool {
-        // Removed first, so that a reset at the same time does not map it again.
-        self.device.peers().try_remove(self.slot);
-        *self.peer.mapped()
+    /// Whether it reached the window's device when it was mapped. Otherwise the caller ends it.
+    pub(super) fn check(&self) -> Result<()> {
+        self.revoked.clone().map_or(Ok(()), Err)
+    }
+
+    /// Unmaps it, unless a reset has, and could not map it again.
+    pub(super) fn end(&self) -> Result<()> {
+        // A reset at the same time waits until it is unmapped, or has unmapped it.
+        let mut peers = self.device.peers();
+        let result = self.peer.unmap();
+        peers.0.try_remove(self.slot);
+        result
     }
 }
 
 impl Inner {
-    fn peers(&self) -> MutexGuard<'_, Slab<Arc<Peer>>> {
-        self.absence.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    fn peers(&self) -> Peers<'_> {
+        Peers(self.absence.peers.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Restores windows by `restore`, and maps the peers again that had to wait for them. Returns why others
+    /// could not be mapped. Not for a child of `fork(2)`.
+    pub(super) fn restoring<T>(&self, restore: impl FnOnce() -> T) -> (T, Vec<Error>) {
+        let peers = self.peers();
+        let result = restore();
+        if !self.away().is_empty() {
+            return (result, Vec::new());
+        }
+        let (remapped, mut lost) = peers.map();
+        // Those of windows that are still revoked: their own restore maps them.
+        lost.retain(|error| error.kind() != ErrorKind::Revoked);
+        if remapped > 0 {
+            log::debug!("{}: mapped {remapped} peer-to-peer mappings again", self.info.name);
+        }
+        (result, lost)
     }
 
     fn away(&self) -> Reasons {
         Reasons::from_bits(self.absence.reasons.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn is_away_for(&self, reason: Reasons) -> bool {
+        self.away().contains(reason)
     }
 
     fn set_away(&self, reasons: Reasons) {
@@ -150,7 +222,7 @@ impl Inner {
             let _holders = self.holders();
             self.set_away(self.away().and(reason));
         }
-        for (_, peer) in peers.iter() {
+        for (_, peer) in peers.0.iter() {
             outage.lost.extend(peer.unmap().err());
         }
         drop(peers);
@@ -170,12 +242,9 @@ impl Inner {
         };
         outage.restored.append(self.each_window(None, |control| control.restore(reason)));
         if left.is_empty() {
-            for (_, peer) in peers.iter() {
-                match peer.map() {
-                    Ok(needed) => outage.remapped += usize::from(needed),
-                    Err(error) => outage.lost.push(error),
-                }
-            }
+            let (remapped, mut lost) = peers.map();
+            outage.remapped += remapped;
+            outage.lost.append(&mut lost);
         }
         drop(peers);
         if outage.is_over() {
@@ -187,7 +256,7 @@ impl Inner {
 
     /// Brings the device back if it is away for this reason.
     pub(super) fn end_outage(&self, reason: Reasons) {
-        if self.away().contains(reason) {
+        if self.is_away_for(reason) {
             self.bring_back(reason, &mut Outage::default());
         }
     }
@@ -208,15 +277,15 @@ pub(super) fn map_peer<T>(
         return Ok((map()?, None));
     };
     let device = window.device_inner();
-    // While it is held, the device is neither taken away nor brought back.
+    // While it is held, the device is neither taken away nor brought back, and no window of it is restored.
     let mut peers = device.peers();
-    if window.mapping.control().is_revoked() || !device.away().is_empty() {
-        let object = format!("a window of {}", device.info.name);
-        return Err(Error::new(ErrorKind::Revoked, "map for DMA", object)
-            .with_reason("the window is revoked, and does not reach its device")
-            .with_advice("restore it first: Window::restore"));
+    let is_revoked = || window.mapping.control().is_revoked();
+    if is_revoked() || !device.away().is_empty() {
+        return Err(revoked(window));
     }
     let mapped = map()?;
+    // Windows are marked before their pages are replaced.
+    let revoked = is_revoked().then(|| revoked(window));
     let peer = Arc::new(Peer {
         transport: transport.clone(),
         iova: iova_of(&mapped),
@@ -224,7 +293,7 @@ pub(super) fn map_peer<T>(
         access,
         mapped: Mutex::new(true),
     });
-    let slot = peers.insert(peer.clone());
+    let slot = peers.0.insert(peer.clone());
     drop(peers);
-    Ok((mapped, Some(PeerMapping { peer, device: device.clone(), slot })))
+    Ok((mapped, Some(PeerMapping { peer, device: device.clone(), slot, revoked })))
 }

@@ -98,15 +98,26 @@ impl Window {
     /// Restores the window: it reaches the device again, at the same addresses.
     ///
     /// A window that is not revoked stays as it is, and is no error. Memory that another process has truncated
-    /// is restored as far as it is still there.
+    /// is restored as far as it is still there. Peer-to-peer mappings that a reset could not map again, because
+    /// their window was revoked, are mapped again.
     ///
     /// # Errors
     /// `Revoked` while a call of this crate keeps the device away: a reset, [low power](super::LowPower), or
     /// memory decoding that [`Config::set_memory_decoding`](super::Config::set_memory_decoding) switched off.
     /// `Sealed`; `Gone` if the device was removed, its file has no byte of the window left, or in a child of
-    /// `fork(2)`; the kernel's error. The window stays revoked then.
+    /// `fork(2)`; the kernel's error. The window stays revoked then. That of a peer-to-peer mapping that could not
+    /// be mapped again: the window is restored then, and the next restore tries again.
     pub fn restore(&self) -> Result<StateReport> {
-        restore(&self.inner.device(), self.control())
+        if self.inner.mapping.is_inherited() {
+            // It fails, and waits for no lock.
+            return self.control().restore(RESTORABLE);
+        }
+        let device = self.inner.device();
+        let (result, lost) = device.inner.restoring(|| restore(&device, self.control()));
+        match lost.into_iter().next() {
+            Some(error) if result.is_ok() => Err(error),
+            _ => result,
+        }
     }
 
     /// Seals the window (`mseal(2)`, Linux 6.10): nothing in this process can unmap it, move it, revoke it or
@@ -203,7 +214,8 @@ fn restore(device: &Device, control: &Control) -> Result<StateReport> {
 pub struct WindowChanges {
     /// A report for each window, in no particular order.
     pub reports: Vec<StateReport>,
-    /// An error for each window that could not be changed: sealed ones, and those that the kernel refused.
+    /// An error for each window that could not be changed: sealed ones, and those that the kernel refused. After a
+    /// restore also for each peer-to-peer mapping that could not be mapped again: see [`Window::restore`].
     pub errors: Vec<Error>,
 }
 
@@ -257,8 +269,7 @@ impl Region<'_> {
 
     /// Restores all windows over the region: see [`Window::restore`].
     pub fn restore(&self) -> WindowChanges {
-        let device = self.device();
-        device.inner.each_window(Some(self.index()), |control| restore(device, control))
+        self.device().restore_windows(Some(self.index()))
     }
 }
 
@@ -270,7 +281,17 @@ impl Device {
 
     /// Restores all windows of the device: see [`Window::restore`].
     pub fn restore(&self) -> WindowChanges {
-        self.inner.each_window(None, |control| restore(self, control))
+        self.restore_windows(None)
+    }
+
+    fn restore_windows(&self, of: Option<u32>) -> WindowChanges {
+        let restore = || self.inner.each_window(of, |control| restore(self, control));
+        if self.inner.is_inherited() {
+            return restore();
+        }
+        let (mut changes, mut lost) = self.inner.restoring(restore);
+        changes.errors.append(&mut lost);
+        changes
     }
 
     /// An eventfd that becomes readable when the [guard](crate::space::FaultGuard) contains a fault in a window
@@ -285,13 +306,20 @@ impl Device {
 }
 
 impl Inner {
-    /// Does something to each window, of one region or of all.
+    /// Does something to each window, of one region or of all. An error in a child of `fork(2)`.
     pub(super) fn each_window(
         &self,
         of: Option<u32>,
         act: impl Fn(&Control) -> Result<StateReport>,
     ) -> WindowChanges {
         let mut changes = WindowChanges::default();
+        if self.is_inherited() {
+            // The locks may be held for ever by a thread that only the parent has.
+            let error = Error::new(ErrorKind::Gone, "change the windows of", &self.info.name)
+                .with_reason("children of fork do not inherit windows");
+            changes.add(Err(error));
+            return changes;
+        }
         // A window is in this list until it is about to be unmapped, and cannot leave it meanwhile.
         for (_, holder) in self.holders().iter() {
             if let Holder::Window { region, control, .. } = holder

@@ -48,12 +48,15 @@ pub(super) struct Inner {
     /// The offset of the window in its first page, in bytes.
     skip: usize,
     size: usize,
-    /// The window's key among the holders of the device.
+    /// The window's key among the holders of the device, or [`NO_SLOT`].
     slot: usize,
     /// The names of the register blocks that hold the window.
     blocks: Mutex<Slab<&'static str>>,
     device: Arc<DeviceInner>,
 }
+
+/// The key of a window that is no holder any more.
+const NO_SLOT: usize = usize::MAX;
 
 impl Drop for Inner {
     fn drop(&mut self) {
@@ -259,7 +262,17 @@ impl Window {
                 return Err(StillMapped { error, window: Some(Window { inner }) });
             }
         };
-        inner.mapping.vacate().map_err(|error| {
+        // Who changes all windows of the device must not find this one unmapped. In a child of fork, nobody does,
+        // and it is not unmapped.
+        let mut holders = (!inner.mapping.is_inherited()).then(|| inner.device.holders());
+        let result = inner.mapping.vacate();
+        if let Some(holders) = &mut holders
+            && inner.mapping.is_unmapped()
+        {
+            holders.try_remove(std::mem::replace(&mut inner.slot, NO_SLOT));
+        }
+        drop(holders);
+        result.map_err(|error| {
             let gone = inner.mapping.is_unmapped();
             StillMapped { error, window: (!gone).then(|| Window { inner: Arc::new(inner) }) }
         })
@@ -426,7 +439,7 @@ mod tests {
     use crate::transport::MemoryDevice;
 
     #[test]
-    fn a_child_drops_a_window_without_its_devices_lock() {
+    fn a_child_drops_and_keeps_windows_without_the_devices_lock() {
         let device = Device::new(Arc::new(MemoryDevice::new(4096).unwrap()));
         let mut window = Some(device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap());
         let holders = device.inner.holders();
@@ -434,6 +447,18 @@ mod tests {
         let dropped = unsafe { fork::holds_in_child(|| window.take().map(drop).is_some()) };
         drop(holders);
         assert!(dropped);
+        let lock = device.inner.holders();
+        let inherited = |error: &Error| error.kind() == ErrorKind::Gone;
+        let refuses = || {
+            let changes = [device.revoke(), device.restore(), device.bar(0).unwrap().revoke()];
+            let verbs = window.iter().flat_map(|window| [window.revoke(), window.restore()]);
+            changes.iter().all(|changes| changes.errors.iter().any(inherited))
+                && verbs.filter_map(Result::err).filter(inherited).count() == 2
+        };
+        // SAFETY: as above.
+        let refused = unsafe { fork::holds_in_child(refuses) };
+        drop(lock);
+        assert!(refused);
         assert!(window.is_some_and(|window| window.register::<u32>(0).is_ok()));
     }
 }

@@ -2,6 +2,7 @@
 
 mod guard;
 mod other_handlers;
+mod peers;
 mod races;
 #[cfg(feature = "emulated")]
 mod server_gone;

@@ -77,6 +77,26 @@ fn a_bar_and_a_device_are_revoked_as_a_whole() {
 }
 
 #[test]
+fn windows_that_end_meanwhile_are_no_errors() {
+    let (device, _files) = device();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _stop = StopAtEnd(&stop);
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let window = device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
+                drop(window.into_reservation().unwrap());
+            }
+        });
+        for _ in 0..5000 {
+            for changes in [device.revoke(), device.restore()] {
+                assert!(changes.errors.is_empty(), "{changes}");
+            }
+        }
+    });
+}
+
+#[test]
 fn verbs_on_a_revoked_window_answer_that_it_is() {
     let (device, _files) = device();
     let mut window = device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();

@@ -1,0 +1,312 @@
+//! Peer-to-peer mappings of windows, while their device is away and while they are revoked.
+
+#![expect(unsafe_code, reason = "a model reads the pages that it is given")]
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vfio_remap::device::{DmaMapping, IovaPlacement};
+use vfio_remap::space::{Access, DmaMemory};
+use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionFile, RegionInfo, Transport};
+use vfio_remap::{Device, Error, ErrorKind, Placement, Result, Window};
+
+use super::truncatable::Truncatable;
+
+type Hook = Box<dyn FnOnce() + Send>;
+
+/// What happens to a target and its peer, in order.
+#[derive(Clone, Debug, Default)]
+struct Log(Arc<Mutex<Vec<String>>>);
+
+impl Log {
+    fn add(&self, what: impl Into<String>) {
+        self.0.lock().unwrap().push(what.into());
+    }
+
+    /// What happened since the last time.
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+/// Runs once, in a call that a test waits for.
+#[derive(Default)]
+struct Once(Mutex<Option<Hook>>);
+
+impl fmt::Debug for Once {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Once")
+    }
+}
+
+impl Once {
+    fn set(&self, hook: impl FnOnce() + Send + 'static) {
+        *self.0.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    fn run(&self) {
+        let hook = self.0.lock().unwrap().take();
+        if let Some(hook) = hook {
+            hook();
+        }
+    }
+}
+
+/// A PCI device whose windows are mapped for the DMA of [`Peer`].
+#[derive(Debug)]
+struct Target {
+    memory: Truncatable,
+    config: Mutex<[u8; 256]>,
+    /// Whether it refuses writes to configuration space.
+    refuses: Mutex<bool>,
+    log: Log,
+    /// During a hot reset.
+    during: Once,
+}
+
+impl Target {
+    fn new(log: &Log) -> Arc<Self> {
+        let mut config = [0; 256];
+        config[..4].copy_from_slice(&[0x34, 0x12, 0xe8, 0x11]);
+        let (memory, config) = (Truncatable::new(), Mutex::new(config));
+        let log = log.clone();
+        Arc::new(Self { memory, config, refuses: Mutex::default(), log, during: Once::default() })
+    }
+}
+
+impl Transport for Target {
+    fn info(&self) -> DeviceInfo {
+        let mut info = DeviceInfo::new("target", 8);
+        (info.pci, info.resettable) = (true, true);
+        info
+    }
+
+    fn region(&self, index: u32) -> Result<RegionInfo> {
+        if index == 7 { Ok(RegionInfo::trapped(256)) } else { self.memory.region(index) }
+    }
+
+    fn read_at(&self, _: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        data.copy_from_slice(&self.config.lock().unwrap()[offset as usize..][..data.len()]);
+        Ok(())
+    }
+
+    fn write_at(&self, _: u32, offset: u64, data: &[u8]) -> Result<()> {
+        if *self.refuses.lock().unwrap() {
+            return Err(Error::new(ErrorKind::Refused, "write", "it"));
+        }
+        self.config.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn backing(&self, index: u32) -> Result<RegionFile> {
+        self.memory.backing(index)
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.log.add("reset");
+        Ok(())
+    }
+
+    fn hot_reset(&self, _: &[&dyn Transport]) -> Result<()> {
+        self.during.run();
+        self.log.add("hot reset");
+        Ok(())
+    }
+
+    fn enter_low_power(&self, _: Option<BorrowedFd<'_>>) -> Result<()> {
+        self.log.add("sleep");
+        Ok(())
+    }
+
+    fn exit_low_power(&self) -> Result<()> {
+        self.log.add("wake");
+        Ok(())
+    }
+}
+
+/// A device that reaches the windows of others.
+#[derive(Debug)]
+struct Peer {
+    log: Log,
+    before_map: Once,
+    unmapping: Once,
+}
+
+impl Peer {
+    fn new(log: &Log) -> Arc<Self> {
+        let log = log.clone();
+        Arc::new(Self { log, before_map: Once::default(), unmapping: Once::default() })
+    }
+}
+
+impl Transport for Peer {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo::new("peer", 0)
+    }
+
+    fn region(&self, index: u32) -> Result<RegionInfo> {
+        Err(Error::new(ErrorKind::NotFound, "find", format!("region {index}")))
+    }
+
+    fn read_at(&self, region: u32, _: u64, _: &mut [u8]) -> Result<()> {
+        self.region(region).map(drop)
+    }
+
+    fn write_at(&self, region: u32, _: u64, _: &[u8]) -> Result<()> {
+        self.region(region).map(drop)
+    }
+
+    fn dma_limits(&self) -> Result<DmaLimits> {
+        Ok(DmaLimits::new(vec![0x1000..=0xf_ffff], 4096))
+    }
+
+    /// The pages that are there are the ones that it reaches from now on.
+    fn dma_map(&self, iova: u64, memory: &DmaMemory, _: Access) -> Result<()> {
+        self.before_map.run();
+        // SAFETY: the window is mapped while its memory is, and is read as one aligned word.
+        let shown =
+            unsafe { std::ptr::with_exposed_provenance::<u32>(memory.address()).read_volatile() };
+        self.log.add(format!("map {shown:#x} at {iova:#x}"));
+        Ok(())
+    }
+
+    fn dma_unmap(&self, iova: u64, _: u64) -> Result<()> {
+        self.unmapping.run();
+        self.log.add(format!("unmap {iova:#x}"));
+        Ok(())
+    }
+}
+
+/// A target, one of its windows, and a device that reaches it.
+struct Pair {
+    log: Log,
+    target: Device,
+    target_transport: Arc<Target>,
+    window: Window,
+    peer: Device,
+    peer_transport: Arc<Peer>,
+}
+
+const IOVA: u64 = 0x4000;
+const MAPPED: &str = "map 0xda7a at 0x4000";
+const UNMAPPED: &str = "unmap 0x4000";
+
+impl Pair {
+    fn new() -> Self {
+        let log = Log::default();
+        let (target_transport, peer_transport) = (Target::new(&log), Peer::new(&log));
+        let target = Device::new(target_transport.clone());
+        let window = target.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
+        window.register::<u32>(0).unwrap().write(0xda7a);
+        let peer = Device::new(peer_transport.clone());
+        Self { log, target, target_transport, window, peer, peer_transport }
+    }
+
+    fn map(&self) -> Result<DmaMapping> {
+        let placement = IovaPlacement::At(vfio_remap::device::Iova(IOVA));
+        self.peer.dma().unwrap().map(self.window.dma_memory(), placement, Access::ReadWrite)
+    }
+}
+
+#[test]
+fn peers_are_unmapped_while_their_target_is_away() {
+    let pair = Pair::new();
+    let mapping = pair.map().unwrap();
+    assert_eq!(pair.log.take(), [MAPPED]);
+    let outage = pair.target.reset().unwrap();
+    assert!(outage.is_over() && outage.remapped == 1, "{outage}");
+    assert_eq!(pair.log.take(), [UNMAPPED, "reset", MAPPED]);
+    let asleep = pair.target.low_power().unwrap();
+    assert_eq!(pair.log.take(), [UNMAPPED, "sleep"]);
+    assert_eq!(pair.map().unwrap_err().kind(), ErrorKind::Revoked);
+    assert!(pair.target.reset().unwrap().is_over());
+    assert_eq!(pair.log.take(), ["reset"], "it sleeps");
+    drop(asleep);
+    assert_eq!(pair.log.take(), ["wake", MAPPED]);
+    let asleep = pair.target.low_power().unwrap();
+    drop(mapping);
+    drop(asleep);
+    assert_eq!(pair.log.take(), [UNMAPPED, "sleep", "wake"], "it is mapped no more");
+    drop(pair.map().unwrap());
+    assert_eq!(pair.log.take(), [MAPPED, UNMAPPED]);
+}
+
+#[test]
+fn peers_of_a_revoked_window_wait_until_it_is_restored() {
+    type Restore = fn(&Pair);
+    let ways: [Restore; 3] = [
+        |pair| drop(pair.window.restore().unwrap()),
+        |pair| drop(pair.target.bar(0).unwrap().restore().into_result().unwrap()),
+        |pair| drop(pair.target.restore().into_result().unwrap()),
+    ];
+    for restore in ways {
+        let pair = Pair::new();
+        let mapping = pair.map().unwrap();
+        pair.window.revoke().unwrap();
+        assert_eq!(pair.log.take(), [MAPPED], "it still reaches the device");
+        let outage = pair.target.reset().unwrap();
+        assert_eq!(pair.log.take(), [UNMAPPED, "reset"]);
+        assert!(outage.remapped == 0 && !outage.is_over(), "{outage}");
+        let lost: Vec<_> = outage.lost.iter().map(Error::kind).collect();
+        assert_eq!(lost, [ErrorKind::Revoked]);
+        restore(&pair);
+        assert_eq!(pair.log.take(), [MAPPED]);
+        restore(&pair);
+        assert_eq!(pair.log.take(), [""; 0]);
+        drop(mapping);
+        assert_eq!(pair.log.take(), [UNMAPPED]);
+    }
+}
+
+#[test]
+fn a_window_revoked_while_it_is_mapped_for_dma_is_unmapped() {
+    let pair = Pair::new();
+    let revoke = |pair: &Pair| {
+        let window = pair.window.clone();
+        pair.peer_transport.before_map.set(move || drop(window.revoke().unwrap()));
+    };
+    revoke(&pair);
+    assert_eq!(pair.map().unwrap_err().kind(), ErrorKind::Revoked);
+    const OTHER: &str = "map 0xffffffff at 0x4000";
+    assert_eq!(pair.log.take(), [OTHER, UNMAPPED]);
+    pair.window.restore().unwrap();
+    // Its address is free again.
+    let mapping = pair.map().unwrap();
+    assert_eq!(pair.log.take(), [MAPPED]);
+    // And when it is mapped again.
+    revoke(&pair);
+    let outage = pair.target.reset().unwrap();
+    assert_eq!(outage.lost[0].kind(), ErrorKind::Revoked, "{outage}");
+    assert_eq!(pair.log.take(), [UNMAPPED, "reset", OTHER, UNMAPPED]);
+    pair.window.restore().unwrap();
+    assert_eq!(pair.log.take(), [MAPPED]);
+    drop(mapping);
+    assert_eq!(pair.log.take(), [UNMAPPED]);
+}
+
+/// Gives the other thread time to do what it must not do yet.
+const WHILE: Duration = Duration::from_millis(200);
+
+#[test]
+fn a_reset_waits_for_a_peer_that_is_being_unmapped() {
+    let pair = Pair::new();
+    let mapping = pair.map().unwrap();
+    let (send, done) = channel();
+    let target = pair.target.clone();
+    pair.peer_transport.unmapping.set(move || {
+        let (sent, reset) = channel();
+        let thread = std::thread::spawn(move || {
+            let outage = target.reset();
+            let _ = sent.send(());
+            outage
+        });
+        let _ = reset.recv_timeout(WHILE);
+        send.send(thread).unwrap();
+    });
+    drop(mapping);
+    assert!(done.recv().unwrap().join().unwrap().unwrap().is_over());
+    assert_eq!(pair.log.take(), [MAPPED, UNMAPPED, "reset"]);
+}
