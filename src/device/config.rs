@@ -324,9 +324,10 @@ impl<'d> Config<'d> {
             device.end_outage(DECODING);
             return Ok(());
         }
+        let was_off = device.is_away_for(DECODING);
         let mut outage = device.take_away(DECODING);
         let result = self.change_bits(COMMAND, bit, on);
-        if result.is_err() {
+        if result.is_err() && !was_off {
             device.bring_back(DECODING, &mut outage);
         }
         result

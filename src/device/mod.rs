@@ -375,9 +375,14 @@ impl Device {
     /// `NotOwned` with the devices that prevent the reset, and why; nothing is reset then. `Unsupported` if
     /// there is no such reset; `InUse` if a device was being accessed; the kernel's error.
     pub fn hot_reset(&self, others: &[&Device]) -> Result<Outage> {
-        let mut outages = Vec::with_capacity(1 + others.len());
-        for device in [self].iter().chain(others) {
-            outages.push((&device.inner, device.inner.take_away(revocation::RESET)));
+        let mut devices: Vec<_> = [self].iter().chain(others).map(|device| &device.inner).collect();
+        // Locked in the same order by all, and each of them once.
+        devices.sort_by_key(|inner| Arc::as_ptr(inner));
+        devices.dedup_by_key(|inner| Arc::as_ptr(inner));
+        let _each: Vec<_> = devices.iter().map(|inner| inner.control_lock()).collect();
+        let mut outages = Vec::with_capacity(devices.len());
+        for device in &devices {
+            outages.push((device, device.take_away(revocation::RESET)));
         }
         let others: Vec<_> = others.iter().map(|device| device.transport()).collect();
         let result = self.inner.transport.hot_reset(&others);

@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vfio_remap::device::{DmaMapping, IovaPlacement};
+use vfio_remap::device::{DmaMapping, IovaPlacement, Revoked};
 use vfio_remap::space::{Access, DmaMemory};
 use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionFile, RegionInfo, Transport};
 use vfio_remap::{Device, Error, ErrorKind, Placement, Result, Window};
@@ -309,4 +309,48 @@ fn a_reset_waits_for_a_peer_that_is_being_unmapped() {
     drop(mapping);
     assert!(done.recv().unwrap().join().unwrap().unwrap().is_over());
     assert_eq!(pair.log.take(), [MAPPED, UNMAPPED, "reset"]);
+}
+
+#[test]
+fn a_reset_waits_for_a_hot_reset_of_the_same_device() {
+    let (one, other) = (Pair::new(), Pair::new());
+    let (send, done) = channel();
+    let (target, log) = (other.target.clone(), one.log.clone());
+    let window = other.window.clone();
+    one.target_transport.during.set(move || {
+        let (sent, reset) = channel();
+        let thread = std::thread::spawn(move || {
+            let outage = target.reset();
+            log.add("reset");
+            let _ = sent.send(());
+            outage
+        });
+        let _ = reset.recv_timeout(WHILE);
+        assert_eq!(window.revoked(), Some(Revoked::Reset), "a reset is going on");
+        send.send(thread).unwrap();
+    });
+    // Each counts once, however often it is named.
+    let outage = one.target.hot_reset(&[&other.target, &one.target, &other.target]).unwrap();
+    assert!(outage.is_over() && outage.restored.changed() == 2, "{outage}");
+    assert!(done.recv().unwrap().join().unwrap().unwrap().is_over());
+    assert_eq!(one.log.take(), ["hot reset", "reset"]);
+    assert!(!one.window.is_revoked() && !other.window.is_revoked());
+}
+
+#[test]
+fn decoding_that_was_off_stays_off_when_a_call_fails() {
+    let pair = Pair::new();
+    let config = pair.target.config().unwrap();
+    let refuses = |refuses| *pair.target_transport.refuses.lock().unwrap() = refuses;
+    refuses(true);
+    config.set_memory_decoding(false).unwrap_err();
+    assert!(!pair.window.is_revoked(), "it is as before");
+    refuses(false);
+    config.set_memory_decoding(false).unwrap();
+    refuses(true);
+    config.set_memory_decoding(false).unwrap_err();
+    assert_eq!(pair.window.revoked(), Some(Revoked::DecodingOff));
+    refuses(false);
+    config.set_memory_decoding(true).unwrap();
+    assert!(!pair.window.is_revoked());
 }
