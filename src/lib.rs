@@ -93,7 +93,7 @@
 //! window.register::<u32>(0x98)?.write(1);
 //! assert_eq!(vectors.wait(0, Duration::from_secs(1))?, 1);
 //!
-//! device.reset()?;
+//! assert!(device.reset()?.is_over());
 //! drop((window, buffer, vectors, events));
 //! device.close()?;
 //! # Ok::<(), vfio_remap::Error>(())

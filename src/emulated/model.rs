@@ -56,7 +56,7 @@ use crate::transport::{IrqInfo, RegionInfo, region_index};
 /// let device = Device::new(std::sync::Arc::new(Emulated::new(Counter(0))?));
 /// let register = device.bar(0)?.trapped_register::<u32>(0)?;
 /// assert_eq!((register.read()?, register.read()?), (1, 2));
-/// device.reset()?;
+/// assert!(device.reset()?.is_over());
 /// assert_eq!(register.read()?, 1);
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```

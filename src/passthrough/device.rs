@@ -10,7 +10,7 @@ use super::interrupts::{Interrupts, Message};
 use super::msix::{MsixTable, Reached};
 use super::span::{SlotMemory, SpanId};
 use crate::Device;
-use crate::device::{DmaSpace, Interrupt, StillInUse};
+use crate::device::{DmaSpace, Interrupt, Outage, StillInUse};
 use crate::error::Result;
 use crate::space::Report;
 
@@ -260,12 +260,13 @@ impl<S> GuestDevice<S> {
         }
     }
 
-    /// Performs [`Action::Reset`]: resets the device, and enables its memory decoding again.
+    /// Performs [`Action::Reset`]: resets the device, and enables its memory decoding again. The answer names the
+    /// windows that do not reach the device any more, and the peer-to-peer mappings that are lost.
     ///
     /// # Errors
     /// As [`Device::reset`].
-    pub fn reset(&mut self) -> Result<()> {
-        let done = self.device.reset().and_then(|_| self.enable_decoding());
+    pub fn reset(&mut self) -> Result<Outage> {
+        let done = self.device.reset().and_then(|outage| self.enable_decoding().map(|()| outage));
         self.interrupts.set_up_intx(&self.device);
         done
     }

@@ -32,7 +32,7 @@
 //!                 println!("{:#x} of the guest is at {:#x}", memory.guest, memory.host);
 //!                 slots.next().ok_or(vfio_remap::Error::from_errno(28, "add", "a slot"))
 //!             })?,
-//!             Action::Reset => guest.reset()?,
+//!             Action::Reset => println!("{}", guest.reset()?),
 //!             other => println!("{other:?}"),
 //!         }
 //!     }

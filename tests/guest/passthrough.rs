@@ -63,7 +63,7 @@ impl Monitor {
                 Action::Reset => {
                     assert!(slots.is_empty());
                     self.resets += 1;
-                    guest.reset().unwrap();
+                    assert!(guest.reset().unwrap().is_over());
                 }
                 // The test reads the eventfds itself.
                 _ => {}

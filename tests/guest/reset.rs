@@ -57,7 +57,7 @@ fn a_window_reaches_its_device_after_a_function_reset() {
         let window = lab::map_all(&device, 0);
         let vet = window.register(VET).unwrap();
         vet.write(0x1234u32);
-        device.reset().unwrap();
+        assert!(device.reset().unwrap().is_over());
         assert_eq!(vet.read() & 0xffff, VET_AFTER_RESET);
         drop((vet, window));
         device.close().unwrap();
@@ -87,12 +87,12 @@ fn a_hot_reset_resets_both_functions_behind_a_port() {
             let words = format!("{}, which this process has open", lab::address("twin1"));
             assert!(error.to_string().contains(&words), "{error}");
             assert_eq!((one.vet(), other.vet()), (0x1234, 0x1234));
-            one.device.hot_reset(&[&other.device]).unwrap();
+            assert!(one.device.hot_reset(&[&other.device]).unwrap().is_over());
             assert_eq!((one.vet(), other.vet()), (VET_AFTER_RESET, VET_AFTER_RESET));
             other.mark();
             one.close();
             // One that is not open, and whose group is ours, is reset along.
-            other.device.hot_reset(&[]).unwrap();
+            assert!(other.device.hot_reset(&[]).unwrap().is_over());
             assert_eq!(other.vet(), VET_AFTER_RESET);
             other.close();
         });

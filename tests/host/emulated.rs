@@ -86,7 +86,7 @@ fn a_reset_ends_decoding_and_bus_mastering_but_no_mapping() {
     for _ in 0..2 {
         config.set_memory_decoding(true).unwrap();
         config.set_bus_mastering(true).unwrap();
-        device.reset().unwrap();
+        assert!(device.reset().unwrap().is_over());
         assert!(!config.memory_decoding().unwrap() && !config.bus_mastering().unwrap());
         assert_eq!(space.mapping_count(), 1);
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use vfio_remap::device::{Events, GuestMapping};
+use vfio_remap::device::{Events, GuestMapping, Outage};
 use vfio_remap::emulated::nvme::Namespace;
 use vfio_remap::emulated::{Edu, Emulated, Nvme};
 use vfio_remap::passthrough::{Action, Apertures, GuestDevice};
@@ -41,7 +41,8 @@ impl Passed {
     ) -> Result<(Self, Option<Events>)> {
         let device = open(source)?;
         if device.info().resettable && !device.info().reset_at_open {
-            device.reset()?;
+            let outage = device.reset()?;
+            report(&device, &outage);
         }
         let memory = device.dma()?.map_guest(&machine.memory, Access::ReadWrite)?;
         let events = match device.events() {
@@ -97,7 +98,11 @@ impl Passed {
             Action::DisconnectIntx => {
                 self.intx.take().map_or(Ok(()), |interrupt| machine.disconnect(interrupt))
             }
-            Action::Reset => Ok(guest.reset()?),
+            Action::Reset => {
+                let outage = guest.reset()?;
+                report(guest.device(), &outage);
+                Ok(())
+            }
             other => bail!("{other:?} is not known here"),
         }
     }
@@ -108,6 +113,13 @@ impl Passed {
         self.perform(machine, actions);
         drop(self.memory);
         Ok(self.guest.close()?)
+    }
+}
+
+/// Says what a reset has taken from the device for good.
+fn report(device: &Device, outage: &Outage) {
+    if !outage.is_over() {
+        eprintln!("vmm: {}: {outage}", device.name());
     }
 }
 

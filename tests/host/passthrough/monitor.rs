@@ -85,7 +85,7 @@ impl Monitor {
                 Action::DisconnectIntx => assert!(std::mem::take(&mut self.intx)),
                 Action::Reset => {
                     assert!(self.slots.is_empty() && self.connected.is_empty());
-                    self.guest.reset().unwrap();
+                    assert!(self.guest.reset().unwrap().is_over());
                 }
                 other => panic!("{other:?}"),
             }
