@@ -284,8 +284,8 @@ impl ArenaMapping {
     fn whole(self) -> Allocation {
         let (first, iova) = (self.memory.first(), self.mapping.iova());
         let size = self.memory.size();
-        let huge_pages_refused = None;
-        Allocation { mapping: Arc::new(self), first, iova, size, huge_pages_refused }
+        let (space, huge_pages_refused) = (self.mapping.address_space(), None);
+        Allocation { mapping: Arc::new(self), first, iova, size, space, huge_pages_refused }
     }
 
     /// Allocates a part, if there is room.
@@ -304,8 +304,9 @@ impl ArenaMapping {
         // SAFETY: the range was free, so it lies in the mapping, and `offset` in its memory.
         let first = unsafe { self.memory.first().add(offset) };
         let (mapping, iova) = (self.clone(), Iova(start));
-        let huge_pages_refused = None;
-        let allocation = Allocation { mapping, first, iova, size: wanted.size, huge_pages_refused };
+        let (space, huge_pages_refused) = (self.mapping.address_space(), None);
+        let size = wanted.size;
+        let allocation = Allocation { mapping, first, iova, size, space, huge_pages_refused };
         allocation.clear(used);
         Some(allocation)
     }
@@ -322,6 +323,8 @@ pub(super) struct Allocation {
     first: NonNull<u8>,
     iova: Iova,
     size: usize,
+    /// The address space that it is mapped in: a copy, because drivers ask for each transfer.
+    space: AddressSpaceId,
     /// Why it has no huge pages although they were requested.
     pub(super) huge_pages_refused: Option<Error>,
 }
@@ -345,9 +348,9 @@ impl Allocation {
         self.size
     }
 
-    /// The address space that it is mapped in.
+    #[inline]
     pub(super) fn address_space(&self) -> AddressSpaceId {
-        self.mapping.mapping.address_space()
+        self.space
     }
 
     /// Whether it consists of pages of 2 MiB.

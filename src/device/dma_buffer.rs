@@ -184,6 +184,7 @@ impl DmaBuffer {
     /// The address space that it is mapped in. All devices in this address space reach it at its
     /// [`iova`](Self::iova). For any other device that address is not mapped, or is other memory: before you give
     /// a buffer to a device, compare this with [`DmaSpace::address_space`].
+    #[inline]
     pub fn address_space(&self) -> AddressSpaceId {
         self.allocation.address_space()
     }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vfio_remap::transport::AddressSpaceId;
 use vfio_remap::{Error, Result};
 
 use super::controller::{Condition, Controller};
@@ -43,6 +44,8 @@ pub struct IoQueue {
     ended: VecDeque<Completion>,
     pub(super) controller: Arc<Controller>,
     pub(super) max_transfer: usize,
+    /// The address space that the controller reaches.
+    pub(super) space: AddressSpaceId,
     id: u16,
     vector: Option<usize>,
     spin: Spin,
@@ -82,6 +85,7 @@ impl IoQueue {
         Ok(Self {
             ended: VecDeque::with_capacity(usize::from(entries)),
             pair,
+            space: controller.space().address_space(),
             controller,
             max_transfer,
             id,

@@ -22,8 +22,9 @@ impl IoQueue {
     ///
     /// # Errors
     /// `Unaligned` if the buffer is not a whole number of blocks or does not begin at a multiple of four bytes;
-    /// `OutOfRange` if the blocks leave the namespace or exceed the largest transfer; `InUse` if the queue is
-    /// full; the error that made the queue fail. The error returns the buffer.
+    /// `OutOfRange` if the blocks leave the namespace or exceed the largest transfer; `Unsupported` if the buffer is
+    /// in an address space that the controller does not reach ([`DmaBuffer::address_space`]); `InUse` if the queue
+    /// is full; the error that made the queue fail. The error returns the buffer.
     #[inline(always)]
     pub fn read(&mut self, of: &Namespace, block: u64, buffer: DmaBuffer, tag: u64) -> Submitted {
         self.transfer(io::READ, of, block, buffer, tag)
@@ -57,6 +58,7 @@ impl IoQueue {
         let is_usual = last_byte < self.max_transfer
             && size & (namespace.block_size() - 1) == 0
             && namespace.block_count().checked_sub(block).is_some_and(|left| more < left)
+            && buffer.address_space() == self.space
             && self.pair.is_ready(iova, size);
         if !is_usual {
             return self.transfer_checked(opcode, namespace, block, buffer, tag);
@@ -97,7 +99,7 @@ impl IoQueue {
     ///
     /// # Errors
     /// As [`write_zeroes`](Self::write_zeroes), but for up to 2^32 - 1 blocks; `OutOfRange` if `scratch` is too
-    /// small.
+    /// small; `Unsupported` if it is in an address space that the controller does not reach.
     pub fn deallocate(
         &mut self,
         of: &Namespace,
@@ -108,6 +110,10 @@ impl IoQueue {
     ) -> Submitted {
         if !self.controller.identity().has_deallocate {
             return Err(unsupported("deallocate blocks of", of, Some(scratch)));
+        }
+        if scratch.address_space() != self.space {
+            let error = self.foreign("deallocate blocks of", format!("namespace {}", of.id()));
+            return Err(SubmitError { error, buffer: Some(scratch) });
         }
         let fits = scratch.size() >= RANGE && scratch.iova().0 & 3 == 0;
         let (true, true, Ok(len)) = (fits, within(of, block, count), u32::try_from(count)) else {
@@ -155,7 +161,8 @@ impl IoQueue {
         let count = (size / block_size) as u64;
         let fits = within(namespace, block, count) && size <= self.max_transfer;
         let aligned = size.is_multiple_of(block_size) && buffer.iova().0 & 3 == 0;
-        if fits && aligned && self.pair.has_room() {
+        let is_ours = buffer.address_space() == self.space;
+        if fits && aligned && is_ours && self.pair.has_room() {
             let command = Command::new(opcode, namespace.id()).blocks(block, count - 1);
             self.pair.put(command, Some(buffer), tag);
             return Ok(());
@@ -182,6 +189,8 @@ impl IoQueue {
             outside(operation, namespace, block, count)
         } else if buffer.iova().0 & 3 != 0 {
             error(ErrorKind::Unaligned, "its address is not a multiple of four".to_owned())
+        } else if buffer.address_space() != self.space {
+            self.foreign(operation, object())
         } else {
             match &self.failed {
                 Some(error) => error.clone(),
@@ -189,6 +198,18 @@ impl IoQueue {
                     .with_advice("take completions first"),
             }
         }
+    }
+
+    /// The error for a buffer that the controller does not reach.
+    #[cold]
+    fn foreign(&self, operation: &'static str, object: String) -> Error {
+        let name = self.controller.name();
+        Error::new(ErrorKind::Unsupported, operation, object)
+            .with_reason(format!("the buffer is in an address space that {name} does not reach"))
+            .with_advice(
+                "use a buffer of this controller (Controller::buffer), or open the devices in one address space \
+                 (Device::open_beside, Emulated::beside)",
+            )
     }
 }
 

@@ -38,21 +38,21 @@ fn done(queue: &mut IoQueue) -> Completion {
     done
 }
 
-fn write(queue: &mut IoQueue, to: &Namespace, block: u64, buffer: DmaBuffer) -> DmaBuffer {
+pub fn write(queue: &mut IoQueue, to: &Namespace, block: u64, buffer: DmaBuffer) -> DmaBuffer {
     queue.write(to, block, buffer, 7).unwrap();
     let Completion { tag, status, buffer, .. } = done(queue);
     assert_eq!((tag, status), (7, Status::SUCCESS));
     buffer.unwrap()
 }
 
-fn read(queue: &mut IoQueue, of: &Namespace, block: u64, buffer: DmaBuffer) -> DmaBuffer {
+pub fn read(queue: &mut IoQueue, of: &Namespace, block: u64, buffer: DmaBuffer) -> DmaBuffer {
     queue.read(of, block, buffer, 8).unwrap();
     let Completion { tag, status, buffer, .. } = done(queue);
     assert_eq!((tag, status), (8, Status::SUCCESS));
     buffer.unwrap()
 }
 
-fn pattern(len: usize, seed: usize) -> Vec<u8> {
+pub fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|n| (n * 7 + n / 251 + seed) as u8).collect()
 }
 

@@ -1,5 +1,6 @@
 //! The driver on models in this process.
 
+mod address_spaces;
 mod bad_input;
 mod commands;
 mod fault_worker;
