@@ -15,9 +15,11 @@ use crate::error::Result;
 use crate::space::Report;
 
 /// What the monitor has to do.
+///
+/// Perform a list of them in its order, and all of it before the next call of the device that returns one: what is
+/// returned later assumes that it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-#[must_use = "a device whose actions are not performed is not where the guest expects it"]
 pub enum Action {
     /// Remove the memory slot of a span: [`GuestDevice::remove_slot`].
     RemoveSlot(SpanId),
@@ -64,7 +66,8 @@ pub struct GuestDevice<S = u32> {
     msix: Option<MsixTable>,
     interrupts: Interrupts,
     peers: Vec<DmaSpace>,
-    bus_mastering: bool,
+    /// Whether the device itself may start transactions; `None` if that is not known, because a write has failed.
+    bus_mastering: Option<bool>,
     /// [`Apertures::vacated`] when BARs were placed.
     vacated: u64,
     apertures: Apertures,
@@ -86,18 +89,19 @@ impl<S> GuestDevice<S> {
         let registers: Vec<_> = bars.iter().map(|bar| bar.register).collect();
         let config = VirtualConfig::new(&device, &registers)?;
         let msix = device.config()?.msix()?.map(MsixTable::new);
-        let this = Self {
+        let mut this = Self {
             config,
             bars,
             msix,
             interrupts: Interrupts::default(),
             peers: Vec::new(),
-            bus_mastering: false,
+            bus_mastering: None,
             vacated: 0,
             apertures: apertures.clone(),
             device,
         };
         this.enable_decoding()?;
+        this.bus_mastering = Some(false);
         Ok(this)
     }
 
@@ -124,6 +128,7 @@ impl<S> GuestDevice<S> {
     }
 
     /// What to do before the guest runs: an INTx is enabled from the start.
+    #[must_use = "perform the actions: until then the device is not where the guest expects it"]
     pub fn start(&mut self) -> Vec<Action> {
         self.update()
     }
@@ -135,6 +140,7 @@ impl<S> GuestDevice<S> {
     }
 
     /// Writes configuration space. Any offset and length are valid. Returns what to do, mostly nothing.
+    #[must_use = "perform the actions: until then the device is not where the guest expects it"]
     pub fn write_config(&mut self, offset: u64, data: &[u8]) -> Vec<Action> {
         if self.config.write(&self.device, offset, data) { self.restart() } else { self.update() }
     }
@@ -146,6 +152,7 @@ impl<S> GuestDevice<S> {
     }
 
     /// Writes memory, as [`read_memory`](Self::read_memory) reads it. `None` if none of the BARs is there.
+    #[must_use = "perform the actions: until then the device is not where the guest expects it"]
     pub fn write_memory(&mut self, address: u64, data: &[u8]) -> Option<Vec<Action>> {
         self.write_at(Space::Memory, address, data)
     }
@@ -163,12 +170,14 @@ impl<S> GuestDevice<S> {
 
     /// What to do after a BAR of this or of another device has moved away: a BAR whose place was occupied gets it.
     /// Call it for all devices of the guest after a list that contained [`Action::Relocate`], until it returns nothing.
+    #[must_use = "perform the actions: until then the device is not where the guest expects it"]
     pub fn refresh(&mut self) -> Vec<Action> {
         if self.vacated == self.apertures.vacated() { Vec::new() } else { self.update() }
     }
 
     /// The guest's machine was reset, or the guest has reset the device: what to do. The device is then as after
     /// [`new`](Self::new). The interrupt line, which firmware writes for the guest, stays.
+    #[must_use = "perform the actions: until then the device is not where the guest expects it"]
     pub fn restart(&mut self) -> Vec<Action> {
         self.config.reset();
         self.msix.iter_mut().for_each(MsixTable::reset);
@@ -191,6 +200,7 @@ impl<S> GuestDevice<S> {
 
     /// Takes the device away from the guest, because the machine ends or the kernel requests the device
     /// ([`Event`](crate::device::Event)): what to do. Then everything reads as ones.
+    #[must_use = "perform the actions: until then the device is not where the guest expects it"]
     pub fn release(&mut self) -> Vec<Action> {
         self.config.is_gone = true;
         self.update()
@@ -267,6 +277,9 @@ impl<S> GuestDevice<S> {
     /// As [`Device::reset`].
     pub fn reset(&mut self) -> Result<Outage> {
         let done = self.device.reset().and_then(|outage| self.enable_decoding().map(|()| outage));
+        // A reset changes it, and so does what follows; either may have failed on the way.
+        self.bus_mastering = None;
+        self.set_bus_mastering();
         self.interrupts.set_up_intx(&self.device);
         done
     }
@@ -284,9 +297,12 @@ impl<S> GuestDevice<S> {
 
     fn set_bus_mastering(&mut self) {
         let wanted = self.config.bus_mastering();
-        if std::mem::replace(&mut self.bus_mastering, wanted) != wanted
-            && let Err(error) = self.device.config().and_then(|it| it.set_bus_mastering(wanted))
-        {
+        if self.bus_mastering == Some(wanted) {
+            return;
+        }
+        let set = self.device.config().and_then(|config| config.set_bus_mastering(wanted));
+        self.bus_mastering = set.is_ok().then_some(wanted);
+        if let Err(error) = set {
             log::warn!("{error}");
         }
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::aperture::Apertures;
 use crate::device::{DmaMapping, DmaSpace, Iova, IovaPlacement};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, Placement, Report};
 use crate::{Region, Window};
 
@@ -74,14 +74,20 @@ impl Span {
     /// Maps `range` of a BAR at its place in an aperture.
     ///
     /// # Errors
-    /// As [`Region::map`]; `AddressTaken` if another span has the place; `OutOfRange` if no aperture contains it.
+    /// As [`Region::map`]; `AddressTaken` if another span has the place; `OutOfRange` if no aperture contains it, or the
+    /// range ends before it begins.
     pub fn map(
         bar: &Region<'_>,
         range: Range<u64>,
         apertures: &Apertures,
         guest: u64,
     ) -> Result<Self> {
-        let place = apertures.take(guest..guest.saturating_add(range.end - range.start))?;
+        let Some(size) = range.end.checked_sub(range.start) else {
+            let object = format!("{:#x}..{:#x} of {bar:?}", range.start, range.end);
+            return Err(Error::new(ErrorKind::OutOfRange, "map", object)
+                .with_reason("the range ends before it begins"));
+        };
+        let place = apertures.take(guest..guest.saturating_add(size))?;
         match bar.map(range, Placement::In(place)) {
             Ok(window) => Ok(Self { window, guest: Some(guest) }),
             Err(failed) => {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vfio_remap::passthrough::{Action, Apertures, GuestDevice, SpanId};
+use vfio_remap::passthrough::{Action, Apertures, GuestDevice, Span, SpanId};
 use vfio_remap::space::Strategy;
 use vfio_remap::transport::RegionInfo;
 use vfio_remap::{Device, ErrorKind};
@@ -317,7 +317,7 @@ fn a_huge_bar_is_mapped_if_an_aperture_holds_it() {
     let apertures = Apertures::new(&[TIB..3 * TIB], 0..0).unwrap();
     let device = Device::new(card());
     let mut guest = GuestDevice::<u32>::new(device, &apertures).unwrap();
-    guest.write_config(0x10, &TIB.to_le_bytes());
+    let _ = guest.write_config(0x10, &TIB.to_le_bytes());
     let actions = guest.write_config(4, &[2]);
     assert_eq!(actions.len(), 2);
     let span = SpanId { bar: 0, index: 0 };
@@ -422,4 +422,13 @@ fn apertures_that_make_no_sense_are_refused() {
         assert_eq!(guest.start % (1 << 30), host.start as u64 % (1 << 30));
         assert_eq!(guest.end - guest.start, host.len() as u64);
     }
+}
+
+#[test]
+fn a_span_that_ends_before_it_begins_is_refused() {
+    let device = Device::new(Arc::new(card()));
+    let bar = device.region(0).unwrap();
+    let backwards = std::ops::Range { start: 0x2000, end: 0x1000 };
+    let error = Span::map(&bar, backwards, &apertures(), LOW.start).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
 }

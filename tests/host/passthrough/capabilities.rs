@@ -288,3 +288,46 @@ fn what_is_no_endpoint_is_refused() {
     let monitor = Monitor::new(Arc::new(card), &apertures());
     assert_eq!(list(&monitor), [(0x09, 0xfc)]);
 }
+
+#[test]
+fn a_size_that_changes_between_two_reads_is_harmless() {
+    // MSI in the last bytes: ten, until it has 64 bits and masks.
+    for reads in 0..8 {
+        let card = Card::new(256)
+            .with_capabilities(&[(0x40, &[0x09, 0, 4]), (0xf4, &[0x05, 0, 0, 0])])
+            .with_irqs(irq_index::MSI, IrqInfo::eventfds(4))
+            .with_change(reads, 0xf6, &[0x80, 0x01]);
+        let monitor = Monitor::new(Arc::new(card), &apertures());
+        let found = list(&monitor);
+        if found != [(0x09, 0x40), (0x05, 0xf4)] {
+            assert_eq!(found, [(0x09, 0x40)]);
+            assert_eq!((monitor.read_u32(0xf4), monitor.read_u32(0xfc)), (0, 0));
+        }
+    }
+}
+
+#[test]
+fn bus_mastering_is_the_guests_after_a_failure_and_a_reset() {
+    let card = Arc::new(Card::new(256));
+    let mut monitor = Monitor::new(card.clone(), &apertures());
+    let command = |monitor: &Monitor| {
+        let mut command = [0];
+        monitor.guest.device().config().unwrap().read(4, &mut command).unwrap();
+        command[0] & 6
+    };
+    card.fail_writes(1);
+    monitor.command(0x0004);
+    assert_eq!(command(&monitor), 2);
+    monitor.write(0x3c, &[1]);
+    assert_eq!(command(&monitor), 6, "it is tried again");
+    // One that the guest did not request: it notices nothing.
+    let _ = monitor.guest.reset().unwrap();
+    assert_eq!((command(&monitor), card.resets()), (6, 1));
+    card.fail_writes(1);
+    let actions = monitor.guest.restart();
+    monitor.perform(actions);
+    monitor.write(0x3c, &[1]);
+    assert_eq!(command(&monitor) & 4, 0);
+    monitor.command(0x0004);
+    assert_eq!(command(&monitor) & 4, 4);
+}

@@ -32,6 +32,10 @@ pub struct Card {
     tries: Mutex<u32>,
     /// Where the regions begin in their files.
     file_start: u64,
+    /// How often a byte of configuration space can still be read before it and those after it change.
+    change: Mutex<Option<(u32, usize, Vec<u8>)>>,
+    /// How many of the next writes to configuration space fail.
+    failing: Mutex<u32>,
 }
 
 impl Card {
@@ -51,6 +55,8 @@ impl Card {
             refused: None,
             tries: Mutex::default(),
             file_start: 0,
+            change: Mutex::default(),
+            failing: Mutex::default(),
         }
     }
 
@@ -105,6 +111,17 @@ impl Card {
     pub fn with_vectors_up_to(mut self, first_refused: u32) -> Self {
         self.refused = Some(first_refused);
         self
+    }
+
+    /// Bytes of configuration space change when the first of them has been read so often.
+    pub fn with_change(mut self, reads: u32, at: usize, bytes: &[u8]) -> Self {
+        self.change = Mutex::new(Some((reads, at, bytes.to_vec())));
+        self
+    }
+
+    /// The next writes to configuration space fail, so many.
+    pub fn fail_writes(&self, count: u32) {
+        *self.failing.lock().unwrap() = count;
     }
 
     /// How often a vector was refused.
@@ -173,7 +190,16 @@ impl Transport for Card {
                 .read_exact_at(data, offset)
                 .map_err(|_| out_of_range(region, offset));
         }
-        let config = self.config.lock().unwrap();
+        let mut config = self.config.lock().unwrap();
+        let mut change = self.change.lock().unwrap();
+        if let Some((reads, at, bytes)) = &mut *change
+            && (offset as usize..offset as usize + data.len()).contains(at)
+        {
+            match reads.checked_sub(1) {
+                Some(left) => *reads = left,
+                None => config[*at..*at + bytes.len()].copy_from_slice(bytes),
+            }
+        }
         let from = config.get(offset as usize..offset as usize + data.len());
         data.copy_from_slice(from.ok_or_else(|| out_of_range(region, offset))?);
         Ok(())
@@ -188,6 +214,11 @@ impl Transport for Card {
             }
             self.file(region)?.write_all_at(data, offset).unwrap();
             return Ok(());
+        }
+        let mut failing = self.failing.lock().unwrap();
+        if let Some(left) = failing.checked_sub(1) {
+            *failing = left;
+            return Err(Error::from_errno(libc::EIO, "write", "configuration space"));
         }
         self.written.lock().unwrap().push((offset, data.to_vec()));
         self.set(offset as usize, data);
