@@ -17,7 +17,7 @@ use crate::transport::{Transport, irq_index};
 pub(super) struct Resample {
     eventfd: OwnedFd,
     /// `None` if the transport does it.
-    _watcher: Option<Watcher>,
+    watcher: Option<Watcher>,
 }
 
 /// A thread that waits for the eventfd.
@@ -32,13 +32,26 @@ impl Resample {
     /// Has the transport watch the eventfd (Linux VFIO). For another transport a thread does it.
     pub(super) fn new(transport: &Arc<dyn Transport>, eventfd: OwnedFd) -> Result<Self> {
         match transport.unmask_irq_by(irq_index::INTX, 0, Some(eventfd.as_fd())) {
-            Ok(()) => Ok(Self { eventfd, _watcher: None }),
+            Ok(()) => Ok(Self { eventfd, watcher: None }),
             Err(error) if error.kind() == ErrorKind::Unsupported => {
                 let watcher = Watcher::start(transport.clone(), &eventfd)?;
-                Ok(Self { eventfd, _watcher: Some(watcher) })
+                Ok(Self { eventfd, watcher: Some(watcher) })
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Stops unmasking, so that another eventfd can be watched: Linux watches one (EBUSY).
+    pub(super) fn stop(&mut self, transport: &Arc<dyn Transport>) -> Result<()> {
+        match self.watcher.take() {
+            Some(watcher) => drop(watcher),
+            None => transport.unmask_irq_by(irq_index::INTX, 0, None)?,
+        }
+        Ok(())
+    }
+
+    pub(super) fn into_fd(self) -> OwnedFd {
+        self.eventfd
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -78,19 +78,43 @@ pub struct Vectors {
 }
 
 /// A vector's eventfd, which stays the same while the vector exists.
+///
+/// A hole has none until it is enabled or handed out: a guest that uses vector 2047 alone takes one descriptor.
+#[derive(Default)]
 struct Slot {
-    eventfd: Arc<OwnedFd>,
-    /// False for a hole: the vector is not set up.
+    eventfd: OnceLock<Arc<OwnedFd>>,
+    /// False for a hole: the vector is not set up. If true, there is an eventfd.
     enabled: bool,
 }
 
 impl Slot {
     fn new(enabled: bool) -> Result<Self> {
-        Ok(Self { eventfd: Arc::new(eventfd()?), enabled })
+        if enabled { Ok(Self::enabled(eventfd()?)) } else { Ok(Self::default()) }
+    }
+
+    fn enabled(eventfd: OwnedFd) -> Self {
+        Self { eventfd: Arc::new(eventfd).into(), enabled: true }
+    }
+
+    /// The eventfd, which is made if there is none.
+    fn eventfd(&self) -> Result<&Arc<OwnedFd>> {
+        match self.eventfd.get() {
+            Some(eventfd) => Ok(eventfd),
+            None => {
+                let made = Arc::new(eventfd()?);
+                // Another thread may have made one meanwhile: then that is it.
+                Ok(self.eventfd.get_or_init(|| made))
+            }
+        }
+    }
+
+    /// The eventfd; `None` for a hole.
+    fn connected(&self) -> Option<&OwnedFd> {
+        self.eventfd.get().filter(|_| self.enabled).map(|eventfd| &**eventfd)
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.enabled.then(|| self.eventfd.as_fd())
+        self.connected().map(AsFd::as_fd)
     }
 }
 
@@ -287,10 +311,11 @@ impl Vectors {
     /// A vector as an object of its own.
     ///
     /// # Errors
-    /// `OutOfRange` past the last. The vector of a hole fires once it is enabled.
+    /// `OutOfRange` past the last; `Os` if no eventfd can be made for a hole. The vector of a hole fires once it is
+    /// enabled.
     pub fn vector(&self, vector: usize) -> Result<Vector> {
         self.one(vector, "hand out")?;
-        let eventfd = self.slots[vector].eventfd.clone();
+        let eventfd = self.slots[vector].eventfd()?.clone();
         Ok(Vector { eventfd, kind: self.kind, name: self.name(vector).into() })
     }
 
@@ -375,10 +400,12 @@ impl Vectors {
         if slot.enabled == enabled {
             return Ok(());
         }
+        let mut fd = None;
         if enabled {
-            take(&*slot.eventfd, || self.name(vector))?;
+            let eventfd = slot.eventfd()?;
+            take(&**eventfd, || self.name(vector))?;
+            fd = Some(eventfd.as_fd());
         }
-        let fd = enabled.then(|| slot.eventfd.as_fd());
         self.device.set_irqs(self.kind, vector as u32, &[fd])?;
         self.slots[vector].enabled = enabled;
         Ok(())
@@ -393,19 +420,25 @@ impl Vectors {
     /// # Errors
     /// `InvalidInput` if it is not an eventfd; as [`grow`](Self::grow), and then nothing has changed.
     pub fn set_eventfd(&mut self, vector: usize, eventfd: &impl AsRawFd) -> Result<Growth> {
-        let eventfd = Arc::new(self.duplicate(vector, eventfd)?);
+        let eventfd = self.duplicate(vector, eventfd)?;
+        self.connect(vector, eventfd)
+    }
+
+    /// As [`set_eventfd`](Self::set_eventfd), with a descriptor that is known to be an eventfd.
+    pub(crate) fn connect(&mut self, vector: usize, eventfd: OwnedFd) -> Result<Growth> {
         let before = self.count();
         if vector >= before {
             check(self.kind, &self.info, vector.saturating_add(1), &self.device.info.name)?;
-            let mut added =
-                (before..vector).map(|_| Slot::new(false)).collect::<Result<Vec<_>>>()?;
-            added.push(Slot { eventfd, enabled: true });
+            let mut added: Vec<_> = (before..vector).map(|_| Slot::default()).collect();
+            added.push(Slot::enabled(eventfd));
             return self.append(added);
         }
         self.device.set_irqs(self.kind, vector as u32, &[Some(eventfd.as_fd())])?;
-        let old = std::mem::replace(&mut self.slots[vector], Slot { eventfd, enabled: true });
-        if old.enabled && take(&*old.eventfd, || self.name(vector))?.is_some() {
-            signal(&self.slots[vector].eventfd);
+        let old = std::mem::replace(&mut self.slots[vector], Slot::enabled(eventfd));
+        if let Some(old) = old.connected()
+            && take(old, || self.name(vector))?.is_some()
+        {
+            self.slots[vector].connected().into_iter().for_each(signal);
         }
         Ok(Growth::InPlace)
     }
@@ -448,13 +481,15 @@ impl Vectors {
     /// As [`enable_resample`](Self::enable_resample), with an eventfd of the caller, which is duplicated.
     ///
     /// # Errors
-    /// As [`enable_resample`](Self::enable_resample); `InvalidInput` if it is not an eventfd.
+    /// As [`enable_resample`](Self::enable_resample); `InvalidInput` if it is not an eventfd. The eventfd before it
+    /// then still unmasks, unless the transport refuses that one, too.
     pub fn set_resample_eventfd(&mut self, eventfd: &impl AsRawFd) -> Result<()> {
         let eventfd = self.duplicate(0, eventfd)?;
         self.resample_by(eventfd)
     }
 
-    fn resample_by(&mut self, eventfd: OwnedFd) -> Result<()> {
+    /// As [`set_resample_eventfd`](Self::set_resample_eventfd), with a descriptor that is known to be an eventfd.
+    pub(crate) fn resample_by(&mut self, eventfd: OwnedFd) -> Result<()> {
         if !self.info.automasked {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -464,9 +499,19 @@ impl Vectors {
             .with_reason("it is not masked when it fires")
             .with_advice("no unmasking is needed between interrupts"));
         }
-        // The old one goes first, so that it does not unmask as well.
-        self.resample = None;
-        self.resample = Some(Resample::new(&self.device.transport, eventfd)?);
+        let transport = &self.device.transport;
+        // The old one goes first: Linux watches one (EBUSY), and two threads would both unmask.
+        if let Some(old) = &mut self.resample {
+            old.stop(transport)?;
+        }
+        let old = self.resample.take();
+        match Resample::new(transport, eventfd) {
+            Ok(new) => self.resample = Some(new),
+            Err(error) => {
+                self.resample = old.and_then(|old| Resample::new(transport, old.into_fd()).ok());
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
@@ -502,7 +547,7 @@ impl Vectors {
     fn eventfd(&self, vector: usize) -> Result<&OwnedFd> {
         self.one(vector, "wait for")?;
         let slot = &self.slots[vector];
-        slot.enabled.then_some(&*slot.eventfd).ok_or_else(|| {
+        slot.connected().ok_or_else(|| {
             Error::new(ErrorKind::OutOfRange, "wait for", self.name(vector))
                 .with_reason("it is not set up (a hole)")
                 .with_advice("enable it: Vectors::set_enabled")
@@ -510,7 +555,7 @@ impl Vectors {
     }
 
     fn signal_all(&self) {
-        self.slots.iter().filter(|slot| slot.enabled).for_each(|slot| signal(&slot.eventfd));
+        self.slots.iter().filter_map(Slot::connected).for_each(signal);
     }
 
     fn name(&self, vector: usize) -> String {

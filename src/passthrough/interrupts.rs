@@ -100,8 +100,8 @@ impl Interrupts {
         }
         let set_up = || {
             let mut vectors = device.vectors(Interrupt::Intx, 1)?;
-            vectors.set_resample_eventfd(resample)?;
-            vectors.set_eventfd(0, eventfd)?;
+            vectors.resample_by(copy(resample)?)?;
+            vectors.connect(0, copy(eventfd)?)?;
             Ok(vectors)
         };
         match set_up() {
@@ -118,7 +118,7 @@ impl Interrupts {
             set_up(1)
         })?;
         for vector in 0..vectors.count() {
-            vectors.set_eventfd(vector, eventfd_of(&mut self.eventfds, vector)?)?;
+            vectors.connect(vector, copy(eventfd_of(&mut self.eventfds, vector)?)?)?;
         }
         Ok(vectors)
     }
@@ -168,7 +168,7 @@ impl Interrupts {
             Some(vectors) => vectors,
             none => none.insert(device.vectors_at(kind, &[number])?),
         };
-        vectors.set_eventfd(number, eventfd_of(&mut self.eventfds, number)?)?;
+        vectors.connect(number, copy(eventfd_of(&mut self.eventfds, number)?)?)?;
         Ok(())
     }
 
@@ -194,6 +194,11 @@ fn warn(device: &Device, error: &Error) {
 
 fn make() -> Result<OwnedFd> {
     eventfd::new().map_err(|errno| Error::os(errno, "make", "an eventfd"))
+}
+
+/// Another descriptor of an eventfd. It needs no `/proc`, as [`Vectors::set_eventfd`] does to look at what it is given.
+fn copy(eventfd: &OwnedFd) -> Result<OwnedFd> {
+    eventfd.try_clone().map_err(|error| Error::io(&error, "duplicate", "an eventfd"))
 }
 
 fn eventfd_of(eventfds: &mut Vec<Option<OwnedFd>>, vector: usize) -> Result<&OwnedFd> {

@@ -23,7 +23,9 @@ pub(crate) fn new() -> Result<OwnedFd, Errno> {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map(OwnedFd::from)
 }
 
-/// `fcntl(fd, F_DUPFD_CLOEXEC)`, if the copy is an eventfd according to `/proc/self/fd`.
+/// `fcntl(fd, F_DUPFD_CLOEXEC)`, unless the copy is another file than an eventfd according to `/proc/self/fd`. Where
+/// there is no `/proc`, as for a jailed hypervisor, the caller is trusted: the kernel refuses what is no eventfd when
+/// a vector is connected to it.
 ///
 /// # Errors
 /// EINVAL if it is another file; EBADF if it is none.
@@ -32,8 +34,10 @@ pub(crate) fn duplicate(fd: RawFd) -> Result<OwnedFd, Errno> {
     let copy = Errno::result(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) })?;
     // SAFETY: the kernel has just made the descriptor, for this call alone.
     let copy = unsafe { OwnedFd::from_raw_fd(copy) };
-    let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", copy.as_raw_fd()).as_str())?;
-    if link == "anon_inode:[eventfd]" { Ok(copy) } else { Err(Errno::EINVAL) }
+    match nix::fcntl::readlink(format!("/proc/self/fd/{}", copy.as_raw_fd()).as_str()) {
+        Ok(link) if link != "anon_inode:[eventfd]" => Err(Errno::EINVAL),
+        _ => Ok(copy),
+    }
 }
 
 /// `poll(eventfd, POLLIN, 0)`: whether the counter is not zero.
@@ -261,6 +265,28 @@ mod tests {
         let file = file::memory_file("test", 0).unwrap();
         assert_eq!(duplicate(file.as_raw_fd()).map(drop), Err(Errno::EINVAL));
         assert_eq!(duplicate(-1).map(drop), Err(Errno::EBADF));
+    }
+
+    #[test]
+    fn an_eventfd_can_be_duplicated_where_there_is_no_proc() {
+        let eventfd = hostile(0);
+        let jailed = || {
+            let chroot = || {
+                // SAFETY: the kernel reads the path, which ends with 0. There is no `/proc` in `/sys`.
+                unsafe { libc::chroot(c"/sys".as_ptr()) == 0 }
+            };
+            // Without the capability: in a user namespace of its own, which the child's one thread may make.
+            // SAFETY: the call changes the child alone.
+            let inside = chroot() || unsafe { libc::unshare(libc::CLONE_NEWUSER) == 0 } && chroot();
+            inside && duplicate(eventfd.as_raw_fd()).is_ok_and(|copy| signal_by_write(&copy))
+        };
+        // SAFETY: the child makes system calls, and takes no lock but the allocator's.
+        assert!(unsafe { fork::holds_in_child(jailed) });
+        assert_eq!(take(&eventfd), Ok(1));
+    }
+
+    fn signal_by_write(eventfd: &OwnedFd) -> bool {
+        write(eventfd, &1u64.to_ne_bytes()).is_ok()
     }
 
     #[test]

@@ -10,6 +10,7 @@ use vfio_remap::device::{Growth, Interrupt};
 use vfio_remap::transport::irq_index::MSIX;
 use vfio_remap::{Device, ErrorKind};
 
+use crate::support::alone::alone;
 use crate::support::interrupts::Interrupts;
 
 /// As vmm-sys-util's eventfd: it has a number, and no other way to its descriptor.
@@ -110,4 +111,51 @@ fn what_is_no_eventfd_is_refused_and_changes_nothing() {
     assert_eq!((vectors.count(), interrupts.connected(MSIX)), (1, vec![0]));
     interrupts.fire(MSIX, 0);
     assert_eq!(vectors.take(0).unwrap(), Some(1));
+}
+
+#[test]
+fn a_hole_takes_no_descriptor_until_it_is_used() {
+    alone(|| {
+        let device = Device::new(Arc::new(Interrupts::default().with_count(2048)));
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let before = open();
+        let mut vectors = device.vectors_at(Interrupt::MsiX, &[2047]).unwrap();
+        // The model has a copy of each.
+        assert_eq!(open() - before, 2);
+        let hole = vectors.vector(5).unwrap();
+        assert_eq!((vectors.fd(5).is_none(), open() - before), (true, 3));
+        vectors.set_enabled(5, true).unwrap();
+        assert_eq!(open() - before, 4);
+        assert_eq!(hole.as_raw_fd(), vectors.fd(5).unwrap().as_raw_fd());
+        vectors.set_enabled(5, false).unwrap();
+        assert_eq!(vectors.take(5).unwrap_err().kind(), ErrorKind::OutOfRange);
+        drop(vectors);
+
+        let mut vectors = device.vectors(Interrupt::MsiX, 1).unwrap();
+        vectors.set_eventfd(2047, &Numbered::new()).unwrap();
+        // That of the hole is still there.
+        assert_eq!((vectors.count(), open() - before), (2048, 5));
+    });
+}
+
+#[test]
+fn the_eventfd_that_unmasks_can_be_replaced() {
+    let interrupts = Arc::new(Interrupts::default().watching());
+    let device = Device::new(interrupts.clone());
+    let mut vectors = device.vectors(Interrupt::Intx, 1).unwrap();
+    let signal = |eventfd: &Numbered| eventfd.0.write(1).unwrap();
+    let [one, other, third] = [(); 3].map(|()| Numbered::new());
+    vectors.set_resample_eventfd(&one).unwrap();
+    vectors.set_resample_eventfd(&other).unwrap();
+    signal(&one);
+    assert_eq!(interrupts.unmasked(), Some(0));
+    signal(&other);
+    assert_eq!(interrupts.unmasked(), Some(1));
+
+    // One that is refused leaves that before it.
+    interrupts.refuse_once();
+    assert_eq!(vectors.set_resample_eventfd(&third).unwrap_err().errno(), Some(libc::ENOMEM));
+    signal(&other);
+    assert_eq!(interrupts.unmasked(), Some(1));
+    assert!(vectors.resample_fd().is_some());
 }

@@ -2,11 +2,12 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::write;
-use vfio_remap::Result;
+use nix::unistd::{read, write};
 use vfio_remap::transport::{DeviceInfo, IrqInfo, RegionInfo, Transport};
+use vfio_remap::{Error, Result};
 
 /// The most that an eventfd counts.
 pub const FULL: u64 = u64::MAX - 1;
@@ -14,6 +15,13 @@ pub const FULL: u64 = u64::MAX - 1;
 #[derive(Debug, Default)]
 pub struct Interrupts {
     noresize: bool,
+    /// How many vectors there are, if not eight.
+    count: Option<u32>,
+    /// Whether it watches an eventfd that unmasks, one at a time as Linux does.
+    watches: bool,
+    watched: Mutex<Option<OwnedFd>>,
+    /// Whether it refuses the next one.
+    refuses: AtomicBool,
     /// Index, vector and eventfd.
     connected: Mutex<Vec<(u32, u32, OwnedFd)>>,
     /// What it fills each eventfd with as it spoils it, if it does.
@@ -31,6 +39,28 @@ impl Interrupts {
     /// Whether vectors are added by connecting all of them again.
     pub fn with_noresize(self, noresize: bool) -> Self {
         Self { noresize, ..self }
+    }
+
+    pub fn with_count(self, count: u32) -> Self {
+        Self { count: Some(count), ..self }
+    }
+
+    /// Watches an eventfd that unmasks.
+    pub fn watching(self) -> Self {
+        Self { watches: true, ..self }
+    }
+
+    /// Refuses the next eventfd that would unmask.
+    pub fn refuse_once(&self) {
+        self.refuses.store(true, Ordering::Relaxed);
+    }
+
+    /// How often the eventfd that unmasks was signalled since the last call; `None` if there is none.
+    pub fn unmasked(&self) -> Option<u64> {
+        let watched = self.watched.lock().unwrap();
+        let mut counter = [0; 8];
+        let read = |fd: &OwnedFd| read(fd, &mut counter).map_or(0, |_| u64::from_ne_bytes(counter));
+        watched.as_ref().map(read)
     }
 
     /// The vectors of an index that are connected, in order.
@@ -67,9 +97,23 @@ impl Transport for Interrupts {
     }
 
     fn irq(&self, _: u32) -> Result<IrqInfo> {
-        let mut info = IrqInfo::eventfds(8);
+        let mut info = IrqInfo::eventfds(self.count.unwrap_or(8));
         info.noresize = self.noresize;
+        info.automasked = self.watches;
         Ok(info)
+    }
+
+    fn unmask_irq_by(&self, index: u32, _: u32, fd: Option<BorrowedFd<'_>>) -> Result<()> {
+        let refuse =
+            |errno| Err(Error::from_errno(errno, "unmask by an eventfd", format!("{index}")));
+        let mut watched = self.watched.lock().unwrap();
+        match fd {
+            _ if !self.watches => return refuse(libc::EOPNOTSUPP),
+            Some(_) if self.refuses.swap(false, Ordering::Relaxed) => return refuse(libc::ENOMEM),
+            Some(_) if watched.is_some() => return refuse(libc::EBUSY),
+            _ => *watched = fd.map(|fd| fd.try_clone_to_owned().unwrap()),
+        }
+        Ok(())
     }
 
     fn set_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
