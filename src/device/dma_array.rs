@@ -223,6 +223,11 @@ pub struct DmaEntry<'a, T: Width, const N: usize> {
     _array: PhantomData<&'a DmaArray<T, N>>,
 }
 
+// SAFETY: as its array, which is borrowed: it is accessed by single accesses of `Width` only, which may race.
+unsafe impl<T: Width, const N: usize> Send for DmaEntry<'_, T, N> {}
+// SAFETY: as above.
+unsafe impl<T: Width, const N: usize> Sync for DmaEntry<'_, T, N> {}
+
 impl<T: Width, const N: usize> DmaEntry<'_, T, N> {
     /// The entry whose first word this is.
     ///
@@ -310,6 +315,14 @@ mod tests {
         let ring = DmaArray::<u32, 4>::new(buffer).unwrap();
         ring.clear();
         assert_eq!((ring.load(1, 3), ring.load(255, 3)), (0, 0));
+    }
+
+    #[test]
+    fn another_thread_may_write_an_entry() {
+        let ring = DmaArray::<u64, 2>::new(buffer()).unwrap();
+        let entry = ring.entry(3);
+        std::thread::scope(|scope| drop(scope.spawn(move || entry.store::<1>(7))));
+        assert_eq!(ring.load(3, 1), 7);
     }
 
     #[test]

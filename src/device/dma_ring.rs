@@ -103,6 +103,11 @@ impl<T: Width, const N: usize> DmaRing<T, N> {
         self.array.clear();
         self.rewind();
     }
+
+    /// Returns the array.
+    pub fn into_array(self) -> DmaArray<T, N> {
+        self.array
+    }
 }
 
 impl<T: Width, const N: usize> fmt::Debug for DmaRing<T, N> {
@@ -151,5 +156,7 @@ mod tests {
         assert_eq!((ring.position(), ring.len()), (0, 3));
         assert!((0..3).all(|index| ring.array.load(index, 0) == 0));
         assert_eq!(ring.iova(), ring.array.iova(0));
+        let iova = ring.iova();
+        assert_eq!(ring.into_array().into_buffer().iova(), iova);
     }
 }

@@ -87,7 +87,7 @@ impl Packets {
                 Errno::EINVAL => error
                     .into_kind(ErrorKind::InvalidInput)
                     .with_reason("that is no name, or no TAP interface for one program at a time")
-                    .with_advice("choose another name, of 1 to 15 bytes"),
+                    .with_advice("choose another name, of 1 to 15 bytes without % and /"),
                 Errno::EBUSY => error
                     .with_reason("another program, or another interface, has it")
                     .with_advice("end that program, or choose another name"),
