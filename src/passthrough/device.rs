@@ -169,7 +169,10 @@ impl<S> GuestDevice<S> {
     }
 
     /// What to do after a BAR of this or of another device has moved away: a BAR whose place was occupied gets it.
-    /// Call it for all devices of the guest after a list that contained [`Action::Relocate`], until it returns nothing.
+    ///
+    /// Call it for all devices of the guest after the actions of [`write_config`](Self::write_config),
+    /// [`restart`](Self::restart) and [`release`](Self::release), until all return nothing. Do so also if there were
+    /// no actions: a BAR without slots moves without any. If no BAR has moved, this compares two numbers.
     #[must_use = "perform the actions: until then the device is not where the guest expects it"]
     pub fn refresh(&mut self) -> Vec<Action> {
         if self.vacated == self.apertures.vacated() { Vec::new() } else { self.update() }

@@ -1,13 +1,15 @@
 //! The program from start to end: makes the machine and its devices, runs the guest, and releases all again.
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::read;
 use vfio_remap::device::{Event, Events};
 use vfio_remap::passthrough::Apertures;
 
@@ -85,7 +87,8 @@ fn watch(
     loop {
         let mut fds = vec![readable(platform.ended.as_fd()), readable(signals.as_fd())];
         fds.extend(watches.iter().map(|(_, _, events)| readable(events.as_fd())));
-        if input_is_open && platform.room() > 0 {
+        let room = if input_is_open { platform.room() } else { 0 };
+        if room > 0 {
             fds.push(readable(stdin.as_fd()));
         }
         let count = poll(&mut fds, LOOK).context("cannot wait for events")?;
@@ -104,10 +107,10 @@ fn watch(
             processors.iter().for_each(Processor::interrupt);
         }
         if ready.get(2 + watches.len()) == Some(&true) {
-            let mut bytes = vec![0; platform.room()];
-            let count = stdin.lock().read(&mut bytes).context("cannot read standard input")?;
-            platform.type_in(&bytes[..count]);
-            input_is_open = count > 0;
+            match typed(&stdin, room).context("cannot read standard input")? {
+                Some(bytes) => platform.type_in(&bytes),
+                None => input_is_open = false,
+            }
         }
         let happened = ready[2..].iter().take(watches.len()).position(|ready| *ready);
         if let Some(index) = happened {
@@ -124,6 +127,20 @@ fn watch(
             }
         }
     }
+}
+
+/// What was typed, at most `room` bytes; `None` at the end. The rest stays in the descriptor, so that it is readable:
+/// a buffer would hide it from poll(2).
+fn typed(input: impl AsFd, room: usize) -> Result<Option<Vec<u8>>> {
+    let mut bytes = vec![0; room];
+    match read(input, &mut bytes) {
+        Ok(0) => return Ok(None),
+        Ok(count) => bytes.truncate(count),
+        // Another process that has the descriptor was faster, or a signal came.
+        Err(Errno::EAGAIN | Errno::EINTR) => bytes.clear(),
+        Err(errno) => return Err(errno.into()),
+    }
+    Ok(Some(bytes))
 }
 
 fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
@@ -151,6 +168,19 @@ mod tests {
             Err(error) if format!("{error:#}").contains("/dev/kvm") => None,
             Err(error) => Some(format!("{error:#}")),
         }
+    }
+
+    #[test]
+    fn what_the_guest_has_no_room_for_stays_readable() {
+        let (input, output) = nix::unistd::pipe().unwrap();
+        nix::unistd::write(&output, b"abcdefgh").unwrap();
+        let has_more = || poll(&mut [readable(input.as_fd())], 0u8).unwrap() > 0;
+        assert_eq!(typed(&input, 5).unwrap().as_deref(), Some(&b"abcde"[..]));
+        assert!(has_more());
+        assert_eq!(typed(&input, 5).unwrap().as_deref(), Some(&b"fgh"[..]));
+        assert!(!has_more());
+        drop(output);
+        assert_eq!(typed(&input, 5).unwrap(), None);
     }
 
     #[test]

@@ -49,8 +49,14 @@ impl Pci {
         Ok(pci)
     }
 
-    /// Releases a device. The guest sees that it is gone.
+    /// Releases a device. The guest sees that it is gone, and others may get its addresses.
     pub fn release(&mut self, index: usize) -> Result<()> {
+        let released = self.take_away(index);
+        self.refresh();
+        released
+    }
+
+    fn take_away(&mut self, index: usize) -> Result<()> {
         match self.devices.get_mut(index).and_then(Option::take) {
             Some(device) => device.release(&self.machine),
             None => Ok(()),
@@ -60,7 +66,7 @@ impl Pci {
     /// Releases all devices. Returns what failed.
     pub fn release_all(mut self) -> Vec<String> {
         let all = 0..self.devices.len();
-        all.filter_map(|index| Some(format!("{:#}", self.release(index).err()?))).collect()
+        all.filter_map(|index| Some(format!("{:#}", self.take_away(index).err()?))).collect()
     }
 
     pub fn read_port(&mut self, port: u16, data: &mut [u8]) {
@@ -117,14 +123,20 @@ impl Pci {
     }
 
     /// Performs a device's actions, and then those of all devices, if addresses have become free.
-    fn perform(&mut self, index: usize, mut actions: Vec<Action>) {
-        let mut moved = actions.iter().any(|action| matches!(action, Action::Relocate(_)));
+    fn perform(&mut self, index: usize, actions: Vec<Action>) {
         if let Some(Some(device)) = self.devices.get_mut(index) {
             device.perform(&self.machine, actions);
         }
+        // Also if there were none: a BAR without slots leaves none.
+        self.refresh();
+    }
+
+    /// Gives devices the addresses that they have waited for, until none is left that can have them.
+    fn refresh(&mut self) {
+        let mut moved = true;
         while std::mem::take(&mut moved) {
             for device in self.devices.iter_mut().flatten() {
-                actions = device.guest.refresh();
+                let actions = device.guest.refresh();
                 moved |= !actions.is_empty();
                 device.perform(&self.machine, actions);
             }

@@ -432,3 +432,21 @@ fn a_span_that_ends_before_it_begins_is_refused() {
     let error = Span::map(&bar, backwards, &apertures(), LOW.start).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
 }
+
+#[test]
+fn a_place_that_a_trapped_bar_has_left_is_given_to_another() {
+    let apertures = apertures();
+    let trapped = Card::new(256).with_bar(0, 0, RegionInfo::trapped(0x1000));
+    let mapped = Card::new(256).with_bar(0, 0, RegionInfo::mappable(0x1000));
+    let [mut first, mut second] =
+        [trapped, mapped].map(|card| Monitor::new(Arc::new(card), &apertures));
+    first.move_bar(0, LOW.start, false);
+    second.move_bar(0, LOW.start, false);
+    assert_eq!(second.mapped(), []);
+    let before = first.done.len();
+    first.command(0);
+    assert_eq!(first.done.len(), before, "it has nothing to do");
+    let actions = second.guest.refresh();
+    second.perform(actions);
+    assert_eq!(second.mapped(), [(LOW.start, 0x1000)]);
+}
