@@ -321,7 +321,7 @@ fn bus_mastering_is_the_guests_after_a_failure_and_a_reset() {
     monitor.write(0x3c, &[1]);
     assert_eq!(command(&monitor), 6, "it is tried again");
     // One that the guest did not request: it notices nothing.
-    monitor.guest.reset().unwrap();
+    assert!(monitor.guest.reset().unwrap().is_over());
     assert_eq!((command(&monitor), card.resets()), (6, 1));
     card.fail_writes(1);
     let actions = monitor.guest.restart();
