@@ -102,7 +102,8 @@ impl Bus {
     /// reading; the error of a client that has the memory.
     pub fn dma_read(&self, address: u64, data: &mut [u8]) -> Result<()> {
         self.check_bus_mastering("read", address, data.len())?;
-        // Locked while copying, so that memory is not accessed after the driver unmapped it.
+        // Locked while copying, so that memory is not accessed after the driver unmapped it. A client is asked under
+        // the lock, too: once it has the answer that its memory is unmapped, it may map other memory there.
         let table = self.dma();
         // One deadline for all messages to a client, because others wait for the table.
         let mut deadline = None;

@@ -78,6 +78,10 @@ impl Emulated {
     /// As [`new`](Self::new), in the address space of this device: both reach the memory that is mapped for either,
     /// at the same addresses, including memory that clients of a vfio-user server have mapped.
     ///
+    /// An address that one has mapped is taken for the other, also if clients do not know of each other: theirs fails
+    /// with EEXIST. While a client is asked for memory that it has passed without a file, the other device's DMA
+    /// waits, at most for the time limit of a reply ([`ClientLimits::time`](super::ClientLimits::time)).
+    ///
     /// ```
     /// # use std::sync::Arc;
     /// # use vfio_remap::Device;
