@@ -519,6 +519,12 @@ impl DmaMapping {
         self.space.address_space()
     }
 
+    /// Whether it was mapped by this space, and not by that of another device, even if both share the addresses.
+    #[cfg(feature = "passthrough")]
+    pub(crate) fn is_of(&self, space: &DmaSpace) -> bool {
+        Arc::ptr_eq(&self.space.inner, &space.inner)
+    }
+
     /// Whether this is a child of `fork(2)`, and the mapping is its parent's.
     #[inline]
     pub(super) fn is_inherited(&self) -> bool {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::aperture::{Apertures, Claim, Space};
 use super::device::Action;
 use super::span::{Slot, SlotMemory, Span, SpanId};
+use super::warnings::{Cause, Warnings};
 use crate::Device;
 use crate::device::{BarKind, DmaSpace};
 use crate::error::{Error, ErrorKind, Result};
@@ -239,10 +240,20 @@ impl<S> Bar<S> {
         done
     }
 
+    /// Maps the spans that have slots for the DMA of these devices, and no longer for others.
+    pub(super) fn set_peers(&mut self, peers: &[DmaSpace], warnings: &mut Warnings) {
+        for span in &mut self.spans {
+            if let State::Slotted(slot) = &mut span.state {
+                slot.set_peers(peers, |error| warnings.warn(Cause::Peers, &error));
+            }
+        }
+    }
+
     pub(super) fn add_slot<E>(
         &mut self,
         id: SpanId,
         peers: &[DmaSpace],
+        warnings: &mut Warnings,
         add: impl FnOnce(&SlotMemory) -> std::result::Result<S, E>,
     ) -> std::result::Result<(), E> {
         let Some((target, Placed { state, .. })) = self.span(id) else { return Ok(()) };
@@ -250,9 +261,7 @@ impl<S> Bar<S> {
             State::Mapped(mapped) if target.is_some() && mapped.guest() == target => {
                 match mapped.into_slot(add) {
                     Ok(mut slot) => {
-                        for error in peers.iter().filter_map(|peer| slot.map_for(peer).err()) {
-                            log::warn!("other devices do not reach {id}: {error}");
-                        }
+                        slot.set_peers(peers, |error| warnings.warn(Cause::Peers, &error));
                         *state = State::Slotted(slot);
                     }
                     Err((error, mapped)) => {

@@ -9,6 +9,7 @@ use super::config::{VirtualConfig, pieces};
 use super::interrupts::{Interrupts, Message};
 use super::msix::{MsixTable, Reached};
 use super::span::{SlotMemory, SpanId};
+use super::warnings::{Cause, Warnings};
 use crate::Device;
 use crate::device::{DmaSpace, Interrupt, Outage, StillInUse};
 use crate::error::Result;
@@ -71,6 +72,7 @@ pub struct GuestDevice<S = u32> {
     /// [`Apertures::vacated`] when BARs were placed.
     vacated: u64,
     apertures: Apertures,
+    warnings: Warnings,
     device: Device,
 }
 
@@ -93,7 +95,8 @@ impl<S> GuestDevice<S> {
             config,
             bars,
             msix,
-            interrupts: Interrupts::default(),
+            interrupts: Interrupts::new(device.name()),
+            warnings: Warnings::new(device.name()),
             peers: Vec::new(),
             bus_mastering: None,
             vacated: 0,
@@ -114,12 +117,16 @@ impl<S> GuestDevice<S> {
         config.set_memory_decoding(true)
     }
 
-    /// Lets other devices reach the spans that have slots by DMA, at their guest-physical addresses (peer-to-peer),
-    /// from the next [`add_slot`](Self::add_slot) on. The mappings follow a BAR that moves.
+    /// Lets these devices reach the spans that have slots by DMA, at their guest-physical addresses (peer-to-peer), and
+    /// others no longer. The mappings follow a BAR that moves.
     ///
-    /// An address space that several devices share is passed once. iommufd maps no BARs: a warning is logged.
+    /// The mappings keep the other devices open: before one of them is closed, call this without its space. An address
+    /// space that several devices share is passed once. iommufd maps no BARs: a warning is logged.
     pub fn set_peers(&mut self, spaces: Vec<DmaSpace>) {
         self.peers = spaces;
+        for bar in &mut self.bars {
+            bar.set_peers(&self.peers, &mut self.warnings);
+        }
     }
 
     /// The device.
@@ -209,10 +216,12 @@ impl<S> GuestDevice<S> {
         self.update()
     }
 
-    /// Closes the device, after the actions of [`release`](Self::release) were performed.
+    /// Closes the device, after the actions of [`release`](Self::release) were performed, and other devices of the guest
+    /// have no longer its address space as a peer ([`set_peers`](Self::set_peers)).
     ///
     /// # Errors
-    /// As [`Device::close`]: `InUse` if a slot was not removed. Its window then stays mapped for ever.
+    /// As [`Device::close`]: `InUse` if a slot was not removed, or another device has it as a peer. The window of such
+    /// a slot then stays mapped for ever.
     pub fn close(self) -> std::result::Result<(), StillInUse> {
         let device = self.device.clone();
         drop(self);
@@ -266,9 +275,9 @@ impl<S> GuestDevice<S> {
         span: SpanId,
         add: impl FnOnce(&SlotMemory) -> std::result::Result<S, E>,
     ) -> std::result::Result<(), E> {
-        let Self { bars, peers, .. } = self;
+        let Self { bars, peers, warnings, .. } = self;
         match bars.iter_mut().find(|bar| bar.has(span)) {
-            Some(bar) => bar.add_slot(span, peers, add),
+            Some(bar) => bar.add_slot(span, peers, warnings, add),
             None => Ok(()),
         }
     }
@@ -306,7 +315,7 @@ impl<S> GuestDevice<S> {
         let set = self.device.config().and_then(|config| config.set_bus_mastering(wanted));
         self.bus_mastering = set.is_ok().then_some(wanted);
         if let Err(error) = set {
-            log::warn!("{error}");
+            self.warnings.warn(Cause::BusMastering, &error);
         }
     }
 

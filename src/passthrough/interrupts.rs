@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::device::Action;
+use super::warnings::{Cause, Warnings};
 use crate::Device;
 use crate::device::{Interrupt, Vectors};
 use crate::error::{Error, Result};
@@ -23,7 +24,7 @@ pub struct Message {
 ///
 /// Each vector has one eventfd for the life of the device, so that the monitor can disconnect it at any time. While the
 /// guest has a vector masked, the kernel goes on signalling its eventfd, and the counter is the pending bit.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Interrupts {
     /// What the guest has enabled, and the number of its vectors.
     enabled: Option<(Interrupt, u32)>,
@@ -32,14 +33,29 @@ pub(super) struct Interrupts {
     eventfds: Vec<Option<OwnedFd>>,
     /// What the monitor was told to deliver.
     connected: Vec<Option<Message>>,
-    /// Vectors that the kernel could not set up. They are not tried again, so that a guest cannot fill the log.
+    /// Vectors that the kernel could not set up. They are not tried again until the guest changes the kind.
     failed: BTreeSet<u32>,
     /// The eventfd of the INTx, and the one that unmasks it.
     intx: Option<(OwnedFd, OwnedFd)>,
     intx_connected: bool,
+    warnings: Warnings,
 }
 
 impl Interrupts {
+    /// For the device `name`.
+    pub(super) fn new(name: &str) -> Self {
+        Self {
+            enabled: None,
+            vectors: None,
+            eventfds: Vec::new(),
+            connected: Vec::new(),
+            failed: BTreeSet::new(),
+            intx: None,
+            intx_connected: false,
+            warnings: Warnings::new(name),
+        }
+    }
+
     /// Changes the kind of interrupt to what the guest has enabled. Messages follow by [`update`](Self::update).
     pub(super) fn enable(
         &mut self,
@@ -73,7 +89,7 @@ impl Interrupts {
             // All at once: the kernel cannot add any later.
             Some((Interrupt::Msi, count)) => match self.set_up_msi(device, count) {
                 Ok(vectors) => self.vectors = Some(vectors),
-                Err(error) => warn(device, &error),
+                Err(error) => self.warnings.warn(Cause::Msi, &error),
             },
             _ => {}
         }
@@ -85,7 +101,7 @@ impl Interrupts {
         if self.intx.is_none() {
             match make().and_then(|eventfd| Ok((eventfd, make()?))) {
                 Ok(made) => self.intx = Some(made),
-                Err(error) => return log::warn!("the guest gets no interrupts: {error}"),
+                Err(error) => return self.warnings.warn(Cause::Intx, &error),
             }
         }
         self.intx_connected = true;
@@ -106,7 +122,7 @@ impl Interrupts {
         };
         match set_up() {
             Ok(vectors) => self.vectors = Some(vectors),
-            Err(error) => warn(device, &error),
+            Err(error) => self.warnings.warn(Cause::Intx, &error),
         }
     }
 
@@ -114,7 +130,7 @@ impl Interrupts {
         let set_up = |count: u32| device.vectors(Interrupt::Msi, count as usize);
         // Without interrupt remapping there is one.
         let mut vectors = set_up(count).or_else(|error| {
-            log::warn!("{error}");
+            self.warnings.warn(Cause::FewVectors, &error);
             set_up(1)
         })?;
         for vector in 0..vectors.count() {
@@ -140,7 +156,7 @@ impl Interrupts {
                 (None, Some(message)) => match self.set_up(device, kind, vector) {
                     Ok(()) => Action::Connect { vector, message },
                     Err(error) => {
-                        log::warn!("the guest gets no vector {vector}: {error}");
+                        self.warnings.warn(Cause::Vector, &error);
                         self.failed.insert(vector);
                         continue;
                     }
@@ -186,10 +202,6 @@ impl Interrupts {
         let is_connected = self.connected.get(vector as usize).is_some_and(Option::is_some);
         !is_connected && self.eventfd(vector).is_some_and(eventfd::is_signalled)
     }
-}
-
-fn warn(device: &Device, error: &Error) {
-    log::warn!("the guest gets no interrupts of {}: {error}", device.name());
 }
 
 fn make() -> Result<OwnedFd> {

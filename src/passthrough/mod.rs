@@ -68,6 +68,7 @@ mod device;
 mod interrupts;
 mod msix;
 mod span;
+mod warnings;
 
 pub use aperture::Apertures;
 pub use device::{Action, GuestDevice};

@@ -183,6 +183,21 @@ impl<S> Slot<S> {
         Ok(())
     }
 
+    /// Maps the span for the DMA of these devices, as [`map_for`](Self::map_for), and no longer for others. `failed` is
+    /// told of each that cannot be mapped.
+    pub(super) fn set_peers(&mut self, peers: &[DmaSpace], mut failed: impl FnMut(Error)) {
+        // First: a new one may be in the address space of an old one, at the same address.
+        self.peers.retain(|mapping| peers.iter().any(|peer| mapping.is_of(peer)));
+        for peer in peers {
+            if self.peers.iter().any(|mapping| mapping.is_of(peer)) {
+                continue;
+            }
+            if let Err(error) = self.map_for(peer) {
+                failed(error);
+            }
+        }
+    }
+
     /// Has the hypervisor remove the slot, and returns the span. Other devices do not reach it any more.
     ///
     /// # Errors

@@ -1,30 +1,12 @@
 //! Regions of a device as a program goes through them.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use vfio_remap::transport::{DeviceInfo, RegionInfo};
 use vfio_remap::{Device, Error, ErrorKind, Result, Transport};
 
 use crate::support::alone::alone;
-
-/// What has been logged.
-struct Log(Mutex<Vec<String>>);
-
-static LOG: Log = Log(Mutex::new(Vec::new()));
-
-impl log::Log for Log {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.level() <= log::Level::Warn
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            self.0.lock().unwrap().push(record.args().to_string());
-        }
-    }
-
-    fn flush(&self) {}
-}
+use crate::support::logged;
 
 /// A device with regions 1, 6 and 7. Its region 2 makes no sense, and it has no others.
 #[derive(Debug)]
@@ -55,12 +37,11 @@ impl Transport for Sparse {
 #[test]
 fn each_region_is_listed_and_one_that_makes_no_sense_is_logged() {
     alone(|| {
-        log::set_logger(&LOG).unwrap();
-        log::set_max_level(log::LevelFilter::Warn);
+        logged::watch();
         let device = Device::new(Arc::new(Sparse));
         let indexes: Vec<_> = device.regions().map(|region| region.index()).collect();
         assert_eq!(indexes, [1, 6, 7]);
-        assert_eq!(*LOG.0.lock().unwrap(), ["cannot read region 2: it is odd"]);
+        assert_eq!(logged::take(), ["cannot read region 2: it is odd"]);
         assert_eq!(device.bar(2).unwrap_err().kind(), ErrorKind::Malformed);
     });
 }

@@ -378,6 +378,27 @@ fn other_devices_reach_a_bar_where_the_guest_has_it() {
 }
 
 #[test]
+fn a_peer_that_is_taken_out_reaches_nothing_and_is_free() {
+    let peers = [(); 2].map(|()| Arc::new(Scripted::default()));
+    let [one, other] = peers.clone().map(|transport| Device::new(transport));
+    let mut monitor = Monitor::new(Arc::new(card()), &apertures());
+    monitor.move_bar(0, LOW.start, true);
+    let mapped = |peer: usize| peers[peer].mapped().len();
+    monitor.guest.set_peers(vec![one.dma().unwrap()]);
+    assert_eq!((mapped(0), mapped(1)), (2, 0), "it is mapped at once");
+    monitor.guest.set_peers(vec![other.dma().unwrap(), one.dma().unwrap(), one.dma().unwrap()]);
+    assert_eq!((mapped(0), mapped(1)), (2, 2));
+    monitor.guest.set_peers(vec![other.dma().unwrap()]);
+    assert_eq!((mapped(0), mapped(1)), (0, 2));
+    drop(one);
+    assert_eq!(Arc::strong_count(&peers[0]), 1, "nothing holds it");
+    monitor.guest.set_peers(vec![]);
+    assert_eq!(mapped(1), 0);
+    drop(other);
+    assert_eq!(Arc::strong_count(&peers[1]), 1, "nothing holds it");
+}
+
+#[test]
 fn a_device_that_is_taken_away_leaves_nothing_behind() {
     let mut monitor = Monitor::new(Arc::new(card()), &apertures());
     monitor.move_bar(0, LOW.start, true);

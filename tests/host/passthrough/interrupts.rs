@@ -8,6 +8,8 @@ use vfio_remap::transport::{IrqInfo, RegionInfo, irq_index};
 
 use super::card::Card;
 use super::monitor::{LOW, Monitor, apertures};
+use crate::support::alone::alone;
+use crate::support::logged;
 
 const TABLE: u64 = LOW.start + 0x2000;
 const PENDING: u64 = LOW.start + 0x3000;
@@ -249,6 +251,31 @@ fn a_vector_that_the_kernel_refuses_is_tried_once() {
     monitor.write(MSIX + 2, &[0, 0]);
     monitor.write(MSIX + 2, &[0, 0x80]);
     assert_eq!(card.tries(), 2);
+}
+
+#[test]
+fn a_guest_cannot_fill_the_log() {
+    alone(|| {
+        logged::watch();
+        let card = Arc::new(described(false).with_vectors_up_to(0));
+        let mut monitor = monitor(&card);
+        program(&mut monitor, 1, message(1), false);
+        for _ in 0..100 {
+            // MSI-X, MSI, INTx: the kernel sets up none.
+            monitor.write(MSIX + 2, &[0, 0x80]);
+            monitor.write(MSIX + 2, &[0, 0]);
+            monitor.write(MSI + 2, &[0x21, 0]);
+            monitor.write(MSI + 2, &[0, 0]);
+            card.fail_writes(1);
+            monitor.command(0x4);
+            monitor.command(0);
+        }
+        assert!(card.tries() > 300);
+        let warnings = logged::take();
+        let about = |what: &str| warnings.iter().filter(|it| it.contains(what)).count();
+        assert_eq!(["vector", "MSI", "INTx", "bus mastering"].map(|it| about(it).min(1)), [1; 4]);
+        assert_eq!(warnings.len(), 5, "{warnings:#?}");
+    });
 }
 
 #[test]

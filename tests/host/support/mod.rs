@@ -12,6 +12,7 @@ pub mod hostile_server;
 pub mod interrupts;
 #[cfg(feature = "emulated")]
 pub mod lingering;
+pub mod logged;
 #[cfg(feature = "emulated")]
 pub mod memory_files;
 #[cfg(feature = "emulated")]
