@@ -119,8 +119,9 @@ impl Hardware {
         if reached.is_err() && self.device.gone() {
             return Ok(());
         }
+        let disabled = self.registers.disable(self.capabilities.timeout());
         // A window that is still revoked answers, but not for the controller.
-        let disabled = reached.and_then(|()| self.registers.disable(self.capabilities.timeout()));
+        let disabled = reached.and(disabled);
         let muted = self.device.config().and_then(|config| {
             config.set_bus_mastering(false)?;
             // What is read comes after all that the device has written.

@@ -139,4 +139,6 @@ fn a_lost_window_returns_no_buffers_of_a_live_controller() {
     let mut command = [0; 2];
     model.read_at(7, 4, &mut command).unwrap();
     assert_eq!(command[0] & 4, 0, "it may still start accesses");
+    model.read_at(0, 0x14, &mut enabled).unwrap();
+    assert_eq!(enabled[0] & 1, 0, "its own registers can be reached");
 }
