@@ -282,8 +282,8 @@ impl Window {
     ///
     /// Type 1 containers map it by page frame. The DMA mapping reaches this device even after the window is
     /// [revoked](Self::revoke) or dropped. A reset by this crate ([`Device::reset`](super::Device::reset)), low
-    /// power and switching off memory decoding remove it, and map it again when they end. iommufd rejects such
-    /// memory.
+    /// power and switching off memory decoding remove it, and map it again when they end, or when the window is
+    /// [restored](Self::restore) if it is still revoked then. iommufd rejects such memory.
     pub fn dma_memory(&self) -> DmaMemory {
         let addresses = self.addresses();
         // SAFETY: the range is mapped while the window's shared state lives, and the memory holds that; no
