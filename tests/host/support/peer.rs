@@ -212,9 +212,11 @@ impl Peer {
         (&self.stream).write_all(bytes).unwrap();
     }
 
-    /// Sends a byte out of band.
-    pub fn send_out_of_band(&self) {
-        nix::sys::socket::send(self.stream.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+    /// Sends a byte out of band, unless the client has closed the connection. Returns whether it has.
+    pub fn send_out_of_band(&self) -> bool {
+        let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_NOSIGNAL;
+        let sent = nix::sys::socket::send(self.stream.as_raw_fd(), b"!", flags);
+        sent.is_err() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Waits until the client has closed the connection.

@@ -420,8 +420,8 @@ fn a_byte_out_of_band_ends_the_connection() {
     let (peer, stream) = Peer::start(Served::default(), |_, _, _| {});
     let client = VfioUser::from_stream(stream, AMPLE).unwrap();
     client.dma_map(0x1000, &shared::memory(0x1000, false), Access::ReadWrite).unwrap();
-    peer.send_out_of_band();
-    // An exchange would read on behind it.
+    // A read that is under way goes on behind the byte, and drops it: that of the exchange above may be.
+    watch::until("the client ends the connection", || peer.send_out_of_band());
     watch::in_time(|| peer.ended());
     assert_eq!(client.read_at(0, 0, &mut [0; 4]).unwrap_err().kind(), ErrorKind::Gone);
 }
