@@ -97,14 +97,15 @@ impl Window {
 
     /// Restores the window: it reaches the device again, at the same addresses.
     ///
-    /// A window that is not revoked stays as it is, and is no error. Memory that another process has truncated
-    /// is restored as far as it is still there. Peer-to-peer mappings that a reset could not map again, because
+    /// A window that is not revoked, or is sealed, stays as it is, and is no error. A
+    /// [fault from before](crate::space::FaultGuard#a-fault-from-before) that is handled late revokes it again. Memory
+    /// that another process has truncated is restored as far as it is still there. Peer-to-peer mappings that a reset could not map again, because
     /// their window was revoked, are mapped again.
     ///
     /// # Errors
     /// `Revoked` while a call of this crate keeps the device away: a reset, [low power](super::LowPower), or
     /// memory decoding that [`Config::set_memory_decoding`](super::Config::set_memory_decoding) switched off.
-    /// `Sealed`; `Gone` if the device was removed, its file has no byte of the window left, or in a child of
+    /// `Gone` if the device was removed, its file has no byte of the window left, or in a child of
     /// `fork(2)`; the kernel's error. The window stays revoked then. That of a peer-to-peer mapping that could not
     /// be mapped again: the window is restored then, and the next restore tries again.
     pub fn restore(&self) -> Result<StateReport> {
