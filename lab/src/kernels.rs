@@ -62,7 +62,7 @@ pub const KERNELS: [Kernel; 5] = [
         about: "newest, built here with the patches and the configuration of lab/kernel",
         source: Source::Patched(Recipe {
             patches: &["fixes", "selftests", "rfc"],
-            selftests: &["vfio_pci_mremap_test"],
+            selftests: &["vfio/vfio_pci_mremap_test", "mm/mremap_duplicate", "mm/pfnmap"],
         }),
     },
 ];

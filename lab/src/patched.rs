@@ -28,15 +28,15 @@ const TAIL: usize = 30;
 /// Held while a kernel is checked and built.
 static BUILDING: Mutex<()> = Mutex::new(());
 
-/// The directory of VFIO's selftests in the kernel's source.
-const SELFTESTS: &str = "tools/testing/selftests/vfio";
+/// The directory of the selftests in the kernel's source.
+const SELFTESTS: &str = "tools/testing/selftests";
 
 /// What a kernel is built from.
 pub struct Recipe {
     /// The directories of `lab/kernel` with its patches, in the order in
     /// which they apply.
     pub patches: &'static [&'static str],
-    /// The selftests of VFIO that are built with it.
+    /// The selftests that are built with it: directory and program, such as `mm/pfnmap`.
     pub selftests: &'static [&'static str],
 }
 
@@ -182,16 +182,16 @@ fn build(series: &Series, source: &Source, store: &Store, directory: &Path) -> R
     }
     configure(&tree, &series.config)?;
     compile(&tree, &mut stage)?;
-    for selftest in series.selftests {
-        build_selftest(&tree, selftest)?;
-    }
+    build_selftests(&tree, series.selftests)?;
     cache::replace(directory, |new| {
         fs::copy(tree.join("vmlinux"), new.join("vmlinux"))?;
         // All drivers are built in.
         fs::create_dir(new.join("modules"))?;
         fs::create_dir(new.join("selftests"))?;
         for selftest in series.selftests {
-            fs::copy(tree.join(SELFTESTS).join(selftest), new.join("selftests").join(selftest))?;
+            let program = tree.join(SELFTESTS).join(selftest);
+            let name = program.file_name().context("a selftest is a file")?;
+            fs::copy(&program, new.join("selftests").join(name))?;
         }
         fs::write(new.join("series"), series.text())?;
         Ok(fs::write(new.join("version"), version)?)
@@ -276,13 +276,17 @@ fn compile(tree: &Path, stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
-/// Builds a selftest. It is static, since a guest has no libraries.
-fn build_selftest(tree: &Path, name: &str) -> Result<()> {
-    let directory = tree.join(SELFTESTS);
+/// Builds selftests. They are static, since a guest has no libraries.
+fn build_selftests(tree: &Path, selftests: &[&str]) -> Result<()> {
+    if selftests.is_empty() {
+        return Ok(());
+    }
     command::output(make(tree).arg("headers"))?;
-    command::output(
-        make(tree).arg("-C").arg(&directory).arg("LDFLAGS=-static").arg(directory.join(name)),
-    )?;
+    for selftest in selftests {
+        let program = tree.join(SELFTESTS).join(selftest);
+        let directory = program.parent().context("a selftest has a directory")?;
+        command::output(make(tree).arg("-C").arg(directory).arg("LDFLAGS=-static").arg(&program))?;
+    }
     Ok(())
 }
 
