@@ -1,4 +1,4 @@
-//! One mapping of a backing: how it is made, placed and unmapped.
+//! One mapping of a backing: how it is made and unmapped.
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
@@ -6,19 +6,15 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
+use super::cover::{Released, try_cover};
+use super::destination::{Destination, FailedCall, HUGE};
 use super::limits::out_of_memory;
-use super::reservation::CoverFailed;
-use super::revocation::{self, Control, Shown};
+use super::revocation::{self, Control};
 use super::{Backing, BackingKind, Failed, Placement, Reservation};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::fork;
 use crate::sys::mm::{self, Access};
 use crate::sys::mmap_lock::MmapLock;
-use crate::sys::{fork, maps};
-
-const HUGE: usize = 2 << 20;
-const GIB: usize = 1 << 30;
 
 /// `size` bytes of a backing from `offset` on, mapped at `address`. It owns this range, which is one VMA.
 ///
@@ -34,155 +30,6 @@ pub(crate) struct Mapping {
     pub(super) home: Option<Reservation>,
     /// The process that made it: see [`fork::generation`].
     pub(super) generation: u32,
-}
-
-/// The place for a new mapping.
-pub(super) enum Destination {
-    /// The kernel chooses.
-    Chosen,
-    /// The start of a reservation, and whether the caller gave it (else the crate made it).
-    Reserved(Reservation, bool),
-}
-
-/// Why a mapping was not made, and whether the destination was lost.
-pub(super) struct FailedCall {
-    pub errno: Errno,
-    /// The failing call unmapped the destination, and it could not be reserved again.
-    pub lost: bool,
-}
-
-impl From<Errno> for FailedCall {
-    fn from(errno: Errno) -> Self {
-        Self { errno, lost: false }
-    }
-}
-
-impl Destination {
-    /// Makes the reservation that a placement needs, or checks the one that it has.
-    #[inline(always)]
-    pub(super) fn prepare(
-        placement: Placement,
-        operation: &'static str,
-        object: &dyn fmt::Display,
-        file_offset: u64,
-        size: usize,
-    ) -> std::result::Result<Self, Failed> {
-        let (reservation, given) = match placement {
-            Placement::Anywhere if size < HUGE => return Ok(Self::Chosen),
-            Placement::Anywhere => {
-                let modulus = if size < GIB { HUGE } else { GIB };
-                (Reservation::congruent(size, modulus, file_offset)?, false)
-            }
-            Placement::At(address) => (Reservation::at(address, size)?, false),
-            Placement::In(reservation) => (reservation, true),
-        };
-        let unsuitable = if reservation.size() < size {
-            Some((
-                format!(
-                    "{reservation:?} has {:#x} bytes, and {size:#x} are needed",
-                    reservation.size()
-                ),
-                "make a larger reservation".to_owned(),
-            ))
-        } else if size >= HUGE
-            && (reservation.address() as u64 ^ file_offset) & (HUGE as u64 - 1) != 0
-        {
-            Some((
-                format!(
-                    "{:#x} is not congruent to offset {file_offset:#x} modulo 2 MiB, which costs a \
-                         fault for every page",
-                    reservation.address()
-                ),
-                format!(
-                    "use Placement::Anywhere or Reservation::congruent({size:#x}, {HUGE:#x}, {:#x})",
-                    file_offset % HUGE as u64
-                ),
-            ))
-        } else {
-            None
-        };
-        match unsuitable {
-            None => Ok(Self::Reserved(reservation, given)),
-            Some((reason, advice)) => Err(Failed::new(
-                Error::new(ErrorKind::UnsuitablePlacement, operation, object)
-                    .with_reason(reason)
-                    .with_advice(advice),
-                given.then_some(reservation),
-            )),
-        }
-    }
-
-    /// Runs a FIXED call over the start of the reservation. If the call fails, the range is reserved as
-    /// before, or the error says that it was lost.
-    pub(super) fn fixed(
-        reservation: &Reservation,
-        size: usize,
-        call: impl Fn(&MmapLock, usize) -> std::result::Result<(), Errno>,
-    ) -> std::result::Result<usize, FailedCall> {
-        let address = reservation.address();
-        let lock = MmapLock::take();
-        let mut made = call(&lock, address);
-        if made == Err(Errno::EAGAIN) && reservation.unlock(size) {
-            made = call(&lock, address);
-        }
-        match made {
-            Ok(()) => Ok(address),
-            Err(errno) => {
-                // SAFETY: the failed call has mapped nothing, so nothing of ours but the marker is in the
-                // range.
-                let restored = unsafe { reservation.restore(&lock, size) };
-                Err(FailedCall { errno, lost: !restored })
-            }
-        }
-    }
-
-    /// Unmaps what was just mapped at `address`, of `backing` from `offset` on. Returns false if the
-    /// reservation was lost.
-    ///
-    /// # Safety
-    /// `[address, address + size)` is ours, and nothing reads or writes through it.
-    pub(super) unsafe fn undo(
-        &self,
-        backing: &Backing,
-        offset: u64,
-        address: usize,
-        size: usize,
-    ) -> bool {
-        match self {
-            Self::Reserved(reservation, _) => {
-                let lock = MmapLock::take();
-                // SAFETY: by the contract the range is ours, and nothing uses it.
-                unsafe {
-                    let cover = || reservation.cover(&lock, size);
-                    let shown = Shown::backing(backing, offset);
-                    let covered = try_cover(&lock, shown, address..address + size, cover);
-                    reservation.clear(&lock, size, covered)
-                }
-            }
-            Self::Chosen => {
-                // SAFETY: by the contract the range is ours, and nothing uses it.
-                if let Err(errno) = unsafe { mm::munmap(address, size) } {
-                    log::error!("leaked the mapping at {address:#x}, {size:#x} bytes: {errno}");
-                }
-                true
-            }
-        }
-    }
-
-    /// The reservation that goes back to the caller with an error.
-    pub(super) fn given_back(self, lost: bool) -> Option<Reservation> {
-        match self {
-            Self::Reserved(reservation, true) if !lost => Some(reservation),
-            _ => None,
-        }
-    }
-
-    pub(super) fn into_home(self) -> Option<Reservation> {
-        match self {
-            Self::Chosen => None,
-            Self::Reserved(reservation, _) => Some(reservation),
-        }
-    }
 }
 
 impl Mapping {
@@ -284,42 +131,6 @@ impl Mapping {
         self.size == 0
     }
 
-    /// Covers the mapping, which shows `shown`, and returns its addresses as a reservation. On failure nothing
-    /// has changed. On success the mapping owns nothing: the caller sets its address or its length.
-    ///
-    /// # Safety
-    /// Nothing reads or writes through the mapping any more, and no handler revokes it.
-    #[inline(always)]
-    pub(super) unsafe fn release(&mut self, shown: Shown) -> std::result::Result<Released, Errno> {
-        let lock = MmapLock::take();
-        let home = self.home.take();
-        // SAFETY: the mapping owns its range, and by the contract nothing uses it.
-        let cover = || unsafe {
-            match &home {
-                Some(home) => home.cover(&lock, self.size).map(|()| None),
-                None => Reservation::over(&lock, self.address, self.size).map(Some),
-            }
-        };
-        let covered = try_cover(&lock, shown, self.range(), cover);
-        match (covered, home) {
-            (Ok(made), home) => Ok(made.or(home).map_or(Released::Lost, Released::Whole)),
-            (Err(CoverFailed { errno, intact: true }), home) => {
-                self.home = home;
-                Err(errno)
-            }
-            // The failing call has unmapped the range, or that cannot be determined.
-            (Err(_), home) => {
-                let reserved = match home {
-                    // SAFETY: nothing that is known to be ours is mapped there. A mapping that cannot be
-                    // identified is given up.
-                    Some(home) => unsafe { home.restore(&lock, self.size) }.then_some(home),
-                    None => Reservation::reserve_gap(&lock, self.address, self.size),
-                };
-                Ok(reserved.map_or(Released::Lost, Released::WithGap))
-            }
-        }
-    }
-
     /// Whether this process is a child of the one that made it. The mapping does not exist here.
     pub(crate) fn is_inherited(&self) -> bool {
         self.generation != fork::generation()
@@ -333,52 +144,6 @@ impl Mapping {
         Err(Error::new(ErrorKind::Gone, operation, self.object())
             .with_reason("children of fork do not inherit windows"))
     }
-}
-
-/// Covers the mapping in `range`, which shows `shown`.
-///
-/// The kernel checks the limits on mappings, address space and locked memory before it changes the range
-/// (`do_mmap`, `mmap_region`; Linux 5.10 to 7.3). If it runs out of memory later, it has already unmapped
-/// the range, and other code may have mapped something there since.
-fn try_cover<T>(
-    lock: &MmapLock,
-    shown: Shown,
-    range: Range<usize>,
-    cover: impl Fn() -> std::result::Result<T, Errno>,
-) -> std::result::Result<T, CoverFailed> {
-    let Some(file) = shown.file else {
-        // After a failed call, this mapping could not be told from others. So the limits are checked
-        // first, by a reservation elsewhere.
-        Reservation::ensure_room(lock, range.len())
-            .map_err(|errno| CoverFailed { errno, intact: true })?;
-        return cover().map_err(|errno| CoverFailed { errno, intact: false });
-    };
-    // A mapping of the same bytes of the same file that children do not inherit is a window of this
-    // crate. It is this one, since the lock was taken before the call.
-    let is_intact = || maps::is_kept_from_children(&range, file, shown.offset).unwrap_or(false);
-    let refused = |errno| CoverFailed { errno, intact: is_intact() };
-    let locked = match cover().map_err(refused) {
-        Err(uncovered) if uncovered.errno == Errno::EAGAIN && uncovered.intact => uncovered,
-        other => return other,
-    };
-    // After mlockall(MCL_FUTURE) both the mapping and its cover would count as locked memory. Neither
-    // needs to.
-    // SAFETY: the range is ours; what is mapped there is the mapping, or what covers it.
-    let unlock = || unsafe { mm::munlock(range.start, range.len()) };
-    unlock().map_err(|_| locked)?;
-    let covered = cover().map_err(refused)?;
-    let _ = unlock();
-    Ok(covered)
-}
-
-/// What happened to the addresses of a mapping that was covered.
-pub(super) enum Released {
-    /// They are reserved, and were never a hole.
-    Whole(Reservation),
-    /// They are reserved, and were a hole for an instant.
-    WithGap(Reservation),
-    /// They may have been a hole, and what is mapped there now may belong to other code.
-    Lost,
 }
 
 /// Maps `size` bytes of the backing at the destination. The new side is ready for use; its page tables are
@@ -487,8 +252,8 @@ mod tests {
     use super::*;
     use crate::space::Strategy;
     use crate::space::fixture::{PAGE, backing, secluded, state, unmap_and_let_in};
-    use crate::sys::file;
     use crate::sys::spy::{self, Call};
+    use crate::sys::{file, maps};
 
     /// The calls that map `len` bytes at an address that the kernel chooses.
     fn calls(kind: BackingKind, len: usize) -> Vec<Call> {

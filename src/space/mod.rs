@@ -5,6 +5,8 @@
 //! [`Reservation`] and a mapping each own their range, and only the owner of a range replaces it.
 
 mod backing;
+mod cover;
+mod destination;
 #[cfg(test)]
 mod failed_calls;
 #[cfg(test)]

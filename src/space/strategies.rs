@@ -7,8 +7,10 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::backing::Remap;
+use super::cover::Released;
+use super::destination::{Destination, FailedCall};
 use super::limits::out_of_memory;
-use super::mapping::{Destination, FailedCall, Released, map_again};
+use super::mapping::map_again;
 use super::revocation::{Control, Shown};
 use super::{
     Attempt, Attempts, Failed, Mapping, Outcome, Report, Request, Reservation, Source, Strategy,
