@@ -1,11 +1,19 @@
 //! What the kernel refuses, what a child has, and what counts against limits.
 
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, setrlimit};
 
+use super::registry::State;
 use super::*;
+use crate::error::ErrorKind;
 use crate::space::fixture::{MIB, PAGE, backing, read, secluded, shared, state, write};
-use crate::space::{BackingKind, Mapping, Placement};
+use crate::space::{Backing, BackingKind, Mapping, Placement};
+use crate::sys::mm::{self, Access};
 use crate::sys::spy::{self, Call};
+use crate::sys::{eventfd, file, maps};
 
 const WHY: Reasons = Reasons::of(0);
 

@@ -1,0 +1,311 @@
+//! The verbs on one window: revoke, restore, seal.
+
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
+
+use std::ops::Range;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::errno::Errno;
+
+use super::absent::{self, Left, Pages};
+use super::reasons::Reasons;
+use super::registry::{Entry, Slot, State};
+use super::report::{StateReport, WindowState};
+use super::turn::Turn;
+use super::{lost, registry};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::limits::out_of_memory;
+use crate::space::mapping::{Object, prefer_huge};
+use crate::space::{Backing, KernelVersion};
+use crate::sys::async_safe::{self, SignalsBlocked};
+use crate::sys::mm::{self, Access};
+use crate::sys::mmap_lock::MmapLock;
+use crate::sys::{file, fork, maps};
+
+/// What can be done to a window without owning it: to revoke and to restore it.
+pub(crate) struct Control {
+    pub(in crate::space) backing: Arc<Backing>,
+    pub(super) offset: u64,
+    pub(super) size: usize,
+    pub(super) access: Access,
+    /// What it shows when it is revoked.
+    pub(super) pages: Pages,
+    generation: u32,
+    /// The entry in `held`; null if there is none.
+    pub(super) entry: AtomicPtr<Entry>,
+    held: Mutex<Held>,
+}
+
+pub(super) struct Held {
+    /// `None` once the window is unmapped or sealed.
+    pub(super) slot: Option<Slot>,
+    /// Empty while the window is live, and if a handler has revoked it.
+    pub(super) reasons: Reasons,
+    /// Where it is, if it is sealed.
+    pub(super) sealed: Option<Range<usize>>,
+}
+
+impl Control {
+    /// Registers a window that was mapped at `address`.
+    pub(in crate::space) fn new(
+        backing: Arc<Backing>,
+        offset: u64,
+        size: usize,
+        access: Access,
+        address: usize,
+    ) -> Arc<Self> {
+        let range = address..address + size;
+        let pages = Pages::of(size);
+        let slot = registry().insert(&range, backing.group().note(access, pages));
+        let entry = AtomicPtr::new(ptr::from_ref(slot.entry).cast_mut());
+        let held = Mutex::new(Held { slot: Some(slot), reasons: Reasons::default(), sealed: None });
+        let generation = fork::generation();
+        Arc::new(Self { backing, offset, size, access, pages, generation, entry, held })
+    }
+
+    /// Waits for verbs on the same window to end. Not for a child of `fork(2)`.
+    pub(in crate::space) fn turn(&self) -> Turn<'_> {
+        Turn { control: self, held: self.held.lock().unwrap_or_else(PoisonError::into_inner) }
+    }
+
+    /// Whether the window is revoked.
+    #[inline]
+    pub(crate) fn is_revoked(&self) -> bool {
+        let state = self.entry().map(Entry::state);
+        matches!(state, Some(State::Revoking | State::Revoked | State::Restoring))
+    }
+
+    pub(super) fn entry(&self) -> Option<&'static Entry> {
+        // SAFETY: entries are never freed.
+        unsafe { self.entry.load(Ordering::Acquire).as_ref() }
+    }
+
+    /// Why it is revoked; empty if it is not.
+    pub(crate) fn reasons(&self) -> Reasons {
+        if self.is_inherited() { Reasons::default() } else { self.turn().reasons() }
+    }
+
+    /// Whether it reads all ones when it is revoked, and not zeros.
+    pub(crate) fn reads_ones(&self) -> bool {
+        self.pages.are_ones()
+    }
+
+    pub(crate) fn is_sealed(&self) -> bool {
+        !self.is_inherited() && self.turn().is_sealed()
+    }
+
+    /// Whether the window is no more: its verbs fail, and nothing is wrong with its device.
+    pub(crate) fn is_unmapped(&self) -> bool {
+        if self.is_inherited() {
+            return false;
+        }
+        let turn = self.turn();
+        turn.held.slot.is_none() && !turn.is_sealed()
+    }
+
+    /// How many bytes of the file behind the window are left, if it is a file that can be truncated and is
+    /// shorter than the window.
+    pub(crate) fn truncated_to(&self) -> Option<u64> {
+        let start = self.backing.file_offset(self.offset);
+        let size = file::regular_size(self.backing.fd()).ok()??;
+        (size < start + self.size as u64).then(|| size.saturating_sub(start))
+    }
+
+    pub(in crate::space) fn is_inherited(&self) -> bool {
+        self.generation != fork::generation()
+    }
+
+    pub(super) fn object(&self) -> Object<'_> {
+        Object { backing: &self.backing, offset: self.offset, size: self.size }
+    }
+
+    fn report(&self, range: Range<usize>, before: WindowState, after: WindowState) -> StateReport {
+        let report = StateReport { addresses: range, before, after };
+        log::debug!("{}: {report}", self.object());
+        report
+    }
+
+    fn revoked(&self) -> WindowState {
+        WindowState::Revoked { reads_ones: self.reads_ones() }
+    }
+
+    fn check_process(&self, operation: &'static str) -> Result<()> {
+        if !self.is_inherited() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Gone, operation, self.object())
+            .with_reason("children of fork do not inherit windows"))
+    }
+
+    /// Replaces the window by pages that read all ones. It stays revoked until each of the reasons is
+    /// [taken back](Self::restore).
+    pub(crate) fn revoke(&self, reasons: Reasons) -> Result<StateReport> {
+        self.check_process("revoke")?;
+        let mut turn = self.turn();
+        let entry = turn.entry("revoke")?;
+        let range = entry.range();
+        let lock = MmapLock::take();
+        // A signal handler of the program that interrupted this thread after the mark, and had a fault in this
+        // window, would repeat its access for ever.
+        let signals = SignalsBlocked::new();
+        // Marked first, so that whoever reads the pages also sees the mark.
+        let was_live = entry.mark();
+        if was_live {
+            // SAFETY: the window stays mapped at its range, because its verbs take turns, of which this is one.
+            unsafe { self.replace_marked(&lock, entry) }
+                .map_err(|errno| out_of_memory(errno, "revoke", self.object(), self.size))?;
+        }
+        drop((signals, lock));
+        if !was_live {
+            turn.held.reasons = turn.reasons().and(reasons);
+            return Ok(self.report(range, self.revoked(), self.revoked()));
+        }
+        turn.held.reasons = reasons;
+        Ok(self.report(range, WindowState::Live, self.revoked()))
+    }
+
+    /// Replaces the window by its pages, after its entry was marked. On failure the window is what it was.
+    ///
+    /// # Safety
+    /// The window stays mapped at its range.
+    pub(super) unsafe fn replace_marked(
+        &self,
+        _: &MmapLock,
+        entry: &Entry,
+    ) -> std::result::Result<(), Errno> {
+        let range = entry.range();
+        // SAFETY: by the contract.
+        let result = unsafe { absent::replace(range.start, self.size, self.access, self.pages) };
+        if let Err(refused) = &result {
+            let is_intact = match refused.left {
+                Left::Untouched => true,
+                Left::Unknown => self.is_shown(&range),
+                Left::Plugged | Left::Hole => false,
+            };
+            if !is_intact {
+                lost(&range);
+            }
+        }
+        let state = if result.is_ok() { State::Revoked } else { State::Live };
+        let _ = entry.change(State::Revoking, state);
+        result.map_err(|refused| refused.errno)
+    }
+
+    /// Whether the device is mapped in the range, and not what another thread has mapped. False if that cannot be
+    /// found out.
+    #[cold]
+    fn is_shown(&self, range: &Range<usize>) -> bool {
+        let offset = self.backing.file_offset(self.offset);
+        let file = file::identity(self.backing.fd());
+        file.is_ok_and(|file| maps::still_shows(range, file, offset) == Some(true))
+    }
+
+    /// Takes back reasons. If none is left, maps the device again, at the same addresses. A sealed window reaches its
+    /// device, and stays as it is.
+    ///
+    /// The new mapping is made at an address that the kernel chooses, and moved over the pages untouched,
+    /// which no kernel's hazards concern. If it cannot be made, the window stays revoked, as after a fault: no reason
+    /// is left that somebody would take back. A late handler of a fault from before may revoke it again.
+    pub(crate) fn restore(&self, reasons: Reasons) -> Result<StateReport> {
+        self.check_process("restore")?;
+        let mut turn = self.turn();
+        if let Some(range) = &turn.held.sealed {
+            return Ok(self.report(range.clone(), WindowState::Sealed, WindowState::Sealed));
+        }
+        let entry = turn.entry("restore")?;
+        let range = entry.range();
+        // A handler that has marked it may still fail, and take the mark back.
+        entry.drain();
+        if entry.state() != State::Revoked {
+            return Ok(self.report(range, WindowState::Live, WindowState::Live));
+        }
+        let left = turn.reasons().without(reasons);
+        turn.held.reasons = left;
+        if !left.is_empty() {
+            return Ok(self.report(range, self.revoked(), self.revoked()));
+        }
+        if self.truncated_to() == Some(0) {
+            return Err(Error::new(ErrorKind::Gone, "restore", self.object())
+                .with_reason("its file was truncated, and has no byte of it left")
+                .with_advice("restore it when the server has the file whole again"));
+        }
+        let lock = MmapLock::take();
+        let failed = |errno| out_of_memory(errno, "restore", self.object(), self.size);
+        let new = self.backing.map(&lock, self.offset, self.size, self.access).map_err(failed)?;
+        // SAFETY: the mapping was made above, and nothing else has its address.
+        let unmap = || unsafe { mm::munmap(new, self.size) };
+        // SAFETY: as above.
+        if let Err(errno) = unsafe { mm::keep_from_children(new, self.size) } {
+            let _ = unmap();
+            return Err(failed(errno));
+        }
+        // SAFETY: as above.
+        unsafe { prefer_huge(&self.backing, new, self.size) };
+        // As in `revoke`.
+        let signals = SignalsBlocked::new();
+        let stopped = entry.stop_if(State::Revoked, State::Restoring).map_err(|_| Errno::EBUSY);
+        let result = stopped.and_then(|()| {
+            // SAFETY: nothing uses the new mapping, and verbs on this window take turns. No handler
+            // replaces the window while its entry is busy.
+            let moved = unsafe { async_safe::move_over(new, self.size, range.start) };
+            if moved.is_err() {
+                self.after_failed_restore(&lock, &range);
+            }
+            let state = if moved.is_ok() { State::Live } else { State::Revoked };
+            let _ = entry.change(State::Restoring, state);
+            moved
+        });
+        drop(signals);
+        if let Err(errno) = result {
+            let _ = unmap();
+            return Err(failed(errno));
+        }
+        Ok(self.report(range, self.revoked(), WindowState::Live))
+    }
+
+    /// Makes sure that the pages are still there after a move over them failed.
+    #[cold]
+    fn after_failed_restore(&self, _: &MmapLock, range: &Range<usize>) {
+        /// From this version on, a move that is refused keeps what it was to replace.
+        const KEEPS: KernelVersion = KernelVersion::new(6, 17);
+        match absent::fill_gap(range.start, range.len(), self.access, self.pages) {
+            Ok(()) => {}
+            Err(Left::Untouched | Left::Unknown) => {
+                let shown = maps::still_shows(range, self.pages.in_maps(), 0);
+                if !shown.unwrap_or_else(|| KernelVersion::running() >= KEEPS) {
+                    lost(range);
+                }
+            }
+            Err(Left::Plugged | Left::Hole) => lost(range),
+        }
+    }
+
+    /// `mseal(2)`: nothing can unmap, replace, move or protect the window any more, not even this crate.
+    pub(crate) fn seal(&self) -> Result<StateReport> {
+        self.check_process("seal")?;
+        let mut turn = self.turn();
+        let range = turn.entry("seal")?.range();
+        // As in `revoke`.
+        let signals = SignalsBlocked::new();
+        turn.freeze("seal")?;
+        // SAFETY: the range is the window's, and is never replaced or unmapped from now on: its entry is
+        // removed below, and the owner of the mapping keeps it for ever.
+        if let Err(errno) = unsafe { mm::seal(range.start, self.size) } {
+            turn.thaw();
+            drop(signals);
+            let error = Error::os(errno, "seal", self.object());
+            return Err(match errno {
+                Errno::ENOSYS => error
+                    .with_reason("this kernel has no mseal(2)")
+                    .with_advice("use Linux 6.10 or newer"),
+                _ => error,
+            });
+        }
+        turn.held.sealed = Some(range.clone());
+        turn.retire();
+        drop(signals);
+        Ok(self.report(range, WindowState::Live, WindowState::Sealed))
+    }
+}

@@ -1,0 +1,162 @@
+//! The right to do something to a window, one at a time.
+
+#![expect(unsafe_code, reason = "addresses are owned by convention")]
+
+use std::ptr;
+use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
+
+use super::control::{Control, Held};
+use super::reasons::Reasons;
+use super::registry;
+use super::registry::{Entry, State};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::Backing;
+use crate::sys::mmap_lock::MmapLock;
+
+/// The right to do something to a window.
+pub(in crate::space) struct Turn<'a> {
+    pub(super) control: &'a Control,
+    pub(super) held: MutexGuard<'a, Held>,
+}
+
+impl<'a> Turn<'a> {
+    pub(super) fn entry(&self, operation: &'static str) -> Result<&'static Entry> {
+        match &self.held.slot {
+            Some(slot) => Ok(slot.entry),
+            None if self.is_sealed() => {
+                Err(Error::new(ErrorKind::Sealed, operation, self.control.object())
+                    .with_reason("a sealed window stays as it is until the process ends"))
+            }
+            None => Err(Error::new(ErrorKind::Gone, operation, self.control.object())
+                .with_reason("the window was unmapped")),
+        }
+    }
+
+    pub(super) fn reasons(&self) -> Reasons {
+        match &self.held.slot {
+            Some(slot) if [State::Revoking, State::Revoked].contains(&slot.entry.state()) => {
+                match self.held.reasons {
+                    reasons if reasons.is_empty() => Reasons::FAULT,
+                    reasons => reasons,
+                }
+            }
+            _ => Reasons::default(),
+        }
+    }
+
+    fn refused(&self, operation: &'static str) -> Error {
+        Error::new(ErrorKind::Revoked, operation, self.control.object())
+            .with_reason("the window is revoked")
+            .with_advice("restore it first: Window::restore")
+    }
+
+    /// Fails if the window is revoked.
+    pub(in crate::space) fn check(&self, operation: &'static str) -> Result<()> {
+        if self.is_sealed() {
+            return Ok(());
+        }
+        match self.entry(operation)?.state() {
+            State::Revoking | State::Revoked => Err(self.refused(operation)),
+            _ => Ok(()),
+        }
+    }
+
+    /// As [`check`](Self::check), after handlers that were about to revoke the window have done so.
+    pub(in crate::space) fn check_settled(&self, operation: &'static str) -> Result<()> {
+        if let Some(slot) = &self.held.slot {
+            slot.entry.drain();
+        }
+        self.check(operation)
+    }
+
+    /// Keeps handlers from revoking the window until [`thaw`](Self::thaw), [`moved`](Self::moved) or
+    /// [`retire`](Self::retire): accesses that fault meanwhile are repeated. Fails if the window is revoked
+    /// or sealed.
+    pub(in crate::space) fn freeze(&self, operation: &'static str) -> Result<()> {
+        let entry = self.entry(operation)?;
+        entry.stop_if(State::Live, State::Busy).map_err(|_| self.refused(operation))
+    }
+
+    /// Ends a [`freeze`](Self::freeze): the window is what it was.
+    pub(in crate::space) fn thaw(&self) {
+        if let Some(slot) = &self.held.slot {
+            let _ = slot.entry.change(State::Busy, State::Live);
+        }
+    }
+
+    /// How often handlers have revoked all windows of the group.
+    pub(in crate::space) fn sweeps(&self) -> u64 {
+        self.control.backing.group().sweeps.load(Ordering::Acquire)
+    }
+
+    /// Ends a [`freeze`](Self::freeze): the window is at `address` now. If a handler has revoked the group since
+    /// there were `sweeps`, the window is revoked, too.
+    pub(in crate::space) fn moved(&mut self, address: usize, sweeps: u64) {
+        let control = self.control;
+        let range = address..address + control.size;
+        let note = control.backing.group().note(control.access, control.pages);
+        let slot = registry().insert(&range, note);
+        control.entry.store(ptr::from_ref(slot.entry).cast_mut(), Ordering::Release);
+        if let Some(old) = self.held.slot.replace(slot) {
+            registry().remove(old);
+        }
+        if self.sweeps() != sweeps
+            && let Some(slot) = &self.held.slot
+        {
+            let lock = MmapLock::take();
+            // SAFETY: the window stays mapped at its range during this turn. If it is not revoked, it has its own
+            // fault later.
+            let _ =
+                slot.entry.mark() && unsafe { control.replace_marked(&lock, slot.entry) }.is_ok();
+        }
+    }
+
+    /// Removes the window from the registry. When this returns, no handler changes its range.
+    pub(in crate::space) fn retire(&mut self) {
+        self.control.entry.store(ptr::null_mut(), Ordering::Release);
+        if let Some(slot) = self.held.slot.take() {
+            registry().remove(slot);
+        }
+    }
+
+    /// Keeps handlers from the window, whether it is revoked or not, as [`retire`](Self::retire) does. Returns
+    /// what [`resume`](Self::resume) takes.
+    pub(in crate::space) fn suspend(&self) -> Option<State> {
+        self.held.slot.as_ref().map(|slot| slot.entry.stop(State::Busy))
+    }
+
+    /// Ends [`suspend`](Self::suspend).
+    pub(in crate::space) fn resume(&self, before: Option<State>) {
+        if let (Some(slot), Some(before)) = (&self.held.slot, before) {
+            let _ = slot.entry.change(State::Busy, before);
+        }
+    }
+
+    pub(in crate::space) fn is_sealed(&self) -> bool {
+        self.held.sealed.is_some()
+    }
+
+    /// What the window shows in this state.
+    pub(in crate::space) fn shown(&self, state: Option<State>) -> Shown {
+        let Control { backing, offset, pages, .. } = self.control;
+        match state {
+            Some(State::Revoked) => Shown { file: pages.identity(), offset: 0 },
+            _ => Shown::backing(backing, *offset),
+        }
+    }
+}
+
+/// What is mapped at the addresses of a window: the file, if it can be told from others, and the offset in it.
+#[derive(Clone, Copy)]
+pub(in crate::space) struct Shown {
+    pub file: Option<(u64, u64)>,
+    pub offset: u64,
+}
+
+impl Shown {
+    /// A live mapping of `backing` from `offset` of the region on.
+    pub(in crate::space) fn backing(backing: &Backing, offset: u64) -> Self {
+        Self { file: backing.identity, offset: backing.file_offset(offset) }
+    }
+}
