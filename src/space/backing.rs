@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use super::revocation::Group;
 use super::{Hazard, KernelVersion};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::maps::Origin;
 use crate::sys::mm::{self, Access};
 use crate::sys::mmap_lock::MmapLock;
 use crate::sys::{self, file};
@@ -36,8 +37,8 @@ pub(crate) struct Backing {
     start: u64,
     kind: BackingKind,
     kernel: KernelVersion,
-    /// Device and inode number of the file, if no other file has the same.
-    pub(super) identity: Option<(u64, u64)>,
+    /// By what its mappings are recognized, if no other file has the same inode.
+    pub(super) origin: Option<Origin>,
     /// A bit for each [`Access`] with which an `mmap` without `MAP_FIXED` has succeeded.
     accepted: AtomicU8,
     /// The result of each [`Remap`]'s probe: [`UNKNOWN`], [`ACCEPTED`], or the errno of a lasting refusal.
@@ -90,13 +91,13 @@ impl Backing {
                 "it claims {size:#x} bytes from offset {start:#x}, but its file has {has:#x} bytes"
             )));
         }
-        let identity = file::own_identity(&*fd).map_err(|errno| Error::os(errno, "map", &name))?;
+        let origin = file::own_identity(&*fd).map_err(|errno| Error::os(errno, "map", &name))?;
         Ok(Self {
             name,
             fd,
             start,
             kind,
-            identity,
+            origin: origin.map(|file| origin_of(kind, file)),
             kernel: KernelVersion::running(),
             accepted: AtomicU8::new(0),
             remaps: [const { AtomicU8::new(UNKNOWN) }; 2],
@@ -131,6 +132,11 @@ impl Backing {
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// By what its mappings are recognized, even if other files have the same inode.
+    pub(super) fn shared_origin(&self) -> std::result::Result<Origin, Errno> {
+        Ok(origin_of(self.kind, file::identity(self.fd())?))
     }
 
     /// The offset in the file of an offset in the region.
@@ -276,6 +282,14 @@ impl Backing {
             BackingKind::Other => Hazard::move_escapes_revocation(self.kernel)
                 .or_else(|| (size >= 1 << 30).then_some(Hazard::OneGibEntry)),
         }
+    }
+}
+
+/// Only a device's driver maps another file than the one that was asked for.
+fn origin_of(kind: BackingKind, file: (u64, u64)) -> Origin {
+    match kind {
+        BackingKind::SharedMemory => file.into(),
+        BackingKind::VfioPci | BackingKind::Other => Origin::or_dma_buf(file),
     }
 }
 

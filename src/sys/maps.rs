@@ -18,6 +18,33 @@ pub(crate) struct Mapped {
 /// The device and inode number of what maps no file.
 pub(crate) const ANONYMOUS: (u64, u64) = (0, 0);
 
+/// By what a mapping of a file is recognized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    /// Device and inode number of the file.
+    file: (u64, u64),
+    /// Whether the driver of the file may map a dma-buf in its place.
+    or_dma_buf: bool,
+}
+
+impl Origin {
+    /// Of a file whose driver may map a dma-buf in its place, as vfio-pci will: the series "vfio/pci: Add mmap() for
+    /// DMABUFs" (2026, not in Linux 7.3) makes a dma-buf for each `mmap` of a BAR. `/proc/self/maps` then shows
+    /// `/dmabuf:` and a name, another inode for each mapping, and offsets that count from the start of the BAR or,
+    /// in later versions of the series, of the mapping.
+    ///
+    /// None of these is known before, so any dma-buf counts that is mapped in exactly the expected range.
+    pub(crate) fn or_dma_buf(file: (u64, u64)) -> Self {
+        Self { file, or_dma_buf: true }
+    }
+}
+
+impl From<(u64, u64)> for Origin {
+    fn from(file: (u64, u64)) -> Self {
+        Self { file, or_dma_buf: false }
+    }
+}
+
 impl Mapped {
     fn parse(line: &str) -> Option<Self> {
         let hex = |text| u64::from_str_radix(text, 16).ok();
@@ -37,14 +64,22 @@ impl Mapped {
         })
     }
 
-    /// Whether it maps this file, at such an offset that `start` corresponds to `offset` of the file. Anonymous
-    /// memory has no offset.
-    fn shows(&self, (device, inode): (u64, u64), offset: u64, start: usize) -> bool {
+    /// Whether it maps this file, at such an offset that the start of `range` corresponds to `offset` of the file.
+    /// Anonymous memory has no offset.
+    fn shows(&self, origin: Origin, offset: u64, range: &Range<usize>) -> bool {
+        let (device, inode) = origin.file;
         if (device, inode) == ANONYMOUS {
             return (self.device, self.inode) == ANONYMOUS;
         }
-        let expected = offset.wrapping_add(self.range.start as u64).wrapping_sub(start as u64);
+        let expected =
+            offset.wrapping_add(self.range.start as u64).wrapping_sub(range.start as u64);
         (self.device, self.inode, self.offset) == (device, inode, expected)
+            || origin.or_dma_buf && self.is_dma_buf() && self.range == *range
+    }
+
+    /// Whether it maps a dma-buf (`dmabuffs_dname` in `drivers/dma-buf/dma-buf.c` of Linux 7.3).
+    fn is_dma_buf(&self) -> bool {
+        self.name.starts_with("/dmabuf:")
     }
 }
 
@@ -68,27 +103,27 @@ pub(crate) fn overlapping(range: &Range<usize>) -> Vec<Mapped> {
 /// (`PROT_NONE`). False if `/proc` is not mounted.
 pub(crate) fn is_reserved(range: &Range<usize>, file: (u64, u64), offset: u64) -> bool {
     all_match(range, &overlapping(range), |mapped| {
-        mapped.inaccessible && mapped.shows(file, offset, range.start)
+        mapped.inaccessible && mapped.shows(file.into(), offset, range)
     })
 }
 
-/// Whether all of `range` maps the file with this device and inode number, from `offset` on, accessibly,
-/// and children do not inherit it (`MADV_DONTFORK`). False or an error if that cannot be queried: `/proc`
-/// is not mounted, or the kernel was built without `CONFIG_PROC_PAGE_MONITOR`.
+/// Whether all of `range` maps this file, from `offset` on, accessibly, and children do not inherit it
+/// (`MADV_DONTFORK`). False or an error if that cannot be queried: `/proc` is not mounted, or the kernel was
+/// built without `CONFIG_PROC_PAGE_MONITOR`.
 pub(crate) fn is_kept_from_children(
     range: &Range<usize>,
-    file: (u64, u64),
+    file: Origin,
     offset: u64,
 ) -> io::Result<bool> {
     let with_flags = kept_from_children(lines(File::open("/proc/self/smaps")?), range);
     Ok(all_match(range, &with_flags, |mapped| {
-        !mapped.inaccessible && mapped.shows(file, offset, range.start)
+        !mapped.inaccessible && mapped.shows(file, offset, range)
     }))
 }
 
 /// As [`is_kept_from_children`], for a mapping of which that is known if it is still there. `None` if `/proc` cannot
 /// be read. On a kernel without `CONFIG_PROC_PAGE_MONITOR` any accessible mapping of the file counts.
-pub(crate) fn still_shows(range: &Range<usize>, file: (u64, u64), offset: u64) -> Option<bool> {
+pub(crate) fn still_shows(range: &Range<usize>, file: Origin, offset: u64) -> Option<bool> {
     if let Ok(known) = is_kept_from_children(range, file, offset) {
         return Some(known);
     }
@@ -98,9 +133,7 @@ pub(crate) fn still_shows(range: &Range<usize>, file: (u64, u64), offset: u64) -
     let (is_read, found) = (!found.is_empty(), found.into_iter().filter(overlaps));
     let found: Vec<_> = found.collect();
     is_read.then(|| {
-        all_match(range, &found, |mapped| {
-            !mapped.inaccessible && mapped.shows(file, offset, range.start)
-        })
+        all_match(range, &found, |mapped| !mapped.inaccessible && mapped.shows(file, offset, range))
     })
 }
 
@@ -176,6 +209,34 @@ mod tests {
         assert_eq!(Mapped::parse("malformed"), None);
     }
 
+    /// As the series "vfio/pci: Add mmap() for DMABUFs" shows a BAR: the name is that of its fifth patch, the
+    /// offset is 0, or that in the BAR.
+    #[test]
+    fn a_dma_buf_in_place_of_a_device_file_is_recognized() {
+        const DEVICE_FILE: (u64, u64) = (5, 611);
+        const OFFSET: u64 = 2 << 40 | 0x2000;
+        let line = |offset: u64, name: &str| {
+            let line = format!("7f1200000000-7f1200004000 rw-s {offset:08x} 00:0f 2053  {name}");
+            Mapped::parse(&line).unwrap()
+        };
+        let exactly = 0x7f12_0000_0000..0x7f12_0000_4000;
+        let shows = |mapped: &Mapped, origin: Origin, range: &Range<usize>| {
+            all_match(range, std::slice::from_ref(mapped), |it| it.shows(origin, OFFSET, range))
+        };
+        let of_device = Origin::or_dma_buf(DEVICE_FILE);
+        for offset in [0, 0x2000] {
+            let mapped = line(offset, "/dmabuf:vfio3:0000:00:04.0/2");
+            assert!(shows(&mapped, of_device, &exactly), "{mapped:?}");
+            assert!(!shows(&mapped, DEVICE_FILE.into(), &exactly), "the driver maps its file");
+            let part = exactly.start + 0x1000..exactly.end;
+            assert!(!shows(&mapped, of_device, &part), "a window is one mapping");
+        }
+        assert!(!shows(&line(0, "/memfd:dmabuf: (deleted)"), of_device, &exactly));
+        assert!(!shows(&line(0, "/tmp/dmabuf:x"), of_device, &exactly));
+        let file = Mapped { device: 5, inode: 611, ..line(OFFSET, "/dev/vfio/devices/vfio3") };
+        assert!(shows(&file, of_device, &exactly) && shows(&file, DEVICE_FILE.into(), &exactly));
+    }
+
     #[test]
     fn mappings_kept_from_children_have_the_flag_dc() {
         let smaps = [
@@ -205,7 +266,7 @@ mod tests {
         };
         let all_match = |range: Range<usize>, mappings: &[Mapped]| {
             all_match(&range, mappings, |mapped| {
-                mapped.shows((1, 7), range.start as u64 - 0x1000, range.start)
+                mapped.shows((1, 7).into(), range.start as u64 - 0x1000, &range)
             })
         };
         let both = [mapping(0x1000, 0x2000), mapping(0x2000, 0x4000)];

@@ -198,7 +198,7 @@ impl Control {
     #[cold]
     fn is_shown(&self, range: &Range<usize>) -> bool {
         let offset = self.backing.file_offset(self.offset);
-        let file = file::identity(self.backing.fd());
+        let file = self.backing.shared_origin();
         file.is_ok_and(|file| maps::still_shows(range, file, offset) == Some(true))
     }
 
@@ -273,7 +273,7 @@ impl Control {
         match absent::fill_gap(range.start, range.len(), self.access, self.pages) {
             Ok(()) => {}
             Err(Left::Untouched | Left::Unknown) => {
-                let shown = maps::still_shows(range, self.pages.in_maps(), 0);
+                let shown = maps::still_shows(range, self.pages.in_maps().into(), 0);
                 if !shown.unwrap_or_else(|| KernelVersion::running() >= KEEPS) {
                     lost(range);
                 }

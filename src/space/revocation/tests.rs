@@ -344,7 +344,7 @@ fn what_a_revoked_window_shows_does_not_change() {
             assert_eq!(it.control().reads_ones(), ones);
             it.control().revoke(WHY).unwrap();
             assert_eq!(read(it, MIB - 4), if ones { u32::MAX } else { 0 });
-            let shown = maps::still_shows(&it.range(), it.control().pages.in_maps(), 0);
+            let shown = maps::still_shows(&it.range(), it.control().pages.in_maps().into(), 0);
             assert_eq!(shown, Some(true));
         }
         true

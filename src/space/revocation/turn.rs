@@ -12,6 +12,7 @@ use super::registry;
 use super::registry::{Entry, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::Backing;
+use crate::sys::maps::Origin;
 use crate::sys::mmap_lock::MmapLock;
 
 /// The right to do something to a window.
@@ -141,7 +142,7 @@ impl<'a> Turn<'a> {
     pub(in crate::space) fn shown(&self, state: Option<State>) -> Shown {
         let Control { backing, offset, pages, .. } = self.control;
         match state {
-            Some(State::Revoked) => Shown { file: pages.identity(), offset: 0 },
+            Some(State::Revoked) => Shown { file: pages.identity().map(Origin::from), offset: 0 },
             _ => Shown::backing(backing, *offset),
         }
     }
@@ -150,13 +151,13 @@ impl<'a> Turn<'a> {
 /// What is mapped at the addresses of a window: the file, if it can be told from others, and the offset in it.
 #[derive(Clone, Copy)]
 pub(in crate::space) struct Shown {
-    pub file: Option<(u64, u64)>,
+    pub file: Option<Origin>,
     pub offset: u64,
 }
 
 impl Shown {
     /// A live mapping of `backing` from `offset` of the region on.
     pub(in crate::space) fn backing(backing: &Backing, offset: u64) -> Self {
-        Self { file: backing.identity, offset: backing.file_offset(offset) }
+        Self { file: backing.origin, offset: backing.file_offset(offset) }
     }
 }
