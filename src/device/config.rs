@@ -9,9 +9,9 @@ use super::{BARS, Device};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The VFIO region that holds configuration space.
-const REGION: u32 = 7;
+pub(super) const REGION: u32 = 7;
 
-const COMMAND: u64 = 0x04;
+pub(super) const COMMAND: u64 = 0x04;
 const REVISION_AND_CLASS: u64 = 0x08;
 const BAR0: u64 = 0x10;
 const EXPRESS: u8 = 0x10;
@@ -20,7 +20,7 @@ const MSIX_ENTRY: u64 = 16;
 
 /// Bits of the command register (PCI 3.0 §6.2.2).
 const IO_SPACE: u16 = 1 << 0;
-const MEMORY_SPACE: u16 = 1 << 1;
+pub(super) const MEMORY_SPACE: u16 = 1 << 1;
 const BUS_MASTER: u16 = 1 << 2;
 
 /// The device control register in the PCI Express capability, and its bits that enable the reporting
@@ -32,7 +32,7 @@ const REPORT_UNCORRECTABLE: u16 = 1 << 1 | 1 << 2;
 /// byte order.
 #[derive(Clone, Copy, Debug)]
 pub struct Config<'d> {
-    device: &'d Device,
+    pub(super) device: &'d Device,
 }
 
 /// Where a device keeps its MSI-X table and pending bits (PCIe 5.0 §7.7.2).
@@ -89,14 +89,6 @@ impl<'d> Config<'d> {
         self.device.transport().read_at(REGION, offset, data)
     }
 
-    /// Writes `data`. One, two or four naturally aligned bytes are one access.
-    ///
-    /// # Errors
-    /// As [`read_u8`](Self::read_u8).
-    pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.device.transport().write_at(REGION, offset, data)
-    }
-
     /// Reads a byte.
     ///
     /// # Errors
@@ -121,7 +113,7 @@ impl<'d> Config<'d> {
         Ok(u32::from_le_bytes(self.read_array(offset)?))
     }
 
-    /// Writes a byte.
+    /// Writes a byte, as [`write`](Self::write) does.
     ///
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
@@ -129,7 +121,7 @@ impl<'d> Config<'d> {
         self.write(offset, &value.to_le_bytes())
     }
 
-    /// Writes 16 bits.
+    /// Writes 16 bits, as [`write`](Self::write) does.
     ///
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
@@ -137,7 +129,7 @@ impl<'d> Config<'d> {
         self.write(offset, &value.to_le_bytes())
     }
 
-    /// Writes 32 bits.
+    /// Writes 32 bits, as [`write`](Self::write) does.
     ///
     /// # Errors
     /// As [`read_u8`](Self::read_u8).
@@ -340,7 +332,8 @@ impl<'d> Config<'d> {
 
     fn change_bits(&self, register: u64, bits: u16, on: bool) -> Result<()> {
         let value = self.present_u16(register)?;
-        self.write_u16(register, if on { value | bits } else { value & !bits })
+        let value = if on { value | bits } else { value & !bits };
+        self.put(register, &value.to_le_bytes())
     }
 
     /// Reads 16 bits that are not all 1 in any device. All ones mean that the device does not respond (PCIe 5.0
@@ -362,6 +355,11 @@ impl<'d> Config<'d> {
         Error::new(ErrorKind::Gone, "read", object)
             .with_reason(format!("it reads all ones at {offset:#x}: the device does not respond"))
             .with_advice("check that it is plugged in and that its slot and link are on; then close it and open it again")
+    }
+
+    /// Writes `data`, and changes nothing else.
+    pub(super) fn put(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.device.transport().write_at(REGION, offset, data)
     }
 
     fn read_array<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {

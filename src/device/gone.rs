@@ -1,14 +1,8 @@
 //! Whether a device is still there.
 
+use super::Device;
 use super::revocation::{FaultCause, GONE};
-use super::{Config, Device};
 use crate::error::{ErrorKind, Result};
-
-const POWER_MANAGEMENT: u8 = 1;
-/// The control and status register in the power management capability, and the bits that hold the state
-/// (PCI Power Management 1.2 §3.2.4).
-const CONTROL_STATUS: u64 = 4;
-const POWER_STATE: u16 = 3;
 
 impl Device {
     /// Whether the device is gone: its configuration space reads all ones, or the connection to its server has
@@ -54,16 +48,10 @@ impl Device {
         let Ok(config) = self.config() else { return FaultCause::Unknown };
         if config.memory_decoding().is_ok_and(|on| !on) {
             FaultCause::DecodingOff
-        } else if sleeps(&config).unwrap_or(false) {
+        } else if config.is_awake().is_ok_and(|awake| !awake) {
             FaultCause::LowPower
         } else {
             FaultCause::Unknown
         }
     }
-}
-
-/// Whether the device is in another power state than D0.
-fn sleeps(config: &Config<'_>) -> Result<bool> {
-    let Some(capability) = config.capability(POWER_MANAGEMENT)? else { return Ok(false) };
-    Ok(config.read_u16(capability.offset + CONTROL_STATUS)? & POWER_STATE != 0)
 }

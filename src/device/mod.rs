@@ -4,6 +4,7 @@ mod beside;
 mod buffer_failed;
 mod capabilities;
 mod config;
+mod config_write;
 mod dma;
 mod dma_addresses;
 mod dma_arena;
@@ -31,6 +32,7 @@ mod register_copy;
 pub(crate) mod register_layout;
 mod register_macro;
 mod resample;
+mod reset;
 mod revocation;
 mod signals;
 #[cfg(test)]
@@ -48,7 +50,7 @@ use slab::Slab;
 use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::space::{Backing, Control, Group};
 use crate::sys;
-use crate::transport::{AffectedDevice, DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
+use crate::transport::{DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
 
 pub use buffer_failed::BufferFailed;
 pub use capabilities::{Capabilities, Capability, ExtendedCapabilities, ExtendedCapability};
@@ -93,6 +95,8 @@ pub struct Device {
 struct Inner {
     regions: Box<[OnceLock<KnownRegion>]>,
     msix: OnceLock<Option<Msix>>,
+    /// Where configuration space has the power state, if it does.
+    power_register: OnceLock<Option<u64>>,
     dma: OnceLock<DmaSpace>,
     dma_lock: Mutex<()>,
     /// Held while a control register is read, changed and written, here or by the transport.
@@ -183,6 +187,7 @@ impl Device {
             inner: Arc::new(Inner {
                 regions: std::iter::repeat_with(OnceLock::new).take(count).collect(),
                 msix: OnceLock::new(),
+                power_register: OnceLock::new(),
                 dma: OnceLock::new(),
                 dma_lock: Mutex::new(()),
                 control: Mutex::new(()),
@@ -330,68 +335,6 @@ impl Device {
         }
         let space = DmaSpace::new(self.inner.transport.clone())?;
         Ok(self.inner.dma.get_or_init(|| space).clone())
-    }
-
-    /// Resets this device only (function level reset, PCIe 5.0 §6.6.2, or by its power state).
-    ///
-    /// Its windows are revoked first and restored afterwards: meanwhile loads answer all ones, stores are
-    /// dropped, and no store from before reaches the device after the reset. Peer-to-peer mappings of its windows
-    /// are unmapped and mapped again at the same IOVA. The answer names what could not be.
-    ///
-    /// Assume that memory decoding, bus mastering and the device's interrupts are off afterwards. vfio-pci
-    /// restores the command register; a device model or a vfio-user server clears it. Enable both again
-    /// ([`Config::set_memory_decoding`], [`Config::set_bus_mastering`]) and initialize the device as after
-    /// [`open`](Self::open). DMA mappings stay.
-    ///
-    /// # Errors
-    /// `Unsupported` if the device has no reset of its own ([`hot_reset`](Self::hot_reset) may work); the
-    /// kernel's error.
-    pub fn reset(&self) -> Result<Outage> {
-        // The transport may restore configuration space.
-        let _one = self.control_lock();
-        let mut outage = self.inner.take_away(revocation::RESET);
-        let result = self.inner.transport.reset();
-        self.inner.bring_back(revocation::RESET, &mut outage);
-        result.map(|()| outage)
-    }
-
-    /// The devices that [`hot_reset`](Self::hot_reset) resets, including this one.
-    ///
-    /// # Errors
-    /// `Unsupported` if there is no bridge above the device, or the transport has no hot reset.
-    pub fn affected_by_hot_reset(&self) -> Result<Vec<AffectedDevice>> {
-        self.inner.transport.affected_by_hot_reset()
-    }
-
-    /// Resets the bus or slot of the device, and every device on it. Use it for a device that has no reset of
-    /// its own. What [`reset`](Self::reset) says of windows and of the state afterwards is true of this device
-    /// and of `others`.
-    ///
-    /// `others` are the other affected devices that this process has open; the caller's drivers for them must
-    /// expect the reset. An affected device that is not open must be bound to vfio-pci, and this process must
-    /// have its IOMMU group open.
-    ///
-    /// # Errors
-    /// `NotOwned` with the devices that prevent the reset, and why; nothing is reset then. `Unsupported` if
-    /// there is no such reset; `InUse` if a device was being accessed; the kernel's error.
-    pub fn hot_reset(&self, others: &[&Device]) -> Result<Outage> {
-        let mut devices: Vec<_> = [self].iter().chain(others).map(|device| &device.inner).collect();
-        // Locked in the same order by all, and each of them once.
-        devices.sort_by_key(|inner| Arc::as_ptr(inner));
-        devices.dedup_by_key(|inner| Arc::as_ptr(inner));
-        let _each: Vec<_> = devices.iter().map(|inner| inner.control_lock()).collect();
-        let mut outages = Vec::with_capacity(devices.len());
-        for device in &devices {
-            outages.push((device, device.take_away(revocation::RESET)));
-        }
-        let others: Vec<_> = others.iter().map(|device| device.transport()).collect();
-        let result = self.inner.transport.hot_reset(&others);
-        let mut all = Outage::default();
-        for (device, mut outage) in outages {
-            device.bring_back(revocation::RESET, &mut outage);
-            all.append(outage);
-        }
-        result.map(|()| all)
     }
 
     /// Closes the device. It can then be bound to another driver.

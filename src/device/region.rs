@@ -8,7 +8,7 @@ use super::register::{IoRegister, ReadOnly, Width};
 use super::register_block::IoRegisterBlock;
 use super::register_layout::BlockLayout;
 use super::window::Window;
-use super::{Device, KnownRegion, Mappable};
+use super::{Device, KnownRegion, Mappable, config};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, BackingKind, Failed, Placement};
 use crate::transport::RegionInfo;
@@ -139,12 +139,16 @@ impl<'d> Region<'d> {
         self.device.transport().read_at(self.index, offset, data)
     }
 
-    /// Writes bytes of the region through the device's file, as [`read_at`](Self::read_at) reads them.
+    /// Writes bytes of the region through the device's file, as [`read_at`](Self::read_at) reads them. Configuration
+    /// space is written by [`Config::write`](super::Config::write).
     ///
     /// # Errors
     /// As [`read_at`](Self::read_at).
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.check_bytes("write", offset, data.len())?;
+        if self.index == config::REGION && self.device.info().pci {
+            return self.device.config()?.write(offset, data);
+        }
         self.device.transport().write_at(self.index, offset, data)
     }
 

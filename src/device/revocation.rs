@@ -20,6 +20,8 @@ pub(super) const DECODING: Reasons = Reasons::of(2);
 pub(super) const POWER: Reasons = Reasons::of(3);
 /// The device is gone.
 pub(super) const GONE: Reasons = Reasons::of(4);
+/// A write to configuration space put the device into a power state other than D0.
+pub(super) const ASLEEP: Reasons = Reasons::of(5);
 
 /// What a program takes back when it restores a window.
 const RESTORABLE: Reasons = REQUESTED.and(GONE).and(Reasons::FAULT);
@@ -36,9 +38,11 @@ pub enum Revoked {
     Gone,
     /// The device is being reset, by [`Device::reset`] or [`Device::hot_reset`].
     Reset,
-    /// [`Config::set_memory_decoding`](super::Config::set_memory_decoding) switched it off.
+    /// [`Config::set_memory_decoding`](super::Config::set_memory_decoding) or another write to
+    /// [`Config`](super::Config) switched it off.
     DecodingOff,
-    /// The device is in [low power](super::LowPower).
+    /// The device is in [low power](super::LowPower), or a write to [`Config`](super::Config) put it into another
+    /// state than D0.
     LowPower,
 }
 
@@ -104,7 +108,7 @@ impl Window {
     ///
     /// # Errors
     /// `Revoked` while a call of this crate keeps the device away: a reset, [low power](super::LowPower), or
-    /// memory decoding that [`Config::set_memory_decoding`](super::Config::set_memory_decoding) switched off.
+    /// a write to [`Config`](super::Config) that switched memory decoding off or left D0.
     /// `Gone` if the device was removed, its file has no byte of the window left, or in a child of
     /// `fork(2)`; the kernel's error. The window stays revoked then. That of a peer-to-peer mapping that could not
     /// be mapped again: the window is restored then, and the next restore tries again.
@@ -190,6 +194,7 @@ fn reason(reasons: Reasons, cause: impl FnOnce() -> FaultCause) -> Option<Revoke
         (RESET, Revoked::Reset),
         (DECODING, Revoked::DecodingOff),
         (POWER, Revoked::LowPower),
+        (ASLEEP, Revoked::LowPower),
         (REQUESTED, Revoked::Requested),
     ];
     let known = known.into_iter().find(|(bit, _)| reasons.contains(*bit));

@@ -1,5 +1,6 @@
 //! Windows are revoked and restored, and faults in them are contained.
 
+mod config_writes;
 mod guard;
 mod other_handlers;
 mod peers;
