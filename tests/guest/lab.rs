@@ -88,6 +88,12 @@ pub fn skipped(why: &str) {
     std::io::stderr().write_all(format!("skipped: {why}\n").as_bytes()).unwrap();
 }
 
+/// How many rounds: more in a soak.
+pub fn rounds(usual: usize) -> usize {
+    let factor = std::env::var("VFIO_REMAP_ROUNDS").ok().and_then(|text| text.parse().ok());
+    usual * factor.unwrap_or(1)
+}
+
 /// Opens a device of the lab and lets it answer.
 pub fn open(name: &str) -> Device {
     let device = Device::open(address(name)).unwrap();
@@ -120,11 +126,27 @@ pub fn until_gone(name: &str) {
     until(name, false);
 }
 
+/// Empties the slot of `hot` by `pull`, and waits until something can be plugged in again.
+pub fn empty_hot_slot(pull: impl FnOnce()) {
+    pull();
+    until_gone("hot");
+    // The slot stays without power for a second (PCIe 5.0 §6.7.1.8).
+    std::thread::sleep(Duration::from_millis(1200));
+}
+
 /// Plugs `hot` in again, as the lab's machine has it, and binds it.
 pub fn plug_hot_in(machine: &mut Machine) {
-    machine.plug(serde_json::json!({
-        "driver": "e1000e", "id": "hot", "bus": "root-port", "netdev": "net-hot", "romfile": "",
-    }));
+    plug_into_hot_slot(
+        machine,
+        serde_json::json!({
+            "driver": "e1000e", "id": "hot", "bus": "root-port", "netdev": "net-hot", "romfile": "",
+        }),
+    );
+}
+
+/// Plugs another device into the slot of `hot`, and binds it. It has that name.
+pub fn plug_into_hot_slot(machine: &mut Machine, device: serde_json::Value) {
+    machine.plug(device);
     until("hot", true);
     // It is in sysfs before the kernel has finished with it.
     let end = Instant::now() + Duration::from_secs(20);

@@ -39,12 +39,32 @@ impl Machine {
 
     /// Plugs a device in (`device_add`).
     pub fn plug(&mut self, device: Value) {
-        // A device that was unplugged keeps its name until QEMU has cleaned up behind it.
+        self.until_done("device_add", &device);
+    }
+
+    /// Executes a command until it succeeds: a device that was unplugged keeps its name and what it uses until QEMU
+    /// has cleaned up behind it.
+    fn until_done(&mut self, command: &str, arguments: &Value) {
         let end = Instant::now() + PATIENCE;
-        while let Err(error) = self.execute("device_add", device.clone()) {
-            assert!(Instant::now() < end, "{error}");
+        while let Err(error) = self.execute(command, arguments.clone()) {
+            assert!(Instant::now() < end, "{command}: {error}");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Makes a disk of 64 MiB for a controller that is plugged in (`blockdev-add`): it reads zeros, and takes some
+    /// time for each request, so that requests are outstanding at any time.
+    pub fn add_disk(&mut self, name: &str) {
+        let disk = json!({
+            "driver": "null-co", "node-name": name, "size": 64 << 20, "read-zeroes": true,
+            "latency-ns": 200_000,
+        });
+        self.execute("blockdev-add", disk).unwrap();
+    }
+
+    /// Removes a disk whose controller is unplugged (`blockdev-del`).
+    pub fn remove_disk(&mut self, name: &str) {
+        self.until_done("blockdev-del", &json!({ "node-name": name }));
     }
 
     /// A command of QEMU's monitor for humans; what it answers, which is nothing if all went well.

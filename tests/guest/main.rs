@@ -16,6 +16,7 @@ mod machine;
 mod msi;
 mod noiommu_mode;
 mod nvme;
+mod nvme_removal;
 mod passthrough;
 mod remap;
 mod removal;
