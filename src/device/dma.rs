@@ -14,7 +14,7 @@ use super::outage::{PeerMapping, map_peer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::fork;
-use crate::transport::{AddressSpaceId, DmaLimits, Transport};
+use crate::transport::{AddressSpaceId, DmaLimits, MappedBy, Transport};
 
 /// The IOVA space of a device: which addresses are mapped to memory, and which are free.
 ///
@@ -170,19 +170,19 @@ impl DmaSpace {
         let map = || {
             let taken = self.inner.take(&memory, placement)?;
             match self.inner.map(taken, &memory, placement, access) {
-                Ok(iova) => Ok((taken, iova)),
+                Ok(place) => Ok((taken, place)),
                 Err(error) => {
                     self.inner.map_elsewhere(search, taken, error, &memory, placement, access)
                 }
             }
         };
-        let ((taken, iova), peer) = if memory.is_kept_by_kernel() {
+        let ((taken, Place { iova, by }), peer) = if memory.is_kept_by_kernel() {
             (map()?, None)
         } else {
             map_peer(&self.inner.transport, &memory, access, map, |(taken, _)| taken.0)?
         };
         let generation = fork::generation();
-        let mapping = DmaMapping { space: self.clone(), memory, taken, iova, peer, generation };
+        let mapping = DmaMapping { space: self.clone(), memory, taken, iova, by, peer, generation };
         if let Some(peer) = &mapping.peer {
             // Dropped, it is unmapped.
             peer.check()?;
@@ -230,6 +230,13 @@ impl DmaSpace {
     }
 }
 
+/// A mapping that was made.
+struct Place {
+    /// The address by which the device reaches the memory.
+    iova: Iova,
+    by: Option<MappedBy>,
+}
+
 /// How many addresses are tried for a mapping, and for how long.
 struct Search {
     attempts: usize,
@@ -262,9 +269,11 @@ impl Inner {
         memory: &DmaMemory,
         placement: IovaPlacement,
         access: Access,
-    ) -> Result<Iova> {
-        self.transport.dma_map(iova.0, memory, access)?;
-        if self.limits.translated { Ok(iova) } else { self.locate(iova, memory, placement) }
+    ) -> Result<Place> {
+        let by = self.transport.dma_map_named(iova.0, memory, access)?;
+        let translated = self.limits.translated;
+        let iova = if translated { iova } else { self.locate(iova, memory, placement)? };
+        Ok(Place { iova, by })
     }
 
     /// The address of `memory` for the device, if no IOMMU translates: `memory` is mapped at `iova`. If
@@ -305,7 +314,7 @@ impl Inner {
         memory: &DmaMemory,
         placement: IovaPlacement,
         access: Access,
-    ) -> Result<(Iova, Iova)> {
+    ) -> Result<(Iova, Place)> {
         let begun = Instant::now();
         let size = memory.size() as u64;
         let choice = match placement {
@@ -340,7 +349,7 @@ impl Inner {
                 rests.for_each(|(start, block)| self.keep_first(*start, size, block));
                 continue;
             };
-            result = self.map(start, memory, placement, access).map(|iova| (start, iova));
+            result = self.map(start, memory, placement, access).map(|place| (start, place));
             let mut taken = block;
             if result.is_ok() {
                 self.keep_first(start, size, &mut taken);
@@ -490,6 +499,7 @@ pub struct DmaMapping {
     taken: Iova,
     /// The address for the device.
     iova: Iova,
+    by: Option<MappedBy>,
     /// If the memory is a window of another device.
     peer: Option<PeerMapping>,
     /// The process that made it: see [`fork::generation`].
@@ -512,6 +522,16 @@ impl DmaMapping {
     /// The memory.
     pub fn memory(&self) -> &DmaMemory {
         &self.memory
+    }
+
+    /// How the memory was named to the kernel. `None` if the transport does not say, or is not the kernel's.
+    pub fn mapped_by(&self) -> Option<MappedBy> {
+        self.by
+    }
+
+    /// Closes the file of the memory, which is of no use to the transport any more.
+    pub(super) fn forget_file(&mut self) {
+        self.memory = self.memory.clone().without_file();
     }
 
     /// The address space that it is in.

@@ -20,7 +20,7 @@ use super::register_access::sealed::Access as _;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::fork;
-use crate::transport::AddressSpaceId;
+use crate::transport::{AddressSpaceId, DmaLimits, MappedBy};
 
 /// The sizes of the smallest and of the largest shared mapping, in bytes.
 const FIRST: usize = 64 << 10;
@@ -270,12 +270,16 @@ impl ArenaMapping {
         let Wanted { size, page, huge, placement, .. } = *wanted;
         let (memory, fd, offset) = Memory::new(size, page, huge).map_err(Refused::Memory)?;
         let memory = Arc::new(memory);
-        let file = space.limits().by_file.then(|| (Arc::new(fd), offset));
+        let DmaLimits { by_file, maps_files, .. } = *space.limits();
+        let file = (by_file || maps_files).then(|| (Arc::new(fd), offset));
         let address = memory.first().as_ptr() as usize;
         // SAFETY: mapped while `memory` lives; accessed only by single accesses, here and in buffers.
         let shared = unsafe { DmaMemory::new(address, size, file, memory.clone()) };
         let mapping = map(space, shared.own(), placement, Access::ReadWrite);
-        let mapping = mapping.map_err(Refused::Mapping)?;
+        let mut mapping = mapping.map_err(Refused::Mapping)?;
+        if !by_file {
+            mapping.forget_file();
+        }
         let _counted = arena.map(|arena| Counted::new(arena, size));
         Ok(Self { mapping, memory, free: None, _counted })
     }
@@ -351,6 +355,10 @@ impl Allocation {
     #[inline]
     pub(super) fn address_space(&self) -> AddressSpaceId {
         self.space
+    }
+
+    pub(super) fn mapped_by(&self) -> Option<MappedBy> {
+        self.mapping.mapping.mapped_by()
     }
 
     /// Whether it consists of pages of 2 MiB.

@@ -22,7 +22,7 @@ use super::register_copy::store_bytes;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::DmaMemory;
 use crate::sys;
-use crate::transport::AddressSpaceId;
+use crate::transport::{AddressSpaceId, MappedBy};
 
 /// The size and the options of a buffer.
 #[must_use = "it makes no buffer: pass it to DmaSpace::buffer_with"]
@@ -196,10 +196,16 @@ impl DmaBuffer {
     /// It has its file if the device's transport passes memory by file
     /// ([`DmaLimits::by_file`](crate::transport::DmaLimits::by_file)) and the buffer has a
     /// [mapping of its own](BufferRequest::own_mapping): the file of a shared mapping contains other buffers. The
-    /// kernel's transports do not pass memory by file; a vfio-user server that gets memory without a file
-    /// reaches it by messages.
+    /// kernel's transports do not need the file once the buffer is mapped; a vfio-user server that gets memory without
+    /// a file reaches it by messages.
     pub fn memory(&self) -> DmaMemory {
         self.allocation.memory()
+    }
+
+    /// How its memory was named to the kernel: by its file, if that is possible. `None` if the transport does not say,
+    /// or is not the kernel's.
+    pub fn mapped_by(&self) -> Option<MappedBy> {
+        self.allocation.mapped_by()
     }
 
     /// Whether it consists of pages of 2 MiB.

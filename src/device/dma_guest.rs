@@ -40,6 +40,9 @@ impl DmaSpace {
     /// guest's driver gives to the device are then correct. All regions are mapped, or none. They stay mapped
     /// in this process while the device reaches them, even if `memory` is dropped.
     ///
+    /// A shared region with a file is mapped by the file if the transport can
+    /// ([`DmaMapping::mapped_by`]): iommufd since Linux 6.13, and a vfio-user server.
+    ///
     /// Memory that is added to a running guest is mapped by a second call, with the new regions alone
     /// (`GuestMemoryMmap::from_arc_regions`). Devices that share an address space share the mapping: map the
     /// memory once, and keep the mapping until all of them are closed.
@@ -64,9 +67,11 @@ impl DmaSpace {
                     )
                     .with_advice("promise that it stays mapped: DmaSpace::map_guest_backend"));
             }
-            // Private pages do not belong to the file.
+            // Private pages do not belong to the file. What this process may only read no device writes.
             let shared = mapping.flags() & libc::MAP_SHARED != 0;
-            let by_file = shared && self.limits().by_file;
+            let writable = access == Access::ReadOnly || mapping.prot() & libc::PROT_WRITE != 0;
+            let limits = self.limits();
+            let by_file = shared && (limits.by_file || writable && limits.maps_files);
             let file = region.file_offset().filter(|_| by_file).map(shared_file).transpose()?;
             let address = mapping.as_ptr() as usize;
             // SAFETY: `mapping` owns the range, which vm-memory mapped for it alone, and keeps it mapped.
@@ -109,7 +114,7 @@ impl DmaSpace {
                 )
                 .with_reason(format!("it has no address in this process: {error}"))
             })?;
-            let by_file = self.limits().by_file;
+            let by_file = self.limits().by_file || self.limits().maps_files;
             let file = region.file_offset().filter(|_| by_file).map(shared_file).transpose()?;
             let owner: Arc<dyn Any + Send + Sync> = memory.clone();
             let size = usize::try_from(region.len()).unwrap_or(usize::MAX);

@@ -2,8 +2,10 @@
 
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
+use std::any::Any;
 use std::fmt;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -280,17 +282,36 @@ impl Window {
 
     /// The window as memory for the DMA of another device: peer-to-peer.
     ///
-    /// Type 1 containers map it by page frame. The DMA mapping reaches this device even after the window is
-    /// [revoked](Self::revoke) or dropped. A reset by this crate ([`Device::reset`](super::Device::reset)), low
-    /// power and switching off memory decoding remove it, and map it again when they end, or when the window is
-    /// [restored](Self::restore) if it is still revoked then. iommufd rejects such memory.
+    /// Type 1 containers map it by page frame, and iommufd by a [dma-buf](Self::dma_buf) that is made for the mapping
+    /// (Linux 6.19; on older kernels open the other device by its group). It does not matter how this device was
+    /// opened. The DMA mapping reaches this device even after the window is [revoked](Self::revoke) or dropped.
+    ///
+    /// A reset by this crate ([`Device::reset`](super::Device::reset)), low power and switching off memory decoding
+    /// remove the mapping, and map it again when they end, or when the window is [restored](Self::restore) if it is
+    /// still revoked then. If the device is reset or put to sleep by other means, a mapping of a type 1 container
+    /// stays, and one of iommufd reaches nothing from then on: drop it and map the window again.
     pub fn dma_memory(&self) -> DmaMemory {
         let addresses = self.addresses();
         // SAFETY: the range is mapped while the window's shared state lives, and the memory holds that; no
         // reference to device memory is ever made.
         let memory =
             unsafe { DmaMemory::new(addresses.start, addresses.len(), None, self.inner.clone()) };
-        if self.inner.mapping.is_shared_memory() { memory } else { memory.of_device() }
+        if self.inner.mapping.is_shared_memory() { memory } else { memory.of_device(export) }
+    }
+
+    /// A dma-buf of the window's pages, from the page of its first byte on: for iommufd, or for another subsystem of the
+    /// kernel that takes dma-bufs of vfio-pci. Each call makes a new one. [`dma_memory`](Self::dma_memory) makes its
+    /// own.
+    ///
+    /// It is independent of the window, which may be relocated, revoked or dropped. It does not keep the device open.
+    /// The kernel revokes it while the device is reset, has its memory decoding off or sleeps, and when it is closed.
+    /// What iommufd has mapped of it reaches nothing from then on, even after the device is back.
+    ///
+    /// # Errors
+    /// `Unsupported` before Linux 6.19, without CONFIG_VFIO_PCI_DMABUF, by some drivers other than vfio-pci, and for a
+    /// device that is not one of Linux VFIO. `OutOfRange` for a BAR that is smaller than a page.
+    pub fn dma_buf(&self) -> Result<OwnedFd> {
+        self.inner.dma_buf(self.access())
     }
 
     /// The address of a register of `size` bytes at `offset`, after a check that it is naturally aligned and in
@@ -340,6 +361,14 @@ impl Window {
     }
 }
 
+/// Makes a dma-buf of the memory that a window owns.
+fn export(owner: &(dyn Any + Send + Sync), access: Access) -> Result<OwnedFd> {
+    match owner.downcast_ref::<Inner>() {
+        Some(window) => window.dma_buf(access),
+        None => Err(Error::new(ErrorKind::Unsupported, "make a dma-buf of", "memory of no window")),
+    }
+}
+
 fn reservation_of(placement: Placement) -> Option<Reservation> {
     match placement {
         Placement::In(reservation) => Some(reservation),
@@ -370,6 +399,19 @@ impl Inner {
     fn region_range(&self) -> Range<u64> {
         let start = self.mapping.offset() + self.skip as u64;
         start..start + self.size as u64
+    }
+
+    /// A dma-buf of its pages. This takes no lock of the device.
+    fn dma_buf(&self, access: Access) -> Result<OwnedFd> {
+        if !permits(self.mapping.access(), access) {
+            let object = self.device.range_name(self.region, &self.region_range());
+            return Err(Error::new(ErrorKind::ReadOnly, "map for DMA", object)
+                .with_reason("the window can only be read")
+                .with_advice("map it with Access::ReadOnly, or use a window that can be written"));
+        }
+        let offset = self.mapping.offset();
+        let range = offset..offset + self.mapping.range().len() as u64;
+        self.device.transport.dma_buf(self.region, range, access)
     }
 
     fn holder(&self) -> Holder {

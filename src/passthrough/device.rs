@@ -121,7 +121,8 @@ impl<S> GuestDevice<S> {
     /// others no longer. The mappings follow a BAR that moves.
     ///
     /// The mappings keep the other devices open: before one of them is closed, call this without its space. An address
-    /// space that several devices share is passed once. iommufd maps no BARs: a warning is logged.
+    /// space that several devices share is passed once. iommufd maps BARs since Linux 6.19; on older kernels a warning is
+    /// logged, and the other devices are opened by their groups.
     pub fn set_peers(&mut self, spaces: Vec<DmaSpace>) {
         self.peers = spaces;
         for bar in &mut self.bars {

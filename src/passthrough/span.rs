@@ -175,7 +175,7 @@ impl<S> Slot<S> {
     /// Maps the span for the DMA of another device, at its guest-physical address, until the slot is removed.
     ///
     /// # Errors
-    /// As [`DmaSpace::map`]; the IOMMU's error from iommufd, which maps no BARs by address.
+    /// As [`DmaSpace::map`]; those of [`Window::dma_buf`] if the other device was opened by its own file (iommufd).
     pub fn map_for(&mut self, peer: &DmaSpace) -> Result<()> {
         let Span { window, guest: Some(guest) } = &*self.span else { return Ok(()) };
         let placement = IovaPlacement::At(Iova(*guest));

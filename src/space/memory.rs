@@ -7,9 +7,11 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use crate::error::Result;
+use crate::sys::file;
 #[cfg(feature = "vfio-user")]
 use crate::sys::fork;
-use crate::sys::mm::Shareable;
+use crate::sys::mm::{Access, Shareable, ShareableFile};
 
 /// Memory that a device may read and write at any time. It is mapped in this process, and no Rust reference
 /// points into it.
@@ -25,15 +27,18 @@ pub struct DmaMemory {
     generation: Option<u32>,
 }
 
+/// Makes a dma-buf of memory that is a device's, from the memory's owner.
+pub(crate) type Export = fn(&(dyn Any + Send + Sync), Access) -> Result<OwnedFd>;
+
 /// What happens to the pages when the owner is dropped, and when the kernel maps them for DMA.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 enum Pages {
     /// The owner may reuse them, so the memory must be kept while a device reaches them.
     OfOwner,
     /// They are unmapped and returned to the kernel, which keeps the pages that it has pinned.
     Own,
     /// They are a device's. The kernel maps them for DMA without locking or keeping them.
-    OfDevice,
+    OfDevice(Export),
 }
 
 struct Range {
@@ -82,8 +87,8 @@ impl DmaMemory {
     }
 
     /// The same memory, whose pages are a device's.
-    pub(crate) fn of_device(self) -> Self {
-        Self { pages: Pages::OfDevice, ..self }
+    pub(crate) fn of_device(self, export: Export) -> Self {
+        Self { pages: Pages::OfDevice(export), ..self }
     }
 
     /// The same memory, whose owner unmaps the pages when it is dropped, and gives them to no one else.
@@ -94,7 +99,7 @@ impl DmaMemory {
     /// Whether the kernel keeps the pages that it has mapped for DMA after the owner is dropped.
     #[inline]
     pub(crate) fn is_kept_by_kernel(&self) -> bool {
-        self.pages == Pages::Own
+        matches!(self.pages, Pages::Own)
     }
 
     /// What keeps it mapped.
@@ -106,7 +111,17 @@ impl DmaMemory {
     /// How many bytes count as locked when the kernel maps it for DMA.
     #[inline]
     pub(crate) fn lockable(&self) -> u64 {
-        if self.pages == Pages::OfDevice { 0 } else { self.size() as u64 }
+        if matches!(self.pages, Pages::OfDevice(_)) { 0 } else { self.size() as u64 }
+    }
+
+    /// The same memory without its file.
+    pub(crate) fn without_file(self) -> Self {
+        if self.range.file.is_none() {
+            return self;
+        }
+        let Range { address, size, ref owner, .. } = *self.range;
+        let range = Arc::new(Range { address, size, file: None, owner: owner.clone() });
+        Self { range, ..self }
     }
 
     /// The range to map for DMA. The caller keeps this memory until it is unmapped from DMA, unless the
@@ -118,6 +133,26 @@ impl DmaMemory {
         unsafe { Shareable::new(self.address(), self.size()) }
     }
 
+    /// The pages of its file to map for DMA, with the same duty as [`shareable`](Self::shareable). `None` if it has
+    /// no file, or may not be written through it.
+    #[inline]
+    pub(crate) fn shareable_file(&self, access: Access) -> Option<ShareableFile<'_>> {
+        let (file, start) = self.file()?;
+        // The kernel does not check it. Own memory was made for devices to write.
+        if access == Access::ReadWrite && !self.is_kept_by_kernel() && !file::is_writable(file) {
+            return None;
+        }
+        // SAFETY: by the contract of `new` they are the pages at the address, and if they are not this memory any
+        // more, they never become Rust's again.
+        Some(unsafe { ShareableFile::new(file, start, self.size()) })
+    }
+
+    /// The pages of a dma-buf that [`dma_buf`](Self::dma_buf) has made, to map for DMA.
+    pub(crate) fn shareable_dma_buf<'f>(&self, dma_buf: &'f OwnedFd) -> ShareableFile<'f> {
+        // SAFETY: they are a device's, and no reference to device memory is ever made.
+        unsafe { ShareableFile::new(dma_buf.as_fd(), 0, self.size()) }
+    }
+
     /// The first address.
     pub fn address(&self) -> usize {
         self.range.address
@@ -126,6 +161,20 @@ impl DmaMemory {
     /// The size in bytes.
     pub fn size(&self) -> usize {
         self.range.size
+    }
+
+    /// A dma-buf of the memory, if it is a device's: a new one at each call. `None` for other memory. Its first byte
+    /// is the memory's. See [`Window::dma_buf`](crate::Window::dma_buf).
+    ///
+    /// It is for a [`Transport`](crate::Transport) that maps memory for DMA, and cannot map a device's by address.
+    ///
+    /// # Errors
+    /// Those of [`Transport::dma_buf`](crate::Transport::dma_buf); `ReadOnly` if the memory may not be written.
+    pub fn dma_buf(&self, access: Access) -> Option<Result<OwnedFd>> {
+        match self.pages {
+            Pages::OfDevice(export) => Some(export(&*self.range.owner, access)),
+            Pages::OfOwner | Pages::Own => None,
+        }
     }
 
     /// The file that it maps, and the offset of its first byte in the file, in bytes.
@@ -142,8 +191,17 @@ impl fmt::Debug for DmaMemory {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
     use super::*;
-    use crate::sys::file;
+    use crate::error::{Error, ErrorKind};
+
+    fn no_dma_buf(_: &(dyn Any + Send + Sync), access: Access) -> Result<OwnedFd> {
+        Err(Error::new(ErrorKind::Unsupported, format!("export {access:?}"), "it"))
+    }
 
     #[test]
     fn the_owner_of_the_pages_decides_what_is_locked_and_kept() {
@@ -157,6 +215,42 @@ mod tests {
         let locked_and_kept = |memory: &DmaMemory| (memory.lockable(), memory.is_kept_by_kernel());
         assert_eq!(locked_and_kept(&memory), (0x2000, false));
         assert_eq!(locked_and_kept(&memory.clone().own()), (0x2000, true));
-        assert_eq!(locked_and_kept(&memory.of_device()), (0, false));
+        assert!(memory.dma_buf(Access::ReadOnly).is_none());
+        let of_device = memory.clone().of_device(no_dma_buf);
+        assert_eq!(locked_and_kept(&of_device), (0, false));
+        let refused = of_device.dma_buf(Access::ReadOnly).unwrap().unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported);
+        let own = memory.own().without_file();
+        assert_eq!((locked_and_kept(&own), own.file().is_none()), ((0x2000, true), true));
+    }
+
+    /// The kernel would let a device write to a file that this process may only read.
+    #[test]
+    fn a_file_is_written_by_a_device_only_if_the_process_may() {
+        let sealable = || {
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let file = memfd_create("vfio-remap-test", flags).unwrap();
+            nix::unistd::ftruncate(&file, 0x1000).unwrap();
+            file
+        };
+        let plain = sealable();
+        let read_only: OwnedFd =
+            std::fs::File::open(format!("/proc/self/fd/{}", plain.as_raw_fd())).unwrap().into();
+        let sealed = [SealFlag::F_SEAL_WRITE, SealFlag::F_SEAL_FUTURE_WRITE].map(|seal| {
+            let file = sealable();
+            fcntl(&file, FcntlArg::F_ADD_SEALS(seal)).unwrap();
+            (file, false)
+        });
+        let all = [(plain, true), (read_only, false)].into_iter().chain(sealed);
+        for (file, is_writable) in all {
+            // SAFETY: the memory is never mapped or accessed.
+            let memory = unsafe {
+                DmaMemory::new(0x10_0000, 0x1000, Some((Arc::new(file), 0)), Arc::new(()))
+            };
+            assert!(memory.shareable_file(Access::ReadOnly).is_some());
+            assert_eq!(memory.shareable_file(Access::ReadWrite).is_some(), is_writable);
+            assert!(memory.clone().own().shareable_file(Access::ReadWrite).is_some());
+            assert!(memory.without_file().shareable_file(Access::ReadOnly).is_none());
+        }
     }
 }

@@ -61,6 +61,16 @@ pub(crate) fn is_tmpfs(fd: impl AsFd) -> bool {
         && file_system(&fd) == Some(TMPFS_MAGIC)
 }
 
+/// Whether the file was opened for reading and writing (`man 2 F_GETFL`), and no seal forbids writing to it.
+pub(crate) fn is_writable(fd: impl AsFd) -> bool {
+    let flags = fcntl(&fd, FcntlArg::F_GETFL).unwrap_or(libc::O_RDONLY);
+    // Files that have no seals answer EINVAL.
+    let seals =
+        fcntl(&fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_retain);
+    let forbid = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_FUTURE_WRITE;
+    flags & libc::O_ACCMODE == libc::O_RDWR && !seals.intersects(forbid)
+}
+
 /// Whether it is a regular file of a file system on a disk of this machine, whose pages the kernel brings
 /// without asking another process or another machine. The types are known by name and by the number that
 /// `fstatfs(2)` answers.

@@ -17,7 +17,7 @@ use vfio_bindings::bindings::vfio::{
     vfio_device_bind_iommufd,
 };
 
-use super::mm::{Access, Shareable};
+use super::mm::{Access, Shareable, ShareableFile};
 
 type Result<T> = std::result::Result<T, Errno>;
 
@@ -61,6 +61,18 @@ struct IoasMap {
 
 #[repr(C)]
 #[derive(Default)]
+struct IoasMapFile {
+    size: u32,
+    flags: u32,
+    id: u32,
+    fd: i32,
+    start: u64,
+    length: u64,
+    iova: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
 struct IoasUnmap {
     size: u32,
     id: u32,
@@ -87,6 +99,7 @@ mod raw {
     nix::ioctl_readwrite_bad!(iova_ranges, request_code_none!(VFIO_TYPE, 0x84), IovaRanges);
     nix::ioctl_readwrite_bad!(ioas_map, request_code_none!(VFIO_TYPE, 0x85), IoasMap);
     nix::ioctl_readwrite_bad!(ioas_unmap, request_code_none!(VFIO_TYPE, 0x86), IoasUnmap);
+    nix::ioctl_readwrite_bad!(ioas_map_file, request_code_none!(VFIO_TYPE, 0x8f), IoasMapFile);
     nix::ioctl_readwrite_bad!(noiommu_get_pa, request_code_none!(VFIO_TYPE, 0x95), NoIommuGetPa);
     nix::ioctl_readwrite_bad!(
         bind,
@@ -177,13 +190,9 @@ pub(crate) fn map(
     memory: Shareable,
     access: Access,
 ) -> Result<()> {
-    let rights = match access {
-        Access::ReadOnly => READABLE,
-        Access::ReadWrite => READABLE | WRITEABLE,
-    };
     let mut map = IoasMap {
         size: size_of::<IoasMap>() as u32,
-        flags: FIXED_IOVA | rights,
+        flags: FIXED_IOVA | rights(access),
         id: ioas,
         reserved: 0,
         address: memory.address as u64,
@@ -192,6 +201,39 @@ pub(crate) fn map(
     };
     // SAFETY: the structure is as long as its size says; devices may reach the memory.
     unsafe { raw::ioas_map(iommufd.as_raw_fd(), &mut map) }.map(drop)
+}
+
+/// `IOMMU_IOAS_MAP_FILE` (Linux 6.13) at a fixed address: pages of a file on tmpfs or hugetlbfs, and from Linux
+/// 6.19 those of a dma-buf that vfio-pci has made.
+///
+/// ENOTTY if the kernel does not have it; EINVAL for other files, and past the end of a file. For a dma-buf ENODEV
+/// if it is revoked, and EOPNOTSUPP if it is not of vfio-pci. The kernel does not check whether the file is open for
+/// writing.
+pub(crate) fn map_file(
+    iommufd: BorrowedFd<'_>,
+    ioas: u32,
+    iova: u64,
+    memory: ShareableFile<'_>,
+    access: Access,
+) -> Result<()> {
+    let mut map = IoasMapFile {
+        size: size_of::<IoasMapFile>() as u32,
+        flags: FIXED_IOVA | rights(access),
+        id: ioas,
+        fd: memory.file.as_raw_fd(),
+        start: memory.start,
+        length: memory.size as u64,
+        iova,
+    };
+    // SAFETY: the structure is as long as its size says; devices may reach the pages.
+    unsafe { raw::ioas_map_file(iommufd.as_raw_fd(), &mut map) }.map(drop)
+}
+
+fn rights(access: Access) -> u32 {
+    match access {
+        Access::ReadOnly => READABLE,
+        Access::ReadWrite => READABLE | WRITEABLE,
+    }
 }
 
 /// `IOMMU_IOAS_UNMAP`: returns how many bytes were unmapped.

@@ -59,6 +59,27 @@ impl Shareable {
     }
 }
 
+/// Pages of a file that may be mapped for DMA.
+#[derive(Clone, Copy)]
+pub(crate) struct ShareableFile<'f> {
+    pub(super) file: BorrowedFd<'f>,
+    /// The offset of the first page in the file, in bytes.
+    pub(super) start: u64,
+    pub(super) size: usize,
+}
+
+impl<'f> ShareableFile<'f> {
+    /// `size` bytes of `file` from `start` on.
+    ///
+    /// # Safety
+    /// No reference to these bytes exists in any mapping of the file while a device may reach them: see
+    /// [`Shareable::new`].
+    #[inline]
+    pub(crate) const unsafe fn new(file: BorrowedFd<'f>, start: u64, size: usize) -> Self {
+        Self { file, start, size }
+    }
+}
+
 /// `mmap(2)` with a raw fd, for the wrappers below.
 ///
 /// # Safety

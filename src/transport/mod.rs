@@ -76,6 +76,16 @@ pub trait Transport: Any + Send + Sync + Debug {
         Err(unsupported(self.info(), format!("map region {region} of")))
     }
 
+    /// A dma-buf of whole pages of a region, for the DMA of another device (Linux 6.19): see
+    /// [`Window::dma_buf`](crate::Window::dma_buf).
+    ///
+    /// # Errors
+    /// `Unsupported` by default.
+    fn dma_buf(&self, region: u32, range: Range<u64>, access: Access) -> Result<OwnedFd> {
+        let _ = (range, access);
+        Err(unsupported(self.info(), format!("make a dma-buf of region {region} of")))
+    }
+
     /// Whether the transport knows, without asking the device, that it is gone for good. False by default. See
     /// [`Device::gone`](crate::Device::gone).
     fn is_gone(&self) -> bool {
@@ -208,6 +218,19 @@ pub trait Transport: Any + Send + Sync + Debug {
         Err(unsupported(self.info(), "map memory for DMA by".to_owned()))
     }
 
+    /// As [`dma_map`](Self::dma_map). Returns how the memory was named to the kernel, if the transport knows.
+    ///
+    /// # Errors
+    /// As [`dma_map`](Self::dma_map), which it calls by default.
+    fn dma_map_named(
+        &self,
+        iova: u64,
+        memory: &DmaMemory,
+        access: Access,
+    ) -> Result<Option<MappedBy>> {
+        self.dma_map(iova, memory, access).map(|()| None)
+    }
+
     /// The address that the device uses for the `size` bytes that were mapped at `iova`. By default this
     /// is `iova`. If nothing translates the device's addresses ([`DmaLimits::translated`]), it is the
     /// physical address of the memory.
@@ -241,6 +264,19 @@ impl AddressSpaceId {
     }
 }
 
+/// How memory that is mapped for DMA was named to the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MappedBy {
+    /// By its address in this process (`VFIO_IOMMU_MAP_DMA`, `IOMMU_IOAS_MAP`).
+    Address,
+    /// By its file (`IOMMU_IOAS_MAP_FILE`, Linux 6.13; 6.18 for files on hugetlbfs). The mapping does not depend on this process: it outlives it
+    /// if another process has the iommufd open, which can take it over (`IOMMU_IOAS_CHANGE_PROCESS`).
+    File,
+    /// By a dma-buf of a BAR (Linux 6.19): see [`Window::dma_memory`](crate::Window::dma_memory).
+    DmaBuf,
+}
+
 /// What can be mapped for DMA.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -260,6 +296,9 @@ pub struct DmaLimits {
     /// Whether the transport needs the file of the memory ([`DmaMemory::file`]), if it has one, for a
     /// server in another process. Each buffer then keeps a file descriptor open.
     pub by_file: bool,
+    /// Whether the transport uses the file of the memory, if it has one, when it maps it, and not afterwards. iommufd
+    /// does since Linux 6.13: see [`MappedBy::File`].
+    pub maps_files: bool,
 }
 
 impl DmaLimits {
@@ -273,6 +312,7 @@ impl DmaLimits {
             lockable_bytes,
             translated: true,
             by_file: true,
+            maps_files: false,
         }
     }
 }

@@ -261,6 +261,25 @@ fn buffers_keep_no_descriptors_that_no_transport_wants() {
 }
 
 #[test]
+fn files_that_a_transport_maps_are_there_and_not_kept() {
+    alone(|| {
+        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
+        let mut limits = Scripted::default().dma_limits().unwrap();
+        (limits.by_file, limits.maps_files) = (false, true);
+        let transport = Arc::new(Scripted::with_limits(limits));
+        let space = Device::new(transport.clone()).dma().unwrap();
+        let buffers: Vec<_> = (0..2000).map(|_| space.buffer_with(own(4096)).unwrap()).collect();
+        assert_eq!(transport.files().len(), buffers.len());
+        assert!(transport.files().iter().all(Option::is_some));
+        assert!(buffers[0].memory().file().is_none());
+        // Those of a shared mapping, too.
+        let shared = space.buffer(4096).unwrap();
+        assert!(transport.files().iter().all(Option::is_some));
+        assert!(shared.memory().file().is_none() && shared.mapped_by().is_none());
+    });
+}
+
+#[test]
 fn the_limit_on_descriptors_is_named_with_what_raises_it() {
     alone(|| {
         setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();

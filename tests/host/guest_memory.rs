@@ -8,6 +8,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::fstat;
 use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::space::Access;
+use vfio_remap::transport::Transport;
 use vfio_remap::{Device, ErrorKind};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -52,6 +53,30 @@ fn a_region_brings_its_file_along_where_its_pages_are_the_files() {
     assert_eq!(Arc::strong_count(&memory), 4, "each region holds the memory");
     drop(mapping);
     assert_eq!((transport.mapped(), Arc::strong_count(&memory)), (vec![], 1));
+}
+
+/// iommufd does not check what a file may be used for.
+#[test]
+fn a_region_that_is_only_read_is_not_written_by_its_file() {
+    let mut limits = Scripted::default().dma_limits().unwrap();
+    (limits.by_file, limits.maps_files) = (false, true);
+    let transport = Arc::new(Scripted::with_limits(limits));
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let file = Arc::new(File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap()));
+    file.set_len(0x1000).unwrap();
+    let region = |protection, at| {
+        let file = FileOffset::from_arc(file.clone(), 0);
+        let mapping = MmapRegion::<()>::build(Some(file), 0x1000, protection, libc::MAP_SHARED);
+        GuestRegionMmap::new(mapping.unwrap(), GuestAddress(at)).unwrap()
+    };
+    let (read, write) = (libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE);
+    let memory =
+        GuestMemoryMmap::from_regions(vec![region(read, 0), region(write, 0x1000)]).unwrap();
+    for (access, brought) in [(Access::ReadWrite, [false, true]), (Access::ReadOnly, [true; 2])] {
+        let mapping = space.map_guest(&memory, access).unwrap();
+        assert_eq!(transport.files().iter().map(Option::is_some).collect::<Vec<_>>(), brought);
+        drop(mapping);
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod async_interrupts;
 mod children;
 mod dma;
 mod dma_arena;
+mod dma_bufs;
 #[cfg(feature = "emulated")]
 mod drivers;
 #[cfg(feature = "emulated")]

@@ -70,22 +70,22 @@ impl Accounting {
     /// Both steps are under one lock, as in [`unmap`](Self::unmap). So the memory that is kept is the
     /// memory that is mapped, even if other threads use the same IOVA.
     #[inline]
-    pub(super) fn map(
+    pub(super) fn map<T>(
         &self,
         iova: u64,
         memory: &DmaMemory,
-        in_kernel: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
+        in_kernel: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         if memory.is_kept_by_kernel() {
             return in_kernel();
         }
         let mut kept = self.kept();
-        in_kernel()?;
+        let mapped = in_kernel()?;
         // If memory was kept at this IOVA before, the kernel unmapped it together with a larger range.
         let before = kept.insert(iova, memory.clone());
         drop(kept);
         drop(before);
-        Ok(())
+        Ok(mapped)
     }
 
     /// Unmaps the mapping at `iova` by `in_kernel`. Returns the memory that was kept for it, if any.

@@ -14,8 +14,9 @@ use super::noiommu;
 use super::token::{self, VfToken};
 use super::{IommuMode, PciDevice};
 use crate::error::{Error, ErrorKind, Result};
-use crate::space::{Access, DmaMemory};
+use crate::space::Access;
 use crate::sys::iommufd;
+use crate::sys::mm::{Shareable, ShareableFile};
 use crate::transport::AddressSpaceId;
 
 const IOMMU: &str = "/dev/iommu";
@@ -51,13 +52,24 @@ impl Ioas {
         iommufd::iova_ranges(self.file.as_fd(), self.id)
     }
 
-    pub(super) fn map(
+    /// Maps memory by its address.
+    pub(super) fn map_address(
         &self,
         iova: u64,
-        memory: &DmaMemory,
+        memory: Shareable,
         access: Access,
     ) -> std::result::Result<(), Errno> {
-        iommufd::map(self.file.as_fd(), self.id, iova, memory.shareable(), access)
+        iommufd::map(self.file.as_fd(), self.id, iova, memory, access)
+    }
+
+    /// Maps memory by its file.
+    pub(super) fn map_file(
+        &self,
+        iova: u64,
+        memory: ShareableFile<'_>,
+        access: Access,
+    ) -> std::result::Result<(), Errno> {
+        iommufd::map_file(self.file.as_fd(), self.id, iova, memory, access)
     }
 
     pub(super) fn unmap(&self, iova: u64, size: u64) -> std::result::Result<u64, Errno> {

@@ -14,6 +14,7 @@ use vfio_ioctls::VfioContainer;
 
 use super::cdev::Ioas;
 use super::group::Group;
+use super::ioas_map::FILES;
 use super::locked::{self, Counter};
 use super::{IommuMode, noiommu};
 use crate::error::{Error, ErrorKind, Result};
@@ -21,7 +22,7 @@ use crate::space::{Access, DmaMemory};
 use crate::sys::{self, vfio_dma};
 use crate::transport::dma_error::map_refused;
 use crate::transport::info_reply::InfoReply;
-use crate::transport::{AddressSpaceId, DmaLimits};
+use crate::transport::{AddressSpaceId, DmaLimits, MappedBy};
 
 /// The address space of a device for DMA.
 pub(super) enum AddressSpace {
@@ -63,7 +64,8 @@ impl AddressSpace {
             Self::Ioas(ioas) => {
                 let (ranges, alignment) = ioas.ranges().map_err(failed)?;
                 let limits = by_address(ranges, alignment.max(sys::page_size() as u64));
-                Ok(DmaLimits { translated: ioas.iommu_mode() == IommuMode::Iommu, ..limits })
+                let translated = ioas.iommu_mode() == IommuMode::Iommu;
+                Ok(DmaLimits { translated, maps_files: FILES.may_be_mapped(), ..limits })
             }
             Self::Elsewhere => Err(elsewhere(name)),
         }
@@ -85,15 +87,20 @@ impl AddressSpace {
         memory: &DmaMemory,
         access: Access,
         name: &str,
-    ) -> Result<()> {
+    ) -> Result<MappedBy> {
+        let refused = |errno| self.refused(errno, object(iova, memory.size() as u64));
         let done = match self {
             Self::Group(group) => {
                 vfio_dma::map(container(group, name)?, iova, memory.shareable(), access)
+                    .map(|()| MappedBy::Address)
             }
-            Self::Ioas(ioas) => ioas.map(iova, memory, access),
+            Self::Ioas(ioas) => match memory.dma_buf(access) {
+                None => ioas.map(iova, memory, access),
+                Some(dma_buf) => return ioas.map_device(iova, memory, access, dma_buf, refused),
+            },
             Self::Elsewhere => return Err(elsewhere(name)),
         };
-        done.map_err(|errno| self.refused(errno, object(iova, memory.size() as u64)))
+        done.map_err(refused)
     }
 
     /// Unmaps exactly `size` bytes at `iova`.
@@ -143,9 +150,9 @@ impl AddressSpace {
                 full(error).with_reason("the container has reached its limit on mappings")
             }
             (Errno::EFAULT, Self::Ioas(_)) => error.with_reason(
-                "a part of the memory is not mapped, or is a device's, which iommufd does not map by \
-                 address",
-            ).with_advice("for peer-to-peer, open both devices by their groups: Vfio::options().by_group()"),
+                "a part of the memory is not mapped, cannot be pinned, or is a device's, which iommufd does not \
+                 map by address",
+            ).with_advice("for peer-to-peer, map a window: Window::dma_memory"),
             (Errno::EFAULT, _) => {
                 error.with_reason("a part of the memory is not mapped, or cannot be pinned")
             }

@@ -13,14 +13,14 @@ use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RES
 use super::accounting::Accounting;
 use super::dma::{self, AddressSpace};
 use super::hot_reset::{self, OpenHere};
-use super::{PciAddress, PciDevice, Sysfs, VfToken, VfioOptions, irq};
+use super::{PciAddress, PciDevice, Sysfs, VfToken, VfioOptions, dma_buf, irq};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory};
 use crate::sys::vfio_irq::Action;
 use crate::sys::{fork, vfio, vfio_feature, vfio_reset};
 use crate::transport::{
-    AddressSpaceId, AffectedDevice, DeviceInfo, DmaLimits, IrqInfo, RegionFile, RegionInfo,
-    Transport,
+    AddressSpaceId, AffectedDevice, DeviceInfo, DmaLimits, IrqInfo, MappedBy, RegionFile,
+    RegionInfo, Transport,
 };
 
 /// More regions than any device has. A larger number is an error of the kernel.
@@ -418,7 +418,22 @@ impl Transport for Vfio {
         self.space.id()
     }
 
+    fn dma_buf(&self, region: u32, range: Range<u64>, access: Access) -> Result<OwnedFd> {
+        let info = &self.find(region, "make a dma-buf of")?.info;
+        let name = self.info.region_name(region);
+        dma_buf::export(self.device.as_fd(), region, info, range, access, &name)
+    }
+
     fn dma_map(&self, iova: u64, memory: &DmaMemory, access: Access) -> Result<()> {
+        self.dma_map_named(iova, memory, access).map(drop)
+    }
+
+    fn dma_map_named(
+        &self,
+        iova: u64,
+        memory: &DmaMemory,
+        access: Access,
+    ) -> Result<Option<MappedBy>> {
         let count = self.accounting.count();
         // Devices of one container share the limit, and another may have unmapped some: query it again.
         if count >= self.max_mappings.load(Ordering::Relaxed)
@@ -432,7 +447,7 @@ impl Transport for Vfio {
                 .map(iova, memory, || self.space.map(iova, memory, access, &self.info.name)),
             Err(exceeded) => Err(exceeded.error(dma::object(iova, memory.size() as u64))),
         };
-        done.map_err(|error| self.not_mapped(error, iova, memory))
+        done.map(Some).map_err(|error| self.not_mapped(error, iova, memory))
     }
 
     fn dma_address(&self, iova: u64, size: u64) -> Result<u64> {
