@@ -6,7 +6,7 @@ use std::time::Duration;
 use vfio_remap::device::{BufferRequest, Growth, Interrupt, Iova, IovaPlacement};
 use vfio_remap::space::Access;
 use vfio_remap::transport::Vfio;
-use vfio_remap::{Device, Error, ErrorKind, Placement};
+use vfio_remap::{Device, Error, ErrorKind};
 
 use crate::{interrupts_in_turn, lab, leftovers};
 use vfio_remap_edu::{DEVICE_BUFFER, Direction, Edu};
@@ -284,24 +284,6 @@ fn sixty_thousand_mappings_live_at_once() {
     assert_eq!(space.mapping_count(), 1);
 }
 
-/// A line of the kernel's log that a test provokes, announced to the lab while this lives.
-struct Expected;
-
-impl Expected {
-    fn announce(text: &str) -> Self {
-        std::fs::write("/dev/kmsg", format!("lab: expects: {text}")).unwrap();
-        Self
-    }
-}
-
-impl Drop for Expected {
-    fn drop(&mut self) {
-        // What was provoked is logged by a thread of the kernel's, which gets a moment.
-        std::thread::sleep(Duration::from_millis(500));
-        std::fs::write("/dev/kmsg", "lab: expects:").unwrap();
-    }
-}
-
 /// The lines of the kernel's log so far that hold `text`.
 fn logged(text: &str) -> usize {
     use std::io::Read;
@@ -341,7 +323,7 @@ fn the_iommu_stops_dma_outside_of_mappings() {
     edu.buffer().write(0, &[0x5a; 4096]);
     let before = logged(FAULT);
     {
-        let _expected = Expected::announce(FAULT);
+        let _expected = lab::Expected::announce(FAULT);
         // From the device to all of the hole, and from there to the device.
         edu.transfer(DEVICE_BUFFER, HOLE, 4096, Direction::ToMemory).unwrap();
         edu.transfer(HOLE, DEVICE_BUFFER, 4096, Direction::ToDevice).unwrap();
@@ -363,30 +345,6 @@ fn by_group(name: &str) -> Device {
         Device::new(Arc::new(Vfio::options().by_group().open(lab::address(name)).unwrap()));
     device.config().unwrap().set_memory_decoding(true).unwrap();
     device
-}
-
-#[test]
-fn a_window_of_another_device_is_mapped_for_peer_to_peer() {
-    let placement = IovaPlacement::default().aligned(1 << 21);
-    let (device, peer) = (by_group("edu"), by_group("ivshmem64m"));
-    let mut window = peer.bar(2).unwrap().map(0..0x20_0000, Placement::Anywhere).unwrap();
-    let (copy, _) = window.duplicate(Placement::Anywhere).unwrap();
-    window.relocate(Placement::Anywhere).unwrap();
-    for window in [&window, &copy] {
-        let mapping =
-            device.dma().unwrap().map(window.dma_memory(), placement, Access::ReadWrite).unwrap();
-        assert_eq!(mapping.iova().0 % (1 << 21), 0);
-    }
-    device.close().unwrap();
-    if lab::kernel() == "patched" {
-        let device = lab::open("edu");
-        let map = || device.dma().unwrap().map(window.dma_memory(), placement, Access::ReadWrite);
-        let error = map().unwrap_err();
-        assert!(error.to_string().contains("by_group()"), "{error}");
-        device.close().unwrap();
-    }
-    drop((window, copy));
-    peer.close().unwrap();
 }
 
 #[test]

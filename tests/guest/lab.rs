@@ -121,6 +121,24 @@ impl Drop for Setting {
     }
 }
 
+/// A line of the kernel's log that a test provokes, announced to the lab while this lives.
+pub struct Expected;
+
+impl Expected {
+    pub fn announce(text: &str) -> Self {
+        std::fs::write("/dev/kmsg", format!("lab: expects: {text}")).unwrap();
+        Self
+    }
+}
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        // What was provoked is logged by a thread of the kernel's, which gets a moment.
+        std::thread::sleep(Duration::from_millis(500));
+        std::fs::write("/dev/kmsg", "lab: expects:").unwrap();
+    }
+}
+
 /// Waits until a device that was unplugged is gone.
 pub fn until_gone(name: &str) {
     until(name, false);

@@ -5,11 +5,13 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vfio_remap::device::Interrupt;
 use vfio_remap::passthrough::{Action, Apertures, GuestDevice, SlotMemory};
 use vfio_remap::space::Strategy;
 use vfio_remap::{Device, poll_until};
 
 use crate::{lab, leftovers};
+use vfio_remap_edu::{DEVICE_BUFFER, Direction, Edu};
 
 const LOW: u64 = 0xc000_0000;
 const HIGH: u64 = 1 << 32;
@@ -161,6 +163,30 @@ fn windows_follow_the_bars_that_a_guest_moves() {
             assert!(monitor.strategies.iter().all(|it| *it == usual), "{:?}", monitor.strategies);
             monitor.end();
         }
+    });
+}
+
+/// By its address through a type 1 container, by a dma-buf through iommufd.
+#[test]
+fn another_device_follows_the_bar_that_a_guest_moves() {
+    leftovers::none_of(|| {
+        let edu = Edu::new(lab::open("edu"), Interrupt::Msi).unwrap();
+        let mut monitor = Monitor::new(lab::open("ivshmem64m"));
+        monitor.guest.set_peers(vec![edu.dma().unwrap()]);
+        for turn in 0..8u32 {
+            let base = if turn % 2 == 0 { LOW } else { HIGH };
+            let address = base + u64::from(turn + 1) * (64 << 20);
+            monitor.move_bar(2, address, true);
+            let value = 0x1234_0000 + turn;
+            monitor.store(address + 0x1000, value);
+            edu.transfer(address + 0x1000, DEVICE_BUFFER, 4, Direction::ToDevice).unwrap();
+            edu.transfer(DEVICE_BUFFER, address + 0x2000, 4, Direction::ToMemory).unwrap();
+            assert_eq!(monitor.load(address + 0x2000), value, "turn {turn}");
+            monitor.store(address + 0x2000, 0);
+        }
+        monitor.guest.set_peers(Vec::new());
+        edu.close().unwrap();
+        monitor.end();
     });
 }
 

@@ -9,9 +9,9 @@ pub struct Holdings {
     mappings: BTreeSet<String>,
 }
 
-/// What of this process concerns VFIO, our reservations and memory files.
+/// What of this process concerns VFIO, our reservations, memory files and dma-bufs.
 pub fn holdings() -> Holdings {
-    let ours = |name: &str| name.contains("vfio") || name.contains("iommu");
+    let ours = |name: &str| ["vfio", "iommu", "dmabuf"].iter().any(|it| name.contains(it));
     let files = std::fs::read_dir("/proc/self/fd")
         .unwrap()
         .filter_map(|entry| {
