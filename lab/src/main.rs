@@ -153,8 +153,8 @@ enum Task {
               value_parser = clap::value_parser!(u64).range(1..))]
         seconds: u64,
     },
-    /// Run what takes too long for `test`: a minute of races between moves and revocation
-    /// in the patched kernel, twenty guests one after another at one vfio-user server, all of
+    /// Run what takes too long for `test`: a minute each of races of moves and of duplicates with
+    /// revocation in the patched kernel, twenty guests one after another at one vfio-user server, all of
     /// `vmm`, two thousand faults of network cards, and ten million runs of each fuzz target.
     Soak {
         #[command(flatten)]

@@ -1,5 +1,5 @@
-//! Moving and splitting a BAR's mapping while another thread revokes it: what vfio-pci takes out of
-//! the page tables, it takes out under locks that `mremap` and `munmap` do not hold.
+//! Moving, splitting and duplicating a BAR's mapping while another thread revokes it: what vfio-pci takes
+//! out of the page tables, it takes out under locks that `mremap` and `munmap` do not hold.
 
 use std::cell::Cell;
 use std::fmt::{self, Display, Formatter};
@@ -43,23 +43,23 @@ impl Display for Tally {
 /// What revokes while something else is done to the mapping.
 struct Race<'a> {
     bar: &'a Bar,
-    /// Where the BAR is mapped. Whoever holds it keeps the mapping from being changed.
-    place: Mutex<usize>,
+    /// Where the BAR is mapped. Whoever holds it keeps the mappings from being changed.
+    places: Mutex<Vec<usize>>,
     over: AtomicBool,
 }
 
 impl Race<'_> {
-    /// Revokes the mapping, sees that it stays revoked, and restores it, over and over.
+    /// Revokes the mappings, sees that they stay revoked, and restores them, over and over.
     fn revoke(&self) -> u32 {
         let mut loader = Loader::new();
         let mut revocations = 0;
         while !self.over.load(Ordering::Relaxed) {
             self.bar.set_decoding(false);
-            let place = self.place.lock().unwrap();
-            for word in WORDS {
-                assert_eq!(loader.load(*place + word), None, "{word:#x} escaped revocation");
+            let places = self.places.lock().unwrap();
+            for (place, word) in words(&places) {
+                assert_eq!(loader.load(place + word), None, "{word:#x} escaped revocation");
             }
-            drop(place);
+            drop(places);
             self.bar.set_decoding(true);
             revocations += 1;
         }
@@ -76,16 +76,21 @@ impl Drop for Over<'_> {
     }
 }
 
-/// Takes turns of `round`, which changes the mapping and says where it is then, while another thread
-/// revokes it.
-fn race(length: &Length, round: impl Fn(&Bar, usize) -> usize) -> Tally {
+/// Every word of every mapping: the mapping, and the word's offset.
+fn words(places: &[usize]) -> impl Iterator<Item = (usize, usize)> {
+    places.iter().flat_map(|place| WORDS.map(|word| (*place, word)))
+}
+
+/// Takes turns of `round`, which changes the mappings and the list of them, while another thread
+/// revokes them. The list starts with one.
+fn race(length: &Length, round: impl Fn(&Bar, &mut Vec<usize>)) -> Tally {
     let bar = Bar::open("ivshmem4g", 2);
     let at = bar.map_congruent();
     for word in WORDS {
         // SAFETY: the BAR was mapped on the line above, and is memory.
         unsafe { raw::poke(at + word, !word as u32) };
     }
-    let race = Race { bar: &bar, place: Mutex::new(at), over: AtomicBool::new(false) };
+    let race = Race { bar: &bar, places: Mutex::new(vec![at]), over: AtomicBool::new(false) };
     let started = Instant::now();
     let mut loader = Loader::new();
     let mut rounds = 0;
@@ -97,13 +102,12 @@ fn race(length: &Length, round: impl Fn(&Bar, usize) -> usize) -> Tally {
             && started.elapsed() < LIMIT
         {
             // Nobody else changes it, and to fill it in needs no lock.
-            let place = *race.place.lock().unwrap();
-            for word in WORDS {
+            let places = race.places.lock().unwrap().clone();
+            for (place, word) in words(&places) {
                 // It may be revoked: a load that faults changes nothing.
                 loader.load(place + word);
             }
-            let mut place = race.place.lock().unwrap();
-            *place = round(&bar, *place);
+            round(&bar, &mut race.places.lock().unwrap());
             rounds += 1;
         }
         drop(over);
@@ -114,12 +118,14 @@ fn race(length: &Length, round: impl Fn(&Bar, usize) -> usize) -> Tally {
     assert!(revocations > 0);
 
     // What is left is the BAR, all of it.
-    let place = race.place.into_inner().unwrap();
-    for word in WORDS {
+    let places = race.places.into_inner().unwrap();
+    for (place, word) in words(&places) {
         assert_eq!(loader.load(place + word), Some(!word as u32), "{word:#x}");
     }
-    // SAFETY: the mapping is ours.
-    unsafe { raw::munmap(place, bar.size) };
+    for place in places {
+        // SAFETY: the mapping is ours.
+        unsafe { raw::munmap(place, bar.size) };
+    }
     Tally { rounds, revocations, time }
 }
 
@@ -128,10 +134,28 @@ fn race(length: &Length, round: impl Fn(&Bar, usize) -> usize) -> Tally {
 
 /// The whole mapping moves from one multiple of 1 GiB to another.
 pub fn moves(length: &Length) -> Tally {
-    race(length, |bar, here| {
+    race(length, |bar, places| {
         let there = raw::reserve(bar.size, GIB);
         // SAFETY: the mapping and the reservation are ours.
-        unsafe { raw::mremap(here, bar.size, MREMAP_MAYMOVE | MREMAP_FIXED, there) }.unwrap()
+        unsafe { raw::mremap(places[0], bar.size, MREMAP_MAYMOVE | MREMAP_FIXED, there) }.unwrap();
+        places[0] = there;
+    })
+}
+
+/// The whole mapping is duplicated from one multiple of 1 GiB to another, by an old length of 0. Source and
+/// copy live for some rounds, each copy being the source of the next.
+pub fn duplicates(length: &Length) -> Tally {
+    const LIVE: usize = 3;
+    race(length, |bar, places| {
+        let there = raw::reserve(bar.size, GIB);
+        let here = places[places.len() - 1];
+        // SAFETY: the mapping and the reservation are ours.
+        unsafe { raw::duplicate(here, bar.size, MREMAP_MAYMOVE | MREMAP_FIXED, there) }.unwrap();
+        places.push(there);
+        if places.len() > LIVE {
+            // SAFETY: nobody else knows of it: the list is locked.
+            unsafe { raw::munmap(places.remove(0), bar.size) };
+        }
     })
 }
 
@@ -139,11 +163,11 @@ pub fn moves(length: &Length) -> Tally {
 /// unmapped, protected or moved, which splits the mapping or the entry. Then it is mapped anew.
 pub fn splits(length: &Length) -> Tally {
     let odd = Cell::new(false);
-    race(length, |bar, here| {
+    race(length, |bar, places| {
         odd.set(!odd.get());
         // SAFETY: the mapping is ours.
-        unsafe { if odd.get() { misalign(bar, here) } else { take_apart(bar, here) } }
-        bar.map_congruent()
+        unsafe { if odd.get() { misalign(bar, places[0]) } else { take_apart(bar, places[0]) } }
+        places[0] = bar.map_congruent();
     })
 }
 

@@ -90,6 +90,15 @@ pub unsafe fn mremap(old: usize, len: usize, flags: i32, new: usize) -> Result<u
     answer(unsafe { libc::mremap(old as *mut _, len, len, flags, new as *mut libc::c_void) })
 }
 
+/// `mremap(old, 0, len, flags, new)`: a second mapping of what is at `old`.
+///
+/// # Safety
+/// With `MREMAP_FIXED`, the new range is the caller's.
+pub unsafe fn duplicate(old: usize, len: usize, flags: i32, new: usize) -> Result<usize> {
+    // SAFETY: the old range does not change, and the caller vouches for the new one.
+    answer(unsafe { libc::mremap(old as *mut _, 0, len, flags, new as *mut libc::c_void) })
+}
+
 /// `munmap(address, len)`
 ///
 /// # Safety

@@ -12,9 +12,22 @@ fn moves_against_revocation() {
 }
 
 #[test]
+fn duplicates_against_revocation() {
+    let length = Length { time: Duration::from_secs(10), rounds: 500 };
+    println!("{}", race::duplicates(&length));
+}
+
+#[test]
 fn splits_against_revocation() {
     let length = Length { time: Duration::from_secs(5), rounds: 100 };
     println!("{}", race::splits(&length));
+}
+
+#[test]
+#[ignore = "takes a minute: cargo lab soak, or cargo lab test --kernel patched -- --ignored a_minute"]
+fn duplicates_against_revocation_for_a_minute() {
+    let length = Length { time: Duration::from_secs(60), rounds: 10_000 };
+    println!("{}", race::duplicates(&length));
 }
 
 #[test]

@@ -1,19 +1,28 @@
-//! The series' own selftest, built with the kernel.
+//! The series' own selftests, built with the kernel.
 
 use std::process::Command;
 
 use crate::device::address;
 
-/// What the selftest writes, in the form that the kernel's tests have (TAP). It must end well.
-fn run(device: &str) -> String {
-    let output = Command::new("/lab/selftests/vfio_pci_mremap_test")
-        .arg(address(device).to_string())
-        .output()
-        .unwrap();
+/// What a selftest writes, in the form that the kernel's tests have (TAP). It must end well.
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output =
+        Command::new(format!("/lab/selftests/{program}")).args(arguments).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     println!("{said}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{device}: {}", output.status);
+    assert!(output.status.success(), "{program} {arguments:?}: {}", output.status);
     said
+}
+
+/// The selftest for BARs.
+fn run_on(device: &str) -> String {
+    run("vfio_pci_mremap_test", &[&address(device).to_string()])
+}
+
+/// All tests pass, at least so many, and none is skipped.
+fn assert_all_pass(said: &str, least: u32) {
+    assert_eq!((total(said, "fail"), total(said, "skip")), (0, 0), "{said}");
+    assert!(total(said, "pass") >= least, "{said}");
 }
 
 /// The number before a word such as `fail`, in the line of totals.
@@ -26,15 +35,29 @@ fn total(said: &str, what: &str) -> u32 {
 #[test]
 fn mremap_selftest_passes() {
     for device in ["ivshmem4g", "ivshmem64m"] {
-        let said = run(device);
-        assert_eq!((total(&said, "fail"), total(&said, "skip")), (0, 0), "{device}");
-        assert!(total(&said, "pass") >= 7, "{device}");
+        assert_all_pass(&run_on(device), 14);
     }
 }
 
 /// Reading a register may have an effect: only a prefetchable BAR is read.
 #[test]
 fn mremap_selftest_leaves_registers_alone() {
-    let said = run("nvme");
+    let said = run_on("nvme");
     assert_eq!((total(&said, "fail"), total(&said, "pass")), (0, 0));
+}
+
+/// Shared memory is duplicated. udmabuf, a PCI resource in sysfs, and the rings of perf and of
+/// asynchronous I/O are not.
+#[test]
+fn duplicate_selftest_passes() {
+    assert_all_pass(&run("mremap_duplicate", &[]), 12);
+}
+
+/// Nor is /dev/mem, or the BAR that vfio-pci has when it is mapped through sysfs.
+#[test]
+fn pfnmap_selftest_passes() {
+    let resource = format!("/sys/bus/pci/devices/{}/resource2", address("ivshmem64m"));
+    for file in ["/dev/mem", &resource] {
+        assert_all_pass(&run("pfnmap", &["--", file]), 8);
+    }
 }
