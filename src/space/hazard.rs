@@ -17,7 +17,8 @@ pub enum Hazard {
     /// `bad pud` and clears the entry without flushing the TLB. The old address then still reaches the
     /// device, even after other memory is mapped there. Observed on 6.12 to 7.3; 6.12 is the first kernel
     /// on which vfio-pci was seen to insert such entries. The crate assumes the fault on every kernel,
-    /// because the insertion may be backported and no fix is released.
+    /// because the insertion may be backported and no fix is released. For `DontUnmap` of a BAR there is one
+    /// exception: a kernel that accepts an old length of 0 for it (`lab/kernel/rfc`) has the fix.
     OneGibEntry,
     /// After `MREMAP_DONTUNMAP` of a touched BAR the source spins in the page-fault handler.
     ///

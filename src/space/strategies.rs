@@ -54,6 +54,8 @@ impl Mapping {
         }
         let Made { address, strategy, destination } =
             self.make(Verb::Duplicate, access, request, &mut attempts)?;
+        // Only DONTUNMAP takes over whatever a handler has mapped over the window meanwhile. The kernel does not
+        // duplicate private pages by an old length of 0.
         if strategy == Strategy::DontUnmap
             && let Err(error) = turn.check_settled("duplicate")
         {

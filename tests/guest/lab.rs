@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use vfio_remap::transport::{PciDevice, Sysfs};
+use vfio_remap::transport::{PciDevice, Sysfs, region_index};
 use vfio_remap::{Device, PciAddress, Placement, Region, Window};
 
 use crate::machine::Machine;
@@ -99,6 +99,19 @@ pub fn open(name: &str) -> Device {
     let device = Device::open(address(name)).unwrap();
     device.config().unwrap().set_memory_decoding(true).unwrap();
     device
+}
+
+/// Switches memory decoding of a device as another holder of its file does: the crate does not know of it, and revokes
+/// no window.
+pub fn set_decoding_as_another_holder(device: &Device, enabled: bool) {
+    /// The command register and its bit for memory decoding (PCI 3.0 §6.2.2).
+    const COMMAND: u64 = 4;
+    const MEMORY: u16 = 2;
+    let (transport, mut bytes) = (device.transport(), [0; 2]);
+    transport.read_at(region_index::CONFIG, COMMAND, &mut bytes).unwrap();
+    let others = u16::from_le_bytes(bytes) & !MEMORY;
+    let value = others | if enabled { MEMORY } else { 0 };
+    transport.write_at(region_index::CONFIG, COMMAND, &value.to_le_bytes()).unwrap();
 }
 
 /// A number in `/proc` or `/sys`, set to a value while this lives.

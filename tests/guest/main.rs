@@ -3,6 +3,7 @@
 mod address_spaces;
 mod bad_input;
 mod binding;
+mod by_address;
 #[path = "../host/common/mod.rs"]
 mod common;
 mod dma;
