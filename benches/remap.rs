@@ -86,6 +86,16 @@ impl Calls {
         at as usize
     }
 
+    /// A second mapping, made from the first.
+    fn old_len_zero(&self, old: usize) -> usize {
+        let nowhere = std::ptr::null_mut::<libc::c_void>();
+        let flags = libc::MREMAP_MAYMOVE;
+        // SAFETY: it leaves the old range as it is.
+        let at = unsafe { libc::mremap(old as *mut _, 0, self.len, flags, nowhere) };
+        assert_ne!(at, libc::MAP_FAILED);
+        at as usize
+    }
+
     /// Covers a range as the crate does, by an inaccessible mapping of a file.
     fn cover(&self, address: usize) {
         let (flags, fd) = (libc::MAP_SHARED | libc::MAP_FIXED, self.marker.as_fd().as_raw_fd());
@@ -129,7 +139,8 @@ fn compare(what: &str, device: &Device, index: u32) -> bool {
     );
     let calls = Calls { file, len: window().addresses().len(), marker };
     let mapped = || calls.mapped();
-    let dont_unmap = window().duplicate(Placement::Anywhere.only(Strategy::DontUnmap)).is_ok();
+    let accepted = |strategy| window().duplicate(Placement::Anywhere.only(strategy)).is_ok();
+    let dont_unmap = accepted(Strategy::DontUnmap);
     println!("{what}\n  {:<22} {:>9} {:>9} {:>9}", "", "calls", "crate", "excess");
     let mut good = true;
     let again = || Placement::Anywhere.only(Strategy::MapAgain);
@@ -144,6 +155,16 @@ fn compare(what: &str, device: &Device, index: u32) -> bool {
             (mapped, |hand| calls.unmap(black_box(calls.dont_unmap(hand.at)))),
             (window, |window| {
                 drop(black_box(window.duplicate(Placement::Anywhere).expect("a duplicate")));
+            }),
+        );
+    }
+    if accepted(Strategy::OldLenZero) {
+        let cheapest = || Placement::Anywhere.cheapest();
+        good &= row(
+            "duplicate, OldLenZero",
+            (mapped, |hand| calls.unmap(black_box(calls.old_len_zero(hand.at)))),
+            (window, |window| {
+                drop(black_box(window.duplicate(cheapest()).expect("a duplicate")));
             }),
         );
     }
