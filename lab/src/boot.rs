@@ -52,6 +52,8 @@ pub struct Lab {
     pub logs: PathBuf,
     pub timeout: Duration,
     pub show: Show,
+    /// By how much the rounds of some tests are multiplied: see [`guest::ROUNDS`].
+    pub rounds: u32,
 }
 
 /// Follows a boot while it runs.
@@ -185,7 +187,8 @@ impl Lab {
         let initramfs = work.path().join("initramfs");
         let console = work.path().join("console");
         let terminal = self.show == Show::AtOnce && io::stdout().is_terminal();
-        let archive = guest::initramfs(image, variant, &self.busybox, payload, terminal)?;
+        let (busybox, rounds) = (&self.busybox, self.rounds);
+        let archive = guest::initramfs(image, variant, busybox, payload, terminal, rounds)?;
         fs::write(&initramfs, archive)?;
 
         for (name, size) in machine::disk_files() {

@@ -21,14 +21,19 @@ pub struct Payload<'a> {
     pub files: &'a [(String, PathBuf)],
 }
 
+/// The environment variable by which the rounds of some tests are multiplied, here and in guests.
+pub const ROUNDS: &str = "VFIO_REMAP_ROUNDS";
+
 /// Builds the initramfs for one boot. In the guest the payload writes to a terminal; `terminal` says
-/// whether the host shows its output on one too. If not, the payload draws no progress bars.
+/// whether the host shows its output on one too. If not, the payload draws no progress bars. `rounds` is the value of
+/// [`ROUNDS`].
 pub fn initramfs(
     image: &Image,
     variant: Variant,
     busybox: &Path,
     payload: &Payload,
     terminal: bool,
+    rounds: u32,
 ) -> Result<Vec<u8>> {
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
@@ -49,7 +54,7 @@ pub fn initramfs(
     for (path, file) in payload.files {
         archive.file_in_directories(path, &read(file)?);
     }
-    let config = config(image.name, variant, &program, payload.arguments, terminal);
+    let config = config(image.name, variant, &program, payload.arguments, terminal, rounds);
     archive.file("lab/config", config.as_bytes());
     Ok(archive.finish())
 }
@@ -62,11 +67,13 @@ fn config(
     program: &str,
     arguments: &[String],
     terminal: bool,
+    rounds: u32,
 ) -> String {
     let environment = [
         ("LAB_DEVICES", machine::addresses(variant)),
         ("LAB_KERNEL", kernel.to_owned()),
         ("LAB_IOMMU", u8::from(variant.has_iommu()).to_string()),
+        (ROUNDS, rounds.to_string()),
         ("TERM", if terminal { "linux" } else { "dumb" }.to_owned()),
         ("HOME", "/tmp".to_owned()),
         ("TMPDIR", "/tmp".to_owned()),
@@ -97,7 +104,8 @@ mod tests {
     #[test]
     fn arguments_reach_the_payload_unchanged() {
         let arguments = ["it's $HOME".to_owned(), String::new()];
-        let config = config("6.1", Variant::Usual, "/lab/guest", &arguments, false);
+        let config = config("6.1", Variant::Usual, "/lab/guest", &arguments, false, 7);
+        assert!(config.contains("export VFIO_REMAP_ROUNDS='7'\n"));
         assert!(config.contains("export LAB_KERNEL='6.1'\n"));
         assert!(config.contains("export TERM='dumb'\n"));
         assert!(config.ends_with("set -- '/lab/guest' 'it'\\''s $HOME' ''\n"), "{config}");

@@ -1,15 +1,18 @@
 //! `cargo lab soak`: runs what takes too long for a test.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail};
 
 use crate::boot::{Ending, Lab};
 use crate::cache::Store;
 use crate::fuzz::{self, Limit};
-use crate::guest::Payload;
+use crate::guest::{self, Payload};
 use crate::kernels::{self, NEWEST, PATCHED};
 use crate::libtest::Counts;
 use crate::machine::Variant;
 use crate::payload;
+use crate::test;
 use crate::ui;
 use crate::vfio_user;
 use crate::vmm::{self, Extent};
@@ -28,6 +31,17 @@ const STARTS: u32 = 20;
 const HANDLERS: &str = "test --release --test host revocation::";
 const ROUNDS: &str = "100";
 
+/// All interleavings of that handler with verbs, by loom.
+const INTERLEAVINGS: &str = "test --release --package vfio-remap --lib interleavings";
+const LOOM: &str = "--cfg vfio_remap_loom";
+
+/// The guest tests of devices that are taken away or removed, and by how much their rounds are multiplied: fifty
+/// times decoding is switched off, and twice a card is pulled.
+const OUTAGES: [&str; 2] = ["revocation::", "removal::"];
+const OUTAGE_ROUNDS: u32 = 20;
+/// The time limit of such a boot.
+const OUTAGE_TIME: Duration = Duration::from_secs(60 * 60);
+
 /// The long tests among the tests of the kernel patches, and how many there are.
 const RACES: (&str, u32) = ("_against_revocation_for_a_minute", 2);
 
@@ -39,8 +53,9 @@ pub fn run(lab: &Lab, store: &Store) -> Result<bool> {
     let started = vfio_user::starts(lab, store, newest, STARTS)?;
     let passed_through = vmm::run(lab, store, &[], Extent::Long)?;
     let recovered = faults()?;
-    let handled = handlers()?;
-    let all = raced && started && passed_through && recovered && handled;
+    let handled = handlers()? && interleavings()?;
+    let contained = outages(lab, store)?;
+    let all = raced && started && passed_through && recovered && handled && contained;
     Ok(fuzz::run(Limit::Runs(RUNS))? && all)
 }
 
@@ -63,10 +78,32 @@ fn handlers() -> Result<bool> {
     let mut cargo = payload::cargo();
     let status = cargo
         .args(HANDLERS.split(' '))
-        .env("VFIO_REMAP_ROUNDS", ROUNDS)
+        .env(guest::ROUNDS, ROUNDS)
         .status()
         .context("cannot run cargo")?;
     Ok(status.success())
+}
+
+/// Tries all interleavings of handlers of SIGBUS with verbs, in a model of the registry of windows.
+fn interleavings() -> Result<bool> {
+    ui::status("Running", &format!("cargo {INTERLEAVINGS}, with loom"));
+    let mut cargo = payload::cargo();
+    let status = cargo
+        .args(INTERLEAVINGS.split(' '))
+        .env("RUSTFLAGS", LOOM)
+        // Builds with other flags are kept apart.
+        .env("CARGO_TARGET_DIR", payload::workspace().join("target/loom"))
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .status()
+        .context("cannot run cargo")?;
+    Ok(status.success())
+}
+
+/// Takes devices away a thousand times by each cause, and pulls, unplugs and unbinds them forty times, in each kernel.
+fn outages(lab: &Lab, store: &Store) -> Result<bool> {
+    ui::status("Running", &format!("outages in guests, {OUTAGE_ROUNDS} times as many rounds"));
+    let lab = Lab { rounds: OUTAGE_ROUNDS, timeout: lab.timeout.max(OUTAGE_TIME), ..lab.clone() };
+    test::guest(&lab, store, &test::selected(&[]), &OUTAGES.map(str::to_owned), false)
 }
 
 /// Moves and duplicates a mapping while it is revoked, in the patched kernel.
