@@ -6,8 +6,6 @@ use std::io::{Read, Seek};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use linux_loader::configurator::linux::LinuxBootConfigurator;
-use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -45,7 +43,9 @@ pub fn load(
 ) -> Result<u64> {
     let loaded = load_kernel(memory, kernel)
         .with_context(|| format!("cannot load the kernel {}", kernel.display()))?;
-    let mut page = boot_params::default();
+    // An ELF file has no header.
+    let hdr = loaded.setup_header.unwrap_or_default();
+    let mut page = boot_params { hdr, ..Default::default() };
     if let Some(path) = initrd {
         let (address, size) = load_initrd(memory, path, needed(&loaded))
             .with_context(|| format!("cannot load the initramfs {}", path.display()))?;
@@ -55,7 +55,7 @@ pub fn load(
     let text = [append.as_bytes(), &[0]].concat();
     ensure!(text.len() <= COMMAND_LINE_SIZE, "the kernel's command line is too long: --append");
     memory.write_slice(&text, GuestAddress(COMMAND_LINE))?;
-    write_zero_page(memory, &loaded, page)?;
+    write_zero_page(memory, page)?;
     write_page_tables(memory)?;
     let offset = if loaded.setup_header.is_some() { ENTRY_64 } else { 0 };
     Ok(loaded.kernel_load.0 + offset)
@@ -101,16 +101,7 @@ fn load_initrd(memory: &GuestMemory, path: &Path, after: u64) -> Result<(u64, u6
     Ok((start, size))
 }
 
-fn write_zero_page(
-    memory: &GuestMemory,
-    loaded: &KernelLoaderResult,
-    mut page: boot_params,
-) -> Result<()> {
-    let (image, size) = (page.hdr.ramdisk_image, page.hdr.ramdisk_size);
-    if let Some(header) = loaded.setup_header {
-        page.hdr = header;
-        (page.hdr.ramdisk_image, page.hdr.ramdisk_size) = (image, size);
-    }
+fn write_zero_page(memory: &GuestMemory, mut page: boot_params) -> Result<()> {
     page.hdr.boot_flag = BOOT_FLAG;
     page.hdr.header = HEADER_MAGIC;
     page.hdr.type_of_loader = UNKNOWN_LOADER;
@@ -121,8 +112,7 @@ fn write_zero_page(
     for (entry, (addr, size, type_)) in page.e820_table.iter_mut().zip(map) {
         *entry = boot_e820_entry { addr, size, r#type: type_ };
     }
-    let parameters = BootParams::new(&page, GuestAddress(ZERO_PAGE));
-    Ok(LinuxBootConfigurator::write_bootparams(&parameters, memory)?)
+    Ok(memory.write_obj(page, GuestAddress(ZERO_PAGE))?)
 }
 
 /// Page tables that map the first GiB to itself by pages of 2 MiB, and the descriptors of a flat code and a flat data

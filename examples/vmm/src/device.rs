@@ -50,6 +50,8 @@ impl Passed {
             Err(error) if error.kind() == ErrorKind::Unsupported => None,
             Err(error) => return Err(error.into()),
         };
+        // One without PCI Express has no errors to report.
+        let _ = device.config().and_then(|config| config.set_error_reporting(true));
         let mut guest = GuestDevice::new(device, apertures)?;
         let line = interrupt_line(slot);
         // A register without a function: firmware leaves the line there.
@@ -86,18 +88,13 @@ impl Passed {
                 self.vectors.insert(vector, machine.connect_message(eventfd, message)?);
                 Ok(())
             }
-            Action::Disconnect { vector } => self
-                .vectors
-                .remove(&vector)
-                .map_or(Ok(()), |interrupt| machine.disconnect(interrupt)),
+            Action::Disconnect { vector } => machine.disconnect(self.vectors.remove(&vector)),
             Action::ConnectIntx => {
                 let (eventfd, resample) = guest.intx_eventfds().context("there is no INTx")?;
                 self.intx = Some(machine.connect_pin(eventfd, Some(resample), self.line.into())?);
                 Ok(())
             }
-            Action::DisconnectIntx => {
-                self.intx.take().map_or(Ok(()), |interrupt| machine.disconnect(interrupt))
-            }
+            Action::DisconnectIntx => machine.disconnect(self.intx.take()),
             Action::Reset => {
                 let outage = guest.reset()?;
                 report(guest.device(), &outage);

@@ -163,8 +163,9 @@ impl Machine {
         Ok(interrupt)
     }
 
-    /// Ends what [`connect_message`](Self::connect_message) or [`connect_pin`](Self::connect_pin) has begun.
-    pub fn disconnect(&self, Interrupt { eventfd, gsi }: Interrupt) -> Result<()> {
+    /// Ends what [`connect_message`](Self::connect_message) or [`connect_pin`](Self::connect_pin) has begun, if anything.
+    pub fn disconnect(&self, interrupt: Option<Interrupt>) -> Result<()> {
+        let Some(Interrupt { eventfd, gsi }) = interrupt else { return Ok(()) };
         self.vm
             .unregister_irqfd(&eventfd, gsi)
             .with_context(|| format!("cannot disconnect interrupt {gsi}"))?;

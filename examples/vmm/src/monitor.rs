@@ -47,17 +47,13 @@ pub fn run(options: &Options) -> End {
     mp_table::write(&machine.memory, options.cpus, devices.len() as u8 + 1)?;
     let platform = Arc::new(Platform::new(&machine, Pci::new(machine.clone(), devices)?)?);
     let mut processors = Vec::new();
-    let mut end = Ok(STOPPED);
+    let mut started = Ok(());
     for number in 0..options.cpus {
         let entry = (number == 0).then_some(entry);
-        match Processor::start(&machine, &platform, (number, options.cpus), entry) {
-            Ok(processor) => processors.push(processor),
-            Err(error) => end = Err(error),
-        }
+        let processor = Processor::start(&machine, &platform, (number, options.cpus), entry);
+        started = started.and(processor.map(|processor| processors.push(processor)));
     }
-    if end.is_ok() {
-        end = watch(&platform, &processors, &signals, watches);
-    }
+    let end = started.and_then(|()| watch(&platform, &processors, &signals, watches));
     processors.into_iter().for_each(Processor::stop);
     // No processor runs any more: nothing else holds the platform.
     let platform = Arc::into_inner(platform).context("a processor still runs")?;
@@ -114,12 +110,11 @@ fn watch(
         }
         let happened = ready[2..].iter().take(watches.len()).position(|ready| *ready);
         if let Some(index) = happened {
-            let (device, name, events) = &watches[index];
+            let (_, name, events) = &watches[index];
             match events.take()? {
                 Some(Event::Release) => {
                     eprintln!("vmm: {name} is requested, and is taken from the guest");
-                    let device = *device;
-                    drop(watches.remove(index));
+                    let (device, ..) = watches.remove(index);
                     platform.pci().release(device)?;
                 }
                 Some(event) => eprintln!("vmm: {name} has reported an event: {event:?}"),

@@ -51,22 +51,16 @@ impl Pci {
 
     /// Releases a device. The guest sees that it is gone, and others may get its addresses.
     pub fn release(&mut self, index: usize) -> Result<()> {
-        let released = self.take_away(index);
+        let device = self.devices.get_mut(index).and_then(Option::take);
+        let released = device.map_or(Ok(()), |device| device.release(&self.machine));
         self.refresh();
         released
-    }
-
-    fn take_away(&mut self, index: usize) -> Result<()> {
-        match self.devices.get_mut(index).and_then(Option::take) {
-            Some(device) => device.release(&self.machine),
-            None => Ok(()),
-        }
     }
 
     /// Releases all devices. Returns what failed.
     pub fn release_all(mut self) -> Vec<String> {
         let all = 0..self.devices.len();
-        all.filter_map(|index| Some(format!("{:#}", self.take_away(index).err()?))).collect()
+        all.filter_map(|index| Some(format!("{:#}", self.release(index).err()?))).collect()
     }
 
     pub fn read_port(&mut self, port: u16, data: &mut [u8]) {
@@ -78,7 +72,6 @@ impl Pci {
                     device.guest.read_config(offset, data);
                 }
             }
-            (DATA..=DATA_LAST, None) => {}
             _ => {
                 let mut devices = self.devices.iter_mut().flatten();
                 let _ = devices.any(|device| device.guest.read_port(port, data));
@@ -97,7 +90,6 @@ impl Pci {
                     self.perform(slot - 1, actions);
                 }
             }
-            (DATA..=DATA_LAST, _) => {}
             _ => {
                 let mut devices = self.devices.iter_mut().flatten();
                 let _ = devices.any(|device| device.guest.write_port(port, data));

@@ -67,7 +67,7 @@ impl Platform {
     /// Ends the guest.
     pub fn end(&self, end: End) {
         *lock(&self.end) = Some(end);
-        // The counter cannot overflow: each processor adds 1 at most.
+        // It fails only if the counter is at its end, and then it is readable.
         let _ = self.ended.write(1);
     }
 
@@ -106,8 +106,8 @@ impl Platform {
         }
     }
 
-    /// Writes a port. Some end the guest.
-    pub fn write_port(&self, port: u16, data: &[u8]) -> Option<End> {
+    /// Writes a port. One ends the guest.
+    pub fn write_port(&self, port: u16, data: &[u8]) {
         match port {
             SERIAL..=SERIAL_LAST => {
                 let mut serial = lock(&self.serial);
@@ -117,9 +117,8 @@ impl Platform {
                 }
                 let _ = serial.writer_mut().flush();
             }
-            KEYBOARD if data == [PULSE_RESET] => return Some(Ok(RESET)),
+            KEYBOARD if data == [PULSE_RESET] => self.end(Ok(RESET)),
             _ => self.pci().write_port(port, data),
         }
-        None
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Once};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, bail};
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs,
     kvm_msr_entry, kvm_regs, kvm_segment,
@@ -15,7 +15,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::boot::{GDT, PAGE_TABLES, ZERO_PAGE};
 use crate::machine::{ADVICE, Machine};
-use crate::platform::{End, Platform, RESET};
+use crate::platform::{Platform, RESET};
 
 /// Bits of control registers, EFER and RFLAGS (AMD64 Architecture Programmer's Manual, volume 2, §3.1).
 const CR0_PROTECTION_AND_PAGING: u64 = 1 << 0 | 1 << 31;
@@ -62,7 +62,7 @@ impl Processor {
         let shared = Arc::new(Shared::default());
         let (ours, platform) = (shared.clone(), platform.clone());
         let thread = thread::Builder::new().name(name).spawn(move || {
-            if let Some(end) = run(&mut cpu, &platform, &ours) {
+            if let Some(end) = run(&mut cpu, &platform, &ours).transpose() {
                 platform.end(end);
             }
         })?;
@@ -99,41 +99,37 @@ pub fn handle_interruptions() -> Result<()> {
     register_signal_handler(SIGRTMIN(), nothing).context("cannot handle a signal")
 }
 
-/// Runs it until it is stopped, or ends the guest.
-fn run(cpu: &mut VcpuFd, platform: &Platform, shared: &Shared) -> Option<End> {
+/// Runs it until it is stopped, or ends the guest: then it returns the reason.
+fn run(cpu: &mut VcpuFd, platform: &Platform, shared: &Shared) -> Result<Option<&'static str>> {
     while !shared.stop.load(Ordering::Relaxed) {
         match cpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => platform.read_port(port, data),
-            Ok(VcpuExit::IoOut(port, data)) => {
-                if let Some(end) = platform.write_port(port, data) {
-                    return Some(end);
-                }
-            }
+            Ok(VcpuExit::IoOut(port, data)) => platform.write_port(port, data),
             Ok(VcpuExit::MmioRead(address, data)) => platform.pci().read_memory(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => platform.pci().write_memory(address, data),
-            Ok(VcpuExit::Shutdown) => return Some(Ok(RESET)),
-            Ok(other) => {
-                return Some(Err(anyhow!("the guest does not run: {other:?}; {ADVICE}")));
-            }
+            Ok(VcpuExit::Shutdown) => return Ok(Some(RESET)),
+            // The same as EFAULT: a kernel may say more.
+            Ok(VcpuExit::MemoryFault { .. }) => repeat(),
+            Ok(other) => bail!("the guest does not run: {other:?}; {ADVICE}"),
             Err(error) => match error.errno() {
                 libc::EINTR | libc::EAGAIN => {
                     shared.asleep.store(is_asleep(cpu), Ordering::Relaxed);
                 }
-                // A window does not reach its device: something else has disabled the device's memory decoding, or
-                // the device is being removed. The kernel then asks for the device, and its slots go.
-                libc::EFAULT => {
-                    FAULT.call_once(|| {
-                        eprintln!("vmm: a device does not respond; the guest's access is repeated");
-                    });
-                    thread::sleep(PAUSE);
-                }
-                _ => {
-                    return Some(Err(anyhow!("the guest does not run: {error}; {ADVICE}")));
-                }
+                libc::EFAULT => repeat(),
+                _ => bail!("the guest does not run: {error}; {ADVICE}"),
             },
         }
     }
-    None
+    Ok(None)
+}
+
+/// Pauses, because a window does not reach its device: something else has disabled the device's memory decoding, or
+/// the device is being removed. The guest repeats its access until the device responds again, or is taken away.
+fn repeat() {
+    FAULT.call_once(|| {
+        eprintln!("vmm: a device does not respond; the guest's access is repeated");
+    });
+    thread::sleep(PAUSE);
 }
 
 /// Whether nothing can wake it but a reset or an NMI, which nobody sends.
