@@ -19,6 +19,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vfio_remap::passthrough::{Message, SlotMemory};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::ioctl_with_val;
 
 use crate::memory::GuestMemory;
 
@@ -27,6 +28,8 @@ const TASK_STATE: usize = 0xfffb_d000;
 const IDENTITY_MAP: u64 = 0xfffb_c000;
 /// The interrupts (GSIs) of the IOAPIC's pins. Those of messages follow.
 const PINS: u32 = 24;
+/// The request KVM_SET_TSC_KHZ of a machine (Linux, Documentation/virt/kvm/api.rst §4.55).
+const SET_TSC_KHZ: u64 = 0xaea2;
 /// The slot of the guest's memory. Those of devices follow.
 const MEMORY_SLOT: u32 = 0;
 
@@ -62,6 +65,11 @@ impl Machine {
         let vm = kvm
             .create_vm()
             .with_context(|| format!("cannot create a virtual machine; {ADVICE}"))?;
+        // Its processors get the host's rate. By default it is what KVM found at its own start. If KVM is built into the
+        // kernel, that is before the kernel has measured the rate exactly, and KVM then adjusts the TSC of each
+        // processor, so that timers of the guest may never fire. Linux before 5.16 does not have this request.
+        // SAFETY: the kernel takes 0, the host's rate, as a number and not as an address.
+        let _ = unsafe { ioctl_with_val(&vm, SET_TSC_KHZ, 0) };
         vm.set_identity_map_address(IDENTITY_MAP)
             .and_then(|()| vm.set_tss_address(TASK_STATE))
             .and_then(|()| vm.create_irq_chip())
@@ -86,11 +94,7 @@ impl Machine {
 
     /// Makes a processor. Whoever runs it holds the machine.
     pub fn processor(&self, number: u8) -> Result<VcpuFd> {
-        let cpu = self.vm.create_vcpu(number.into())?;
-        // The rate of the host: without this, KVM may believe that the guest has asked for another one. It fails where
-        // there is none.
-        let _ = cpu.set_tsc_khz(0);
-        Ok(cpu)
+        Ok(self.vm.create_vcpu(number.into())?)
     }
 
     /// Has the guest reach a part of a device's window. Returns the number of the slot.
