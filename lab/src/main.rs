@@ -133,14 +133,14 @@ enum Task {
     /// Test the example `vmm`: guests inside a guest use devices that are passed through, and
     /// move their BARs. In part in `test`.
     ///
-    /// The guests run Linux 6.12 with its own drivers for an NVMe controller and an e1000e.
-    /// The lab guests, which are their hosts, run 6.12, newest and patched. The KVM of this
-    /// machine is not used, and need not exist: the emulator has its own.
+    /// The guests run Linux 6.12 with its own drivers for an NVMe controller and an e1000e, on
+    /// one processor and on two. The lab guests, which are their hosts, run 6.12, newest and
+    /// patched. The KVM of this machine is not used, and need not exist: the emulator has its own.
     Vmm {
         /// Only on this kernel; may be given several times.
         #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::by_name)]
         kernels: Vec<&'static Kernel>,
-        /// Only what is part of `test`.
+        /// Only the guests with two processors, as in `test`.
         #[arg(long)]
         brief: bool,
         #[command(flatten)]

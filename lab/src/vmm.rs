@@ -61,7 +61,8 @@ impl Nested {
             return Ok(None);
         };
         let initramfs = directory.join("initramfs");
-        fs::write(&initramfs, archive(&image, &lab.busybox, &payload::vmm("vmm-guest")?)?)?;
+        let tool = payload::vmm("vmm-guest")?;
+        fs::write(&initramfs, archive(&image, &lab.busybox, &tool)?)?;
         let program = directory.join("vmm-host");
         fs::write(&program, HOST)?;
         let files = [
@@ -69,6 +70,7 @@ impl Nested {
             ("lab/serve", payload::tested_example("serve")?),
             ("lab/vmm-guest/vmlinux", image.vmlinux()),
             ("lab/vmm-guest/initramfs", initramfs),
+            ("lab/vmm-guest/tool", tool),
         ];
         let files = files.map(|(path, file)| (path.to_owned(), file)).into();
         Ok(Some(Self { program, files }))
