@@ -65,9 +65,10 @@ impl Machine {
         let vm = kvm
             .create_vm()
             .with_context(|| format!("cannot create a virtual machine; {ADVICE}"))?;
-        // Its processors get the host's rate. By default it is what KVM found at its own start. If KVM is built into the
-        // kernel, that is before the kernel has measured the rate exactly, and KVM then adjusts the TSC of each
-        // processor, so that timers of the guest may never fire. Linux before 5.16 does not have this request.
+        // Its processors get the host's rate of the TSC. By default it is the one at KVM's own start: if KVM is built
+        // into the kernel, before that has refined its measurement. If the two differ by more than 250 ppm, and the
+        // processor cannot scale, KVM creates a processor with the factor 0 (Linux 6.12, arch/x86/kvm/x86.c,
+        // kvm_set_tsc_khz): for KVM the guest's TSC stands still, and timers do not fire. Since Linux 5.16.
         // SAFETY: the kernel takes 0, the host's rate, as a number and not as an address.
         let _ = unsafe { ioctl_with_val(&vm, SET_TSC_KHZ, 0) };
         vm.set_identity_map_address(IDENTITY_MAP)
