@@ -68,13 +68,20 @@ impl Threads {
     }
 }
 
-/// Gives the threads of a process the highest priority, so that other programs disturb it little. Returns
+/// Gives a process that leads a session the highest priority, so that other programs disturb it little. Returns
 /// whether this process may do so: root may.
+///
+/// The nice values of threads count among those of a session. Between sessions, that of the session does (sched(7),
+/// "The autogroup feature").
 pub fn prefer(process: u32) -> Result<bool> {
     let threads = Threads::of(process)?;
     let mut command = Command::new("renice");
     command.args(["-n", "-20", "-p"]).args(threads.0.keys().map(u32::to_string));
-    Ok(command.output()?.status.success())
+    let is_preferred = command.output()?.status.success();
+    let group = format!("/proc/{process}/autogroup");
+    // A kernel without the feature has no such file.
+    let is_group_preferred = !Path::new(&group).exists() || fs::write(&group, "-20").is_ok();
+    Ok(is_preferred && is_group_preferred)
 }
 
 fn number(path: &Path) -> Option<u32> {
@@ -141,6 +148,23 @@ mod tests {
         assert!(used < Duration::from_secs(60));
         let after = Threads::of(std::process::id()).unwrap();
         assert_eq!(after.since(&before, |found| found == name), Duration::ZERO, "it has ended");
+    }
+
+    #[test]
+    fn a_preferred_session_has_the_highest_priority() {
+        let mut child = Command::new("setsid").args(["sleep", "600"]).spawn().unwrap();
+        let file = |name| fs::read_to_string(format!("/proc/{}/{name}", child.id())).unwrap();
+        let started = Instant::now();
+        while file("comm") != "sleep\n" {
+            assert!(started.elapsed() < Duration::from_secs(60), "it does not start");
+        }
+        let is_preferred = prefer(child.id()).unwrap();
+        let group = fs::read_to_string(format!("/proc/{}/autogroup", child.id()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if is_preferred && let Ok(group) = group {
+            assert!(group.ends_with("nice -20\n"), "{group}");
+        }
     }
 
     #[test]

@@ -76,11 +76,12 @@ impl Root {
     }
 
     /// QEMU, with its firmware and without a machine. `setpriv` (of util-linux, which every
-    /// Debian has) makes the kernel kill it when the lab ends.
+    /// Debian has) makes the kernel kill it when the lab ends. `setsid` gives it a session, so
+    /// that the kernel schedules it as a group of its own (sched(7), "The autogroup feature").
     pub fn qemu(&self) -> Command {
-        let mut command = Command::new("setpriv");
+        let mut command = Command::new("setsid");
         command
-            .args(["--pdeathsig", "KILL"])
+            .args(["setpriv", "--pdeathsig", "KILL"])
             .args(self.command_line("usr/bin/qemu-system-x86_64"))
             // Without these it would search the machine's directories for modules and firmware.
             .env("QEMU_MODULE_DIR", self.library("qemu"))
