@@ -94,7 +94,7 @@ enum Task {
     /// `acpi_hotplug` in each kernel, on a machine with hotplug by ACPI instead of pciehp;
     /// those with `without_intremap` in the newest kernel, on a machine whose IOMMU does
     /// not remap interrupts; the tests of the kernel patches in the patched kernel. In
-    /// the newest kernel the examples tour, edu and nvme run on devices of the machine.
+    /// the newest kernel the examples tour, edu, nvme and nic run on devices of the machine.
     /// The commands `vfio-user` and `vmm` run too; of `vmm` what is brief.
     ///
     /// Two guests run at the same time, while other kernels are fetched or built. The

@@ -12,6 +12,7 @@ use crate::command;
 use crate::guest::quoted;
 use crate::kernels::{self, KERNELS, Kernel, NEWEST, PATCHED};
 use crate::machine::{self, Variant};
+use crate::modules;
 use crate::payload;
 use crate::report::{self, Proof, Row};
 use crate::side_by_side::{self, Job, Plan};
@@ -42,6 +43,10 @@ const EXAMPLES: [(&str, &[&str]); 3] = [
     ("edu", &["--device", "@edu"]),
     ("nvme", &["verify", "--device", "@disk", "--yes-destroy-data"]),
 ];
+
+/// The example that runs on a card which the kernel's driver has, by this script.
+const NIC: &str = "nic";
+const CARD_IN_USE: &str = include_str!("../guest/card-in-use");
 
 /// What the tests of these kernels, or of all if none is named, need.
 pub fn needs(
@@ -165,9 +170,15 @@ fn examples(label: String, scripts: &Path) -> Result<Job> {
         commands.push([vec![format!("/{path}")], arguments].concat());
         files.push((path, payload::tested_example(name)?));
     }
+    let card_in_use = scripts.join("card-in-use");
+    fs::write(&card_in_use, CARD_IN_USE)?;
+    files.push((format!("lab/examples/{NIC}"), payload::tested_example(NIC)?));
+    files.push(("lab/card-in-use".to_owned(), card_in_use));
+    let card = machine::with_addresses("@e1000e")?;
+    commands.push(["sh", "/lab/card-in-use", &card].map(str::to_owned).to_vec());
     let program = scripts.join("run-examples");
     fs::write(&program, script(&commands))?;
-    let (arguments, modules, proof) = (Vec::new(), None, Proof::Status);
+    let (arguments, modules, proof) = (Vec::new(), Some(&modules::NETWORK), Proof::Status);
     Ok(Job { label, variant: Variant::Usual, program, arguments, files, modules, proof })
 }
 

@@ -120,6 +120,18 @@ impl Figures {
         driver.map_or((f64::NAN, f64::NAN), |driver| self.ratios(load, driver))
     }
 
+    /// The first of these ratios for a driver that polls and needs no time itself: its processor
+    /// waits for each command as long as the emulator's other threads work on it, which is taken
+    /// from the driver's turns.
+    pub fn most(&self, depth: u32) -> f64 {
+        let load = Load::reads(depth);
+        let (Some(kernel), Some(driver)) = (self.of(load, KERNEL), self.of(load, DRIVER)) else {
+            return f64::NAN;
+        };
+        let emulator = driver.time.median() - driver.guest.median();
+        kernel.time.median() / (2.0 * emulator)
+    }
+
     pub fn table(&self) -> String {
         let mut table = "\
 | operation | block, bytes | threads | depth | who | µs of processor time per command, median | quartiles | \
@@ -228,6 +240,9 @@ pub mod tests {
         let (time, iops) = figures.driver_ratios(32);
         assert!((time - 40.0).abs() < 0.01 && (iops - 40.0).abs() < 0.01);
         assert!(figures.driver_ratios(1).0.is_nan());
+        // The emulator's other threads need 4 µs for a command of the driver.
+        assert!((figures.most(32) - 50.0).abs() < 0.1, "{}", figures.most(32));
+        assert!(figures.most(1).is_nan());
     }
 
     #[test]
