@@ -99,7 +99,13 @@ mod tests {
         info.mappable = true;
         assert_eq!(check(&info, 0..0x4000), Ok(()));
         assert_eq!(check(&info, 0x3000..0x4000), Ok(()));
-        for range in [0..0x5000, 0x4000..0x5000, 0x1000..0x1000, 0x2000..0x1000, 0..u64::MAX] {
+        for range in [
+            0..0x5000,
+            0x4000..0x5000,
+            0x1000..0x1000,
+            Range { start: 0x2000, end: 0x1000 },
+            0..u64::MAX,
+        ] {
             assert_eq!(check(&info, range.clone()), Err(ErrorKind::OutOfRange), "{range:x?}");
         }
         for range in [0x800..0x1000, 0..0x800] {
