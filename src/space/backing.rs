@@ -305,3 +305,23 @@ impl fmt::Debug for Backing {
         write!(f, "Backing({}, {:?})", self.name, self.kind)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::space::fixture::{PAGE, backing};
+
+    #[test]
+    fn only_a_device_file_may_be_shown_as_a_dma_buf() {
+        for (kind, origin) in [
+            (BackingKind::SharedMemory, Origin::from as fn(_) -> _),
+            (BackingKind::VfioPci, Origin::or_dma_buf),
+            (BackingKind::Other, Origin::or_dma_buf),
+        ] {
+            let backing = backing(PAGE, kind);
+            let file = file::identity(backing.fd()).unwrap();
+            assert_eq!(backing.origin, Some(origin(file)), "{kind:?}");
+            assert_eq!(backing.shared_origin(), Ok(origin(file)), "{kind:?}");
+        }
+    }
+}
