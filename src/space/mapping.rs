@@ -178,12 +178,17 @@ pub(super) fn map_again(
     Ok(address)
 }
 
+/// Whether the kernel can map `size` bytes of the backing by huge page-table entries.
+pub(super) fn may_be_huge(backing: &Backing, size: usize) -> bool {
+    size >= HUGE && backing.kind() == BackingKind::VfioPci
+}
+
 /// Asks for huge page-table entries, if the mapping has room for one.
 ///
 /// # Safety
 /// The range is ours.
 pub(super) unsafe fn prefer_huge(backing: &Backing, address: usize, size: usize) {
-    if size >= HUGE && backing.kind() == BackingKind::VfioPci {
+    if may_be_huge(backing, size) {
         // A kernel without transparent huge pages returns EINVAL, and uses 4 KiB entries.
         // SAFETY: by the contract.
         let _ = unsafe { mm::prefer_huge_pages(address, size) };

@@ -95,7 +95,8 @@ impl Placement {
     /// - A duplicate: [`OldLenZero`](Strategy::OldLenZero), [`MapAgain`](Strategy::MapAgain), then
     ///   [`DontUnmap`](Strategy::DontUnmap), after which the source has to fault again.
     /// - A relocation: [`DontUnmap`](Strategy::DontUnmap), which keeps the page tables, then
-    ///   [`MapAgain`](Strategy::MapAgain).
+    ///   [`MapAgain`](Strategy::MapAgain). The other way round for 2 MiB and more of a BAR: they have few
+    ///   page-table entries, and to fault them in again costs less than to move them.
     ///
     /// This is what `docs/kernel-matrix.md` shows for windows that have been accessed all over.
     #[must_use]
@@ -123,8 +124,8 @@ pub(crate) enum Order {
 }
 
 impl Order {
-    /// The strategies for a verb.
-    pub(super) fn strategies(self, verb: Verb) -> [Option<Strategy>; Strategy::COUNT] {
+    /// The strategies for a verb. `huge`: whether the mapping has huge page-table entries.
+    pub(super) fn strategies(self, verb: Verb, huge: bool) -> [Option<Strategy>; Strategy::COUNT] {
         use Strategy::{DontUnmap, MapAgain, OldLenZero};
         match (self, verb) {
             (Self::Requested(strategies), _) => strategies,
@@ -133,6 +134,9 @@ impl Order {
             }
             (Self::Cheapest, Verb::Duplicate) => {
                 [Some(OldLenZero), Some(MapAgain), Some(DontUnmap), None]
+            }
+            (Self::Cheapest, Verb::Relocate) if huge => {
+                [Some(MapAgain), Some(DontUnmap), None, None]
             }
             (Self::Default | Self::Cheapest, Verb::Relocate) => {
                 [Some(DontUnmap), Some(MapAgain), None, None]
@@ -202,7 +206,8 @@ mod tests {
     #[test]
     fn the_first_of_each_strategy_counts() {
         use Strategy::{DontUnmap, MapAgain, Move, OldLenZero};
-        let order = |request: Request| (request.order.strategies(Verb::Duplicate), request.pinned);
+        let order =
+            |request: Request| (request.order.strategies(Verb::Duplicate, false), request.pinned);
         let all = [MapAgain, MapAgain, Move, MapAgain, DontUnmap, Move, OldLenZero];
         let wanted = ([MapAgain, Move, DontUnmap, OldLenZero].map(Some), false);
         assert_eq!(order(Placement::Anywhere.by(&all)), wanted);
@@ -214,17 +219,21 @@ mod tests {
     #[test]
     fn unrequested_strategies_suit_the_verb() {
         use Strategy::{DontUnmap, MapAgain, OldLenZero};
-        let order = |request: Request, verb| {
+        let order = |request: Request, verb, huge| {
             assert!(!request.pinned);
-            let strategies = request.order.strategies(verb);
+            let strategies = request.order.strategies(verb, huge);
             strategies.into_iter().flatten().collect::<Vec<_>>()
         };
         let usual = || Placement::Anywhere.into();
-        assert_eq!(order(usual(), Verb::Duplicate), Strategy::DEFAULT_ORDER);
-        assert_eq!(order(usual(), Verb::Relocate), [DontUnmap, MapAgain]);
         let cheapest = || Placement::Anywhere.cheapest();
-        assert_eq!(order(cheapest(), Verb::Duplicate), [OldLenZero, MapAgain, DontUnmap]);
-        assert_eq!(order(cheapest(), Verb::Relocate), [DontUnmap, MapAgain]);
+        for huge in [false, true] {
+            assert_eq!(order(usual(), Verb::Duplicate, huge), Strategy::DEFAULT_ORDER);
+            assert_eq!(order(usual(), Verb::Relocate, huge), [DontUnmap, MapAgain]);
+            let wanted = [OldLenZero, MapAgain, DontUnmap];
+            assert_eq!(order(cheapest(), Verb::Duplicate, huge), wanted);
+        }
+        assert_eq!(order(cheapest(), Verb::Relocate, false), [DontUnmap, MapAgain]);
+        assert_eq!(order(cheapest(), Verb::Relocate, true), [MapAgain, DontUnmap]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::backing::Remap;
 use super::cover::Released;
 use super::destination::{Destination, FailedCall};
 use super::limits::out_of_memory;
-use super::mapping::map_again;
+use super::mapping::{map_again, may_be_huge};
 use super::revocation::{Control, Shown};
 use super::{
     Attempt, Attempts, Failed, Mapping, Outcome, Report, Request, Reservation, Source, Strategy,
@@ -161,7 +161,8 @@ impl Mapping {
         let file_offset = self.backing().file_offset(self.offset);
         let mut destination =
             Destination::prepare(placement, operation, &self.object(), file_offset, self.size)?;
-        for strategy in order.strategies(verb).into_iter().flatten() {
+        let huge = may_be_huge(self.backing(), self.size);
+        for strategy in order.strategies(verb, huge).into_iter().flatten() {
             let made = match strategy {
                 Strategy::DontUnmap => self.by_dont_unmap(access, &destination, pinned),
                 Strategy::OldLenZero => self.by_old_len_zero(verb, access, &destination, pinned),
