@@ -288,8 +288,9 @@ impl Window {
     ///
     /// A reset by this crate ([`Device::reset`](super::Device::reset)), low power and switching off memory decoding
     /// remove the mapping, and map it again when they end, or when the window is [restored](Self::restore) if it is
-    /// still revoked then. If the device is reset or put to sleep by other means, a mapping of a type 1 container
-    /// stays, and one of iommufd reaches nothing from then on: drop it and map the window again.
+    /// still revoked then. If the device is reset or put to sleep by other means, for example by a function-level
+    /// reset that is written to configuration space, a mapping of a type 1 container stays, and one of iommufd reaches
+    /// nothing from then on: drop it and map the window again.
     pub fn dma_memory(&self) -> DmaMemory {
         let addresses = self.addresses();
         // SAFETY: the range is mapped while the window's shared state lives, and the memory holds that; no

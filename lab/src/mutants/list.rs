@@ -47,6 +47,30 @@ pub static MUTANTS: &[Mutant] = &[
         killer: Host("--test host -- dma_arena::memory_that_another_device_reaches_is_not_reused"),
     },
     Mutant {
+        name: "read-only-file-for-devices",
+        file: "src/space/memory.rs",
+        before: "&& !self.is_kept_by_kernel() && !file::is_writable(file)",
+        after: "&& !self.is_kept_by_kernel() && !file::is_writable(file) && false",
+        killer: Host(
+            "--lib -- \
+             space::memory::tests::a_file_is_written_by_a_device_only_if_the_process_may",
+        ),
+    },
+    Mutant {
+        name: "read-only-window-for-devices",
+        file: "src/device/window.rs",
+        before: "if !permits(self.mapping.access(), access) {",
+        after: "if false && !permits(self.mapping.access(), access) {",
+        killer: Host("--test host -- dma_bufs::a_window_that_is_only_read_has_no_dma_buf_to_write"),
+    },
+    Mutant {
+        name: "buffer-descriptor-kept",
+        file: "src/device/dma_arena.rs",
+        before: "        if !by_file {",
+        after: "        if false && !by_file {",
+        killer: Host("--test host -- dma::files_that_a_transport_maps_are_there_and_not_kept"),
+    },
+    Mutant {
         name: "emulated-memory-seal-shrink",
         file: "src/emulated/memory.rs",
         before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
