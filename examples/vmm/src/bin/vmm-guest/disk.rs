@@ -42,7 +42,7 @@ pub fn write(disk: &str, size: u64, number: u64) -> Result<()> {
     Ok(())
 }
 
-/// Reads what [`write`] has written, and compares.
+/// Reads what [`write()`] has written, and compares.
 pub fn check(disk: &str, size: u64, number: u64) -> Result<()> {
     let mut file = File::open(disk)?;
     let mut found = vec![0; 1 << 20];
