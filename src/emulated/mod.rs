@@ -1,5 +1,8 @@
 //! Emulated devices: a [`Model`] in this process, used as a [`Transport`](crate::Transport) ([`Emulated`]), or
 //! served to other processes by the vfio-user protocol ([`Server`]).
+//!
+//! A model's DMA to memory of this process is a copy by the kernel, by `process_vm_readv(2)` and `process_vm_writev(2)`.
+//! A kernel without them (`CONFIG_CROSS_MEMORY_ATTACH`) fails that DMA with ENOSYS.
 
 mod bus;
 mod device;
