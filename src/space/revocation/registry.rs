@@ -338,7 +338,11 @@ impl Registry {
         entry.start.store(range.start, Ordering::Relaxed);
         entry.size.store(range.len(), Ordering::Relaxed);
         entry.note.store(note, Ordering::Relaxed);
-        self.classes.fetch_or(1 << class_of(range.len()), Ordering::Relaxed);
+        let class = 1 << class_of(range.len());
+        // No bit is ever cleared: whoever learns of the window from this thread sees what it sees.
+        if self.classes.load(Ordering::Relaxed) & class == 0 {
+            self.classes.fetch_or(class, Ordering::Relaxed);
+        }
         writer.table.link(index, range);
         // Handlers see the range if they see the state.
         let made_live = entry.change(State::Dead, State::Live);
