@@ -1,7 +1,7 @@
 //! `cargo lab`: boots real kernels with real VFIO in QEMU and runs the
 //! crate's tests, examples and benchmarks in them.
 //!
-//! The commands are [`mod@test`], [`vfio_user`], [`vmm`], [`mod@fuzz`], [`soak`], [`hazard`],
+//! The commands are [`mod@test`], [`vfio_user`], [`vmm`], [`mod@fuzz`], [`sanitize`], [`soak`], [`hazard`],
 //! [`matrix`], [`mutants`], [`targets`], [`release`], [`performance`], [`ethernet`] and this file. [`boot`] makes one
 //! boot of one kernel, with its [`heartbeat`]; [`side_by_side`] makes several. [`kernels`],
 //! [`patched`], [`busybox`], [`mod@program`], [`payload`], [`compiler`] and [`guest`] provide the software of
@@ -46,6 +46,7 @@ mod release;
 mod report;
 mod root;
 mod samples;
+mod sanitize;
 mod side_by_side;
 mod soak;
 mod targets;
@@ -158,11 +159,14 @@ enum Task {
     /// revocation in the patched kernel, twenty guests one after another at one vfio-user server, all of
     /// `vmm`, two thousand faults of network cards, a million rounds of handlers of SIGBUS
     /// against verbs, devices that are taken away a thousand times and removed forty times in
-    /// each kernel, and ten million runs of each fuzz target.
+    /// each kernel, `sanitize`, and ten million runs of each fuzz target.
     Soak {
         #[command(flatten)]
         common: Common,
     },
+    /// Run the tests of revocation and of the handler of SIGBUS with AddressSanitizer and with
+    /// ThreadSanitizer. Part of `soak`.
+    Sanitize,
     /// Check that tests can fail: apply one mutation at a time to a copy of the repository,
     /// and check that a named test fails. Without a name, all mutations.
     ///
@@ -340,6 +344,10 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Soak { common } => {
             let (lab, store) = ready(common)?;
             let passed = soak::run(&lab, &store)?;
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Sanitize => {
+            let passed = sanitize::run()?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Mutants { names, common } => {

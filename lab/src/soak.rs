@@ -12,6 +12,7 @@ use crate::kernels::{self, NEWEST, PATCHED};
 use crate::libtest::Counts;
 use crate::machine::Variant;
 use crate::payload;
+use crate::sanitize;
 use crate::test;
 use crate::ui;
 use crate::vfio_user;
@@ -55,7 +56,8 @@ pub fn run(lab: &Lab, store: &Store) -> Result<bool> {
     let recovered = faults()?;
     let handled = handlers()? && interleavings()?;
     let contained = outages(lab, store)?;
-    let all = raced && started && passed_through && recovered && handled && contained;
+    let sane = sanitize::run()?;
+    let all = raced && started && passed_through && recovered && handled && contained && sane;
     Ok(fuzz::run(Limit::Runs(RUNS))? && all)
 }
 
