@@ -66,7 +66,7 @@ impl Platform {
 
     /// Ends the guest.
     pub fn end(&self, end: End) {
-        *lock(&self.end) = Some(end);
+        lock(&self.end).get_or_insert(end);
         // It fails only if the counter is at its end, and then it is readable.
         let _ = self.ended.write(1);
     }
