@@ -7,6 +7,8 @@ mod faults;
 mod hostile;
 mod many_queues;
 mod sharing;
+#[cfg(feature = "smoltcp")]
+mod stack;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
