@@ -91,9 +91,10 @@ pub(crate) fn is_on_local_disk(fd: impl AsFd) -> bool {
         && matches!(regular_size(&fd), Ok(Some(_)))
 }
 
-/// Whether the file is on hugetlbfs: the kernel rounds lengths of its mappings to huge pages.
+/// Whether the file is on hugetlbfs: the kernel rounds lengths of its mappings to huge pages. Seals are queried first,
+/// as in [`is_tmpfs`].
 pub(crate) fn is_hugetlb(fd: impl AsFd) -> bool {
-    file_system(&fd) == Some(HUGETLBFS_MAGIC)
+    fcntl(&fd, FcntlArg::F_GET_SEALS).is_ok() && file_system(&fd) == Some(HUGETLBFS_MAGIC)
 }
 
 /// The page size of a file on hugetlbfs, in bytes; `None` for any other file. Seals are queried first, as in
@@ -148,6 +149,16 @@ mod tests {
         assert!(!is_tmpfs(File::open("/proc/self/maps").unwrap()));
         assert_eq!(regular_size(memory_file("test", 7).unwrap()), Ok(Some(7)));
         assert_eq!(regular_size(File::open("/dev/zero").unwrap()), Ok(None));
+    }
+
+    #[test]
+    fn a_file_of_huge_pages_is_told_from_others() {
+        assert!(!is_hugetlb(memory_file("test", 1).unwrap()));
+        assert!(!is_hugetlb(File::open("/proc/self/maps").unwrap()));
+        // A kernel may have no huge pages. It needs none for an empty file.
+        if let Ok(huge) = memfd_create("test", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB) {
+            assert!(is_hugetlb(huge));
+        }
     }
 
     #[test]
