@@ -70,9 +70,13 @@ fn refused(errno: Errno, object: String) -> Error {
         Errno::EOPNOTSUPP => {
             error.with_reason("the device's driver makes none").with_advice(BY_GROUP)
         }
-        Errno::ENODEV => {
-            error.with_reason("the device is being removed, or its driver could not claim the BAR")
-        }
+        // The caller can tell the two apart, and this cannot.
+        Errno::ENODEV => error
+            .into_kind(ErrorKind::Os)
+            .with_reason("the device is being removed, or its driver could not claim the BAR")
+            .with_advice(
+                "if Device::gone says no, unload what has claimed the BAR: /proc/iomem names it",
+            ),
         Errno::EINVAL => error
             .into_kind(ErrorKind::Unsupported)
             .with_reason("the BAR is no memory that other devices can reach")
@@ -118,16 +122,18 @@ mod tests {
 
     #[test]
     fn each_refusal_of_a_dma_buf_says_why() {
-        for (errno, kind, advised) in [
-            (Errno::ENOTTY, ErrorKind::Unsupported, true),
-            (Errno::EOPNOTSUPP, ErrorKind::Unsupported, true),
-            (Errno::EINVAL, ErrorKind::Unsupported, true),
-            (Errno::ENODEV, ErrorKind::Gone, false),
-            (Errno::ENOMEM, ErrorKind::Os, false),
+        for (errno, kind, advice) in [
+            (Errno::ENOTTY, ErrorKind::Unsupported, "by_group()"),
+            (Errno::EOPNOTSUPP, ErrorKind::Unsupported, "by_group()"),
+            (Errno::EINVAL, ErrorKind::Unsupported, "by_group()"),
+            // It is no proof that the device is gone: a BAR that is not claimed is refused likewise.
+            (Errno::ENODEV, ErrorKind::Os, "Device::gone"),
+            (Errno::ENOMEM, ErrorKind::Os, ""),
         ] {
             let error = refused(errno, "it".to_owned());
             assert_eq!(error.kind(), kind, "{error}");
-            assert_eq!(error.advice().contains("by_group()"), advised, "{error}");
+            assert_eq!(error.errno(), Some(errno as i32), "{error}");
+            assert!(error.advice().contains(advice), "{error}");
         }
     }
 }
