@@ -6,7 +6,6 @@
 #![expect(unsafe_code, reason = "a device changes this memory at any time")]
 
 use std::any::Any;
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -41,7 +40,8 @@ impl DmaSpace {
     /// in this process while the device reaches them, even if `memory` is dropped.
     ///
     /// A shared region with a file is mapped by the file if the transport can
-    /// ([`DmaMapping::mapped_by`]): iommufd since Linux 6.13, and a vfio-user server.
+    /// ([`DmaMapping::mapped_by`]): iommufd since Linux 6.13, and a vfio-user server. For the latter a descriptor of
+    /// the file stays open as long as the mapping.
     ///
     /// Memory that is added to a running guest is mapped by a second call, with the new regions alone
     /// (`GuestMemoryMmap::from_arc_regions`). Devices that share an address space share the mapping: map the
@@ -72,7 +72,7 @@ impl DmaSpace {
             let writable = access == Access::ReadOnly || mapping.prot() & libc::PROT_WRITE != 0;
             let limits = self.limits();
             let by_file = shared && (limits.by_file || writable && limits.maps_files);
-            let file = region.file_offset().filter(|_| by_file).map(shared_file).transpose()?;
+            let file = self.shared_file(region.file_offset().filter(|_| by_file))?;
             let address = mapping.as_ptr() as usize;
             // SAFETY: `mapping` owns the range, which vm-memory mapped for it alone, and keeps it mapped.
             // vm-memory's safe methods make no reference to its contents. They load and store by atomic or
@@ -114,8 +114,9 @@ impl DmaSpace {
                 )
                 .with_reason(format!("it has no address in this process: {error}"))
             })?;
-            let by_file = self.limits().by_file || self.limits().maps_files;
-            let file = region.file_offset().filter(|_| by_file).map(shared_file).transpose()?;
+            let file = self.shared_file(
+                region.file_offset().filter(|_| self.limits().by_file || self.limits().maps_files),
+            )?;
             let owner: Arc<dyn Any + Send + Sync> = memory.clone();
             let size = usize::try_from(region.len()).unwrap_or(usize::MAX);
             // SAFETY: the caller guarantees it.
@@ -132,16 +133,23 @@ impl DmaSpace {
     ) -> Result<GuestMapping> {
         let map = |region: Result<(u64, DmaMemory)>| {
             let (start, memory) = region?;
-            self.map(memory, IovaPlacement::At(Iova(start)), access)
+            let mut mapping = self.map(memory, IovaPlacement::At(Iova(start)), access)?;
+            if !self.limits().by_file {
+                mapping.forget_file();
+            }
+            Ok(mapping)
         };
         Ok(GuestMapping { regions: regions.map(map).collect::<Result<_>>()? })
     }
-}
 
-/// The file of a region, as a descriptor of its own.
-fn shared_file(file: &FileOffset) -> Result<(Arc<OwnedFd>, u64)> {
-    let own = file.file().try_clone().map(File::into);
-    let own: OwnedFd =
-        own.map_err(|error| Error::io(&error, "duplicate", "a guest's memory file"))?;
-    Ok((Arc::new(own), file.start()))
+    /// The file of a region, as a descriptor of its own. `None` if there is no room for one, and the transport can map
+    /// the memory without it.
+    fn shared_file(&self, file: Option<&FileOffset>) -> Result<Option<(Arc<OwnedFd>, u64)>> {
+        let Some(file) = file else { return Ok(None) };
+        match file.file().try_clone() {
+            Ok(own) => Ok(Some((Arc::new(OwnedFd::from(own)), file.start()))),
+            Err(_) if !self.limits().by_file => Ok(None),
+            Err(error) => Err(Error::io(&error, "duplicate", "a guest's memory file")),
+        }
+    }
 }

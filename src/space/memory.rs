@@ -183,6 +183,15 @@ impl DmaMemory {
     }
 }
 
+#[cfg(test)]
+impl DmaMemory {
+    /// Memory with a file, for tests that neither map it for DMA nor access it.
+    pub(crate) fn never_mapped(file: Arc<OwnedFd>, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        // SAFETY: nothing is ever mapped there, and no test accesses it.
+        unsafe { Self::new(0x10_0000, 0x1000, Some((file, 0)), owner) }
+    }
+}
+
 impl fmt::Debug for DmaMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "DmaMemory({:#x}..{:#x})", self.address(), self.address() + self.size())

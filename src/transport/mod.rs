@@ -296,8 +296,9 @@ pub struct DmaLimits {
     /// Whether the transport needs the file of the memory ([`DmaMemory::file`]), if it has one, for a
     /// server in another process. Each buffer then keeps a file descriptor open.
     pub by_file: bool,
-    /// Whether the transport uses the file of the memory, if it has one, when it maps it, and not afterwards. iommufd
-    /// does since Linux 6.13: see [`MappedBy::File`].
+    /// Whether the transport uses the file of the memory, if it has one, when it maps it, and not afterwards, so that
+    /// neither a buffer nor a guest's memory keeps a descriptor open. iommufd does since Linux 6.13: see
+    /// [`MappedBy::File`].
     pub maps_files: bool,
 }
 

@@ -5,15 +5,17 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::fstat;
 use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::space::Access;
-use vfio_remap::transport::Transport;
+use vfio_remap::transport::{DmaLimits, Transport};
 use vfio_remap::{Device, ErrorKind};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::common::guest_memory;
+use crate::support::alone::alone;
 use crate::support::scripted::Scripted;
 
 #[test]
@@ -77,6 +79,57 @@ fn a_region_that_is_only_read_is_not_written_by_its_file() {
         assert_eq!(transport.files().iter().map(Option::is_some).collect::<Vec<_>>(), brought);
         drop(mapping);
     }
+}
+
+/// As many descriptors as two tests let their process have.
+const DESCRIPTORS: u64 = 64;
+
+/// A guest's memory of more regions than that, of one file, and its limits for iommufd.
+fn many_regions() -> (GuestMemoryMmap, DmaLimits) {
+    let mut limits = Scripted::default().dma_limits().unwrap();
+    (limits.by_file, limits.maps_files) = (false, true);
+    let file = Arc::new(File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap()));
+    file.set_len(0x1000).unwrap();
+    let regions = (0..2 * DESCRIPTORS).map(|number| {
+        let file = FileOffset::from_arc(file.clone(), 0);
+        let mapping = MmapRegion::build(Some(file), 0x1000, 3, libc::MAP_SHARED).unwrap();
+        GuestRegionMmap::new(mapping, GuestAddress(number << 12)).unwrap()
+    });
+    (GuestMemoryMmap::from_regions(regions.collect()).unwrap(), limits)
+}
+
+#[test]
+fn regions_that_were_mapped_by_their_file_keep_no_descriptor() {
+    alone(|| {
+        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
+        let (memory, limits) = many_regions();
+        let transport = Arc::new(Scripted::with_limits(limits));
+        let space = Device::new(transport.clone()).dma().unwrap();
+        let mapping = space.map_guest(&memory, Access::ReadWrite).unwrap();
+        assert!(transport.files().iter().all(Option::is_some));
+        assert!(mapping.regions().iter().all(|region| region.memory().file().is_none()));
+    });
+}
+
+#[test]
+fn regions_are_mapped_without_a_file_where_no_descriptor_is_left() {
+    alone(|| {
+        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
+        let (memory, mut limits) = many_regions();
+        let maps_files = Device::new(Arc::new(Scripted::with_limits(limits.clone())));
+        limits.by_file = true;
+        let needs_files = Device::new(Arc::new(Scripted::with_limits(limits)));
+        let [maps_files, needs_files] = [maps_files, needs_files].map(|it| it.dma().unwrap());
+        let mut all = Vec::new();
+        while let Ok(file) = File::open("/dev/null") {
+            all.push(file);
+        }
+        let mapping = maps_files.map_guest(&memory, Access::ReadWrite).unwrap();
+        assert_eq!(mapping.regions().len() as u64, 2 * DESCRIPTORS);
+        let error = needs_files.map_guest(&memory, Access::ReadWrite).unwrap_err();
+        assert_eq!(error.errno(), Some(libc::EMFILE), "{error}");
+        drop(all);
+    });
 }
 
 #[test]

@@ -65,7 +65,8 @@ impl Accounting {
         why
     }
 
-    /// Maps `memory` at `iova` by `in_kernel`, and keeps it unless the kernel does.
+    /// Maps `memory` at `iova` by `in_kernel`, and keeps it unless the kernel does, but not its file, which the kernel
+    /// has no more use for.
     ///
     /// Both steps are under one lock, as in [`unmap`](Self::unmap). So the memory that is kept is the
     /// memory that is mapped, even if other threads use the same IOVA.
@@ -82,7 +83,7 @@ impl Accounting {
         let mut kept = self.kept();
         let mapped = in_kernel()?;
         // If memory was kept at this IOVA before, the kernel unmapped it together with a larger range.
-        let before = kept.insert(iova, memory.clone());
+        let before = kept.insert(iova, memory.clone().without_file());
         drop(kept);
         drop(before);
         Ok(mapped)
@@ -173,6 +174,19 @@ mod tests {
         };
         accounting.map(0x1000, &memory, locked).unwrap();
         accounting.unmap(0x1000, locked).unwrap();
+    }
+
+    #[test]
+    fn memory_is_kept_without_a_descriptor_of_its_file() {
+        static COUNTER: Counter = Counter::new(false);
+        let mut accounting = Accounting::new(&COUNTER);
+        let file = Arc::new(crate::sys::file::memory_file("vfio-remap-test", 0x1000).unwrap());
+        let owner = Arc::new(());
+        let memory = DmaMemory::never_mapped(file.clone(), owner.clone());
+        accounting.map(0x1000, &memory, || Ok(())).unwrap();
+        drop(memory);
+        assert_eq!((Arc::strong_count(&file), Arc::strong_count(&owner)), (1, 2));
+        drop(accounting.take_kept());
     }
 
     #[test]
