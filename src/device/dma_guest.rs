@@ -85,7 +85,9 @@ impl DmaSpace {
         self.map_regions(regions, access)
     }
 
-    /// [`map_guest`](Self::map_guest) for any back end.
+    /// [`map_guest`](Self::map_guest) for any back end. The kernel maps all regions by their addresses: a region does
+    /// not tell whether it is shared, and the pages of a private one are not the file's. A vfio-user server gets the
+    /// files.
     ///
     /// # Errors
     /// As [`map_guest`](Self::map_guest); `Unsupported` if a region is not mapped in this process.
@@ -114,9 +116,9 @@ impl DmaSpace {
                 )
                 .with_reason(format!("it has no address in this process: {error}"))
             })?;
-            let file = self.shared_file(
-                region.file_offset().filter(|_| self.limits().by_file || self.limits().maps_files),
-            )?;
+            // Not `maps_files`: a back end does not say which of its regions are private.
+            let by_file = self.limits().by_file;
+            let file = self.shared_file(region.file_offset().filter(|_| by_file))?;
             let owner: Arc<dyn Any + Send + Sync> = memory.clone();
             let size = usize::try_from(region.len()).unwrap_or(usize::MAX);
             // SAFETY: the caller guarantees it.

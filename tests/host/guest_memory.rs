@@ -57,6 +57,26 @@ fn a_region_brings_its_file_along_where_its_pages_are_the_files() {
     assert_eq!((transport.mapped(), Arc::strong_count(&memory)), (vec![], 1));
 }
 
+/// The pages of a private region that were written are not the file's.
+#[test]
+fn a_back_end_that_may_be_private_is_mapped_by_no_file() {
+    let mut limits = Scripted::default().dma_limits().unwrap();
+    (limits.by_file, limits.maps_files) = (false, true);
+    let transport = Arc::new(Scripted::with_limits(limits));
+    let space = Device::new(transport.clone()).dma().unwrap();
+    let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len(0x1000).unwrap();
+    let file = Some(FileOffset::new(file, 0));
+    let private = MmapRegion::<()>::build(file, 0x1000, 3, libc::MAP_PRIVATE).unwrap();
+    let private = GuestRegionMmap::new(private, GuestAddress(0)).unwrap();
+    let memory = Arc::new(GuestMemoryMmap::from_regions(vec![private]).unwrap());
+    // SAFETY: vm-memory's region is mapped while it lives, and nothing here reads or writes it; its file is not
+    // written to, and the transport does nothing with it.
+    let mapping = unsafe { space.map_guest_backend(memory, Access::ReadWrite) }.unwrap();
+    assert_eq!(transport.files(), [None]);
+    drop(mapping);
+}
+
 /// iommufd does not check what a file may be used for.
 #[test]
 fn a_region_that_is_only_read_is_not_written_by_its_file() {
