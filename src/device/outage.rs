@@ -25,9 +25,11 @@ pub struct Outage {
     pub restored: WindowChanges,
     /// How many peer-to-peer mappings were unmapped, and mapped again at the same IOVA.
     pub remapped: usize,
-    /// Peer-to-peer mappings that could not be unmapped, so that the other device reached this one meanwhile;
-    /// or that could not be mapped again, with `Revoked` if their window is still revoked. The other device does
-    /// not reach this one until a later restore or reset maps them.
+    /// Peer-to-peer mappings that could not be unmapped, so that the other device may have reached this one
+    /// meanwhile; they are unmapped once more before they are mapped again. Or that could not be mapped again, with
+    /// `Revoked` if their window is still revoked: the other device does not reach this one until a later restore or
+    /// reset maps them. On iommufd it does not reach it either if the second attempt to unmap fails, because the
+    /// kernel revokes the dma-buf; a later restore or reset tries again.
     pub lost: Vec<Error>,
 }
 
@@ -80,32 +82,43 @@ struct Peer {
     iova: u64,
     memory: DmaMemory,
     access: Access,
-    /// Whether it is mapped now.
-    mapped: Mutex<bool>,
+    state: Mutex<PeerState>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum PeerState {
+    Mapped,
+    Unmapped,
+    /// It could not be unmapped. iommufd has an empty mapping if the kernel has since revoked the dma-buf.
+    Unknown,
 }
 
 impl Peer {
-    fn mapped(&self) -> MutexGuard<'_, bool> {
-        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, PeerState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn unmap(&self) -> Result<()> {
-        let mut mapped = self.mapped();
-        if *mapped {
-            self.transport.dma_unmap(self.iova, self.memory.size() as u64)?;
-            *mapped = false;
+        let mut state = self.state();
+        if *state == PeerState::Unmapped {
+            return Ok(());
         }
-        Ok(())
+        let result = self.transport.dma_unmap(self.iova, self.memory.size() as u64);
+        *state = if result.is_ok() { PeerState::Unmapped } else { PeerState::Unknown };
+        result
     }
 
     /// Maps it again, unless its window is revoked. Returns whether that was needed. All peers are locked.
     fn map(&self) -> Result<bool> {
-        if *self.mapped() {
+        let state = *self.state();
+        if state == PeerState::Mapped {
             return Ok(false);
         }
+        // What could not be unmapped before is in the way.
+        self.unmap()?;
         self.check()?;
         self.transport.dma_map(self.iova, &self.memory, self.access)?;
-        *self.mapped() = true;
+        *self.state() = PeerState::Mapped;
         // Windows are marked before their pages are replaced: it was the device that was mapped.
         if let Err(error) = self.check() {
             self.unmap()?;
@@ -291,7 +304,7 @@ pub(super) fn map_peer<T>(
         iova: iova_of(&mapped),
         memory: memory.clone(),
         access,
-        mapped: Mutex::new(true),
+        state: Mutex::new(PeerState::Mapped),
     });
     let slot = peers.0.insert(peer.clone());
     drop(peers);

@@ -133,12 +133,15 @@ struct Peer {
     log: Log,
     before_map: Once,
     unmapping: Once,
+    /// How many times it refuses to unmap.
+    keeps: Mutex<usize>,
 }
 
 impl Peer {
     fn new(log: &Log) -> Arc<Self> {
         let log = log.clone();
-        Arc::new(Self { log, before_map: Once::default(), unmapping: Once::default() })
+        let (before_map, unmapping) = (Once::default(), Once::default());
+        Arc::new(Self { log, before_map, unmapping, keeps: Mutex::default() })
     }
 }
 
@@ -175,6 +178,12 @@ impl Transport for Peer {
 
     fn dma_unmap(&self, iova: u64, _: u64) -> Result<()> {
         self.unmapping.run();
+        let mut keeps = self.keeps.lock().unwrap();
+        if *keeps > 0 {
+            *keeps -= 1;
+            self.log.add(KEPT);
+            return Err(Error::new(ErrorKind::Refused, "unmap", "it"));
+        }
         self.log.add(format!("unmap {iova:#x}"));
         Ok(())
     }
@@ -193,6 +202,7 @@ struct Pair {
 const IOVA: u64 = 0x4000;
 const MAPPED: &str = "map 0xda7a at 0x4000";
 const UNMAPPED: &str = "unmap 0x4000";
+const KEPT: &str = "keep";
 
 impl Pair {
     fn new() -> Self {
@@ -353,4 +363,34 @@ fn decoding_that_was_off_stays_off_when_a_call_fails() {
     refuses(false);
     config.set_memory_decoding(true).unwrap();
     assert!(!pair.window.is_revoked());
+}
+
+/// iommufd has an empty mapping by then.
+#[test]
+fn a_peer_that_could_not_be_unmapped_is_mapped_again() {
+    let pair = Pair::new();
+    let mapping = pair.map().unwrap();
+    let keeps = |times| *pair.peer_transport.keeps.lock().unwrap() = times;
+    keeps(1);
+    let outage = pair.target.reset().unwrap();
+    assert_eq!(pair.log.take(), [MAPPED, KEPT, "reset", UNMAPPED, MAPPED]);
+    assert_eq!((outage.remapped, outage.lost.len()), (1, 1), "{outage}");
+    type Retry = fn(&Pair);
+    let ways: [(Retry, &[&str]); 2] = [
+        (|pair| drop(pair.target.restore().into_result().unwrap()), &[UNMAPPED, MAPPED]),
+        (|pair| drop(pair.target.reset().unwrap()), &[UNMAPPED, "reset", MAPPED]),
+    ];
+    for (retry, expected) in ways {
+        keeps(2);
+        let outage = pair.target.reset().unwrap();
+        assert_eq!(pair.log.take(), [KEPT, "reset", KEPT]);
+        assert_eq!((outage.remapped, outage.lost.len()), (0, 2), "{outage}");
+        retry(&pair);
+        assert_eq!(pair.log.take(), expected);
+    }
+    keeps(2);
+    assert!(!pair.target.reset().unwrap().is_over());
+    pair.log.take();
+    drop(mapping);
+    assert_eq!(pair.log.take(), [UNMAPPED]);
 }
