@@ -14,7 +14,7 @@ pub(super) const REGION: u32 = 7;
 pub(super) const COMMAND: u64 = 0x04;
 const REVISION_AND_CLASS: u64 = 0x08;
 const BAR0: u64 = 0x10;
-const EXPRESS: u8 = 0x10;
+pub(super) const EXPRESS: u8 = 0x10;
 const MSIX: u8 = 0x11;
 const MSIX_ENTRY: u64 = 16;
 
@@ -178,7 +178,9 @@ impl<'d> Config<'d> {
     /// SIGBUS, and so does one through a sealed window. Behind a vfio-user server, BARs without an address get one before they are enabled.
     ///
     /// # Errors
-    /// As [`memory_decoding`](Self::memory_decoding).
+    /// As [`memory_decoding`](Self::memory_decoding). That of a window that could not be revoked: decoding stays enabled
+    /// then. That of a window or a peer-to-peer mapping that could not be restored: decoding is enabled then, and
+    /// [`Device::restore`] tries again. A sealed window is no error.
     pub fn set_memory_decoding(&self, on: bool) -> Result<()> {
         self.set_decoding(MEMORY_SPACE, on)
     }
@@ -313,14 +315,16 @@ impl<'d> Config<'d> {
         }
         if on {
             self.change_bits(COMMAND, bit, on)?;
-            device.end_outage(DECODING);
-            return Ok(());
+            return device.end_outage(DECODING);
         }
         let was_off = device.is_away_for(DECODING);
-        let mut outage = device.take_away(DECODING);
+        if !was_off {
+            device.try_take_away(DECODING)?;
+        }
         let result = self.change_bits(COMMAND, bit, on);
         if result.is_err() && !was_off {
-            device.bring_back(DECODING, &mut outage);
+            // What could not be restored is logged.
+            let _ = device.end_outage(DECODING);
         }
         result
     }

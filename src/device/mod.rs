@@ -95,8 +95,8 @@ pub struct Device {
 struct Inner {
     regions: Box<[OnceLock<KnownRegion>]>,
     msix: OnceLock<Option<Msix>>,
-    /// Where configuration space has the power state, if it does.
-    power_register: OnceLock<Option<u64>>,
+    /// Where configuration space has what takes the device away.
+    controls: OnceLock<config_write::Controls>,
     dma: OnceLock<DmaSpace>,
     dma_lock: Mutex<()>,
     /// Held while a control register is read, changed and written, here or by the transport.
@@ -187,7 +187,7 @@ impl Device {
             inner: Arc::new(Inner {
                 regions: std::iter::repeat_with(OnceLock::new).take(count).collect(),
                 msix: OnceLock::new(),
-                power_register: OnceLock::new(),
+                controls: OnceLock::new(),
                 dma: OnceLock::new(),
                 dma_lock: Mutex::new(()),
                 control: Mutex::new(()),

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use slab::Slab;
 
-use super::revocation::WindowChanges;
-use super::{Inner, window};
+use super::revocation::{ASLEEP, WindowChanges};
+use super::{Device, Inner, window};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, DmaMemory, Reasons};
 use crate::transport::Transport;
@@ -37,6 +37,13 @@ impl Outage {
     /// Whether all is as it was.
     pub fn is_over(&self) -> bool {
         self.revoked.errors.is_empty() && self.restored.errors.is_empty() && self.lost.is_empty()
+    }
+
+    /// The first error of what was to be restored. Mappings of windows that are still revoked are not: their own
+    /// restore maps them.
+    pub(super) fn into_restored(self) -> Result<()> {
+        let lost = self.lost.into_iter().filter(|error| error.kind() != ErrorKind::Revoked);
+        self.restored.errors.into_iter().chain(lost).next().map_or(Ok(()), Err)
     }
 
     pub(super) fn append(&mut self, mut other: Self) {
@@ -244,6 +251,25 @@ impl Inner {
         outage
     }
 
+    /// As [`take_away`](Self::take_away), for calls that return no [`Outage`]: undone if a window could not be
+    /// revoked. A sealed one never can be.
+    ///
+    /// # Errors
+    /// That of the window.
+    pub(super) fn try_take_away(&self, reason: Reasons) -> Result<()> {
+        let mut outage = self.take_away(reason);
+        let errors = &outage.revoked.errors;
+        if let Some(error) = errors.iter().find(|error| error.kind() != ErrorKind::Sealed).cloned()
+        {
+            self.bring_back(reason, &mut outage);
+            return Err(error);
+        }
+        if !outage.is_over() {
+            log::warn!("{}: {outage}", self.info.name);
+        }
+        Ok(())
+    }
+
     /// Ends what [`take_away`](Self::take_away) began. The device is back if no other reason is left.
     pub(super) fn bring_back(&self, reason: Reasons, outage: &mut Outage) {
         let peers = self.peers();
@@ -268,10 +294,27 @@ impl Inner {
     }
 
     /// Brings the device back if it is away for this reason.
-    pub(super) fn end_outage(&self, reason: Reasons) {
+    ///
+    /// # Errors
+    /// That of a window or a peer that could not be restored. The outage is over nevertheless.
+    pub(super) fn end_outage(&self, reason: Reasons) -> Result<()> {
+        let mut outage = Outage::default();
         if self.is_away_for(reason) {
-            self.bring_back(reason, &mut Outage::default());
+            self.bring_back(reason, &mut outage);
         }
+        outage.into_restored()
+    }
+}
+
+impl Device {
+    /// As [`Inner::bring_back`], for a reason after which a device that a write had put to sleep may be awake. The
+    /// control lock is held.
+    pub(super) fn bring_back_awake(&self, reason: Reasons, outage: &mut Outage) {
+        let slept = self.inner.is_away_for(ASLEEP);
+        if slept && self.config().and_then(|config| config.is_awake()).unwrap_or(false) {
+            self.inner.bring_back(ASLEEP, outage);
+        }
+        self.inner.bring_back(reason, outage);
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::revocation::POWER;
 use super::signals::{eventfd, wait};
-use super::{Device, Holder, Inner};
+use super::{Device, Holder, Inner, Outage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
 
@@ -69,14 +69,13 @@ impl LowPower {
     ///
     /// # Errors
     /// `TimedOut` after the time limit; `Unsupported` after [`Device::low_power`], which reports no wake-up;
-    /// `Os` if the eventfd cannot be read.
+    /// `Os` if the eventfd cannot be read. As [`wake`](Self::wake), if a window could not be restored.
     pub fn woken(&self, timeout: Duration) -> Result<()> {
         let name = || format!("the wake-up of {}", self.device.info.name);
         match &self.wakeup {
             Some(wakeup) => {
                 wait(wakeup, timeout, name)?;
-                self.device.end_outage(POWER);
-                Ok(())
+                self.end()
             }
             None => Err(Error::new(ErrorKind::Unsupported, "wait for", name())
                 .with_reason("nothing reports it after Device::low_power")
@@ -92,11 +91,23 @@ impl LowPower {
     /// Wakes the device, as dropping does, and returns the result.
     ///
     /// # Errors
-    /// The transport's error; the value is then dropped, which retries the wake-up.
+    /// The transport's error; the value is then dropped, which retries the wake-up. That of a window or a peer-to-peer
+    /// mapping that could not be restored: the device is awake then, and [`Device::restore`] tries again.
     pub fn wake(self) -> Result<()> {
         self.device.transport.exit_low_power()?;
-        self.device.end_outage(POWER);
-        Ok(())
+        self.end()
+    }
+
+    /// Ends the outage. vfio-pci wakes a device that was in D3hot by a write, too: it puts it into D0 before it
+    /// suspends it (Linux 6.1, vfio_pci_core_runtime_suspend).
+    fn end(&self) -> Result<()> {
+        let device = Device { inner: self.device.clone() };
+        let _one = device.control_lock();
+        let mut outage = Outage::default();
+        if self.device.is_away_for(POWER) {
+            device.bring_back_awake(POWER, &mut outage);
+        }
+        outage.into_restored()
     }
 }
 
@@ -107,7 +118,8 @@ impl Drop for LowPower {
         }
         // This has no effect on a device that is awake.
         match self.device.transport.exit_low_power() {
-            Ok(()) => self.device.end_outage(POWER),
+            // What could not be restored is logged.
+            Ok(()) => drop(self.end()),
             Err(error) => log::warn!("a device sleeps until it is closed: {error}"),
         }
         self.device.holders().try_remove(self.slot);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::revocation::{ASLEEP, RESET};
+use super::revocation::RESET;
 use super::{Device, Outage};
 use crate::error::Result;
 use crate::transport::AffectedDevice;
@@ -28,7 +28,8 @@ impl Device {
         let _one = self.control_lock();
         let mut outage = self.inner.take_away(RESET);
         let result = self.inner.transport.reset();
-        self.bring_back_after_reset(&mut outage);
+        // A reset ends in D0 (PCIe 5.0 §5.3.1.1).
+        self.bring_back_awake(RESET, &mut outage);
         result.map(|()| outage)
     }
 
@@ -65,18 +66,9 @@ impl Device {
         let result = self.inner.transport.hot_reset(&others);
         let mut all = Outage::default();
         for (device, mut outage) in outages {
-            device.bring_back_after_reset(&mut outage);
+            device.bring_back_awake(RESET, &mut outage);
             all.append(outage);
         }
         result.map(|()| all)
-    }
-
-    /// Ends the outage of a reset, after which a device is in D0 (PCIe 5.0 §5.3.1.1).
-    fn bring_back_after_reset(&self, outage: &mut Outage) {
-        let slept = self.inner.is_away_for(ASLEEP);
-        if slept && self.config().and_then(|config| config.is_awake()).unwrap_or(false) {
-            self.inner.bring_back(ASLEEP, outage);
-        }
-        self.inner.bring_back(RESET, outage);
     }
 }

@@ -36,7 +36,8 @@ pub enum Revoked {
     Fault(FaultCause),
     /// [`Device::gone`] found that the device is gone.
     Gone,
-    /// The device is being reset, by [`Device::reset`] or [`Device::hot_reset`].
+    /// The device is being reset, by [`Device::reset`], [`Device::hot_reset`] or a write to
+    /// [`Config`](super::Config).
     Reset,
     /// [`Config::set_memory_decoding`](super::Config::set_memory_decoding) or another write to
     /// [`Config`](super::Config) switched it off.

@@ -1,12 +1,17 @@
 //! Writes to configuration space that take the device away, and bring it back.
 
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use vfio_remap::device::Revoked;
 use vfio_remap::transport::{DeviceInfo, RegionFile, RegionInfo, Transport, region_index};
 use vfio_remap::{Device, Error, ErrorKind, Placement, Result, Window};
 
-use super::truncatable::{Truncatable, aliases};
+use super::truncatable::{PAGE, SIZE, Truncatable, aliases};
+use crate::support::alone::alone;
 
 const COMMAND: u64 = 4;
 const MEMORY: u8 = 2;
@@ -14,6 +19,11 @@ const BUS_MASTER: u8 = 4;
 /// The control and status register of power management.
 const POWER: u64 = 0x54;
 const D3_HOT: u8 = 3;
+/// The registers that begin a function level reset, and the bits that do: of PCI Express, and of advanced features.
+const DEVICE_CONTROL: u64 = 0x68;
+const EXPRESS_RESET: u16 = 1 << 15;
+const ADVANCED_CONTROL: u64 = 0xa4;
+const ADVANCED_RESET: u8 = 1;
 
 /// A PCI device that notes whether a window was revoked when configuration space was written.
 #[derive(Debug)]
@@ -32,12 +42,20 @@ enum Behaviour {
     Works,
     Fails,
     Ignored,
+    /// It works, and nothing can be read.
+    Unreadable,
+    /// It works, and low power ends in the state in which it began.
+    KeepsState,
 }
 
 impl Configured {
     fn is_watched_revoked(&self) -> bool {
         let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
         watched.as_ref().is_some_and(Window::is_revoked)
+    }
+
+    fn behaviour(&self) -> Behaviour {
+        *self.behaviour.lock().unwrap()
     }
 }
 
@@ -56,20 +74,33 @@ impl Transport for Configured {
     }
 
     fn read_at(&self, _: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        if self.behaviour() == Behaviour::Unreadable {
+            return Err(Error::new(ErrorKind::Refused, "read", "it"));
+        }
         data.copy_from_slice(&self.config.lock().unwrap()[offset as usize..][..data.len()]);
         Ok(())
     }
 
     fn write_at(&self, _: u32, offset: u64, data: &[u8]) -> Result<()> {
         self.was_revoked.lock().unwrap().push(self.is_watched_revoked());
-        match *self.behaviour.lock().unwrap() {
-            Behaviour::Works => {
-                let mut config = self.config.lock().unwrap();
-                config[offset as usize..][..data.len()].copy_from_slice(data);
-                Ok(())
-            }
+        match self.behaviour() {
             Behaviour::Fails => Err(Error::new(ErrorKind::Refused, "write", "it")),
             Behaviour::Ignored => Ok(()),
+            _ => {
+                let mut config = self.config.lock().unwrap();
+                config[offset as usize..][..data.len()].copy_from_slice(data);
+                let resets = [
+                    (DEVICE_CONTROL as usize + 1, (EXPRESS_RESET >> 8) as u8),
+                    (ADVANCED_CONTROL as usize, ADVANCED_RESET),
+                ];
+                for (at, bit) in resets {
+                    if config[at] & bit != 0 {
+                        config[at] &= !bit;
+                        config[POWER as usize] = 0;
+                    }
+                }
+                Ok(())
+            }
         }
     }
 
@@ -80,6 +111,23 @@ impl Transport for Configured {
     /// To D0.
     fn reset(&self) -> Result<()> {
         self.config.lock().unwrap()[POWER as usize] = 0;
+        Ok(())
+    }
+
+    /// Whoever waits for a wake-up has it at once.
+    fn enter_low_power(&self, wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
+        if let Some(wakeup) = wakeup {
+            self.exit_low_power()?;
+            nix::unistd::write(wakeup, &1u64.to_ne_bytes()).unwrap();
+        }
+        Ok(())
+    }
+
+    /// To D0, as vfio-pci does before it suspends a device.
+    fn exit_low_power(&self) -> Result<()> {
+        if self.behaviour() != Behaviour::KeepsState {
+            self.config.lock().unwrap()[POWER as usize] = 0;
+        }
         Ok(())
     }
 }
@@ -93,16 +141,22 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
+        Self::with_bars_of(SIZE)
+    }
+
+    fn with_bars_of(size: usize) -> Self {
         let mut config = [0; 256];
         config[..4].copy_from_slice(&[0x34, 0x12, 0xe8, 0x11]);
         config[COMMAND as usize] = MEMORY;
-        // A list of two capabilities: a vendor's, then power management.
+        // A list of capabilities: a vendor's, power management, PCI Express, advanced features.
         config[6] = 0x10;
         config[0x34] = 0x40;
         config[0x40..0x43].copy_from_slice(&[9, 0x50, 16]);
-        config[0x50..0x52].copy_from_slice(&[1, 0]);
+        config[0x50..0x52].copy_from_slice(&[1, 0x60]);
+        config[0x60..0x62].copy_from_slice(&[0x10, 0xa0]);
+        config[0xa0..0xa3].copy_from_slice(&[0x13, 0, 6]);
         let transport = Arc::new(Configured {
-            memory: Truncatable::new(),
+            memory: Truncatable::of_size(size),
             config: Mutex::new(config),
             behaviour: Mutex::new(Behaviour::Works),
             watched: Mutex::default(),
@@ -240,4 +294,175 @@ fn a_write_that_changes_nothing_leaves_the_windows() {
     config.write_u8(COMMAND, BUS_MASTER).unwrap();
     config.set_bus_mastering(false).unwrap();
     scene.are_revoked(None);
+}
+
+#[test]
+fn a_write_that_resets_the_function_is_an_outage() {
+    let scene = Scene::new();
+    let config = scene.device.config().unwrap();
+    type Write<'a> = &'a dyn Fn() -> Result<()>;
+    let ways: [Write<'_>; 4] = [
+        &|| config.write_u16(DEVICE_CONTROL, EXPRESS_RESET | 0x10),
+        &|| config.write_u8(DEVICE_CONTROL + 1, (EXPRESS_RESET >> 8) as u8),
+        &|| config.write_u32(DEVICE_CONTROL, EXPRESS_RESET.into()),
+        &|| config.write_u8(ADVANCED_CONTROL, ADVANCED_RESET),
+    ];
+    for reset in ways {
+        reset().unwrap();
+        assert_eq!(scene.at_writes(), [true]);
+        scene.are_revoked(None);
+        // It ends in D0.
+        config.write_u8(POWER, D3_HOT).unwrap();
+        scene.are_revoked(Some(Revoked::LowPower));
+        reset().unwrap();
+        scene.are_revoked(None);
+        // What else revokes the windows stays.
+        config.write_u8(COMMAND, 0).unwrap();
+        reset().unwrap();
+        scene.are_revoked(Some(Revoked::DecodingOff));
+        config.write_u8(COMMAND, MEMORY).unwrap();
+        for behaviour in [Behaviour::Fails, Behaviour::Ignored] {
+            scene.behaves(behaviour);
+            assert_eq!(reset().is_err(), behaviour == Behaviour::Fails);
+            scene.are_revoked(None);
+        }
+        scene.behaves(Behaviour::Works);
+        scene.at_writes();
+    }
+    // The other bits reset nothing.
+    config.write_u16(DEVICE_CONTROL, !EXPRESS_RESET).unwrap();
+    config.write_u8(ADVANCED_CONTROL, !ADVANCED_RESET).unwrap();
+    config.write_u8(ADVANCED_CONTROL + 1, 0xff).unwrap();
+    assert_eq!(scene.at_writes(), [false; 3]);
+}
+
+#[test]
+fn a_device_that_low_power_has_woken_has_its_windows() {
+    let scene = Scene::new();
+    let config = scene.device.config().unwrap();
+    let sleep = || {
+        config.write_u8(POWER, D3_HOT).unwrap();
+        scene.device.low_power().unwrap()
+    };
+    drop(sleep());
+    scene.are_revoked(None);
+    sleep().wake().unwrap();
+    scene.are_revoked(None);
+    config.write_u8(POWER, D3_HOT).unwrap();
+    let asleep = scene.device.low_power_until_woken().unwrap();
+    scene.are_revoked(Some(Revoked::LowPower));
+    asleep.woken(Duration::from_secs(60)).unwrap();
+    scene.are_revoked(None);
+    drop(asleep);
+    // One that is not awake has none.
+    scene.behaves(Behaviour::KeepsState);
+    drop(sleep());
+    scene.are_revoked(Some(Revoked::LowPower));
+    config.write_u8(POWER, 0).unwrap();
+    scene.are_revoked(None);
+}
+
+/// Runs `f` while this process may have no more data than it has, and a megabyte.
+fn without_memory<T>(f: impl FnOnce() -> T) -> T {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmData:")).unwrap();
+    let data: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
+    let (soft, hard) = getrlimit(Resource::RLIMIT_DATA).unwrap();
+    setrlimit(Resource::RLIMIT_DATA, (data << 10) + (1 << 20), hard).unwrap();
+    let result = f();
+    setrlimit(Resource::RLIMIT_DATA, soft, hard).unwrap();
+    result
+}
+
+#[test]
+fn nothing_is_written_if_a_window_cannot_be_revoked() {
+    alone(|| {
+        let scene = Scene::with_bars_of(4 << 20);
+        let config = scene.device.config().unwrap();
+        let small = scene.device.bar(0).unwrap().map(..PAGE as u64, Placement::Anywhere).unwrap();
+        type Write<'a> = &'a dyn Fn() -> Result<()>;
+        let ways: [Write<'_>; 5] = [
+            &|| config.write_u8(COMMAND, 0),
+            &|| config.write_u8(POWER, D3_HOT),
+            &|| config.write_u16(DEVICE_CONTROL, EXPRESS_RESET),
+            &|| config.set_memory_decoding(false),
+            &|| scene.device.region(region_index::CONFIG).unwrap().write_at(COMMAND, &[0]),
+        ];
+        for write in ways {
+            let error = without_memory(write).unwrap_err();
+            assert_eq!(error.errno(), Some(libc::ENOMEM), "{error}");
+            assert_eq!(scene.at_writes(), [false; 0]);
+            scene.are_revoked(None);
+            assert!(!small.is_revoked());
+        }
+        // New windows are not revoked either.
+        let late = scene.device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
+        assert!(!late.is_revoked());
+        config.write_u8(COMMAND, 0).unwrap();
+        scene.are_revoked(Some(Revoked::DecodingOff));
+    });
+}
+
+#[test]
+fn a_sealed_window_prevents_no_write() {
+    alone(|| {
+        let scene = Scene::new();
+        let config = scene.device.config().unwrap();
+        let window = scene.device.bar(0).unwrap().map(.., Placement::Anywhere).unwrap();
+        if let Err(failed) = window.seal() {
+            // A kernel without mseal.
+            assert_eq!(failed.kind(), ErrorKind::Unsupported, "{failed}");
+            return;
+        }
+        config.write_u8(COMMAND, 0).unwrap();
+        scene.are_revoked(Some(Revoked::DecodingOff));
+        config.set_memory_decoding(true).unwrap();
+        config.write_u16(DEVICE_CONTROL, EXPRESS_RESET).unwrap();
+        scene.are_revoked(None);
+    });
+}
+
+#[test]
+fn a_write_says_that_a_window_could_not_be_restored() {
+    let scene = Scene::new();
+    let config = scene.device.config().unwrap();
+    let file = scene.transport.memory.file(0);
+    let asleep = || scene.device.low_power().unwrap();
+    type Ends<'a> = &'a dyn Fn() -> Result<()>;
+    let ways: [(Ends<'_>, Ends<'_>); 4] = [
+        (&|| config.write_u8(COMMAND, 0), &|| config.write_u8(COMMAND, MEMORY)),
+        (&|| config.set_memory_decoding(false), &|| config.set_memory_decoding(true)),
+        (&|| config.write_u8(POWER, D3_HOT), &|| config.write_u8(POWER, 0)),
+        (&|| Ok(()), &|| asleep().wake()),
+    ];
+    for (begin, end) in ways {
+        begin().unwrap();
+        file.set_len(0).unwrap();
+        let error = end().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+        assert!(config.memory_decoding().unwrap(), "it is written");
+        assert!(scene.windows.iter().all(Window::is_revoked));
+        file.set_len(SIZE as u64).unwrap();
+        scene.device.restore().into_result().unwrap();
+        assert!(!scene.windows.iter().any(Window::is_revoked));
+    }
+}
+
+#[test]
+fn a_write_whose_effect_cannot_be_read_restores_nothing() {
+    let scene = Scene::new();
+    let config = scene.device.config().unwrap();
+    // It has found the registers.
+    config.write_u8(POWER, 0).unwrap();
+    for (at, off, on) in [(COMMAND, 0, MEMORY), (POWER, D3_HOT, 0)] {
+        scene.behaves(Behaviour::Unreadable);
+        config.write_u8(at, off).unwrap();
+        assert!(scene.windows.iter().all(Window::is_revoked));
+        let error = config.write_u8(at, on).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+        assert!(scene.windows.iter().all(Window::is_revoked));
+        scene.behaves(Behaviour::Works);
+        config.write_u8(at, on).unwrap();
+        scene.are_revoked(None);
+    }
 }

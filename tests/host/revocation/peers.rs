@@ -55,6 +55,9 @@ impl Once {
     }
 }
 
+/// What begins a function level reset when it is written to configuration space.
+const FUNCTION_RESET: (u64, [u8; 2]) = (0x48, [0, 0x80]);
+
 /// A PCI device whose windows are mapped for the DMA of [`Peer`].
 #[derive(Debug)]
 struct Target {
@@ -71,6 +74,10 @@ impl Target {
     fn new(log: &Log) -> Arc<Self> {
         let mut config = [0; 256];
         config[..4].copy_from_slice(&[0x34, 0x12, 0xe8, 0x11]);
+        // It has the PCI Express capability.
+        config[6] = 0x10;
+        config[0x34] = 0x40;
+        config[0x40] = 0x10;
         let (memory, config) = (Truncatable::new(), Mutex::new(config));
         let log = log.clone();
         Arc::new(Self { memory, config, refuses: Mutex::default(), log, during: Once::default() })
@@ -96,6 +103,9 @@ impl Transport for Target {
     fn write_at(&self, _: u32, offset: u64, data: &[u8]) -> Result<()> {
         if *self.refuses.lock().unwrap() {
             return Err(Error::new(ErrorKind::Refused, "write", "it"));
+        }
+        if offset == FUNCTION_RESET.0 && data == FUNCTION_RESET.1 {
+            return self.reset();
         }
         self.config.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
         Ok(())
@@ -363,6 +373,16 @@ fn decoding_that_was_off_stays_off_when_a_call_fails() {
     refuses(false);
     config.set_memory_decoding(true).unwrap();
     assert!(!pair.window.is_revoked());
+}
+
+#[test]
+fn peers_are_unmapped_while_a_write_resets_their_target() {
+    let pair = Pair::new();
+    let mapping = pair.map().unwrap();
+    let (at, reset) = FUNCTION_RESET;
+    pair.target.config().unwrap().write(at, &reset).unwrap();
+    assert_eq!(pair.log.take(), [MAPPED, UNMAPPED, "reset", MAPPED]);
+    drop(mapping);
 }
 
 /// iommufd has an empty mapping by then.
