@@ -1,6 +1,8 @@
 //! The lab's devices, and children of the test program.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
@@ -135,19 +137,45 @@ impl Drop for Setting {
 }
 
 /// A line of the kernel's log that a test provokes, announced to the lab while this lives.
-pub struct Expected;
+pub struct Expected {
+    text: String,
+    /// What was logged since.
+    log: File,
+}
 
 impl Expected {
     pub fn announce(text: &str) -> Self {
         std::fs::write("/dev/kmsg", format!("lab: expects: {text}")).unwrap();
-        Self
+        let mut options = File::options();
+        let mut log = options.read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg").unwrap();
+        log.seek(SeekFrom::End(0)).unwrap();
+        Self { text: text.to_owned(), log }
+    }
+
+    /// Whether the text is in one of the records that are left. Each read is one of them; one that was overwritten is
+    /// an error, and passed.
+    fn is_logged(&mut self) -> bool {
+        let mut record = [0; 8192];
+        loop {
+            match self.log.read(&mut record) {
+                Ok(len) if String::from_utf8_lossy(&record[..len]).contains(&self.text) => {
+                    return true;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
+                Ok(_) | Err(_) => {}
+            }
+        }
     }
 }
 
 impl Drop for Expected {
+    /// What was provoked is logged by a thread of the kernel's, later.
     fn drop(&mut self) {
-        // What was provoked is logged by a thread of the kernel's, which gets a moment.
-        std::thread::sleep(Duration::from_millis(500));
+        let end = Instant::now() + Duration::from_secs(60);
+        while !std::thread::panicking() && !self.is_logged() {
+            assert!(Instant::now() < end, "the kernel has not logged {:?}", self.text);
+            std::thread::sleep(Duration::from_millis(2));
+        }
         std::fs::write("/dev/kmsg", "lab: expects:").unwrap();
     }
 }
