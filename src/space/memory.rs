@@ -147,10 +147,21 @@ impl DmaMemory {
         Some(unsafe { ShareableFile::new(file, start, self.size()) })
     }
 
-    /// The pages of a dma-buf that [`dma_buf`](Self::dma_buf) has made, to map for DMA.
-    pub(crate) fn shareable_dma_buf<'f>(&self, dma_buf: &'f OwnedFd) -> ShareableFile<'f> {
-        // SAFETY: they are a device's, and no reference to device memory is ever made.
-        unsafe { ShareableFile::new(dma_buf.as_fd(), 0, self.size()) }
+    /// The pages of a dma-buf that [`dma_buf`](Self::dma_buf) has made, for iommufd to map. `None` for any other file,
+    /// or if it may not be written: a transport may have been written by anyone, and iommufd would map the pages of an
+    /// ordinary file, too, without a check that the process may write them.
+    pub(crate) fn shareable_dma_buf<'f>(
+        &self,
+        dma_buf: &'f OwnedFd,
+        access: Access,
+    ) -> Option<ShareableFile<'f>> {
+        if !file::is_dma_buf(dma_buf) || access == Access::ReadWrite && !file::is_writable(dma_buf)
+        {
+            return None;
+        }
+        // SAFETY: iommufd maps no dma-bufs but those of vfio-pci (`vfio_pci_dma_buf_iommufd_map`, Linux 6.19). So the
+        // pages are a device's, and no reference to device memory is ever made.
+        Some(unsafe { ShareableFile::new(dma_buf.as_fd(), 0, self.size()) })
     }
 
     /// The first address.
@@ -231,6 +242,18 @@ mod tests {
         assert_eq!(refused.kind(), ErrorKind::Unsupported);
         let own = memory.own().without_file();
         assert_eq!((locked_and_kept(&own), own.file().is_none()), ((0x2000, true), true));
+    }
+
+    /// iommufd would map the pages of the file, and let the device write them.
+    #[test]
+    fn a_file_that_is_no_dma_buf_is_not_mapped_as_one() {
+        let file = file::memory_file("vfio-remap-test", 0x1000).unwrap();
+        // SAFETY: the memory is never mapped or accessed.
+        let memory = unsafe { DmaMemory::new(0x10_0000, 0x1000, None, Arc::new(())) };
+        let memory = memory.of_device(no_dma_buf);
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            assert!(memory.shareable_dma_buf(&file, access).is_none());
+        }
     }
 
     /// The kernel would let a device write to a file that this process may only read.

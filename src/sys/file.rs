@@ -71,6 +71,11 @@ pub(crate) fn is_writable(fd: impl AsFd) -> bool {
     flags & libc::O_ACCMODE == libc::O_RDWR && !seals.intersects(forbid)
 }
 
+/// Whether it is a dma-buf (`DMA_BUF_MAGIC` of `linux/magic.h`).
+pub(crate) fn is_dma_buf(fd: impl AsFd) -> bool {
+    file_system(fd) == Some(FsType(0x444d_4142))
+}
+
 /// Whether it is a regular file of a file system on a disk of this machine, whose pages the kernel brings
 /// without asking another process or another machine. The types are known by name and by the number that
 /// `fstatfs(2)` answers.

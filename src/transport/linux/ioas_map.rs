@@ -80,7 +80,9 @@ impl Ioas {
         refused: impl Fn(Errno) -> Error,
     ) -> Result<MappedBy> {
         let by_dma_buf = dma_buf.and_then(|dma_buf| {
-            self.map_file(iova, memory.shareable_dma_buf(&dma_buf), access)
+            let pages =
+                memory.shareable_dma_buf(&dma_buf, access).ok_or_else(|| no_dma_buf(iova))?;
+            self.map_file(iova, pages, access)
                 .map_err(|errno| dma_buf_refused(errno, refused(errno)))
         });
         choose(by_dma_buf, || self.map_address(iova, memory.shareable(), access), refused)
@@ -104,6 +106,15 @@ fn choose(
         },
         Err(error) => Err(error),
     }
+}
+
+#[cold]
+fn no_dma_buf(iova: u64) -> Error {
+    Error::new(ErrorKind::Unsupported, "map for DMA", format!("a window at IOVA {iova:#x}"))
+        .with_reason(
+            "what the window's transport made of it is no dma-buf, or one that may only be read",
+        )
+        .with_advice(format!("make Transport::dma_buf answer that of Vfio; or, {BY_GROUP}"))
 }
 
 #[cold]
@@ -181,6 +192,14 @@ mod tests {
         assert!(refused.advice().contains("by_group()"), "{refused}");
         let taken = choose(no_dma_buf(), || Err(Errno::EEXIST), error).unwrap_err();
         assert_eq!(taken.errno(), Some(libc::EEXIST), "{taken}");
+    }
+
+    #[test]
+    fn what_is_no_dma_buf_is_mapped_by_its_address_or_not_at_all() {
+        assert_eq!(choose(Err(no_dma_buf(0x1000)), || Ok(()), error).unwrap(), MappedBy::Address);
+        let refused = choose(Err(no_dma_buf(0x1000)), || Err(Errno::EFAULT), error).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+        assert!(refused.advice().contains("by_group()"), "{refused}");
     }
 
     #[test]
