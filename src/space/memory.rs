@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::sys::file;
 #[cfg(feature = "vfio-user")]
 use crate::sys::fork;
-use crate::sys::mm::{Access, Shareable, ShareableFile};
+use crate::sys::mm::{self, Access, Shareable, ShareableFile};
 
 /// Memory that a device may read and write at any time. It is mapped in this process, and no Rust reference
 /// points into it.
@@ -133,6 +133,17 @@ impl DmaMemory {
         unsafe { Shareable::new(self.address(), self.size()) }
     }
 
+    /// Allocates its pages through its mapping in this process, as mapping it by its address for DMA would.
+    ///
+    /// `IOMMU_IOAS_MAP_FILE` knows no mapping: `memfd_alloc_folio` (Linux 6.13) allocates missing pages of hugetlbfs
+    /// where its caller may allocate, and those of tmpfs without regard to `MADV_HUGEPAGE`. Own memory has no such rules.
+    /// Whether the memory can be mapped does not depend on this, so the call that maps it reports what is wrong.
+    pub(crate) fn allocate(&self) {
+        if !self.is_kept_by_kernel() {
+            let _ = mm::populate(self.shareable());
+        }
+    }
+
     /// The pages of its file to map for DMA, with the same duty as [`shareable`](Self::shareable). `None` if it has
     /// no file, or may not be written through it.
     #[inline]
@@ -211,13 +222,16 @@ impl fmt::Debug for DmaMemory {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroUsize;
     use std::os::fd::AsRawFd;
 
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
     use super::*;
     use crate::error::{Error, ErrorKind};
+    use crate::space::KernelVersion;
 
     fn no_dma_buf(_: &(dyn Any + Send + Sync), access: Access) -> Result<OwnedFd> {
         Err(Error::new(ErrorKind::Unsupported, format!("export {access:?}"), "it"))
@@ -242,6 +256,31 @@ mod tests {
         assert_eq!(refused.kind(), ErrorKind::Unsupported);
         let own = memory.own().without_file();
         assert_eq!((locked_and_kept(&own), own.file().is_none()), ((0x2000, true), true));
+    }
+
+    /// Its mapping says where the pages lie and how large they are; the file does not.
+    #[test]
+    fn memory_of_others_is_allocated_through_its_mapping() {
+        const SIZE: usize = 0x10_0000;
+        let allocated = |file: &OwnedFd| nix::sys::stat::fstat(file).unwrap().st_blocks * 512;
+        // What can only be read is allocated, too.
+        for prot in [ProtFlags::PROT_READ, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE] {
+            let file = Arc::new(file::memory_file("vfio-remap-test", SIZE as u64).unwrap());
+            let size = NonZeroUsize::new(SIZE).unwrap();
+            // SAFETY: the kernel chooses an unused range.
+            let at = unsafe { mmap(None, size, prot, MapFlags::MAP_SHARED, &file, 0) }.unwrap();
+            let part = Some((file.clone(), 0));
+            // SAFETY: the range stays mapped until the end of the test, and nothing accesses it.
+            let memory = unsafe { DmaMemory::new(at.addr().get(), SIZE, part, Arc::new(())) };
+            memory.clone().own().allocate();
+            assert_eq!(allocated(&file), 0, "own memory has no such rules");
+            memory.allocate();
+            // A kernel before 5.14 allocates nothing, and maps no files for DMA.
+            let allocates = KernelVersion::running() >= KernelVersion::new(5, 14);
+            assert_eq!(allocated(&file), if allocates { SIZE as i64 } else { 0 });
+            // SAFETY: the test made it, and nothing uses it any more.
+            unsafe { munmap(at, SIZE) }.unwrap();
+        }
     }
 
     /// iommufd would map the pages of the file, and let the device write them.

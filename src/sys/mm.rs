@@ -237,6 +237,16 @@ pub(crate) unsafe fn keep_from_children(address: usize, len: usize) -> Result<()
     Errno::result(unsafe { libc::madvise(address as *mut _, len, libc::MADV_DONTFORK) }).map(drop)
 }
 
+/// `madvise(address, size, MADV_POPULATE_READ)` (Linux 5.14): brings in the pages as an access would, by the rules of the
+/// mapping and of this thread: where they lie (`mbind(2)`, `man 2 set_mempolicy`), and how large they are
+/// (`MADV_HUGEPAGE`). It changes no contents.
+pub(crate) fn populate(memory: Shareable) -> Result<()> {
+    let Shareable { address, size } = memory;
+    // SAFETY: the kernel reads in what is mapped there, as any load may, and changes no mapping.
+    Errno::result(unsafe { libc::madvise(address as *mut _, size, libc::MADV_POPULATE_READ) })
+        .map(drop)
+}
+
 /// `madvise(address, len, MADV_HUGEPAGE)`: if transparent huge pages are set to `madvise`, Linux 6.12 and
 /// newer map a BAR by 2 MiB and 1 GiB entries only after this call.
 ///

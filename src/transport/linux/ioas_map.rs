@@ -66,7 +66,12 @@ impl Ioas {
         let file = if FILES.may_be_mapped() { memory.shareable_file(access) } else { None };
         let huge = || memory.file().is_some_and(|(file, _)| file::is_hugetlb(file));
         let file = file.filter(|_| huge_pages_are_zeroed(KernelVersion::running()) || !huge());
-        let by_file = file.map(|file| move || self.map_file(iova, file, access));
+        let by_file = file.map(|file| {
+            move || {
+                memory.allocate();
+                self.map_file(iova, file, access)
+            }
+        });
         FILES.map(by_file, || self.map_address(iova, memory.shareable(), access))
     }
 
