@@ -1,8 +1,13 @@
 //! Peer-to-peer: a device reaches the BAR of another one, by its address through a type 1 container, and by a dma-buf
 //! through iommufd.
 
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use nix::errno::Errno;
+use nix::request_code_none;
+use vfio_bindings::bindings::vfio::VFIO_TYPE;
 use vfio_remap::device::{DmaMapping, Interrupt, Iova, IovaPlacement, Outage};
 use vfio_remap::space::Access;
 use vfio_remap::transport::{MappedBy, Vfio, VfioOptions};
@@ -283,6 +288,25 @@ fn a_window_is_kept_while_it_is_mapped_and_unmapped_after() {
     }
 }
 
+/// Whether an iommufd that has no device maps a page of a dma-buf (`IOMMU_IOAS_MAP_FILE`, `linux/iommufd.h`).
+fn iommufd_maps(dma_buf: &OwnedFd) -> Result<(), Errno> {
+    let iommufd = File::options().read(true).write(true).open("/dev/iommu").unwrap();
+    let call = |number, argument: &mut [u32]| {
+        argument[0] = size_of_val(argument) as u32;
+        let argument = argument.as_mut_ptr();
+        // SAFETY: the structure is as long as its size says, and no device reaches what is mapped.
+        Errno::result(unsafe { libc::ioctl(iommufd.as_raw_fd(), number, argument) }).map(drop)
+    };
+    // Its size, flags, and the address space that the kernel has made.
+    let mut alloc = [0; 3];
+    call(request_code_none!(VFIO_TYPE, 0x81), &mut alloc).unwrap();
+    // Its size, flags (at that address, writable, readable), the address space and the file; then, of 64 bits each,
+    // the start in the file, the length and the address.
+    let file = dma_buf.as_raw_fd().cast_unsigned();
+    let mut map = [0, 7, alloc[2], file, 0, 0, 4096, 0, 0x10_0000, 0];
+    call(request_code_none!(VFIO_TYPE, 0x8f), &mut map)
+}
+
 #[test]
 fn what_cannot_be_a_dma_buf_is_refused_with_advice() {
     let kernel = lab::kernel();
@@ -307,10 +331,15 @@ fn what_cannot_be_a_dma_buf_is_refused_with_advice() {
         if kernel == "patched" {
             // It does not hold the device, and a device opened again does not revive it.
             let dma_buf = window.dma_buf().unwrap();
+            assert_eq!(iommufd_maps(&dma_buf), Ok(()));
             drop(window);
             target.close().unwrap();
-            drop(lab::open("ivshmem64m"));
-            drop(dma_buf);
+            let again = open("ivshmem64m", Vfio::options());
+            let window = again.bar(2).unwrap().map(0..0x1000, Placement::Anywhere).unwrap();
+            assert_eq!(iommufd_maps(&dma_buf), Err(Errno::ENODEV));
+            assert_eq!(iommufd_maps(&window.dma_buf().unwrap()), Ok(()));
+            drop((dma_buf, window));
+            again.close().unwrap();
         } else {
             let error = window.dma_buf().unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
