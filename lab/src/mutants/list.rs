@@ -71,6 +71,34 @@ pub static MUTANTS: &[Mutant] = &[
         killer: Host("--test host -- dma::files_that_a_transport_maps_are_there_and_not_kept"),
     },
     Mutant {
+        name: "guest-descriptor-kept",
+        file: "src/device/dma_guest.rs",
+        before: "            if !self.limits().by_file {",
+        after: "            if false && !self.limits().by_file {",
+        killer: Host(
+            "--test host -- \
+             guest_memory::regions_that_were_mapped_by_their_file_keep_no_descriptor",
+        ),
+    },
+    Mutant {
+        name: "private-region-by-file",
+        file: "src/device/dma_guest.rs",
+        before: "let by_file = self.limits().by_file;",
+        after: "let by_file = self.limits().by_file || self.limits().maps_files;",
+        killer: Host(
+            "--test host -- guest_memory::a_back_end_that_may_be_private_is_mapped_by_no_file",
+        ),
+    },
+    Mutant {
+        name: "file-as-dma-buf",
+        file: "src/space/memory.rs",
+        before: "if !file::is_dma_buf(dma_buf) ||",
+        after: "if false && !file::is_dma_buf(dma_buf) ||",
+        killer: Host(
+            "--lib -- space::memory::tests::a_file_that_is_no_dma_buf_is_not_mapped_as_one",
+        ),
+    },
+    Mutant {
         name: "emulated-memory-seal-shrink",
         file: "src/emulated/memory.rs",
         before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
