@@ -373,7 +373,7 @@ pub static MUTANTS: &[Mutant] = &[
     Mutant {
         name: "linux-memory-kept",
         file: "src/transport/linux/accounting.rs",
-        before: "        let before = kept.insert(iova, memory.clone());\n        drop(kept);\n        drop(before);\n",
+        before: "        let before = kept.insert(iova, memory.clone().without_file());\n        drop(kept);\n        drop(before);\n",
         after: "        drop(kept);\n",
         killer: Guest {
             kernel: "6.12",
