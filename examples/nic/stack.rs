@@ -5,7 +5,9 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
+use smoltcp::iface::{
+    Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet,
+};
 use smoltcp::socket::{dhcpv4, dns, tcp};
 use smoltcp::time::{Duration as Period, Instant as Now};
 use smoltcp::wire::{DnsQueryType, IpAddress, IpCidr, Ipv4Cidr};
@@ -23,6 +25,10 @@ const ASK_AGAIN: Period = Period::from_secs(2);
 /// The headers of IP and TCP, and the most that is buffered of what a server sends.
 const HEADERS: usize = 40;
 const MOST_WINDOW: usize = 512 << 10;
+
+/// More fragments than a packet has: the stack makes some of 4,096 bytes, and a frame carries 48 of them at least
+/// (RFC 791 §3.2).
+const MOST_FRAGMENTS: usize = 4096 / 48 + 2;
 
 /// A card with a TCP/IP stack.
 pub struct Stack {
@@ -134,8 +140,40 @@ impl Stack {
     }
 
     /// Takes what has come, and sends what there is to say.
+    ///
+    /// In steps, not by `Interface::poll`: smoltcp keeps the rest of one packet that goes in fragments, and the next
+    /// such packet would take its place.
     pub fn poll(&mut self) {
-        self.interface.poll(Now::now(), &mut self.device, &mut self.sockets);
+        self.interface.poll_maintenance(Now::now());
+        loop {
+            let taken = self.interface.poll_ingress_single(
+                Now::now(),
+                &mut self.device,
+                &mut self.sockets,
+            );
+            if matches!(taken, PollIngressSingleResult::None) {
+                break;
+            }
+            self.send_fragments();
+        }
+        while self.interface.poll_egress(Now::now(), &mut self.device, &mut self.sockets)
+            != PollResult::None
+        {
+            self.send_fragments();
+        }
+    }
+
+    /// Sends the rest of a packet that goes in fragments.
+    fn send_fragments(&mut self) {
+        // Without sockets, nothing but fragments is waiting.
+        let mut none = SocketSet::new(&mut [][..]);
+        for _ in 0..MOST_FRAGMENTS {
+            let now = Now::now();
+            if self.interface.poll_at(now, &none).is_none() {
+                break;
+            }
+            self.interface.poll_egress(now, &mut self.device, &mut none);
+        }
     }
 
     /// Runs the stack until `done` has a result; `None` if it has none in time.

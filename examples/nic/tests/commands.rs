@@ -64,6 +64,13 @@ fn pings_of_all_sizes_are_answered() {
 }
 
 #[test]
+fn pings_in_fragments_that_come_at_once_are_all_answered() {
+    let pinged = printed(&["ping", "--size", "4000", "--count", "10", "--interval", "0"]);
+    assert_eq!(pinged["received"], 10, "{pinged}");
+    assert_eq!(pinged["wrong"], 0, "{pinged}");
+}
+
+#[test]
 fn a_station_gets_each_file_that_is_served() {
     let scratch = Scratch::new("serve");
     fs::create_dir(scratch.path().join("a b")).unwrap();
