@@ -146,11 +146,8 @@ impl Stack {
     pub fn poll(&mut self) {
         self.interface.poll_maintenance(Now::now());
         loop {
-            let taken = self.interface.poll_ingress_single(
-                Now::now(),
-                &mut self.device,
-                &mut self.sockets,
-            );
+            let taken =
+                self.interface.poll_ingress_single(Now::now(), &mut self.device, &mut self.sockets);
             if matches!(taken, PollIngressSingleResult::None) {
                 break;
             }

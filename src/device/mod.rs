@@ -3,6 +3,7 @@
 mod beside;
 mod buffer_failed;
 mod capabilities;
+mod close_error;
 mod config;
 mod config_write;
 mod dma;
@@ -54,6 +55,7 @@ use crate::transport::{DeviceInfo, PciAddress, RegionInfo, Transport, Vfio};
 
 pub use buffer_failed::BufferFailed;
 pub use capabilities::{Capabilities, Capability, ExtendedCapabilities, ExtendedCapability};
+pub use close_error::CloseError;
 pub use config::{BarKind, Config, Msix};
 pub use dma::{DmaMapping, DmaSpace};
 pub use dma_array::{DmaArray, DmaEntry};

@@ -27,4 +27,5 @@ pub use memory::Memory;
 pub use model::{Activity, Model, Shape};
 pub use nvme::Nvme;
 pub use pci::PciConfig;
+pub use plan::FaultPlan;
 pub use server::{ClientLimits, Server};

@@ -4,9 +4,26 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Faults of the type `F` at events, which count from zero. Clones share one plan.
+/// Faults of the type `F` that a [`Model`](super::Model) injects at events with given numbers. If the driver always
+/// causes the same events, the faults are reproducible.
+///
+/// The model says what its events are; they count from zero. Clones share one plan.
+///
+/// ```
+/// use vfio_remap::emulated::FaultPlan;
+///
+/// #[derive(Clone, Copy, Debug, PartialEq)]
+/// enum Fault {
+///     LostInterrupt,
+/// }
+///
+/// let plan = FaultPlan::new([(1, Fault::LostInterrupt)]);
+/// // At each of its events, the model asks for a fault.
+/// assert_eq!([plan.inject(), plan.inject(), plan.inject()], [None, Some(Fault::LostInterrupt), None]);
+/// assert_eq!((plan.injected(), plan.remaining()), (vec![(1, Fault::LostInterrupt)], 0));
+/// ```
 #[derive(Debug)]
-pub(super) struct Plan<F>(Arc<Mutex<State<F>>>);
+pub struct FaultPlan<F>(Arc<Mutex<State<F>>>);
 
 #[derive(Debug)]
 struct State<F> {
@@ -17,21 +34,21 @@ struct State<F> {
     plug_in: bool,
 }
 
-impl<F> Clone for Plan<F> {
+impl<F> Clone for FaultPlan<F> {
     fn clone(&self) -> Self {
         Self(self.0.clone())
     }
 }
 
-impl<F: Copy> Default for Plan<F> {
+impl<F: Copy> Default for FaultPlan<F> {
     fn default() -> Self {
         Self::new([])
     }
 }
 
-impl<F: Copy> Plan<F> {
+impl<F: Copy> FaultPlan<F> {
     /// Faults, each at the event of that number.
-    pub(super) fn new(plan: impl IntoIterator<Item = (u64, F)>) -> Self {
+    pub fn new(plan: impl IntoIterator<Item = (u64, F)>) -> Self {
         let plan = plan.into_iter().collect();
         let state = State { plan, injected: Vec::new(), count: 0, plug_in: false };
         Self(Arc::new(Mutex::new(state)))
@@ -39,12 +56,7 @@ impl<F: Copy> Plan<F> {
 
     /// `count` pseudorandom faults of these kinds, with pseudorandom distances in `interval` events. The same
     /// arguments always give the same faults. No faults if there are no kinds.
-    pub(super) fn seeded(
-        seed: u64,
-        kinds: &[F],
-        count: usize,
-        interval: RangeInclusive<u64>,
-    ) -> Self {
+    pub fn seeded(seed: u64, kinds: &[F], count: usize, interval: RangeInclusive<u64>) -> Self {
         let mut state = seed;
         let (low, high) = (*interval.start(), *interval.end());
         let span = high.saturating_sub(low).saturating_add(1);
@@ -58,17 +70,17 @@ impl<F: Copy> Plan<F> {
     }
 
     /// The faults that were injected, with the numbers of their events.
-    pub(super) fn injected(&self) -> Vec<(u64, F)> {
+    pub fn injected(&self) -> Vec<(u64, F)> {
         self.state().injected.clone()
     }
 
     /// How many faults have not been injected yet.
-    pub(super) fn remaining(&self) -> usize {
+    pub fn remaining(&self) -> usize {
         self.state().plan.len()
     }
 
-    /// Counts an event and returns its fault.
-    pub(super) fn inject(&self) -> Option<F> {
+    /// Counts an event and returns its fault, if any. For models.
+    pub fn inject(&self) -> Option<F> {
         let mut state = self.state();
         let event = state.count;
         state.count += 1;
@@ -77,18 +89,18 @@ impl<F: Copy> Plan<F> {
         Some(fault)
     }
 
-    /// Plugs a removed device in.
-    pub(super) fn plug_in(&self) {
+    /// Plugs a removed device in. It is as after power on before the next access. No effect if it is not removed.
+    pub fn plug_in(&self) {
         self.state().plug_in = true;
     }
 
-    /// The device is removed: an earlier `plug_in` does not count.
-    pub(super) fn remove(&self) {
+    /// Notes that the device is removed: an earlier [`plug_in`](Self::plug_in) does not count. For models.
+    pub fn remove(&self) {
         self.state().plug_in = false;
     }
 
-    /// Whether `plug_in` was called since the removal.
-    pub(super) fn is_plugged_in(&self) -> bool {
+    /// Whether [`plug_in`](Self::plug_in) was called since the removal. For models.
+    pub fn is_plugged_in(&self) -> bool {
         self.state().plug_in
     }
 
@@ -98,7 +110,7 @@ impl<F: Copy> Plan<F> {
 }
 
 #[cfg(test)]
-impl<F: Copy> Plan<F> {
+impl<F: Copy> FaultPlan<F> {
     /// The faults that remain.
     pub(super) fn plan(&self) -> BTreeMap<u64, F> {
         self.state().plan.clone()

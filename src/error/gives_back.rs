@@ -4,8 +4,8 @@
 /// types have: `error`, `kind`, `into_parts`, [`std::error::Error`], and `?` into an [`Error`](crate::Error)
 /// or an [`io::Error`](std::io::Error).
 macro_rules! gives_back {
-    ($type:ident { $value:ident: $of:ty }, $parts:literal) => {
-        impl $type {
+    ($type:ident $(<$generic:ident>)? { $value:ident: $of:ty }, $parts:literal) => {
+        impl$(<$generic>)? $type$(<$generic>)? {
             /// What went wrong.
             pub fn error(&self) -> &$crate::Error {
                 &self.error
@@ -22,25 +22,25 @@ macro_rules! gives_back {
             }
         }
 
-        impl From<$type> for $crate::Error {
-            fn from(failed: $type) -> Self {
+        impl$(<$generic>)? From<$type$(<$generic>)?> for $crate::Error {
+            fn from(failed: $type$(<$generic>)?) -> Self {
                 failed.error
             }
         }
 
-        impl From<$type> for std::io::Error {
-            fn from(failed: $type) -> Self {
+        impl$(<$generic>)? From<$type$(<$generic>)?> for std::io::Error {
+            fn from(failed: $type$(<$generic>)?) -> Self {
                 failed.error.into()
             }
         }
 
-        impl std::fmt::Display for $type {
+        impl$(<$generic>)? std::fmt::Display for $type$(<$generic>)? {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 std::fmt::Display::fmt(&self.error, f)
             }
         }
 
-        impl std::error::Error for $type {
+        impl$(<$generic: std::fmt::Debug>)? std::error::Error for $type$(<$generic>)? {
             fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
                 std::error::Error::source(&self.error)
             }

@@ -9,11 +9,12 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::ftruncate;
 use vfio_remap::device::{BufferRequest, DmaArray, DmaBuffer, Iova, IovaPlacement};
 use vfio_remap::space::{Access, DmaMemory};
-use vfio_remap::transport::{AddressSpaceId, DeviceInfo, DmaLimits, RegionInfo, Transport};
+use vfio_remap::transport::{AddressSpaceId, DeviceInfo, DmaLimits, Transport};
 use vfio_remap::{Device, Error, ErrorKind, Result};
 
 use crate::support::alone::alone;
 use crate::support::scripted::Scripted;
+use crate::support::without_regions::without_regions;
 
 /// A buffer with a mapping of its own.
 fn own(size: usize) -> BufferRequest {
@@ -427,17 +428,7 @@ impl Transport for Occupied {
         DeviceInfo::new("occupied", 0)
     }
 
-    fn region(&self, _: u32) -> Result<RegionInfo> {
-        Err(Error::new(ErrorKind::NotFound, "find", "a region"))
-    }
-
-    fn read_at(&self, region: u32, _: u64, _: &mut [u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
-
-    fn write_at(&self, region: u32, _: u64, _: &[u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
+    without_regions!();
 
     fn dma_limits(&self) -> Result<DmaLimits> {
         Ok(DmaLimits::new(vec![0..=u64::MAX], 4096))

@@ -13,6 +13,8 @@ use vfio_remap::transport::{
 };
 use vfio_remap::{Device, Error, ErrorKind, Placement, Result};
 
+use crate::support::without_regions::without_regions;
+
 const SIZE: u64 = 0x4000;
 
 /// A device with a BAR, which makes dma-bufs of it.
@@ -85,17 +87,7 @@ impl Transport for Peer {
         DeviceInfo::new("peer", 0)
     }
 
-    fn region(&self, _: u32) -> Result<RegionInfo> {
-        Err(Error::new(ErrorKind::NotFound, "find", "a region"))
-    }
-
-    fn read_at(&self, region: u32, _: u64, _: &mut [u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
-
-    fn write_at(&self, region: u32, _: u64, _: &[u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
+    without_regions!();
 
     fn dma_limits(&self) -> Result<DmaLimits> {
         Ok(DmaLimits::new(vec![0..=0xf_ffff], 4096))

@@ -8,13 +8,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vfio_remap::device::{BufferRequest, Interrupt};
 use vfio_remap::space::{Access, DmaMemory};
-use vfio_remap::transport::{
-    DeviceInfo, DmaLimits, IrqInfo, MemoryDevice, RegionInfo, Transport, irq_index,
-};
-use vfio_remap::{Device, Error, ErrorKind, Placement, Result};
+use vfio_remap::transport::{DeviceInfo, DmaLimits, IrqInfo, MemoryDevice, Transport, irq_index};
+use vfio_remap::{Device, Placement, Result};
 
 use crate::support::alone::alone;
 use crate::support::scripted::Scripted;
+use crate::support::without_regions::without_regions;
 
 #[test]
 fn registers_past_the_last_are_not_reached() {
@@ -73,17 +72,7 @@ impl Transport for Counting {
         info
     }
 
-    fn region(&self, _: u32) -> Result<RegionInfo> {
-        Err(Error::new(ErrorKind::NotFound, "find", "a region"))
-    }
-
-    fn read_at(&self, region: u32, _: u64, _: &mut [u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
-
-    fn write_at(&self, region: u32, _: u64, _: &[u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
+    without_regions!();
 
     fn irq(&self, index: u32) -> Result<IrqInfo> {
         Ok(IrqInfo::eventfds(if index == irq_index::MSIX { 4 } else { 1 }))

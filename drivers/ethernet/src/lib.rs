@@ -96,7 +96,6 @@
 #![forbid(unsafe_code)]
 
 mod address;
-mod close_error;
 mod context;
 mod descriptors;
 mod hardware;
@@ -116,7 +115,6 @@ mod transmit;
 mod wait;
 
 pub use address::{MacAddress, NoMacAddress};
-pub use close_error::CloseError;
 pub use descriptors::{Checksum, Checksums};
 pub use model::Model;
 pub use nic::{Nic, QueuePair};

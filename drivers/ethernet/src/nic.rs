@@ -9,12 +9,11 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vfio_remap::device::{BufferRequest, DmaSpace, IovaPlacement, Vector};
+use vfio_remap::device::{BufferRequest, CloseError, DmaSpace, IovaPlacement, Vector};
 use vfio_remap::transport::AddressSpaceId;
 use vfio_remap::{Device, Error, ErrorKind, IoRegisterBlock, Result};
 
 use super::address::MacAddress;
-use super::close_error::CloseError;
 use super::descriptors::{self, Descriptors};
 use super::hardware::Hardware;
 use super::interrupts::{Interrupts, Waker, fires};
@@ -434,12 +433,12 @@ impl Nic {
     /// # Errors
     /// `InUse` while queues or clones exist: the error returns the card, which still works. `InUse` while
     /// pools or frames exist: the card is then left quiet anyway.
-    pub fn close(self: Arc<Self>) -> std::result::Result<(), CloseError> {
+    pub fn close(self: Arc<Self>) -> std::result::Result<(), CloseError<Arc<Self>>> {
         let nic = Arc::try_unwrap(self).map_err(|nic| {
             let error = Error::new(ErrorKind::InUse, "stop", nic.name())
                 .with_reason("it still has queues, or there are clones of its Arc")
                 .with_advice("stop or drop them first");
-            CloseError { error, nic: Some(nic) }
+            CloseError::in_use(error, nic)
         })?;
         let device = nic.hardware.device.clone();
         drop(nic);

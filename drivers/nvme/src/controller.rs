@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vfio_remap::device::{BufferRequest, DmaBuffer, DmaSpace, Interrupt, IovaPlacement, Vectors};
+use vfio_remap::device::{
+    BufferRequest, CloseError, DmaBuffer, DmaSpace, Interrupt, IovaPlacement, Vectors,
+};
 use vfio_remap::{Device, Error, ErrorKind, Result};
 
 use super::admin::{Admin, AdminCommand, PAGE};
 use super::bring_up::Hardware;
-use super::close_error::CloseError;
 use super::command::{Command, admin, feature};
 use super::doorbells;
 use super::events::AsyncEvent;
@@ -385,12 +386,12 @@ impl Controller {
     /// # Errors
     /// `InUse` while queues or clones exist: the error returns the controller, which still works. The
     /// controller's error, or `InUse` while buffers exist: the controller is then disabled anyway.
-    pub fn close(self: Arc<Self>) -> std::result::Result<(), CloseError> {
+    pub fn close(self: Arc<Self>) -> std::result::Result<(), CloseError<Arc<Self>>> {
         let controller = Arc::try_unwrap(self).map_err(|controller| {
             let error = Error::new(ErrorKind::InUse, "shut down", controller.name())
                 .with_reason("it still has queues, or there are clones of its Arc")
                 .with_advice("drop them first");
-            CloseError { error, controller: Some(controller) }
+            CloseError::in_use(error, controller)
         })?;
         let device = controller.hardware.device.clone();
         let time = controller.identity.shutdown_time.clamp(SHUTDOWN, LONGEST_SHUTDOWN);

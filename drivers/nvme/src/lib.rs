@@ -74,7 +74,6 @@
 
 mod admin;
 mod bring_up;
-mod close_error;
 mod command;
 mod controller;
 mod doorbells;
@@ -90,7 +89,6 @@ mod settings;
 mod spin;
 mod status;
 
-pub use close_error::CloseError;
 pub use controller::Controller;
 pub use events::AsyncEvent;
 pub use identify::{Identity, Namespace};

@@ -1,13 +1,12 @@
 //! What a network card can be made to do wrong, for tests of drivers.
 
-use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use super::packet::Headers;
 use super::registers::VET;
 use super::ring::{PAGE, RECEIVE, TRANSMIT};
 use super::{BAR, Igb};
-use crate::emulated::plan::Plan;
+use crate::emulated::plan::FaultPlan;
 use crate::emulated::{Bus, Model};
 
 /// How long the link is down.
@@ -67,37 +66,7 @@ impl Fault {
 /// # drop(device);
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
-#[derive(Clone, Debug, Default)]
-pub struct Faults(Plan<Fault>);
-
-impl Faults {
-    /// Faults, each at the packet with its number.
-    pub fn new(plan: impl IntoIterator<Item = (u64, Fault)>) -> Self {
-        Self(Plan::new(plan))
-    }
-
-    /// `count` pseudorandom faults of these kinds, with pseudorandom distances in `interval` packets. The same
-    /// arguments always give the same faults. No faults if there are no kinds.
-    pub fn seeded(seed: u64, kinds: &[Fault], count: usize, interval: RangeInclusive<u64>) -> Self {
-        Self(Plan::seeded(seed, kinds, count, interval))
-    }
-
-    /// The faults that were injected, with the numbers of their packets.
-    pub fn injected(&self) -> Vec<(u64, Fault)> {
-        self.0.injected()
-    }
-
-    /// How many faults have not been injected yet.
-    pub fn remaining(&self) -> usize {
-        self.0.remaining()
-    }
-
-    /// Plugs a removed card in. It is as after power on before the next access. No effect if it is not
-    /// removed.
-    pub fn plug_in(&self) {
-        self.0.plug_in();
-    }
-}
+pub type Faults = FaultPlan<Fault>;
 
 /// How a packet fares.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -146,7 +115,7 @@ impl Igb {
     /// Counts a packet and injects its fault, if any.
     pub(super) fn inject(&mut self, bus: &Bus, is_sent: bool) -> Fate {
         let Some(plan) = &self.trouble.plan else { return Fate::Whole };
-        let fault = plan.0.inject();
+        let fault = plan.inject();
         if is_sent && std::mem::take(&mut self.trouble.stick) {
             return Fate::Stuck;
         }
@@ -190,14 +159,14 @@ impl Igb {
             }
         }
         if let Some(plan) = &self.trouble.plan {
-            plan.0.remove();
+            plan.remove();
         }
     }
 
     /// Whether the card is removed.
     pub(super) fn is_removed(&mut self, bus: &Bus) -> bool {
         let plan = self.trouble.plan.as_ref();
-        if self.trouble.removed && plan.is_some_and(|plan| plan.0.is_plugged_in()) {
+        if self.trouble.removed && plan.is_some_and(|plan| plan.is_plugged_in()) {
             self.trouble.removed = false;
             self.reset(bus);
         }
@@ -227,7 +196,7 @@ mod tests {
 
     #[test]
     fn a_seed_always_gives_the_same_faults() {
-        let plan = |seed| Faults::seeded(seed, &Fault::ALL, 50, 3..=9).0.plan();
+        let plan = |seed| Faults::seeded(seed, &Fault::ALL, 50, 3..=9).plan();
         assert_eq!(plan(1), plan(1));
         assert_ne!(plan(1), plan(2));
         // These values must not change: bug reports name seeds.

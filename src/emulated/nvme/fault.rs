@@ -1,10 +1,8 @@
 //! Fault injection for the NVMe controller, for tests of drivers.
 
-use std::ops::RangeInclusive;
-
 use super::command::Status;
 use super::{BAR, DOORBELLS, FATAL, Namespace, Nvme};
-use crate::emulated::plan::Plan;
+use crate::emulated::plan::FaultPlan;
 use crate::emulated::{Bus, Model};
 use crate::error::Result;
 
@@ -65,37 +63,7 @@ impl Fault {
 /// # drop(device);
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
-#[derive(Clone, Debug, Default)]
-pub struct Faults(Plan<Fault>);
-
-impl Faults {
-    /// Faults, each at the command with its number.
-    pub fn new(plan: impl IntoIterator<Item = (u64, Fault)>) -> Self {
-        Self(Plan::new(plan))
-    }
-
-    /// `count` pseudorandom faults of these kinds, with pseudorandom distances in `interval` commands. The same
-    /// arguments always give the same faults. No faults if there are no kinds.
-    pub fn seeded(seed: u64, kinds: &[Fault], count: usize, interval: RangeInclusive<u64>) -> Self {
-        Self(Plan::seeded(seed, kinds, count, interval))
-    }
-
-    /// The faults that were injected, with the numbers of their commands.
-    pub fn injected(&self) -> Vec<(u64, Fault)> {
-        self.0.injected()
-    }
-
-    /// How many faults have not been injected yet.
-    pub fn remaining(&self) -> usize {
-        self.0.remaining()
-    }
-
-    /// Plugs a removed controller in. It is as after power on before the next access. No effect if it is not
-    /// removed.
-    pub fn plug_in(&self) {
-        self.0.plug_in();
-    }
-}
+pub type Faults = FaultPlan<Fault>;
 
 /// A completion for the completion queue `to`.
 #[derive(Clone, Copy, Debug)]
@@ -131,7 +99,7 @@ impl Nvme {
     /// Counts a taken command and injects its fault, if any.
     pub(super) fn inject(&mut self, bus: &Bus) -> Delivery {
         let Some(faults) = &self.faults else { return Delivery::Posted };
-        match faults.0.inject() {
+        match faults.inject() {
             None => return Delivery::Posted,
             Some(Fault::LostCompletion) => return Delivery::Lost,
             Some(Fault::LateCompletion) => return Delivery::Late,
@@ -159,13 +127,13 @@ impl Nvme {
             log::error!("nvme: {error}");
         }
         if let Some(faults) = &self.faults {
-            faults.0.remove();
+            faults.remove();
         }
     }
 
     /// Whether the controller is removed.
     pub(super) fn is_removed(&mut self, bus: &Bus) -> bool {
-        if self.removed && self.faults.as_ref().is_some_and(|faults| faults.0.is_plugged_in()) {
+        if self.removed && self.faults.as_ref().is_some_and(|faults| faults.is_plugged_in()) {
             self.removed = false;
             self.reset(bus);
         }
@@ -196,7 +164,7 @@ mod tests {
     fn a_seed_always_gives_the_same_faults() {
         let plan = |seed| {
             let faults = Faults::seeded(seed, &Fault::ALL, 50, 3..=9);
-            faults.0.plan()
+            faults.plan()
         };
         assert_eq!(plan(1), plan(1));
         assert_ne!(plan(1), plan(2));

@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use vfio_remap::device::DmaBuffer;
 use vfio_remap::space::{Access, DmaMemory};
-use vfio_remap::transport::{DeviceInfo, DmaLimits, RegionInfo, Transport};
+use vfio_remap::transport::{DeviceInfo, DmaLimits, Transport};
 use vfio_remap::{Error, ErrorKind, Result};
+
+use super::without_regions::without_regions;
 
 /// What libvfio-user accepts, unless it is built otherwise.
 pub const MOST: usize = 16;
@@ -81,17 +83,7 @@ impl Transport for Few {
         DeviceInfo::new("few mappings", 0)
     }
 
-    fn region(&self, _: u32) -> Result<RegionInfo> {
-        Err(Error::new(ErrorKind::NotFound, "find", "a region"))
-    }
-
-    fn read_at(&self, region: u32, _: u64, _: &mut [u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
-
-    fn write_at(&self, region: u32, _: u64, _: &[u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
+    without_regions!();
 
     fn dma_limits(&self) -> Result<DmaLimits> {
         let mut limits = self.limits.clone();

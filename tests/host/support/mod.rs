@@ -26,3 +26,4 @@ pub mod server;
 pub mod shared;
 #[cfg(feature = "emulated")]
 pub mod watch;
+pub mod without_regions;

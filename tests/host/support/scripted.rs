@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::stat::fstat;
 use vfio_remap::space::{Access, DmaMemory};
-use vfio_remap::transport::{AddressSpaceId, DeviceInfo, DmaLimits, RegionInfo, Transport};
+use vfio_remap::transport::{AddressSpaceId, DeviceInfo, DmaLimits, Transport};
 use vfio_remap::{Error, ErrorKind, Result};
+
+use super::without_regions::without_regions;
 
 /// Inode and offset.
 pub type FilePart = (u64, u64);
@@ -52,17 +54,7 @@ impl Transport for Scripted {
         DeviceInfo::new("scripted", 0)
     }
 
-    fn region(&self, _: u32) -> Result<RegionInfo> {
-        Err(Error::new(ErrorKind::NotFound, "find", "a region"))
-    }
-
-    fn read_at(&self, region: u32, _: u64, _: &mut [u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
-
-    fn write_at(&self, region: u32, _: u64, _: &[u8]) -> Result<()> {
-        self.region(region).map(drop)
-    }
+    without_regions!();
 
     fn dma_limits(&self) -> Result<DmaLimits> {
         let usual = || DmaLimits::new(vec![0..=0xfedf_ffff, 0xfef0_0000..=(1 << 48) - 1], 4096);

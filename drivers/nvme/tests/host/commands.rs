@@ -350,7 +350,7 @@ fn a_device_that_was_closed_is_quiet_and_usable_by_the_next() {
         let queue = controller.queue().unwrap();
         let failed = controller.close().unwrap_err();
         assert_eq!(failed.kind(), ErrorKind::InUse, "{failed}");
-        let controller = failed.into_controller().unwrap();
+        let controller = failed.into_driver().unwrap();
         assert_eq!(controller.namespaces().unwrap(), [1, 2], "it still works");
         drop(queue);
         controller.close().unwrap();
