@@ -157,7 +157,8 @@
 //! new major version of this crate: `zerocopy` 0.8 (the descriptors of [`Descriptors`](device::Descriptors)),
 //! `bitfield-struct` 0.13 (what [`register_block!`] declares), and `vm-memory` 0.18 with the feature
 //! `vm-memory`. [`zerocopy`] and `vm_memory` are re-exported, so that a driver names the version that this
-//! crate has:
+//! crate has. A driver whose descriptors are structures of its own depends on zerocopy 0.8 with the feature
+//! `derive`. Without it there are arrays and the types of [`zerocopy::little_endian`]:
 //!
 //! ```
 //! use vfio_remap::Result;

@@ -73,7 +73,8 @@ impl Config<'_> {
     /// to windows and peer-to-peer mappings what [`Device::reset`](super::Device::reset) does. vfio-pci returns from
     /// the write when the reset is over.
     ///
-    /// Writes by trapped registers and by [`Device::transport`](super::Device::transport) revoke nothing.
+    /// [`Region::write_at`](super::Region::write_at) and trapped registers write configuration space by this.
+    /// [`Device::transport`](super::Device::transport) revokes nothing.
     ///
     /// # Errors
     /// As [`read_u8`](Self::read_u8). That of a window that could not be revoked: nothing is written then. That of a

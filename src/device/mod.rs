@@ -414,6 +414,11 @@ impl Device {
 }
 
 impl Inner {
+    /// Whether a region is the configuration space, which only [`Config::write`] writes.
+    fn is_config(&self, region: u32) -> bool {
+        region == config::REGION && self.info.pci
+    }
+
     fn control_lock(&self) -> MutexGuard<'_, ()> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -479,7 +484,7 @@ impl Inner {
         }
         if count > holders.len() {
             let others = count - holders.len();
-            held.push(format!("{others} trapped registers or clones of the device"));
+            held.push(format!("{others} trapped registers, clones or DMA mappings of the device"));
         }
         if held.is_empty() {
             held.push("something that was dropped just now".to_owned());

@@ -8,7 +8,7 @@ use super::register::{IoRegister, ReadOnly, Width};
 use super::register_block::IoRegisterBlock;
 use super::register_layout::BlockLayout;
 use super::window::Window;
-use super::{Device, KnownRegion, Mappable, config};
+use super::{Device, KnownRegion, Mappable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{Access, BackingKind, Failed, Placement};
 use crate::transport::RegionInfo;
@@ -146,7 +146,7 @@ impl<'d> Region<'d> {
     /// As [`read_at`](Self::read_at).
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.check_bytes("write", offset, data.len())?;
-        if self.index == config::REGION && self.device.info().pci {
+        if self.device.inner.is_config(self.index) {
             return self.device.config()?.write(offset, data);
         }
         self.device.transport().write_at(self.index, offset, data)

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 pub use super::register_access::Width;
 use super::window::{self, Window};
-use super::{Inner, Trapped};
+use super::{Device, Inner, Trapped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::Access;
 
@@ -384,8 +384,12 @@ impl Trapped {
 
     /// Writes at `offset` bytes past the register's place.
     pub(super) fn write<T: Width>(&self, offset: u64, value: T) -> Result<()> {
+        let offset = self.offset + offset;
         value.with_bytes(|bytes| {
-            self.device.transport.write_at(self.region, self.offset + offset, bytes)
+            if self.device.is_config(self.region) {
+                return Device { inner: self.device.clone() }.config()?.write(offset, bytes);
+            }
+            self.device.transport.write_at(self.region, offset, bytes)
         })
     }
 }

@@ -383,7 +383,7 @@ fn in_use(operation: &'static str, inner: &Inner, users: usize) -> Error {
         inner.blocks().iter().map(|(_, name)| format!("the register block {name}")).collect();
     let others = users.saturating_sub(holders.len());
     if others > 0 || holders.is_empty() {
-        holders.push(format!("{others} registers or clones of the window"));
+        holders.push(format!("{others} registers, clones or DMA mappings of the window"));
     }
     Error::new(ErrorKind::InUse, operation, object)
         .with_reason(format!("it is held by {}", holders.join(", ")))

@@ -202,7 +202,7 @@ impl Reservation {
     /// # Errors
     /// `AddressTaken` if something is mapped there, which the error names, or if the main thread's stack
     /// may grow into the range; `Unaligned` if `address` is not a multiple of the page size; `OutOfRange`
-    /// if the range wraps around or is empty.
+    /// if the range wraps around, is empty, or begins at 0, which only root may map.
     pub fn at(address: usize, size: usize) -> Result<Self> {
         let size = pages(size)?;
         let object = format!("{size:#x} bytes at {address:#x}");
@@ -216,6 +216,11 @@ impl Reservation {
                 .with_reason("the range wraps around")
                 .with_advice("choose a lower address, or Placement::Anywhere")
         })?;
+        if address == 0 {
+            return Err(Error::new(ErrorKind::OutOfRange, "reserve", object)
+                .with_reason("a null pointer would reach what is mapped there")
+                .with_advice("choose another address, or Placement::Anywhere"));
+        }
         if stack_may_grow_into(&(address..end)) {
             return Err(Error::new(ErrorKind::AddressTaken, "reserve", object)
                 .with_reason("the stack of the main thread may grow into it")
@@ -462,6 +467,10 @@ fn search_below(
 ) -> std::result::Result<usize, Errno> {
     const ATTEMPTS: usize = 64;
     for _ in 0..ATTEMPTS {
+        if start == 0 {
+            // Root may map it, and a null pointer would reach it.
+            return Err(Errno::ENOMEM);
+        }
         match mm::reserve_at(lock, start, file, 0, size) {
             Ok(()) => return Ok(start),
             Err(Errno::EEXIST) => {}

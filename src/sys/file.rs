@@ -13,13 +13,18 @@ use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 #[cfg(feature = "vfio-user")]
 use super::mount;
 
-/// `memfd_create(name, MFD_CLOEXEC)`, `size` bytes long.
+/// `memfd_create(name, MFD_CLOEXEC|MFD_ALLOW_SEALING)`, `size` bytes long.
 pub(crate) fn memory_file(name: &str, size: u64) -> Result<OwnedFd, Errno> {
-    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC)?;
-    let file = File::from(fd);
+    let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(size)
         .map_err(|error| error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw))?;
     Ok(file.into())
+}
+
+/// Nobody can change the size of a [`memory_file`] any more (`man 2 F_ADD_SEALS`).
+pub(crate) fn fix_size(file: impl AsFd) -> Result<(), Errno> {
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(file, FcntlArg::F_ADD_SEALS(seals)).map(drop)
 }
 
 /// `memfd_create(name, MFD_CLOEXEC|MFD_ALLOW_SEALING)`, filled by `write`. When this returns, nobody can change it

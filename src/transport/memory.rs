@@ -28,6 +28,8 @@ impl MemoryDevice {
     pub fn new(size: u64) -> Result<Self> {
         let failed = |errno| Error::os(errno, "create", "a memory device");
         let memory = File::from(file::memory_file("vfio-remap-bar", size).map_err(failed)?);
+        // Whoever gets the file by `Transport::backing` could truncate it, and accesses to windows would fault.
+        file::fix_size(&memory).map_err(failed)?;
         let shared =
             memory.try_clone().map_err(|error| Error::io(&error, "create", "a memory device"))?;
         Ok(Self { memory, shared: Arc::new(shared.into()), size })

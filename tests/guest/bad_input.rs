@@ -127,7 +127,7 @@ fn a_window_whose_registers_are_alive_stays_where_it_is() {
     let range = place.range();
     let failed = window.relocate(Placement::In(place)).unwrap_err();
     assert_eq!(failed.kind(), ErrorKind::InUse);
-    assert!(failed.to_string().contains("1 registers or clones"), "{failed}");
+    assert!(failed.to_string().contains("1 registers, clones"), "{failed}");
     assert_eq!(failed.into_reservation().unwrap().range(), range);
     assert_eq!((window.addresses(), register.read()), (at, lab::EDU_ID));
     let still = window.into_reservation().unwrap_err();

@@ -103,6 +103,9 @@ fn reservations_that_make_no_sense_say_why_and_what_to_do() {
     advises(Reservation::aligned(1 << 51, 1 << 62), OutOfRange);
     advises(Reservation::congruent(1, 1 << 20, 1), Unaligned);
     advises(Reservation::at(1, 1), Unaligned);
+    // Root may map it.
+    advises(Reservation::at(0, 1), OutOfRange);
+    assert!(Reservation::congruent(1, 1 << 51, 0).is_err(), "a null pointer would reach it");
     advises(Reservation::at(usize::MAX & !0xfff, 0x2000), OutOfRange);
     for (at, kind) in [(1, Unaligned), (0, OutOfRange), (0x1000, OutOfRange)] {
         advises(Reservation::new(0x1000).unwrap().split_at(at), kind);

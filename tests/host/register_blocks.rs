@@ -248,7 +248,10 @@ fn relocating_under_a_block_is_in_use_by_name() {
     let failed = window.relocate(Placement::In(reservation)).unwrap_err();
     assert_eq!(failed.kind(), ErrorKind::InUse);
     let text = failed.to_string();
-    assert!(text.contains("the register block Peripheral, 1 registers or clones"), "{text}");
+    assert!(
+        text.contains("the register block Peripheral, 1 registers, clones or DMA mappings"),
+        "{text}"
+    );
 
     drop((block, clone, register));
     let failed = window.relocate(Placement::Anywhere).unwrap_err();
@@ -259,7 +262,10 @@ fn relocating_under_a_block_is_in_use_by_name() {
     let register = window.register::<u32>(0).unwrap();
     let failed = window.relocate(Placement::Anywhere).unwrap_err();
     let text = failed.to_string();
-    assert!(text.contains("it is held by 1 registers or clones of the window;"), "{text}");
+    assert!(
+        text.contains("it is held by 1 registers, clones or DMA mappings of the window;"),
+        "{text}"
+    );
 
     drop(register);
     window.relocate(Placement::Anywhere).unwrap();

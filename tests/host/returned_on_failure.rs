@@ -178,7 +178,10 @@ fn a_clone_holds_the_device() {
     drop(clone.bar(0).unwrap().trapped_register::<u32>(0).unwrap());
     let still = device.close().unwrap_err();
     let text = still.to_string();
-    assert!(text.contains("it is held by 2 trapped registers or clones of the device"), "{text}");
+    assert!(
+        text.contains("it is held by 2 trapped registers, clones or DMA mappings of the device"),
+        "{text}"
+    );
     drop((clone, register));
     still.into_device().close().unwrap();
 }

@@ -1,6 +1,7 @@
 //! A transport that somebody else writes answers all that ours do.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use vfio_remap::device::{Iova, IovaPlacement};
@@ -94,4 +95,14 @@ fn an_address_that_the_transport_says_is_taken_is_left_out() {
     let at = IovaPlacement::At(Iova(0x1000));
     let error = space.map(buffer.memory(), at, Access::ReadWrite).unwrap_err();
     assert_eq!((error.kind(), error.errno()), (ErrorKind::AddressTaken, Some(libc::EEXIST)));
+}
+
+/// Whoever has the file of a device cannot make accesses to it fault.
+#[test]
+fn the_size_of_a_memory_device_is_fixed() {
+    let device = MemoryDevice::new(0x2000).unwrap();
+    let file = File::from(device.backing(0).unwrap().fd().try_clone_to_owned().unwrap());
+    for size in [0, 0x1000, 0x4000] {
+        assert_eq!(file.set_len(size).unwrap_err().raw_os_error(), Some(libc::EPERM));
+    }
 }

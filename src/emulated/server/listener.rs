@@ -5,7 +5,9 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -29,6 +31,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// The socket that clients connect to.
 pub(super) struct Listener {
     socket: UnixListener,
+    closed: AtomicBool,
     waiting: Mutex<Waiting>,
     /// Happens when clients are added to `next`.
     added: Event,
@@ -77,7 +80,8 @@ impl Listener {
     pub(super) fn bind(path: &Path) -> io::Result<Self> {
         let added = Event::new()?;
         let socket = UnixListener::bind(path)?;
-        let socket = Self { socket, waiting: Mutex::default(), added };
+        let closed = AtomicBool::new(false);
+        let socket = Self { socket, closed, waiting: Mutex::default(), added };
         // Several threads may wait for the same client.
         socket.socket.set_nonblocking(true).inspect_err(|_| drop(std::fs::remove_file(path)))?;
         Ok(socket)
@@ -85,6 +89,7 @@ impl Listener {
 
     /// Refuses clients from now on, and disconnects those that were not served.
     pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
         // No client can connect after it. Those that wait in the kernel can still be accepted.
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
         let next = std::mem::take(&mut self.waiting().next);
@@ -92,6 +97,10 @@ impl Listener {
         while let Ok((stream, _)) = self.socket.accept() {
             drop(Stream::new(stream));
         }
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -102,6 +111,10 @@ impl Listener {
     pub(super) fn accept(&self) -> io::Result<UnixStream> {
         self.waiting().servers += 1;
         let accepted = loop {
+            // A socket that was shut down is ready, and has nobody (`unix_accept`, Linux 7.3).
+            if self.is_closed() {
+                break Err(ErrorKind::NotConnected.into());
+            }
             if let Some(stream) = self.waiting().next.pop_front() {
                 break Ok(stream);
             }
@@ -109,7 +122,12 @@ impl Listener {
                 Ok((stream, _)) => break Ok(stream),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) => break Err(error),
+                Err(error) => {
+                    // The reason lasts, as a limit on descriptors does, and the client still waits: the caller
+                    // tries again.
+                    thread::sleep(PAUSE);
+                    break Err(error);
+                }
             }
             match poll(&mut [input(&self.socket), input(&self.added.0)], PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
@@ -170,7 +188,11 @@ impl Listener {
             }
         }
         let next = visitors.into_iter().filter_map(Visitor::into_stream);
-        self.waiting().next.extend(next);
+        let mut waiting = self.waiting();
+        if !self.is_closed() {
+            waiting.next.extend(next);
+        }
+        drop(waiting);
         self.added.happen();
     }
 

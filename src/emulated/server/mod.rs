@@ -79,12 +79,12 @@ impl From<Duration> for ClientLimits {
 /// use vfio_remap::emulated::{Edu, Emulated, Server};
 ///
 /// let server = Server::bind("/run/edu.sock", Emulated::new(Edu::new())?)?;
-/// loop {
+/// // Until another thread calls `Server::stop`.
+/// while !server.is_stopped() {
 ///     if let Err(error) = server.serve() {
 ///         eprintln!("{error}");
 ///     }
 /// }
-/// # #[allow(unreachable_code)]
 /// # Ok::<(), vfio_remap::Error>(())
 /// ```
 #[must_use = "it answers no client before Server::serve"]
@@ -102,9 +102,13 @@ impl Server {
     /// of `fork(2)`.
     ///
     /// # Errors
-    /// Errors of the kernel; EADDRINUSE if `path` exists.
+    /// Errors of the kernel; EADDRINUSE if `path` exists; `InvalidInput` if it is empty.
     pub fn bind(path: impl AsRef<Path>, device: Emulated) -> Result<Self> {
         let path = path.as_ref().to_owned();
+        if path.as_os_str().is_empty() {
+            // The kernel would choose a name that nobody knows (`man 7 unix`, autobind).
+            return Err(Error::new(ErrorKind::InvalidInput, "listen at", "a path that is empty"));
+        }
         let listener = Listener::bind(&path).map_err(|error| {
             let failed = Error::io(&error, "listen at", path.display());
             match error.kind() {
@@ -132,13 +136,20 @@ impl Server {
         self
     }
 
-    /// Waits for a client, and serves it until it leaves.
+    /// Waits for a client without a limit, until [`stop`](Self::stop) is called; and serves it until it leaves.
     ///
     /// # Errors
-    /// `Malformed` if the client broke the protocol, `Gone` if it left or stopped in the middle of a message. The
-    /// server can serve the next client.
+    /// `Malformed` if the client broke the protocol, `Gone` if it left or stopped in the middle of a message; those of
+    /// accepting a client, a tenth of a second later. The server can serve the next client, unless it
+    /// [is stopped](Self::is_stopped): then it is `Gone`.
     pub fn serve(&self) -> Result<()> {
-        let failed = |error| Error::io(&error, "accept a client at", self.path.display());
+        let failed = |error| {
+            if self.is_stopped() {
+                return Error::new(ErrorKind::Gone, "accept a client at", self.path.display())
+                    .with_reason("the server was stopped");
+            }
+            Error::io(&error, "accept a client at", self.path.display())
+        };
         let stream = self.listener.accept().map_err(failed)?;
         if self.queues {
             return Self::serve_stream(&self.device, stream, self.limits);
@@ -155,6 +166,17 @@ impl Server {
             }
             Self::run(&self.device, session)
         })
+    }
+
+    /// Lets no client connect any more, and disconnects those that are not served. [`serve`](Self::serve) returns in
+    /// all threads; one that serves a client does so until it leaves.
+    pub fn stop(&self) {
+        self.listener.close();
+    }
+
+    /// Whether [`stop`](Self::stop) was called.
+    pub fn is_stopped(&self) -> bool {
+        self.listener.is_closed()
     }
 
     /// Serves a client on a connected socket.

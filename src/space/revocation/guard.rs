@@ -71,7 +71,7 @@ pub struct FaultGuard(());
 const LEVELS: usize = 4;
 
 static INSTALLED: AtomicUsize = AtomicUsize::new(0);
-static WHOLE_DEVICE: AtomicBool = AtomicBool::new(false);
+pub(super) static WHOLE_DEVICE: AtomicBool = AtomicBool::new(false);
 
 /// What was there before each of our handlers. Each has its own, because a handler in between may call the
 /// one before it.
@@ -218,8 +218,12 @@ pub(super) fn contain(address: usize, code: i32) -> bool {
         group.sweeps.fetch_add(1, Ordering::AcqRel);
         for sibling in registry.each() {
             if sibling.state() == State::Live && ptr::eq(group_of(&sibling), group) {
-                // A sibling that cannot be revoked now has its own fault later.
-                let _ = revoke(&sibling);
+                match revoke(&sibling) {
+                    // One that cannot be revoked now has its own fault later.
+                    Ok(_) | Err(Refused { left: Left::Untouched | Left::Plugged, .. }) => {}
+                    // It may be another thread's mapping, which registers would reach.
+                    Err(Refused { left: Left::Unknown | Left::Hole, .. }) => process::abort(),
+                }
             }
         }
     }
@@ -240,9 +244,9 @@ fn group_of<'a>(pin: &'a Pin<'_>) -> &'a Group {
 /// Revokes a window that is live; false if it no longer is.
 ///
 /// # Errors
-/// The kernel's, if it refuses the pages. The window is live if it is what it was. If it is inaccessible, it counts as
-/// revoked.
-pub(super) fn revoke(pin: &Pin<'_>) -> std::result::Result<bool, Errno> {
+/// The kernel's, if it refuses the pages. The window is live if it is what it was, or that is unknown. If it is
+/// inaccessible, it counts as revoked.
+pub(super) fn revoke(pin: &Pin<'_>) -> std::result::Result<bool, Refused> {
     if !pin.mark() {
         return Ok(false);
     }
@@ -258,7 +262,7 @@ pub(super) fn revoke(pin: &Pin<'_>) -> std::result::Result<bool, Errno> {
         // Other code would be mapped there next, and registers would reach it.
         Err(Refused { left: Left::Hole, .. }) => process::abort(),
     }
-    result.map(|()| true).map_err(|refused| refused.errno)
+    result.map(|()| true)
 }
 
 /// Does with the signal what would have been done without the guard.

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, setrlimit};
 
+use super::absent::Refused;
 use super::registry::State;
 use super::*;
 use crate::error::ErrorKind;
-use crate::space::fixture::{MIB, PAGE, backing, read, secluded, shared, state, write};
+use crate::space::fixture::{MIB, PAGE, backing, map, read, secluded, shared, state, write};
 use crate::space::{Backing, BackingKind, Mapping, Placement};
 use crate::sys::mm::{self, Access};
 use crate::sys::spy::{self, Call};
@@ -157,7 +158,7 @@ fn replaces_or_fills(call: Call) -> bool {
 }
 
 /// Does what the handler does at a fault in the window.
-fn handle(mapping: &Mapping) -> std::result::Result<bool, Errno> {
+fn handle(mapping: &Mapping) -> std::result::Result<bool, Refused> {
     guard::revoke(&registry().find(mapping.range().start).unwrap())
 }
 
@@ -267,6 +268,25 @@ fn a_verb_that_loses_a_window_ends_the_process() {
     let named = || backing(PAGE, BackingKind::SharedMemory);
     assert_eq!(signal_of(|| other(named())), libc::SIGABRT);
     assert_eq!(signal_of(|| other(nameless())), libc::SIGABRT);
+}
+
+#[test]
+fn a_sibling_that_may_be_lost_ends_the_process() {
+    // Initializes what is initialized once, before the fork.
+    shared(PAGE).control().revoke(WHY).unwrap();
+    let fault = |refused: fn(Call) -> bool| {
+        absent::always_move();
+        guard::WHOLE_DEVICE.store(true, Ordering::Relaxed);
+        let backing = Arc::new(backing(2 * PAGE, BackingKind::SharedMemory));
+        let (window, sibling) = (map(&backing, PAGE), map(&backing, 2 * PAGE));
+        let contain = || guard::contain(window.range().start, libc::BUS_ADRERR);
+        assert!(spy::refuse(Errno::ENOMEM, refused, contain) && window.control().is_revoked());
+        assert_eq!(sibling.control().is_revoked(), !refused(Call::Map { len: 2 * PAGE }));
+    };
+    assert_eq!(signal_of(|| fault(|_| false)), 0);
+    assert_eq!(signal_of(|| fault(|call| matches!(call, Call::Map { len } if len == 2 * PAGE))), 0);
+    let moves = |call| matches!(call, Call::MoveFixed { len, .. } if len == 2 * PAGE);
+    assert_eq!(signal_of(|| fault(moves)), libc::SIGABRT);
 }
 
 #[test]

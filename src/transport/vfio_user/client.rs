@@ -1,6 +1,5 @@
 //! The client: a transport over a vfio-user socket.
 
-use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -8,7 +7,8 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use std::{fmt, io};
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -102,9 +102,11 @@ impl VfioUser {
     pub fn connect_within(path: impl AsRef<Path>, limits: impl Into<TimeLimits>) -> Result<Self> {
         let (path, limits) = (path.as_ref(), limits.into());
         let name = format!("vfio-user:{}", path.display());
-        let stream = open(path, limits.answer).map_err(|error| {
-            Error::io(&error, "connect to", &name)
-                .with_advice("start its server, or check the path on which it listens")
+        let stream = open(path, limits.answer).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => Error::new(ErrorKind::TimedOut, "connect to", &name)
+                .with_reason("its server accepts no connection, and others wait, too"),
+            _ => Error::io(&error, "connect to", &name)
+                .with_advice("start its server, or check the path on which it listens"),
         })?;
         Self::new(stream, name, limits)
     }
@@ -287,12 +289,20 @@ impl VfioUser {
 }
 
 /// Connects within a time limit, even if the server does not accept connections.
-fn open(path: &Path, time: Duration) -> std::io::Result<UnixStream> {
+fn open(path: &Path, time: Duration) -> io::Result<UnixStream> {
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let stream = UnixStream::from(fd);
     stream.set_write_timeout(Some(time.max(Duration::from_millis(1))))?;
-    connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(stream)
+    let address = UnixAddr::new(path)?;
+    let end = Instant::now().checked_add(time);
+    loop {
+        match connect(stream.as_raw_fd(), &address) {
+            // The limit begins anew.
+            Err(Errno::EINTR) if end.is_none_or(|end| Instant::now() < end) => {}
+            Err(Errno::EINTR) => return Err(io::ErrorKind::WouldBlock.into()),
+            result => return Ok(result.map(|()| stream)?),
+        }
+    }
 }
 
 /// Formatted only for an error.

@@ -207,12 +207,14 @@ fn a_write_that_ends_decoding_revokes_before_it_is_made() {
     };
     let region = scene.device.region(region_index::CONFIG).unwrap();
     type Write<'a> = &'a dyn Fn(u8) -> Result<()>;
-    let ways: [Write<'_>; 5] = [
+    let command = region.trapped_register::<u16>(COMMAND).unwrap();
+    let ways: [Write<'_>; 6] = [
         &|low| config.write_u8(COMMAND, low),
         &|low| config.write_u16(COMMAND, low.into()),
         &|low| config.write_u32(COMMAND, u32::from_le_bytes(of(low))),
         &|low| config.write(0, &whole(low)),
         &|low| region.write_at(COMMAND, &of(low)),
+        &|low| command.write(low.into()),
     ];
     for write in ways {
         write(BUS_MASTER).unwrap();

@@ -2,11 +2,14 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
 use vfio_remap::emulated::{Edu, Emulated, Server};
 use vfio_remap::space::Access;
 use vfio_remap::transport::{Transport, VfioUser};
@@ -258,6 +261,23 @@ fn silence_is_an_error_in_time() {
                 assert!(error.to_string().contains("did not answer within 200ms"), "{error}");
             }
         }
+    });
+}
+
+#[test]
+fn a_server_that_accepts_no_connection_is_an_error_in_time() {
+    watch::in_time(|| {
+        let path = std::env::temp_dir().join(format!("vfio-remap-full-{}", std::process::id()));
+        let address = UnixAddr::new(&path).unwrap();
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let server = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        bind(server.as_raw_fd(), &address).unwrap();
+        listen(&server, Backlog::new(0).unwrap()).unwrap();
+        let _first = UnixStream::connect(&path).unwrap();
+        let error = VfioUser::connect_within(&path, TIME).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        assert!(error.to_string().contains("accepts no connection"), "{error}");
     });
 }
 

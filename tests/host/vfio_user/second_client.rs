@@ -2,18 +2,21 @@
 
 use std::io::Read;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vfio_remap::ErrorKind;
 use vfio_remap::emulated::{Edu, Emulated, Server};
 use vfio_remap::transport::VfioUser;
 
+use crate::support::alone::alone;
 use crate::support::lingering::lingering;
-use crate::support::scripted_client::{AMPLE, Client, GET_INFO, VERSION, version};
+use crate::support::scripted_client::{AMPLE, Client, GET_INFO, VERSION, version, words};
 use crate::support::watch;
 
 /// How long a client may be silent.
@@ -155,6 +158,50 @@ fn as_many_clients_are_served_as_threads_serve() {
     for thread in threads {
         thread.join().unwrap();
     }
+}
+
+#[test]
+fn a_server_that_is_stopped_waits_for_no_client() {
+    watch::in_time(|| {
+        let (path, server) = server(AMPLE);
+        let server = Arc::new(server);
+        let threads = [0; 3].map(|_| {
+            let server = server.clone();
+            thread::spawn(move || server.serve())
+        });
+        let mut served = greeted(&path);
+        server.stop();
+        let refused = UnixStream::connect(&path).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        served.ask(GET_INFO, &words(&[16, 0, 0, 0]), &[]).unwrap();
+        drop(served);
+        let mut results = threads.map(|thread| thread.join().unwrap().map_err(|it| it.kind()));
+        results.sort_by_key(Result::is_ok);
+        assert_eq!(results, [Err(ErrorKind::Gone), Err(ErrorKind::Gone), Ok(())]);
+        assert_eq!(server.serve().unwrap_err().kind(), ErrorKind::Gone);
+    });
+}
+
+/// A client that cannot be accepted is asked for ten times a second, and not as often as the processor can.
+#[test]
+fn a_client_that_cannot_be_accepted_takes_no_time() {
+    alone(|| {
+        let (path, server) = server(AMPLE);
+        let _client = Client::connect(&path);
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 0, hard).unwrap();
+        let start = Instant::now();
+        let errors = [0; 3].map(|_| server.serve().unwrap_err());
+        let took = start.elapsed();
+        assert_eq!(errors.map(|error| error.errno()), [Some(libc::EMFILE); 3]);
+        assert!(took >= Duration::from_millis(300), "{took:?}");
+    });
+}
+
+#[test]
+fn a_server_listens_where_clients_find_it() {
+    let device = Emulated::new(Edu::new()).unwrap();
+    assert_eq!(Server::bind("", device).unwrap_err().kind(), ErrorKind::InvalidInput);
 }
 
 #[test]
