@@ -489,9 +489,15 @@ impl Inner {
         if held.is_empty() {
             held.push("something that was dropped just now".to_owned());
         }
+        let is_sealed = |holder: &Holder| matches!(holder, Holder::Window { control, .. } if control.is_sealed());
+        let advice = if holders.iter().any(|(_, holder)| is_sealed(holder)) {
+            "a sealed window stays until the process ends; drop the others first"
+        } else {
+            "drop them first"
+        };
         Error::new(ErrorKind::InUse, "close", &self.info.name)
             .with_reason(format!("it is held by {}", held.join(", ")))
-            .with_advice("drop them first")
+            .with_advice(advice)
     }
 }
 

@@ -417,6 +417,9 @@ impl Vectors {
     /// An interrupt that nobody has taken yet is signalled to the new eventfd. A [`Vector`] that was handed out
     /// before keeps the old eventfd, which does not fire any more.
     ///
+    /// Types that have no [`AsFd`], as the eventfds of rust-vmm, have [`AsRawFd`]. A bare number has it, too: pass only
+    /// that of an eventfd which is yours.
+    ///
     /// # Errors
     /// `InvalidInput` if it is not an eventfd; as [`grow`](Self::grow), and then nothing has changed.
     pub fn set_eventfd(&mut self, vector: usize, eventfd: &impl AsRawFd) -> Result<Growth> {
