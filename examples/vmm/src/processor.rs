@@ -101,7 +101,9 @@ pub fn handle_interruptions() -> Result<()> {
 
 /// Runs it until it is stopped, or ends the guest: then it returns the reason.
 fn run(cpu: &mut VcpuFd, platform: &Platform, shared: &Shared) -> Result<Option<&'static str>> {
+    let mut failed = false;
     while !shared.stop.load(Ordering::Relaxed) {
+        let failed_before = std::mem::take(&mut failed);
         match cpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => platform.read_port(port, data),
             Ok(VcpuExit::IoOut(port, data)) => platform.write_port(port, data),
@@ -110,6 +112,9 @@ fn run(cpu: &mut VcpuFd, platform: &Platform, shared: &Shared) -> Result<Option<
             Ok(VcpuExit::Shutdown) => return Ok(Some(RESET)),
             // The same as EFAULT: a kernel may say more.
             Ok(VcpuExit::MemoryFault { .. }) => repeat(),
+            // Nothing has happened if KVM takes an access that it emulates for one in the delivery of an event: it
+            // does since Linux 6.14, if the processor leaves the type of an earlier event in EXITINTINFO, as QEMU's.
+            Ok(VcpuExit::InternalError) if !failed_before => failed = true,
             Ok(other) => bail!("the guest does not run: {other:?}; {ADVICE}"),
             Err(error) => match error.errno() {
                 libc::EINTR | libc::EAGAIN => {
@@ -126,9 +131,7 @@ fn run(cpu: &mut VcpuFd, platform: &Platform, shared: &Shared) -> Result<Option<
 /// Pauses, because a window does not reach its device: something else has disabled the device's memory decoding, or
 /// the device is being removed. The guest repeats its access until the device responds again, or is taken away.
 fn repeat() {
-    FAULT.call_once(|| {
-        eprintln!("vmm: a device does not respond; the guest's access is repeated");
-    });
+    FAULT.call_once(|| eprintln!("vmm: a device does not respond; accesses are repeated"));
     thread::sleep(PAUSE);
 }
 

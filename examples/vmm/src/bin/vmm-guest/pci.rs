@@ -140,7 +140,10 @@ impl<'a> Mover<'a> {
         ensure!(self.pci.address(bar)? == next, "bar {bar} is not at {next:#x}");
         let found = self.load(next)?;
         ensure!(found == word, "move {moves} to {next:#x}: {found:#x} is there, not {word:#x}");
-        let left = self.load(at)?;
+        // Right after a page fault, because KVM has taken such an access for one in the fault's delivery.
+        let (old, fresh) = (self.page(at)?, MmapRegion::new(PAGE as usize)?);
+        store(&fresh, 0, 1)?;
+        let left = load(&old, self.offset % PAGE)?;
         ensure!(left == u32::MAX, "move {moves} to {next:#x}: {left:#x} is still at {at:#x}");
         (self.at, self.moves) = (next, moves + 1);
         Ok(())
