@@ -22,13 +22,15 @@ const CHUNK: usize = 64 << 10;
 fn content(place: u64, number: u64) -> Vec<u8> {
     // Marsaglia's xorshift.
     let mut state = place << 32 | number << 8 | 1;
-    let words = std::iter::repeat_with(|| {
+    let mut all = vec![0; 1 << 20];
+    // Whole words, because each byte costs in an emulated machine.
+    for word in all.chunks_exact_mut(8) {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.take((1 << 20) / 8).flatten().collect()
+        word.copy_from_slice(&state.to_le_bytes());
+    }
+    all
 }
 
 /// Writes so many mebibytes. The number selects what.
