@@ -12,7 +12,7 @@
 //! - `write DISK MIB NUMBER`, `check DISK MIB NUMBER`: writes so much to a disk, or reads it and compares. The number
 //!   selects what.
 //! - `ask DISK COUNT`: reads a page so many times, with one interrupt each.
-//! - `raise ADDRESS BAR VECTOR COUNT`: has an 82574L raise interrupts of its transmit queue.
+//! - `raise ADDRESS BAR VECTOR COUNT`: has an 82574L raise interrupts of its transmit queue, each of which has one message.
 //! - `touch ADDRESS BAR`: maps a BAR, waits for a line on standard input, and reads a word of each page.
 //!
 //! In the host: `decoding PROCESS IDENTIFIERS on|off` changes a device of a process behind its back.
