@@ -144,6 +144,7 @@ impl Error {
     /// An error of `kind`: `operation` ("open", "map") failed on `object` ("bar 0 of 0000:00:03.0").
     ///
     /// It is public for a [`Transport`](crate::transport::Transport) of your own.
+    #[cold]
     pub fn new(
         kind: ErrorKind,
         operation: impl Into<Cow<'static, str>>,
@@ -162,6 +163,7 @@ impl Error {
 
     /// The error of a system call or a peer. Its kind follows from `errno`; it is `Os` for an `errno`
     /// that has no kind.
+    #[cold]
     pub fn from_errno(
         errno: i32,
         operation: impl Into<Cow<'static, str>>,

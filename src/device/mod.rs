@@ -428,6 +428,7 @@ impl Inner {
         self.generation != sys::fork::generation()
     }
 
+    #[inline(always)]
     fn holders(&self) -> MutexGuard<'_, Slab<Holder>> {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -10,7 +10,7 @@ use slab::Slab;
 use super::revocation::{ASLEEP, WindowChanges};
 use super::{Device, Inner, window};
 use crate::error::{Error, ErrorKind, Result};
-use crate::space::{Access, DmaMemory, Reasons};
+use crate::space::{Access, Control, DmaMemory, Reasons};
 use crate::transport::Transport;
 
 /// What a reset did to the windows of the devices, and to their peer-to-peer mappings. Its `Display` is a
@@ -225,10 +225,11 @@ impl Inner {
     }
 
     /// Revokes a new window if the device is away. Holders are locked.
-    pub(super) fn revoke_if_away(&self, window: &window::Inner) {
+    #[inline(always)]
+    pub(super) fn revoke_if_away(&self, window: &Control) {
         let reasons = self.away();
         if !reasons.is_empty()
-            && let Err(error) = window.mapping.control().revoke(reasons)
+            && let Err(error) = window.revoke(reasons)
         {
             log::warn!("a window was mapped while its device is away: {error}");
         }

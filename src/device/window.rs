@@ -61,6 +61,7 @@ pub(super) struct Inner {
 const NO_SLOT: usize = usize::MAX;
 
 impl Drop for Inner {
+    #[inline(always)]
     fn drop(&mut self) {
         // In a child of fork, the lock may be held for ever by a thread that only the parent has.
         if !self.mapping.is_inherited() {
@@ -103,14 +104,22 @@ impl Window {
         skip: usize,
         size: usize,
     ) -> Self {
+        let start = mapping.offset() + skip as u64;
+        let holder = Holder::Window {
+            region,
+            range: start..start + size as u64,
+            address: mapping.range().start,
+            control: mapping.control().clone(),
+        };
+        let device = device.clone();
+        let slot = {
+            let mut holders = device.holders();
+            let slot = holders.insert(holder);
+            device.revoke_if_away(mapping.control());
+            slot
+        };
         let blocks = Mutex::default();
-        let mut inner =
-            Inner { mapping, region, skip, size, slot: 0, blocks, device: device.clone() };
-        let mut holders = device.holders();
-        inner.slot = holders.insert(inner.holder());
-        device.revoke_if_away(&inner);
-        drop(holders);
-        Self { inner: Arc::new(inner) }
+        Self { inner: Arc::new(Inner { mapping, region, skip, size, slot, blocks, device }) }
     }
 
     /// The bytes of the region that the window covers.
@@ -242,8 +251,8 @@ impl Window {
             return Err(Failed::new(error, reservation_of(placement)));
         };
         let relocation = inner.mapping.relocate(Request { placement, order, pinned })?;
-        if let Some(holder) = inner.device.holders().get_mut(inner.slot) {
-            *holder = inner.holder();
+        if let Some(Holder::Window { address, .. }) = inner.device.holders().get_mut(inner.slot) {
+            *address = inner.mapping.range().start;
         }
         Ok(relocation)
     }
@@ -413,12 +422,6 @@ impl Inner {
         let offset = self.mapping.offset();
         let range = offset..offset + self.mapping.range().len() as u64;
         self.device.transport.dma_buf(self.region, range, access)
-    }
-
-    fn holder(&self) -> Holder {
-        let (region, range) = (self.region, self.region_range());
-        let control = self.mapping.control().clone();
-        Holder::Window { region, range, address: self.mapping.range().start, control }
     }
 
     /// A value of all ones that was loaded, if the window is not revoked.

@@ -153,8 +153,14 @@ impl Backing {
         access: Access,
     ) -> std::result::Result<usize, Errno> {
         let address = mm::map(lock, self.fd(), self.file_offset(offset), size, access)?;
-        self.accepted.fetch_or(bit(access), Ordering::Relaxed);
+        if !self.has_accepted(access) {
+            self.accepted.fetch_or(bit(access), Ordering::Relaxed);
+        }
         Ok(address)
+    }
+
+    fn has_accepted(&self, access: Access) -> bool {
+        self.accepted.load(Ordering::Relaxed) & bit(access) != 0
     }
 
     /// Makes sure that the kernel will accept a `MAP_FIXED` mapping, because a failing one unmaps its
@@ -169,8 +175,7 @@ impl Backing {
         size: usize,
         access: Access,
     ) -> std::result::Result<(), Errno> {
-        let accepted = self.accepted.load(Ordering::Relaxed) & bit(access) != 0;
-        if accepted && self.kind != BackingKind::Other {
+        if self.has_accepted(access) && self.kind != BackingKind::Other {
             return Ok(());
         }
         let size = if self.kind == BackingKind::Other { size } else { sys::page_size() };

@@ -6,46 +6,49 @@ use std::ops::Range;
 
 use nix::errno::Errno;
 
-use super::reservation::CoverFailed;
+use super::reservation::{CoverFailed, Reservation};
 use super::revocation::Shown;
-use super::{Mapping, Reservation};
 use crate::sys::mmap_lock::MmapLock;
 use crate::sys::{maps, mm};
 
-impl Mapping {
-    /// Covers the mapping, which shows `shown`, and returns its addresses as a reservation. On failure nothing
-    /// has changed. On success the mapping owns nothing: the caller sets its address or its length.
-    ///
-    /// # Safety
-    /// Nothing reads or writes through the mapping any more, and no handler revokes it.
-    #[inline(always)]
-    pub(super) unsafe fn release(&mut self, shown: Shown) -> std::result::Result<Released, Errno> {
-        let lock = MmapLock::take();
-        let home = self.home.take();
-        // SAFETY: the mapping owns its range, and by the contract nothing uses it.
-        let cover = || unsafe {
-            match &home {
-                Some(home) => home.cover(&lock, self.size).map(|()| None),
-                None => Reservation::over(&lock, self.address, self.size).map(Some),
-            }
-        };
-        let covered = try_cover(&lock, shown, self.range(), cover);
-        match (covered, home) {
-            (Ok(made), home) => Ok(made.or(home).map_or(Released::Lost, Released::Whole)),
-            (Err(CoverFailed { errno, intact: true }), home) => {
-                self.home = home;
-                Err(errno)
-            }
-            // The failing call has unmapped the range, or that cannot be determined.
-            (Err(_), home) => {
-                let reserved = match home {
-                    // SAFETY: nothing that is known to be ours is mapped there. A mapping that cannot be
-                    // identified is given up.
-                    Some(home) => unsafe { home.restore(&lock, self.size) }.then_some(home),
-                    None => Reservation::reserve_gap(&lock, self.address, self.size),
-                };
-                Ok(reserved.map_or(Released::Lost, Released::WithGap))
-            }
+/// Covers a mapping in `range`, which lies at the start of `home` if it has one and shows `shown`, and returns
+/// its addresses as a reservation. On failure nothing has changed. On success the mapping owns nothing: the caller
+/// sets its address or its length.
+///
+/// # Safety
+/// The range is a mapping's. Nothing reads or writes through it any more, and no handler revokes it.
+#[inline(always)]
+pub(super) unsafe fn release(
+    home: &mut Option<Reservation>,
+    range: Range<usize>,
+    shown: Shown,
+) -> std::result::Result<Released, Errno> {
+    let lock = MmapLock::take();
+    let (address, size) = (range.start, range.len());
+    let taken = home.take();
+    // SAFETY: the mapping owns its range, and by the contract nothing uses it.
+    let cover = || unsafe {
+        match &taken {
+            Some(home) => home.cover(&lock, size).map(|()| None),
+            None => Reservation::over(&lock, address, size).map(Some),
+        }
+    };
+    let covered = try_cover(&lock, shown, range, cover);
+    match (covered, taken) {
+        (Ok(made), taken) => Ok(made.or(taken).map_or(Released::Lost, Released::Whole)),
+        (Err(CoverFailed { errno, intact: true }), taken) => {
+            *home = taken;
+            Err(errno)
+        }
+        // The failing call has unmapped the range, or that cannot be determined.
+        (Err(_), taken) => {
+            let reserved = match taken {
+                // SAFETY: nothing that is known to be ours is mapped there. A mapping that cannot be
+                // identified is given up.
+                Some(home) => unsafe { home.restore(&lock, size) }.then_some(home),
+                None => Reservation::reserve_gap(&lock, address, size),
+            };
+            Ok(reserved.map_or(Released::Lost, Released::WithGap))
         }
     }
 }

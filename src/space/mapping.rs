@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::cover::{Released, try_cover};
+use super::cover::{Released, release, try_cover};
 use super::destination::{Destination, FailedCall, HUGE};
 use super::limits::out_of_memory;
 use super::revocation::{self, Control};
@@ -100,27 +100,29 @@ impl Mapping {
     /// then [owns nothing](Self::is_unmapped).
     pub(crate) fn vacate(&mut self) -> Result<Reservation> {
         self.check_process("unmap")?;
-        let control = self.control.clone();
+        let range = self.range();
+        let Self { control, home, size, .. } = self;
         let mut turn = control.turn();
         if turn.is_sealed() {
-            return Err(Error::new(ErrorKind::Sealed, "unmap", self.object())
+            return Err(Error::new(ErrorKind::Sealed, "unmap", control.object())
                 .with_reason("a sealed window stays as it is until the process ends"));
         }
         let state = turn.suspend();
         // SAFETY: `&mut self` proves that nothing uses the mapping, and it is suspended. It owns nothing
         // afterwards, since its length is set to 0 below.
-        let result = unsafe { self.release(turn.shown(state)) };
+        let result = unsafe { release(home, range, turn.shown(state)) };
         match &result {
-            Ok(_) => turn.retire(),
+            Ok(_) => {
+                turn.retire();
+            }
             Err(_) => turn.resume(state),
         }
         let released =
-            result.map_err(|errno| out_of_memory(errno, "unmap", self.object(), self.size))?;
-        let error = Error::new(ErrorKind::ReservationLost, "unmap", self.object());
-        self.size = 0;
+            result.map_err(|errno| out_of_memory(errno, "unmap", control.object(), *size))?;
+        *size = 0;
         match released {
             Released::Whole(reservation) | Released::WithGap(reservation) => Ok(reservation),
-            Released::Lost => Err(error.with_reason(
+            Released::Lost => Err(Error::new(ErrorKind::ReservationLost, "unmap", control.object()).with_reason(
                 "a failing call may have unmapped it, and what is mapped there now may belong to other code",
             )),
         }
@@ -196,35 +198,31 @@ pub(super) unsafe fn prefer_huge(backing: &Backing, address: usize, size: usize)
 }
 
 impl Drop for Mapping {
+    #[inline(always)]
     fn drop(&mut self) {
         if self.size == 0 || self.is_inherited() {
             return;
         }
-        let control = self.control.clone();
-        let mut turn = control.turn();
-        if turn.is_sealed() {
-            return;
-        }
-        let shown = turn.shown(turn.suspend());
-        turn.retire();
+        let Self { control, home, address, size, .. } = self;
+        let (address, size) = (*address, *size);
+        let Some(shown) = control.retire() else { return };
         // SAFETY: the mapping owns its range. It is being dropped, so nothing uses the range any more:
         // windows and registers hold it by an `Arc`, and it is no longer in the registry of handlers.
         unsafe {
-            match &mut self.home {
+            match home {
                 None => {
-                    if let Err(errno) = mm::munmap(self.address, self.size) {
-                        log::error!("leaked the mapping of {}: {errno}", self.object());
+                    if let Err(errno) = mm::munmap(address, size) {
+                        log::error!("leaked the mapping of {}: {errno}", control.object());
                     }
                 }
                 Some(home) => {
                     // A reservation that has no other holder is dropped next, and unmaps the range in one
                     // munmap. A reservation that this process inherited does not.
                     if !home.is_whole_area() {
-                        let range = self.address..self.address + self.size;
                         let lock = MmapLock::take();
-                        let cover = || home.cover(&lock, self.size);
-                        let covered = try_cover(&lock, shown, range, cover);
-                        home.clear(&lock, self.size, covered);
+                        let cover = || home.cover(&lock, size);
+                        let covered = try_cover(&lock, shown, address..address + size, cover);
+                        home.clear(&lock, size, covered);
                     }
                 }
             }

@@ -42,17 +42,21 @@ struct Current {
 static CURRENT: AtomicPtr<Current> = AtomicPtr::new(ptr::null_mut());
 
 /// The registry of this process, if a window was mapped in it. For signal handlers, too.
+#[inline(always)]
 fn current() -> Option<&'static Registry> {
     // SAFETY: only pointers to leaked values are stored.
     let current = unsafe { CURRENT.load(Ordering::Acquire).as_ref() }?;
     (current.generation == fork::generation_in_handler()).then_some(&current.registry)
 }
 
+#[inline(always)]
 fn registry() -> &'static Registry {
+    current().unwrap_or_else(make_registry)
+}
+
+#[cold]
+fn make_registry() -> &'static Registry {
     const FIRST: usize = 64;
-    if let Some(registry) = current() {
-        return registry;
-    }
     let generation = fork::generation();
     let _lock = MmapLock::take();
     if let Some(registry) = current() {

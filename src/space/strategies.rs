@@ -2,19 +2,22 @@
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]
 
+use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Arc;
 
 use nix::errno::Errno;
 
 use super::backing::Remap;
-use super::cover::Released;
+use super::cover::{Released, release};
 use super::destination::{Destination, FailedCall};
 use super::limits::out_of_memory;
-use super::mapping::{map_again, may_be_huge};
+use super::mapping::{Object, map_again, may_be_huge};
+use super::placement::Order;
 use super::revocation::{Control, Shown};
 use super::{
-    Attempt, Attempts, Failed, Mapping, Outcome, Report, Request, Reservation, Source, Strategy,
-    Verb,
+    Attempt, Attempts, Failed, Mapping, Outcome, Placement, Report, Request, Reservation, Source,
+    Strategy, Verb,
 };
 use crate::error::{Error, ErrorKind};
 use crate::sys::mm::{self, Access};
@@ -24,7 +27,14 @@ use crate::sys::mmap_lock::MmapLock;
 struct Made {
     address: usize,
     strategy: Strategy,
-    destination: Destination,
+    /// Whether it took over the pages of a revoked window.
+    pages: bool,
+}
+
+/// Why there is no new side, and whether the destination was lost.
+struct NotMade {
+    error: Error,
+    lost: bool,
 }
 
 /// The result of a relocation.
@@ -48,23 +58,26 @@ impl Mapping {
     ) -> Result<(Mapping, Report), Failed> {
         let mut attempts = Attempts::default();
         self.check_process("duplicate")?;
-        let turn = self.control.turn();
-        if let Err(error) = turn.check("duplicate") {
-            return Err(request.refused(error));
+        if self.control.is_revoked() {
+            return Err(request.refused(self.control.refused("duplicate")));
         }
-        let Made { address, strategy, destination } =
-            self.make(Verb::Duplicate, access, request, &mut attempts)?;
-        // Only DONTUNMAP takes over whatever a handler has mapped over the window meanwhile. The kernel does not
-        // duplicate private pages by an old length of 0.
-        if strategy == Strategy::DontUnmap
-            && let Err(error) = turn.check_settled("duplicate")
-        {
+        let Request { placement, order, pinned } = request;
+        let mut destination = self.destination("duplicate", placement)?;
+        let made =
+            self.make(Verb::Duplicate, access, order, pinned, &mut destination, &mut attempts);
+        let Made { address, strategy, pages } = match made {
+            Ok(made) => made,
+            Err(NotMade { error, lost }) => {
+                return Err(Failed::new(error, destination.given_back(lost)));
+            }
+        };
+        if pages {
+            let error = self.control.refused("duplicate");
             // SAFETY: the new side was made above, and nothing else has its address yet.
             let lost =
                 !unsafe { destination.undo(self.backing(), self.offset, address, self.size) };
             return Err(Failed::new(error, destination.given_back(lost)));
         }
-        drop(turn);
         let report = Report {
             verb: Verb::Duplicate,
             strategy,
@@ -76,7 +89,7 @@ impl Mapping {
                 Strategy::OldLenZero | Strategy::MapAgain | Strategy::Move => Source::Warm,
             },
         };
-        log::debug!("{}: {report}", self.object());
+        log_report(&self.object(), &report);
         let backing = Arc::clone(self.backing());
         let duplicate = Mapping {
             control: Control::new(backing, self.offset, self.size, access, address),
@@ -95,20 +108,29 @@ impl Mapping {
     pub(crate) fn relocate(&mut self, request: Request) -> Result<Relocation, Failed> {
         let mut attempts = Attempts::default();
         self.check_process("relocate")?;
-        let control = Arc::clone(&self.control);
-        let mut turn = control.turn();
+        let turn = self.control.turn();
         let sweeps = turn.sweeps();
         if let Err(error) = turn.freeze("relocate") {
             return Err(request.refused(error));
         }
-        let made = self.make(Verb::Relocate, self.access, request, &mut attempts);
-        let Made { address, strategy, destination } = made.inspect_err(|_| turn.thaw())?;
+        let Request { placement, order, pinned } = request;
+        let prepared = self.destination("relocate", placement);
+        let mut destination = prepared.inspect_err(|_| turn.thaw())?;
+        let (verb, access) = (Verb::Relocate, self.access);
+        let made = self.make(verb, access, order, pinned, &mut destination, &mut attempts);
+        let Made { address, strategy, .. } = match made {
+            Ok(made) => made,
+            Err(NotMade { error, lost }) => {
+                turn.thaw();
+                return Err(Failed::new(error, destination.given_back(lost)));
+            }
+        };
         let from = self.range();
-        let shown = Shown::backing(&control.backing, self.offset);
+        let shown = Shown::backing(self.backing(), self.offset);
         let (old, source) = match strategy {
-            Strategy::Move => self.reserve_old(),
+            Strategy::Move => reserve_old(&mut self.home, &from),
             // SAFETY: `&mut self` proves that nothing uses the mapping meanwhile, and it is frozen.
-            _ => match unsafe { self.release(shown) } {
+            _ => match unsafe { release(&mut self.home, from.clone(), shown) } {
                 Ok(Released::Whole(old)) => (Some(old), Source::Released),
                 Ok(Released::WithGap(old)) => (Some(old), Source::ReleasedWithGap),
                 Ok(Released::Lost) => (None, Source::Lost),
@@ -137,80 +159,98 @@ impl Mapping {
         turn.moved(address, sweeps);
         let report =
             Report { verb: Verb::Relocate, strategy, attempts, from, to: self.range(), source };
-        log::debug!("{}: {report}", self.object());
+        log_report(&self.object(), &report);
         Ok(Relocation { old, report })
+    }
+
+    #[inline(always)]
+    fn destination(
+        &self,
+        operation: &'static str,
+        placement: Placement,
+    ) -> Result<Destination, Failed> {
+        let file_offset = self.backing().file_offset(self.offset);
+        Destination::prepare(placement, operation, &self.object(), file_offset, self.size)
     }
 
     /// Tries the strategies in order until one makes a new side.
     ///
-    /// Inlined, as are the steps in `mapping`: copying their large results took a fifth of a verb's
-    /// instructions.
+    /// Inlined, as are the other steps of a verb, and those of dropping a window: copying their large results took
+    /// a fifth of a verb's instructions, and after a call that has flushed the TLB each page of code that they are
+    /// spread over costs a walk of the page tables.
     #[inline(always)]
     fn make(
         &self,
         verb: Verb,
         access: Access,
-        request: Request,
+        order: Order,
+        pinned: bool,
+        destination: &mut Destination,
         attempts: &mut Attempts,
-    ) -> Result<Made, Failed> {
-        let Request { placement, order, pinned } = request;
+    ) -> Result<Made, NotMade> {
         let operation = match verb {
             Verb::Duplicate => "duplicate",
             Verb::Relocate => "relocate",
         };
-        let file_offset = self.backing().file_offset(self.offset);
-        let mut destination =
-            Destination::prepare(placement, operation, &self.object(), file_offset, self.size)?;
         let huge = may_be_huge(self.backing(), self.size);
+        let mut pages = false;
         for strategy in order.strategies(verb, huge).into_iter().flatten() {
             let made = match strategy {
-                Strategy::DontUnmap => self.by_dont_unmap(access, &destination, pinned),
-                Strategy::OldLenZero => self.by_old_len_zero(verb, access, &destination, pinned),
+                Strategy::DontUnmap => self.by_dont_unmap(access, destination, pinned, &mut pages),
+                Strategy::OldLenZero => self.by_old_len_zero(verb, access, destination, pinned),
                 Strategy::MapAgain => {
-                    map_again(self.backing(), self.offset, self.size, access, &destination)
+                    map_again(self.backing(), self.offset, self.size, access, destination)
                         .map_err(FailedAttempt::from)
                 }
-                Strategy::Move => self.by_move(verb, &mut destination),
+                Strategy::Move => self.by_move(verb, destination),
             };
             let failed = match made {
-                Ok(address) => return Ok(Made { address, strategy, destination }),
+                Ok(address) => return Ok(Made { address, strategy, pages }),
                 Err(failed) => failed,
             };
             attempts.push(Attempt { strategy, outcome: failed.outcome });
             if failed.lost {
                 let error = self.refused(operation, attempts).into_kind(ErrorKind::ReservationLost);
-                return Err(Failed::new(error, destination.given_back(true)));
+                return Err(NotMade { error, lost: true });
             }
         }
-        let error = self.refused(operation, attempts);
-        Err(Failed::new(error, destination.given_back(false)))
+        Err(NotMade { error: self.refused(operation, attempts), lost: false })
     }
 
+    /// This alone takes over whatever is mapped over the window when it is revoked meanwhile. It then sets `pages`. The
+    /// kernel does not duplicate private pages by an old length of 0.
     fn by_dont_unmap(
         &self,
         access: Access,
         destination: &Destination,
         probe_again: bool,
+        pages: &mut bool,
     ) -> Result<usize, FailedAttempt> {
         self.probe(Remap::DontUnmap, probe_again)?;
         let (address, size) = (self.address, self.size);
         if let Some(hazard) = self.backing().hazard_of_dont_unmap(address, self.offset, size) {
             return Err(FailedAttempt { outcome: Outcome::Hazard(hazard), lost: false });
         }
+        let revoked = Cell::new(false);
         let new = match destination {
             Destination::Chosen => {
+                let lock = MmapLock::take();
                 // SAFETY: the mapping owns its range. Its backing serves faults in it again, since no
                 // hazard says otherwise.
-                unsafe { mm::dont_unmap(&MmapLock::take(), address, size) }
-                    .map_err(FailedCall::from)
+                let new = unsafe { mm::dont_unmap(&lock, address, size) };
+                revoked.set(self.control.is_revoked_now(&lock));
+                new.map_err(FailedCall::from)
             }
             Destination::Reserved(reservation, _) => {
-                // SAFETY: as above; the reservation owns the new range, and nothing uses it.
-                Destination::fixed(reservation, size, |lock, new| unsafe {
-                    mm::dont_unmap_fixed(lock, address, size, new)
+                Destination::fixed(reservation, size, |lock, new| {
+                    // SAFETY: as above; the reservation owns the new range, and nothing uses it.
+                    let made = unsafe { mm::dont_unmap_fixed(lock, address, size, new) };
+                    revoked.set(self.control.is_revoked_now(lock));
+                    made
                 })
             }
         }?;
+        *pages = revoked.get();
         // SAFETY: the new side was made above, and nothing else has its address yet.
         unsafe { self.restrict(access, destination, new) }
     }
@@ -305,18 +345,6 @@ impl Mapping {
         Ok(moved?)
     }
 
-    /// Reserves the old range, which a move has left as a hole.
-    fn reserve_old(&mut self) -> (Option<Reservation>, Source) {
-        let lock = MmapLock::take();
-        let old = match self.home.take() {
-            // SAFETY: the move left nothing of ours mapped in the range.
-            Some(home) => unsafe { home.reserve_again(&lock, self.size) }.then_some(home),
-            None => Reservation::reserve_gap(&lock, self.address, self.size),
-        };
-        let source = if old.is_some() { Source::ReleasedWithGap } else { Source::Lost };
-        (old, source)
-    }
-
     /// The error if no strategy worked.
     fn refused(&self, operation: &'static str, attempts: &[Attempt]) -> Error {
         if attempts.is_empty() {
@@ -350,6 +378,32 @@ impl Mapping {
                 .with_advice("allow MapAgain, which works wherever the device's file can be mapped")
         }
     }
+}
+
+fn log_report(object: &Object<'_>, report: &Report) {
+    if log::log_enabled!(log::Level::Debug) {
+        write_report(object, report);
+    }
+}
+
+#[cold]
+fn write_report(object: &Object<'_>, report: &Report) {
+    log::debug!("{object}: {report}");
+}
+
+/// Reserves the old range of a mapping in `home`, which a move has left as a hole.
+fn reserve_old(
+    home: &mut Option<Reservation>,
+    range: &Range<usize>,
+) -> (Option<Reservation>, Source) {
+    let lock = MmapLock::take();
+    let old = match home.take() {
+        // SAFETY: the move left nothing of ours mapped in the range.
+        Some(home) => unsafe { home.reserve_again(&lock, range.len()) }.then_some(home),
+        None => Reservation::reserve_gap(&lock, range.start, range.len()),
+    };
+    let source = if old.is_some() { Source::ReleasedWithGap } else { Source::Lost };
+    (old, source)
 }
 
 /// Why a strategy did not work, and whether the destination was lost.

@@ -13,13 +13,14 @@ use super::absent::{self, Left, Pages};
 use super::reasons::Reasons;
 use super::registry::{Entry, Slot, State};
 use super::report::{StateReport, WindowState};
-use super::turn::Turn;
+use super::turn::{Shown, Turn};
 use super::{lost, registry};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::limits::out_of_memory;
 use crate::space::mapping::{Object, prefer_huge};
 use crate::space::{Backing, KernelVersion};
 use crate::sys::async_safe::{self, SignalsBlocked};
+use crate::sys::maps::Origin;
 use crate::sys::mm::{self, Access};
 use crate::sys::mmap_lock::MmapLock;
 use crate::sys::{file, fork, maps};
@@ -49,6 +50,7 @@ pub(super) struct Held {
 
 impl Control {
     /// Registers a window that was mapped at `address`.
+    #[inline(always)]
     pub(in crate::space) fn new(
         backing: Arc<Backing>,
         offset: u64,
@@ -75,6 +77,49 @@ impl Control {
     pub(crate) fn is_revoked(&self) -> bool {
         let state = self.entry().map(Entry::state);
         matches!(state, Some(State::Revoking | State::Revoked | State::Restoring))
+    }
+
+    /// Whether the window is revoked, after handlers that were about to revoke it have done so. While the lock is
+    /// held, no verb revokes or restores it.
+    pub(in crate::space) fn is_revoked_now(&self, _: &MmapLock) -> bool {
+        if let Some(entry) = self.entry() {
+            entry.drain();
+        }
+        self.is_revoked()
+    }
+
+    /// The error of a verb that a revoked window refuses.
+    pub(in crate::space) fn refused(&self, operation: &'static str) -> Error {
+        Error::new(ErrorKind::Revoked, operation, self.object())
+            .with_reason("the window is revoked")
+            .with_advice("restore it first: Window::restore")
+    }
+
+    /// Removes the window, which has no other user, from the registry, as [`Turn::retire`] does. `None` if it is
+    /// sealed.
+    #[inline(always)]
+    pub(in crate::space) fn retire(self: &mut Arc<Self>) -> Option<Shown> {
+        if let Some(control) = Arc::get_mut(self) {
+            let Self { held, entry, .. } = control;
+            let held = held.get_mut().unwrap_or_else(PoisonError::into_inner);
+            if held.sealed.is_some() {
+                return None;
+            }
+            *entry.get_mut() = ptr::null_mut();
+            let before = held.slot.take().map(|slot| registry().remove(slot));
+            return Some(control.shown(before));
+        }
+        let mut turn = self.turn();
+        (!turn.is_sealed()).then(|| turn.retire())
+    }
+
+    /// What the window shows in this state.
+    pub(super) fn shown(&self, state: Option<State>) -> Shown {
+        let Self { backing, offset, pages, .. } = self;
+        match state {
+            Some(State::Revoked) => Shown { file: pages.identity().map(Origin::from), offset: 0 },
+            _ => Shown::backing(backing, *offset),
+        }
     }
 
     pub(super) fn entry(&self) -> Option<&'static Entry> {
@@ -117,7 +162,7 @@ impl Control {
         self.generation != fork::generation()
     }
 
-    pub(super) fn object(&self) -> Object<'_> {
+    pub(in crate::space) fn object(&self) -> Object<'_> {
         Object { backing: &self.backing, offset: self.offset, size: self.size }
     }
 

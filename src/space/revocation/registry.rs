@@ -96,6 +96,7 @@ impl Entry {
     }
 
     /// Changes the state if it is `from`; else returns what it is.
+    #[inline(always)]
     pub(super) fn change(&self, from: State, to: State) -> Result<(), State> {
         let mut word = self.word.load(Ordering::Acquire);
         loop {
@@ -112,6 +113,7 @@ impl Entry {
 
     /// Changes the state to one in which handlers do not act, and waits until those that acted have ended.
     /// Returns the state before, which is not [`Revoking`](State::Revoking): what the window shows is known.
+    #[inline(always)]
     pub(super) fn stop(&self, to: State) -> State {
         let before = loop {
             let state = self.state();
@@ -256,6 +258,7 @@ impl Table {
     }
 
     /// The buckets of a range, one for each link.
+    #[inline(always)]
     fn buckets(&self, range: &Range<usize>) -> [Option<usize>; 2] {
         let class = class_of(range.len());
         let [first, last] = [range.start >> class, (range.end - 1) >> class];
@@ -263,6 +266,7 @@ impl Table {
             .map(|block| block.map(|block| self.bucket(class, block)))
     }
 
+    #[inline(always)]
     fn link(&self, index: u32, range: &Range<usize>) {
         for (bucket, link) in self.buckets(range).into_iter().zip(2 * index..) {
             let Some(bucket) = bucket else { continue };
@@ -274,6 +278,7 @@ impl Table {
         }
     }
 
+    #[inline(always)]
     fn unlink(&self, index: u32, range: &Range<usize>) {
         for (bucket, link) in self.buckets(range).into_iter().zip(2 * index..) {
             let Some(bucket) = bucket else { continue };
@@ -328,6 +333,7 @@ impl Registry {
     }
 
     /// Adds a window in the state [`Live`](State::Live). The range is not empty.
+    #[inline(always)]
     pub(super) fn insert(&self, range: &Range<usize>, note: usize) -> Slot {
         let mut writer = lock(&self.writer);
         if writer.free.is_empty() {
@@ -335,27 +341,48 @@ impl Registry {
         }
         let index = writer.free.pop().unwrap_or_default();
         let entry = writer.table.entries[index as usize];
+        entry.note.store(note, Ordering::Relaxed);
+        let slot = Slot { entry, index };
+        self.link(&writer, &slot, range);
+        slot
+    }
+
+    /// Gives a window that is [`Busy`](State::Busy) another range, after its handlers have ended. It is live
+    /// then.
+    pub(super) fn relocate(&self, slot: &Slot, range: &Range<usize>) {
+        let Slot { entry, index } = slot;
+        entry.stop(State::Dead);
+        let writer = lock(&self.writer);
+        writer.table.unlink(*index, &entry.range());
+        self.link(&writer, slot, range);
+    }
+
+    /// Links an entry that is dead, and makes it live.
+    #[inline(always)]
+    fn link(&self, writer: &Writer, slot: &Slot, range: &Range<usize>) {
+        let Slot { entry, index } = slot;
         entry.start.store(range.start, Ordering::Relaxed);
         entry.size.store(range.len(), Ordering::Relaxed);
-        entry.note.store(note, Ordering::Relaxed);
         let class = 1 << class_of(range.len());
         // No bit is ever cleared: whoever learns of the window from this thread sees what it sees.
         if self.classes.load(Ordering::Relaxed) & class == 0 {
             self.classes.fetch_or(class, Ordering::Relaxed);
         }
-        writer.table.link(index, range);
+        writer.table.link(*index, range);
         // Handlers see the range if they see the state.
         let made_live = entry.change(State::Dead, State::Live);
         debug_assert!(made_live.is_ok());
-        Slot { entry, index }
     }
 
-    /// Removes a window, after its handlers have ended. Its entry may be used for another one.
-    pub(super) fn remove(&self, slot: Slot) {
-        slot.entry.stop(State::Dead);
+    /// Removes a window, after its handlers have ended. Its entry may be used for another one. Returns the state
+    /// before.
+    #[inline(always)]
+    pub(super) fn remove(&self, slot: Slot) -> State {
+        let before = slot.entry.stop(State::Dead);
         let mut writer = lock(&self.writer);
         writer.table.unlink(slot.index, &slot.entry.range());
         writer.free.push(slot.index);
+        before
     }
 
     /// Doubles the number of entries. A handler may be in the old table, which stays as it is.

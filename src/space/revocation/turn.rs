@@ -46,37 +46,12 @@ impl<'a> Turn<'a> {
         }
     }
 
-    fn refused(&self, operation: &'static str) -> Error {
-        Error::new(ErrorKind::Revoked, operation, self.control.object())
-            .with_reason("the window is revoked")
-            .with_advice("restore it first: Window::restore")
-    }
-
-    /// Fails if the window is revoked.
-    pub(in crate::space) fn check(&self, operation: &'static str) -> Result<()> {
-        if self.is_sealed() {
-            return Ok(());
-        }
-        match self.entry(operation)?.state() {
-            State::Revoking | State::Revoked => Err(self.refused(operation)),
-            _ => Ok(()),
-        }
-    }
-
-    /// As [`check`](Self::check), after handlers that were about to revoke the window have done so.
-    pub(in crate::space) fn check_settled(&self, operation: &'static str) -> Result<()> {
-        if let Some(slot) = &self.held.slot {
-            slot.entry.drain();
-        }
-        self.check(operation)
-    }
-
     /// Keeps handlers from revoking the window until [`thaw`](Self::thaw), [`moved`](Self::moved) or
     /// [`retire`](Self::retire): accesses that fault meanwhile are repeated. Fails if the window is revoked
     /// or sealed.
     pub(in crate::space) fn freeze(&self, operation: &'static str) -> Result<()> {
         let entry = self.entry(operation)?;
-        entry.stop_if(State::Live, State::Busy).map_err(|_| self.refused(operation))
+        entry.stop_if(State::Live, State::Busy).map_err(|_| self.control.refused(operation))
     }
 
     /// Ends a [`freeze`](Self::freeze): the window is what it was.
@@ -93,18 +68,11 @@ impl<'a> Turn<'a> {
 
     /// Ends a [`freeze`](Self::freeze): the window is at `address` now. If a handler has revoked the group since
     /// there were `sweeps`, the window is revoked, too.
-    pub(in crate::space) fn moved(&mut self, address: usize, sweeps: u64) {
+    pub(in crate::space) fn moved(&self, address: usize, sweeps: u64) {
         let control = self.control;
-        let range = address..address + control.size;
-        let note = control.backing.group().note(control.access, control.pages);
-        let slot = registry().insert(&range, note);
-        control.entry.store(ptr::from_ref(slot.entry).cast_mut(), Ordering::Release);
-        if let Some(old) = self.held.slot.replace(slot) {
-            registry().remove(old);
-        }
-        if self.sweeps() != sweeps
-            && let Some(slot) = &self.held.slot
-        {
+        let Some(slot) = &self.held.slot else { return };
+        registry().relocate(slot, &(address..address + control.size));
+        if self.sweeps() != sweeps {
             let lock = MmapLock::take();
             // SAFETY: the window stays mapped at its range during this turn. If it is not revoked, it has its own
             // fault later.
@@ -113,12 +81,12 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// Removes the window from the registry. When this returns, no handler changes its range.
-    pub(in crate::space) fn retire(&mut self) {
+    /// Removes the window from the registry. When this returns, no handler changes its range. Returns what the
+    /// window shows, unless it was [suspended](Self::suspend).
+    pub(in crate::space) fn retire(&mut self) -> Shown {
         self.control.entry.store(ptr::null_mut(), Ordering::Release);
-        if let Some(slot) = self.held.slot.take() {
-            registry().remove(slot);
-        }
+        let before = self.held.slot.take().map(|slot| registry().remove(slot));
+        self.shown(before)
     }
 
     /// Keeps handlers from the window, whether it is revoked or not, as [`retire`](Self::retire) does. Returns
@@ -140,11 +108,7 @@ impl<'a> Turn<'a> {
 
     /// What the window shows in this state.
     pub(in crate::space) fn shown(&self, state: Option<State>) -> Shown {
-        let Control { backing, offset, pages, .. } = self.control;
-        match state {
-            Some(State::Revoked) => Shown { file: pages.identity().map(Origin::from), offset: 0 },
-            _ => Shown::backing(backing, *offset),
-        }
+        self.control.shown(state)
     }
 }
 

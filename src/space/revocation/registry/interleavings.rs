@@ -187,10 +187,9 @@ fn a_window_that_is_relocated_is_not_replaced() {
         let handler = Model::handler(&model);
         if slot.entry.stop_if(State::Live, State::Busy).is_ok() {
             model.mapped.store(FOREIGN, Ordering::Release);
-            let moved = model.registry.insert(&OTHERS[1], 0);
-            model.registry.remove(slot);
+            model.registry.relocate(&slot, &OTHERS[1]);
             handler.join().unwrap();
-            assert_eq!(moved.entry.state(), State::Live);
+            assert_eq!(slot.entry.state(), State::Live);
             assert_eq!(model.mapped.load(Ordering::Acquire), FOREIGN);
         } else {
             handler.join().unwrap();
@@ -218,6 +217,28 @@ fn a_window_is_found_while_others_come_and_go() {
             let other = model.registry.insert(&OTHERS[1], 0);
             model.registry.remove(other);
             finder.join().unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_window_is_found_while_another_one_is_relocated() {
+    for room in [1, 2, 3] {
+        all(3, move || {
+            let model = Model::new(room);
+            let _slot = model.registry.insert(&RANGE, 0);
+            let other = model.registry.insert(&OTHERS[0], 0);
+            let finders = [&RANGE, &OTHERS[1]].map(|range| {
+                let model = model.clone();
+                thread::spawn(move || model.registry.find(range.start).map(|pin| pin.range()))
+            });
+            other.entry.stop_if(State::Live, State::Busy).unwrap();
+            model.registry.relocate(&other, &OTHERS[1]);
+            let [found, moved] = finders.map(|finder| finder.join().unwrap());
+            assert_eq!(found, Some(RANGE));
+            assert!(moved.is_none_or(|range| range == OTHERS[1]));
+            assert!(model.registry.find(OTHERS[0].start).is_none());
+            assert!(model.registry.find(OTHERS[1].start).is_some());
         });
     }
 }

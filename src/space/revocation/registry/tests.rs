@@ -20,7 +20,7 @@ fn addresses_are_found_as_in_a_list() {
     for round in 0..20_000 {
         most = most.max(windows.len());
         // More and more at first, and then fewer.
-        let adds = random(10) < if round < 10_000 { 6 } else { 4 };
+        let adds = random(10) < if round < 10_000 { 7 } else { 4 };
         if adds || windows.is_empty() {
             let most = 1 << random(12);
             let size = PAGE * (1 + random(most));
@@ -30,8 +30,17 @@ fn addresses_are_found_as_in_a_list() {
                 let taken = slot.entry.range();
                 taken.start < range.end && range.start < taken.end
             };
-            if !windows.iter().any(overlaps) {
-                windows.push(registry.insert(&range, round));
+            let free = !windows.iter().any(overlaps);
+            match windows.len() {
+                // Every fourth moves one instead.
+                count if free && count > 0 && random(4) == 0 => {
+                    let slot = &windows[random(count)];
+                    slot.entry.stop_if(State::Live, State::Busy).unwrap();
+                    registry.relocate(slot, &range);
+                    assert_eq!(slot.entry.state(), State::Live);
+                }
+                _ if free => windows.push(registry.insert(&range, round)),
+                _ => {}
             }
         } else {
             let index = random(windows.len());
