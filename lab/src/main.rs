@@ -95,7 +95,7 @@ enum Task {
     /// `acpi_hotplug` in each kernel, on a machine with hotplug by ACPI instead of pciehp;
     /// those with `without_intremap` in the newest kernel, on a machine whose IOMMU does
     /// not remap interrupts; the tests of the kernel patches in the patched kernel. In
-    /// the newest kernel the examples tour, edu, nvme and nic run on devices of the machine.
+    /// the newest kernel the examples tour, edu, unplug, nvme and nic run on devices of the machine.
     /// The commands `vfio-user` and `vmm` run too; of `vmm` what is brief, on 6.12 and patched.
     ///
     /// Two guests run at the same time, while other kernels are fetched or built. The
@@ -161,6 +161,10 @@ enum Task {
     /// against verbs, devices that are taken away a thousand times and removed forty times in
     /// each kernel, `sanitize`, and ten million runs of each fuzz target.
     Soak {
+        /// Only the devices that are taken away and removed, in this kernel; may be given several
+        /// times.
+        #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::by_name)]
+        kernels: Vec<&'static Kernel>,
         #[command(flatten)]
         common: Common,
     },
@@ -341,9 +345,12 @@ fn perform(task: Task) -> Result<ExitCode> {
             let passed = fuzz::run(fuzz::Limit::Time(Duration::from_secs(seconds)))?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Task::Soak { common } => {
+        Task::Soak { kernels, common } => {
             let (lab, store) = ready(common)?;
-            let passed = soak::run(&lab, &store)?;
+            let passed = match kernels.as_slice() {
+                [] => soak::run(&lab, &store)?,
+                some => soak::outages(&lab, &store, some)?,
+            };
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Sanitize => {

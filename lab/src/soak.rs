@@ -8,7 +8,7 @@ use crate::boot::{Ending, Lab};
 use crate::cache::Store;
 use crate::fuzz::{self, Limit};
 use crate::guest::{self, Payload};
-use crate::kernels::{self, NEWEST, PATCHED};
+use crate::kernels::{self, Kernel, NEWEST, PATCHED};
 use crate::libtest::Counts;
 use crate::machine::Variant;
 use crate::payload;
@@ -37,9 +37,11 @@ const INTERLEAVINGS: &str = "test --release --package vfio-remap --lib interleav
 const LOOM: &str = "--cfg vfio_remap_loom";
 
 /// The guest tests of devices that are taken away or removed, and by how much their rounds are multiplied: fifty
-/// times decoding is switched off, and twice a card is pulled.
-const OUTAGES: [&str; 2] = ["revocation::", "removal::"];
+/// times decoding is switched off, and twice a card is pulled. They print how long that took.
+const OUTAGES: [&str; 3] = ["revocation::", "removal::", "--nocapture"];
 const OUTAGE_ROUNDS: u32 = 20;
+/// The example whose server truncates the file behind a window.
+const TRUNCATIONS: (&str, [&str; 4]) = ("unplug", ["--cause", "truncate", "--rounds", "1000"]);
 /// The time limit of such a boot.
 const OUTAGE_TIME: Duration = Duration::from_secs(60 * 60);
 
@@ -55,7 +57,7 @@ pub fn run(lab: &Lab, store: &Store) -> Result<bool> {
     let passed_through = vmm::run(lab, store, &[], Extent::Long)?;
     let recovered = faults()?;
     let handled = handlers()? && interleavings()?;
-    let contained = outages(lab, store)?;
+    let contained = outages(lab, store, &test::selected(&[]))?;
     let sane = sanitize::run()?;
     let all = raced && started && passed_through && recovered && handled && contained && sane;
     Ok(fuzz::run(Limit::Runs(RUNS))? && all)
@@ -101,11 +103,36 @@ fn interleavings() -> Result<bool> {
     Ok(status.success())
 }
 
-/// Takes devices away a thousand times by each cause, and pulls, unplugs and unbinds them forty times, in each kernel.
-fn outages(lab: &Lab, store: &Store) -> Result<bool> {
+/// Takes devices away a thousand times by each cause, and pulls, unplugs and unbinds them forty times, in each of
+/// these kernels.
+pub fn outages(lab: &Lab, store: &Store, kernels: &[&'static Kernel]) -> Result<bool> {
     ui::status("Running", &format!("outages in guests, {OUTAGE_ROUNDS} times as many rounds"));
     let lab = Lab { rounds: OUTAGE_ROUNDS, timeout: lab.timeout.max(OUTAGE_TIME), ..lab.clone() };
-    test::guest(&lab, store, &test::selected(&[]), &OUTAGES.map(str::to_owned), false)
+    let mut passed = true;
+    for kernel in kernels {
+        passed &= truncations(&lab, store, kernel)?;
+    }
+    Ok(test::guest(&lab, store, kernels, &OUTAGES.map(str::to_owned), false)? && passed)
+}
+
+/// Truncates the file behind windows a thousand times.
+fn truncations(lab: &Lab, store: &Store, kernel: &'static Kernel) -> Result<bool> {
+    let (example, arguments) = TRUNCATIONS;
+    let program = payload::tested_example(example)?;
+    let Some(image) = kernel.image(store)? else {
+        ui::warning(&format!("the mirror does not have kernel {} any more", kernel.name));
+        return Ok(true);
+    };
+    let arguments = arguments.map(str::to_owned);
+    let payload = Payload { program: &program, arguments: &arguments, files: &[] };
+    let label = format!("{}-truncations", kernel.name);
+    let outcome = lab.boot(&image, Variant::Usual, &payload, &label)?;
+    let complaints = outcome.complaints();
+    let passed = matches!(outcome.ending, Ending::Exited(0)) && complaints.is_empty();
+    if !passed {
+        ui::error(&format!("{label}\n{complaints}"));
+    }
+    Ok(passed)
 }
 
 /// Moves and duplicates a mapping while it is revoked, in the patched kernel.

@@ -96,6 +96,13 @@ pub fn rounds(usual: usize) -> usize {
     usual * factor.unwrap_or(1)
 }
 
+/// Does something in each of so many rounds, or more in a soak, and prints how long they took.
+pub fn in_rounds(what: &str, usual: usize, act: impl FnMut(usize)) {
+    let (rounds, begun) = (rounds(usual), Instant::now());
+    (0..rounds).for_each(act);
+    println!("{what}: {rounds} times in {:.1} s", begun.elapsed().as_secs_f32());
+}
+
 /// Opens a device of the lab and lets it answer.
 pub fn open(name: &str) -> Device {
     let device = Device::open(address(name)).unwrap();

@@ -115,7 +115,7 @@ fn nvme_that_is_pulled_under_load_ends_each_request_once() {
     lab::empty_hot_slot(|| pull(lab::address("hot")));
     machine.add_disk(DISK);
     plug_nvme_in(&mut machine);
-    for round in 0..lab::rounds(2) {
+    lab::in_rounds("pulled under load", 2, |round| {
         leftovers::none_of(|| {
             let (device, controller) = open("hot", round % 2 == 1);
             let failed = under_load(&controller, |_| pull(lab::address("hot")));
@@ -127,7 +127,7 @@ fn nvme_that_is_pulled_under_load_ends_each_request_once() {
         });
         lab::empty_hot_slot(|| {});
         plug_nvme_in(&mut machine);
-    }
+    });
     // The driver works with the one that took its place.
     let (device, controller) = open("hot", false);
     assert_eq!(under_load(&controller, |stop| stop.store(true, Ordering::Relaxed)), 0);
@@ -158,7 +158,7 @@ fn lets_go_under_load(name: &str, interrupts: bool, request: impl FnOnce(), done
 #[test]
 fn nvme_under_load_lets_go_when_it_is_unbound() {
     let sysfs = lab::sysfs("nvme");
-    for round in 0..lab::rounds(2) {
+    lab::in_rounds("unbound under load", 2, |round| {
         let address = lab::address("nvme").to_string();
         let path = format!("/sys/bus/pci/devices/{address}/driver/unbind");
         let unbinding = std::cell::Cell::new(None);
@@ -173,7 +173,7 @@ fn nvme_under_load_lets_go_when_it_is_unbound() {
         );
         assert_eq!(sysfs.driver(), None);
         sysfs.bind_vfio_pci().unwrap().keep();
-    }
+    });
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn nvme_under_load_lets_go_at_device_del_by_acpi_hotplug() {
     machine.unplug("hot");
     lab::until_gone("hot");
     machine.add_disk(DISK);
-    for round in 0..lab::rounds(2) {
+    lab::in_rounds("unplugged under load", 2, |round| {
         plug_nvme_in(&mut machine);
         lets_go_under_load(
             "hot",
@@ -190,7 +190,7 @@ fn nvme_under_load_lets_go_at_device_del_by_acpi_hotplug() {
             || machine.unplug("hot"),
             || lab::until_gone("hot"),
         );
-    }
+    });
     machine.remove_disk(DISK);
     lab::plug_hot_in(&mut machine);
 }

@@ -98,7 +98,7 @@ fn drive(window: &Window, turns: &AtomicU64) {
 fn a_device_that_was_pulled_is_gone_and_no_access_faults() {
     let mut machine = Machine::open();
     let address = lab::address("hot");
-    for _ in 0..lab::rounds(2) {
+    lab::in_rounds("pulled", 2, |_| {
         leftovers::none_of(|| {
             let device = lab::open("hot");
             let config = device.config().unwrap();
@@ -141,5 +141,5 @@ fn a_device_that_was_pulled_is_gone_and_no_access_faults() {
         let device = lab::open("hot");
         assert!(!device.gone());
         device.close().unwrap();
-    }
+    });
 }

@@ -187,16 +187,18 @@ fn load_or_die(address: usize) -> u32 {
 }
 
 /// Runs an ignored test below in a process of its own: the guard is for the whole life of a process.
-fn contained(test: &str, subject: &str) {
+fn contained(test: &str, subject: &str, rounds: usize) {
+    let begun = Instant::now();
     let environment = [("SUBJECT", subject.to_owned())];
     let status = lab::child(&format!("revocation::{test}"), &environment, None);
     assert!(status.success(), "{test} {subject}: {status}");
+    println!("{test}, {subject}: {rounds} times in {:.1} s", begun.elapsed().as_secs_f32());
 }
 
 #[test]
 fn decoding_that_others_switch_off_is_contained() {
     for subject in ["nvme", "edu", "ivshmem64m"] {
-        contained("survives_decoding", subject);
+        contained("survives_decoding", subject, rounds());
     }
 }
 
@@ -204,15 +206,23 @@ fn decoding_that_others_switch_off_is_contained() {
 fn a_sleep_that_others_cause_is_contained() {
     // Linux 5.10 looks at memory decoding only: no access faults.
     if lab::kernel() != "5.10" {
-        contained("survives_sleep", "nvme");
-        contained("survives_sleep", "e1000e");
+        contained("survives_sleep", "nvme", rounds());
+        contained("survives_sleep", "e1000e", rounds());
     }
 }
 
 #[test]
 fn a_reset_by_others_revokes_nothing() {
-    contained("waits_for_resets", "nvme");
+    contained("waits_for_resets", "nvme", RESETS);
 }
+
+/// How often devices are taken away, by each cause.
+fn rounds() -> usize {
+    lab::rounds(50)
+}
+
+/// How often one is reset by others.
+const RESETS: usize = 10;
 
 /// Runs `act` again and again while a thread for each window reads and writes its scratch register. Each round
 /// ends when each thread has made an access since `act` began.
@@ -268,7 +278,7 @@ fn comes_and_goes(expected: FaultCause, away: impl Fn(&Device), back: impl Fn(&D
     let subject = subject();
     let device = lab::open(subject.name);
     let windows = aliases(subject, &device);
-    under_load(subject, &windows, lab::rounds(50), |_| {
+    under_load(subject, &windows, rounds(), |_| {
         away(&device);
         until("all are revoked", || windows.iter().all(Window::is_revoked));
         assert_eq!(windows[3].revoked(), Some(Revoked::Fault(expected)), "{}", subject.name);
@@ -316,7 +326,7 @@ fn waits_for_resets() {
     let subject = subject();
     let device = lab::open(subject.name);
     let windows = aliases(subject, &device);
-    under_load(subject, &windows, 10, |_| {
+    under_load(subject, &windows, RESETS, |_| {
         device.transport().reset().unwrap();
         assert!(!windows.iter().any(Window::is_revoked));
     });
