@@ -38,9 +38,10 @@ const WITHOUT_INTREMAP: &str = "without_intremap";
 const SERIES: &str = "series::";
 
 /// The examples that run on real devices, and their arguments.
-const EXAMPLES: [(&str, &[&str]); 3] = [
+const EXAMPLES: [(&str, &[&str]); 4] = [
     ("tour", &["--device", "@igb"]),
     ("edu", &["--device", "@edu"]),
+    ("unplug", &["--device", "@nvme", "--cause", "d3"]),
     ("nvme", &["verify", "--device", "@disk", "--yes-destroy-data"]),
 ];
 
