@@ -250,9 +250,10 @@ impl Mapping {
                 })
             }
         }?;
-        *pages = revoked.get();
         // SAFETY: the new side was made above, and nothing else has its address yet.
-        unsafe { self.restrict(access, destination, new) }
+        let new = unsafe { self.restrict(access, destination, new) }?;
+        *pages = revoked.get();
+        Ok(new)
     }
 
     fn by_old_len_zero(

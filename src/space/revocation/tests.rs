@@ -11,7 +11,7 @@ use super::registry::State;
 use super::*;
 use crate::error::ErrorKind;
 use crate::space::fixture::{MIB, PAGE, backing, map, read, secluded, shared, state, write};
-use crate::space::{Backing, BackingKind, Mapping, Placement};
+use crate::space::{Backing, BackingKind, Mapping, Placement, Strategy};
 use crate::sys::mm::{self, Access};
 use crate::sys::spy::{self, Call};
 use crate::sys::{eventfd, file, maps};
@@ -160,6 +160,34 @@ fn replaces_or_fills(call: Call) -> bool {
 /// Does what the handler does at a fault in the window.
 fn handle(mapping: &Mapping) -> std::result::Result<bool, Refused> {
     guard::revoke(&registry().find(mapping.range().start).unwrap())
+}
+
+/// A handler takes no lock, so it may revoke a window just before its page tables move.
+#[test]
+fn the_pages_of_a_revoked_window_are_not_duplicated() {
+    let mapping = alone(PAGE);
+    write(&mapping, 0, 6);
+    let duplicate =
+        |place: Placement| mapping.duplicate(Access::ReadWrite, place.by(&[Strategy::DontUnmap]));
+    drop(duplicate(Placement::Anywhere).unwrap());
+    for placed in [false, true] {
+        let place = if placed { Placement::In(secluded(PAGE)) } else { Placement::Anywhere };
+        let start = mapping.range().start;
+        let revoke = move |call| {
+            if matches!(call, Call::DontUnmap | Call::DontUnmapFixed { .. }) {
+                assert_eq!(guard::revoke(&registry().find(start).unwrap()), Ok(true));
+            }
+            None
+        };
+        let failed = spy::script(revoke, || duplicate(place).map(drop).unwrap_err());
+        assert_eq!(failed.kind(), ErrorKind::Revoked, "{failed}");
+        let place = failed.into_reservation();
+        assert_eq!(place.as_ref().map(|it| state(&it.range())), placed.then_some((0, PAGE)));
+        assert_eq!(read(&mapping, 0), u32::MAX);
+        mapping.control().restore(Reasons::FAULT).unwrap();
+        let (made, _) = duplicate(Placement::Anywhere).unwrap();
+        assert_eq!((read(&mapping, 0), read(&made, 0)), (6, 6));
+    }
 }
 
 #[test]
