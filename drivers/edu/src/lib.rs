@@ -30,15 +30,23 @@
 
 #![forbid(unsafe_code)]
 
-use std::time::Duration;
+#[cfg(test)]
+mod tests;
+
+use std::time::{Duration, Instant};
 
 use vfio_remap::device::{
     BufferRequest, DmaBuffer, DmaSpace, Interrupt, IoRegisterBlock, IovaPlacement, Vectors,
 };
-use vfio_remap::{Device, Result, register_block, try_poll_until};
+use vfio_remap::{Device, Error, ErrorKind, Result, register_block, try_poll_until};
 
 /// The address of the device's own buffer of 4096 bytes, for DMA transfers.
 pub const DEVICE_BUFFER: u64 = 0x4_0000;
+
+/// The vendor and the device ID of configuration space, and the constant part of the register ID.
+const IDS: (u16, u16) = (0x1234, 0x11e8);
+const IDENTIFICATION: u32 = 0x00ed;
+const CONSTANT: u32 = 0xffff;
 
 /// The time limit for each wait.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -103,13 +111,15 @@ pub struct Edu {
     registers: IoRegisterBlock<Registers>,
     buffer: DmaBuffer,
     vectors: Vectors,
+    timeout: Duration,
 }
 
 impl Edu {
     /// Initializes the device.
     ///
     /// # Errors
-    /// The errors of the methods of [`Device`] that it calls.
+    /// `Unsupported` if it is another device: nothing but its memory decoding was changed then. The errors of the
+    /// methods of [`Device`] that it calls.
     pub fn new(device: Device, interrupt: Interrupt) -> Result<Self> {
         // The device has 28 address bits, so its memory must have low addresses.
         let buffer = BufferRequest::new(8192).placement(IovaPlacement::below_bits(28));
@@ -125,18 +135,26 @@ impl Edu {
         interrupt: Interrupt,
         buffer: BufferRequest,
     ) -> Result<Self> {
+        let config = device.config()?;
+        let (vendor, id) = (config.vendor_id()?, config.device_id()?);
+        if (vendor, id) != IDS {
+            return Err(another(&device, format!("it is {vendor:04x}:{id:04x}, not 1234:11e8")));
+        }
         // Both are off in a device that VFIO opens. The registers need memory decoding. DMA and MSI need bus
         // mastering; without it they do nothing, and no error is reported.
-        let config = device.config()?;
         config.set_memory_decoding(true)?;
-        config.set_bus_mastering(true)?;
         // Mapped if the BAR can be mapped, otherwise reached by system calls.
-        let registers = device.bar(0)?.block(0)?;
+        let registers: IoRegisterBlock<Registers> = device.bar(0)?.block(0)?;
+        let id = registers.read(Registers::ID)?;
+        if id & CONSTANT != IDENTIFICATION {
+            return Err(another(&device, format!("it identifies itself as {id:#010x}")));
+        }
+        config.set_bus_mastering(true)?;
         // A transfer that timed out may still write to the buffer. With a mapping of its own the device no longer
         // reaches the memory after the buffer is dropped, and no other buffer gets it before.
         let buffer = device.dma()?.buffer_with(buffer.own_mapping())?;
         let vectors = device.vectors(interrupt, 1)?;
-        Ok(Self { device, registers, buffer, vectors })
+        Ok(Self { device, registers, buffer, vectors, timeout: TIMEOUT })
     }
 
     /// The memory that the driver and the device share.
@@ -182,14 +200,14 @@ impl Edu {
         self.registers.write(Registers::STATUS, Status::new())?;
         self.registers.write(Registers::FACTORIAL, n)?;
         let status = || self.registers.read(Registers::STATUS);
-        try_poll_until("a factorial", TIMEOUT, status, |status| !status.computing())?;
+        try_poll_until("a factorial", self.timeout, status, |status| !status.computing())?;
         self.registers.read(Registers::FACTORIAL)
     }
 
     /// `n`! modulo 2^32, by interrupt.
     ///
     /// # Errors
-    /// `TimedOut` if no interrupt arrives within ten seconds.
+    /// `TimedOut` if the interrupt does not arrive within ten seconds, whatever else the device raises.
     pub fn factorial(&self, n: u32) -> Result<u32> {
         self.registers.write(Registers::STATUS, Status::new().with_interrupt(true))?;
         self.registers.write(Registers::FACTORIAL, n)?;
@@ -241,8 +259,9 @@ impl Edu {
 
     /// Waits for the interrupt with this cause, acknowledges it, and unmasks the next one.
     fn serve(&self, cause: u32) -> Result<()> {
+        let end = Instant::now() + self.timeout;
         loop {
-            self.vectors.wait(0, TIMEOUT)?;
+            self.vectors.wait(0, end.saturating_duration_since(Instant::now()))?;
             // The device asserts its interrupt until every cause is acknowledged.
             let causes = self.registers.read(Registers::CAUSES)?;
             self.registers.write(Registers::ACKNOWLEDGE, causes)?;
@@ -253,6 +272,15 @@ impl Edu {
             if causes & cause != 0 {
                 return Ok(());
             }
+            // A wait of no time still takes an interrupt that is there.
+            if Instant::now() >= end {
+                return Err(Error::new(ErrorKind::TimedOut, "wait for", self.device.name())
+                    .with_reason(format!(
+                        "it raised interrupts for {:?}, the last one with the causes {causes:#x}, none with \
+                         {cause:#x}",
+                        self.timeout
+                    )));
+            }
         }
     }
 
@@ -261,8 +289,14 @@ impl Edu {
     /// # Errors
     /// `InUse`, with what still holds the device.
     pub fn close(self) -> Result<()> {
-        let Self { device, registers, buffer, vectors } = self;
+        let Self { device, registers, buffer, vectors, timeout: _ } = self;
         drop((registers, buffer, vectors));
         Ok(device.close()?)
     }
+}
+
+fn another(device: &Device, reason: String) -> Error {
+    Error::new(ErrorKind::Unsupported, "drive", device.name())
+        .with_reason(reason)
+        .with_advice("this driver is for the educational device of QEMU (-device edu)")
 }
