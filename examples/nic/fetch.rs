@@ -138,7 +138,8 @@ impl Fetch {
     pub fn close(self, stack: &mut Stack) {
         // A socket that is removed says nothing any more: the reset has to be sent before.
         stack.sockets.get_mut::<tcp::Socket>(self.socket).abort();
-        stack.poll();
+        // Its network may be gone, and the reset with it.
+        let _ = stack.poll();
         stack.sockets.remove(self.socket);
     }
 

@@ -18,6 +18,7 @@ mod generate;
 mod get;
 mod guard;
 mod info;
+mod network;
 mod options;
 mod pattern;
 mod pcap;

@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use smoltcp::wire::Ipv4Cidr;
 use vfio_remap_ethernet::MacAddress;
 
+use crate::network::{NO_STATION, is_station};
+
 /// Drives an Intel 82576 or 82574L network card from user space.
 ///
 /// The tool uses the whole card: it resets it at the beginning and stops it at the end. A card that is bound to a
@@ -36,10 +38,10 @@ pub struct Common {
     #[arg(long, global = true, value_name = "ADDRESS/BITS", value_parser = network)]
     pub address: Option<Ipv4Cidr>,
     /// The router to other networks [default: as DHCP says]
-    #[arg(long, global = true, value_name = "ADDRESS", requires = "address")]
+    #[arg(long, global = true, value_name = "ADDRESS", requires = "address", value_parser = station)]
     pub gateway: Option<Ipv4Addr>,
     /// The DNS server [default: as DHCP says]
-    #[arg(long, global = true, value_name = "ADDRESS")]
+    #[arg(long, global = true, value_name = "ADDRESS", value_parser = station)]
     pub dns: Option<Ipv4Addr>,
     /// The longest packet in bytes, without the Ethernet header
     #[arg(long, global = true, value_name = "BYTES", default_value_t = 1500)]
@@ -165,5 +167,13 @@ pub struct Capture {
 }
 
 fn network(text: &str) -> Result<Ipv4Cidr, &'static str> {
-    text.parse().map_err(|()| "an address and the length of its network, such as 10.0.2.15/24")
+    let network: Ipv4Cidr = text
+        .parse()
+        .map_err(|()| "an address and the length of its network, such as 10.0.2.15/24")?;
+    if is_station(network.address()) { Ok(network) } else { Err(NO_STATION) }
+}
+
+fn station(text: &str) -> Result<Ipv4Addr, &'static str> {
+    let address: Ipv4Addr = text.parse().map_err(|_| "an address such as 10.0.2.2")?;
+    if is_station(address) { Ok(address) } else { Err(NO_STATION) }
 }

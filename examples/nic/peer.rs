@@ -17,10 +17,11 @@ use crate::card::{LOOK, emulated_address, wait_for_link};
 use crate::dhcp::Dhcp;
 use crate::dns::Dns;
 use crate::fetch::{Fetch, Fetched};
+use crate::network::Network;
 use crate::pattern::{self, HOST, Pattern};
 use crate::request::{NOT_FOUND, Status};
 use crate::server::{Body, Content, Server};
-use crate::stack::{Network, Stack};
+use crate::stack::Stack;
 use crate::stop::Stop;
 use crate::url::Url;
 

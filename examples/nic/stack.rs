@@ -10,12 +10,13 @@ use smoltcp::iface::{
 };
 use smoltcp::socket::{dhcpv4, dns, tcp};
 use smoltcp::time::{Duration as Period, Instant as Now};
-use smoltcp::wire::{DnsQueryType, IpAddress, IpCidr, Ipv4Cidr};
+use smoltcp::wire::{DnsQueryType, IpAddress, IpCidr};
 use vfio_remap::{Error, ErrorKind, Result};
 use vfio_remap_ethernet::Nic;
 use vfio_remap_ethernet::smoltcp::StackDevice;
 
 use crate::card::{LOOK, RECEIVE_ENTRIES};
+use crate::network::Network;
 use crate::options::Common;
 use crate::stop::Stop;
 
@@ -37,25 +38,11 @@ pub struct Stack {
     pub sockets: SocketSet<'static>,
     /// The DHCP client, which renews the lease.
     dhcp: Option<SocketHandle>,
+    /// Why the last lease was not taken.
+    refused: Option<Error>,
     pub network: Network,
     pub stop: Stop,
     mtu: usize,
-}
-
-/// Where a stack is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Network {
-    pub address: Option<Ipv4Cidr>,
-    pub router: Option<Ipv4Addr>,
-    pub dns: Vec<Ipv4Addr>,
-}
-
-impl Network {
-    /// What the command line says.
-    fn given(common: &Common) -> Self {
-        let dns = common.dns.into_iter().collect();
-        Self { address: common.address, router: common.gateway, dns }
-    }
 }
 
 impl Stack {
@@ -70,6 +57,7 @@ impl Stack {
             interface,
             sockets: SocketSet::new(Vec::new()),
             dhcp: None,
+            refused: None,
             network: Network::default(),
             stop: stop.clone(),
             mtu: nic.settings().mtu,
@@ -79,7 +67,7 @@ impl Stack {
     /// Has the addresses of the command line, or asks for some by DHCP.
     ///
     /// # Errors
-    /// `TimedOut` if no DHCP server answers.
+    /// `TimedOut` if no DHCP server answers with what can be used.
     pub fn configure(&mut self, common: &Common) -> Result<()> {
         let given = Network::given(common);
         if given.address.is_some() {
@@ -93,10 +81,16 @@ impl Stack {
         let limit = Duration::from_secs(common.link_timeout);
         let found = self.run(Some(limit), |stack| Ok(stack.network.address.map(drop)))?;
         found.ok_or_else(|| {
+            let seconds = common.link_timeout;
+            let reason = match &self.refused {
+                None => format!("no server answered within {seconds} s"),
+                Some(why) => format!("no lease could be used within {seconds} s: {}", why.reason()),
+            };
             Error::new(ErrorKind::TimedOut, "get", "an address by DHCP")
-                .with_reason(format!("no server answered within {} s", common.link_timeout))
+                .with_reason(reason)
                 .with_advice("wait longer (--link-timeout), or pass --address, and --gateway for other networks")
         })?;
+        given.check()?;
         if !given.dns.is_empty() {
             self.network.dns = given.dns;
         }
@@ -104,7 +98,11 @@ impl Stack {
     }
 
     /// Is in this network from now on.
+    ///
+    /// # Errors
+    /// `InvalidInput` if an address is not that of a station.
     pub fn apply(&mut self, network: Network) -> Result<()> {
+        network.check()?;
         let routes = self.interface.routes_mut();
         routes.remove_default_ipv4_route();
         let added = match network.router {
@@ -127,15 +125,18 @@ impl Stack {
     /// Does what the DHCP server says.
     fn follow_lease(&mut self) -> Result<()> {
         let Some(dhcp) = self.dhcp else { return Ok(()) };
-        let network = match self.sockets.get_mut::<dhcpv4::Socket>(dhcp).poll() {
+        let socket = self.sockets.get_mut::<dhcpv4::Socket>(dhcp);
+        let leased = match socket.poll() {
             None => return Ok(()),
-            Some(dhcpv4::Event::Deconfigured) => Network::default(),
-            Some(dhcpv4::Event::Configured(lease)) => Network {
-                address: Some(lease.address),
-                router: lease.router,
-                dns: lease.dns_servers.to_vec(),
-            },
+            Some(dhcpv4::Event::Deconfigured) => Ok(Network::default()),
+            Some(dhcpv4::Event::Configured(lease)) => Network::leased(&lease),
         };
+        let network = leased.unwrap_or_else(|why| {
+            // It asks again, and another server may answer.
+            socket.reset();
+            self.refused = Some(why);
+            Network::default()
+        });
         self.apply(network)
     }
 
@@ -143,7 +144,10 @@ impl Stack {
     ///
     /// In steps, not by `Interface::poll`: smoltcp keeps the rest of one packet that goes in fragments, and the next
     /// such packet would take its place.
-    pub fn poll(&mut self) {
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn poll(&mut self) -> Result<()> {
         self.interface.poll_maintenance(Now::now());
         loop {
             let taken =
@@ -153,11 +157,15 @@ impl Stack {
             }
             self.send_fragments();
         }
+        // Before anything is sent by it.
+        self.follow_lease()?;
         while self.interface.poll_egress(Now::now(), &mut self.device, &mut self.sockets)
             != PollResult::None
         {
             self.send_fragments();
         }
+        // A lease ends when there is something to send.
+        self.follow_lease()
     }
 
     /// Sends the rest of a packet that goes in fragments.
@@ -184,12 +192,11 @@ impl Stack {
     ) -> Result<Option<T>> {
         let end = limit.and_then(|limit| Instant::now().checked_add(limit));
         loop {
-            self.poll();
-            self.follow_lease()?;
+            self.poll()?;
             let found = done(self)?;
             if found.is_some() || end.is_some_and(|end| end <= Instant::now()) {
                 // What was said last goes.
-                self.poll();
+                self.poll()?;
                 self.device.flush()?;
                 return Ok(found);
             }
@@ -268,7 +275,7 @@ impl Stack {
 
     /// Stops the queues, after what was said last is sent.
     pub fn close(mut self) -> Result<()> {
-        self.poll();
+        self.poll()?;
         self.device.stop()
     }
 }

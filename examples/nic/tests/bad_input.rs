@@ -112,3 +112,24 @@ fn an_error_is_exit_status_1_and_a_line() {
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8(output.stderr).unwrap().contains("such as 10.0.2.15/24"));
 }
+
+#[test]
+fn an_address_that_no_station_has_is_refused() {
+    let network = ["--address", "10.0.2.15/24"];
+    for address in ["224.0.0.1", "255.255.255.255", "0.0.0.0"] {
+        for words in [
+            &[&["--gateway", address], &network[..]].concat()[..],
+            &["--dns", address],
+            &["--address", &format!("{address}/24")],
+        ] {
+            let output = start(&[&["ping"], words].concat()).wait_with_output().unwrap();
+            assert_eq!(output.status.code(), Some(2), "{words:?}");
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert!(said.contains("a station has no such address"), "{words:?}: {said}");
+        }
+        // There may be names of such.
+        let ping = ["ping", address, "--count", "1", "--timeout", "1"];
+        fails(&ping, ErrorKind::TimedOut, &[address, "none of 1 pings"]);
+        assert!(run(&["get", &format!("http://{address}/"), "--timeout", "1"]).is_err());
+    }
+}

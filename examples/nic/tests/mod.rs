@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod commands;
+mod leases;
 mod served;
 mod signals;
 mod tap;
