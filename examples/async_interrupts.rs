@@ -5,12 +5,22 @@
 
 #![forbid(unsafe_code)]
 
+#[macro_use]
+#[path = "common/say.rs"]
+mod say;
+
+use std::process::ExitCode;
 use std::sync::Arc;
 
+use clap::Parser;
 use tokio::io::unix::AsyncFd;
 use vfio_remap::device::{Interrupt, Vector};
 use vfio_remap::emulated::{Edu, Emulated};
 use vfio_remap::{Device, IoRegister, Result};
+
+/// Computes factorials on an emulated edu device, and waits for its interrupts as a task.
+#[derive(Parser)]
+struct Options {}
 
 /// Waits until the vector has fired. Other tasks run meanwhile.
 async fn fired(vector: &AsyncFd<Vector>) -> std::io::Result<u64> {
@@ -24,8 +34,13 @@ async fn fired(vector: &AsyncFd<Vector>) -> std::io::Result<u64> {
     }
 }
 
+fn main() -> ExitCode {
+    let Options {} = Options::parse();
+    say::end("async_interrupts", factorials())
+}
+
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+async fn factorials() -> Result<()> {
     let device = Device::new(Arc::new(Emulated::new(Edu::new())?));
     device.config()?.set_bus_mastering(true)?;
     let vectors = device.vectors(Interrupt::Msi, 1)?;
@@ -42,7 +57,7 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         factorial.write(n)?;
         fired(&done).await?;
         acknowledge.write(causes.read()?)?;
-        println!("{n}! = {}", factorial.read()?);
+        say!("{n}! = {}", factorial.read()?);
     }
     drop((done, vectors, factorial, status, causes, acknowledge));
     Ok(device.close()?)

@@ -6,6 +6,9 @@
 
 #![forbid(unsafe_code)]
 
+#[macro_use]
+#[path = "common/say.rs"]
+mod say;
 mod common;
 
 use std::process::ExitCode;
@@ -34,15 +37,9 @@ enum Kind {
 
 fn main() -> ExitCode {
     if let Some(served) = common::served() {
-        return served.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+        return served;
     }
-    match drive(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("edu: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    say::end("edu", drive(&Options::parse()))
 }
 
 fn drive(options: &Options) -> Result<()> {
@@ -53,12 +50,12 @@ fn drive(options: &Options) -> Result<()> {
     };
     let name = device.name().to_owned();
     let edu = Edu::new(device, interrupt)?;
-    println!("{name}: identification {:#010x}", edu.id()?);
+    say!("{name}: identification {:#010x}", edu.id()?);
     expect("liveness", edu.liveness(0x1234_5678)?, !0x1234_5678)?;
     expect("10! by polling", edu.factorial_polled(10)?, 3_628_800)?;
     expect("12! by interrupt", edu.factorial(12)?, 479_001_600)?;
     edu.ring()?;
-    println!("the interrupt arrived");
+    say!("the interrupt arrived");
     let sent: Vec<u8> = (0..4096u32).map(|n| (n % 251) as u8).collect();
     edu.buffer().write(0, &sent);
     edu.there_and_back(0, 4096, 4096)?;
@@ -75,7 +72,7 @@ fn differing(one: &[u8], other: &[u8]) -> u32 {
 }
 
 fn expect(what: &str, found: u32, expected: u32) -> Result<()> {
-    println!("{what}: {found:#x}");
+    say!("{what}: {found:#x}");
     if found == expected {
         return Ok(());
     }

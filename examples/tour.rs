@@ -3,6 +3,9 @@
 //!
 //! Without `--device` it runs on an emulated device, QEMU's edu, in a separate process.
 
+#[macro_use]
+#[path = "common/say.rs"]
+mod say;
 mod common;
 
 use std::cmp::Reverse;
@@ -15,7 +18,8 @@ use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::{Value, json};
 use vfio_remap::space::{Attempt, KernelVersion, Outcome, Request};
 use vfio_remap::{
-    Device, Placement, Region, Register, Report, Reservation, Result, Strategy, Window,
+    Device, Error, ErrorKind, Placement, Region, Register, Report, Reservation, Result, Strategy,
+    Window,
 };
 
 /// Maps a BAR, duplicates and relocates the window, and reports which strategy was used and why.
@@ -69,15 +73,9 @@ struct Scratch {
 
 fn main() -> ExitCode {
     if let Some(served) = common::served() {
-        return served.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+        return served;
     }
-    match tour(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("tour: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    say::end("tour", tour(&Options::parse()))
 }
 
 fn tour(options: &Options) -> Result<()> {
@@ -90,7 +88,8 @@ fn tour(options: &Options) -> Result<()> {
         // The largest mappable part: all of most BARs, or what MSI-X leaves.
         let part = bar.layout().mappable().min_by_key(|part| Reverse(part.end - part.start));
         let part = part.unwrap_or(0..bar.size());
-        let (window, cost) = measured(|| bar.map(part.clone(), Placement::Anywhere))?;
+        let (window, cost) = measured(|| bar.map(part.clone(), Placement::Anywhere))
+            .map_err(|failed| other_bar(failed.into()))?;
         story.map(&bar, &window, &cost);
         let scratch = scratch(&device, &bar, &window);
         let copy = duplicate(&mut story, &window, scratch.as_ref(), options.strategy)?;
@@ -102,7 +101,7 @@ fn tour(options: &Options) -> Result<()> {
     story.say("Closed: nothing held the device.");
     if options.json {
         let kernel = KernelVersion::running().to_string();
-        println!(
+        say!(
             "{}",
             json!({"device": name, "kernel": kernel, "regions": regions, "steps": story.steps})
         );
@@ -110,9 +109,18 @@ fn tour(options: &Options) -> Result<()> {
     Ok(())
 }
 
+fn other_bar(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::NotMappable => {
+            error.with_advice("choose another BAR, 0 to 5: --bar")
+        }
+        _ => error,
+    }
+}
+
 fn choose(device: &Device, index: Option<u32>) -> Result<Region<'_>> {
     match index {
-        Some(index) => device.bar(index),
+        Some(index) => device.bar(index).map_err(other_bar),
         None => {
             let mappable = |bar: &Region<'_>| -> u64 {
                 bar.layout().mappable().map(|part| part.end - part.start).sum()
@@ -278,7 +286,7 @@ fn measured<T, E>(
 impl Story {
     fn say(&self, line: impl std::fmt::Display) {
         if !self.json {
-            println!("{line}");
+            say!("{line}");
         }
     }
 
@@ -352,8 +360,7 @@ impl Story {
             self.say(format!("  proof     {what}"));
             return Ok(());
         }
-        Err(vfio_remap::Error::new(vfio_remap::ErrorKind::Malformed, "check", "the device")
-            .with_reason(what))
+        Err(Error::new(ErrorKind::Malformed, "check", "the device").with_reason(what))
     }
 }
 

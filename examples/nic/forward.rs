@@ -227,12 +227,12 @@ fn load(count: &AtomicU64) -> u64 {
 fn report(common: &Common, names: [&str; 2], outcome: &Outcome) {
     let Outcome { seconds, counts, copied, arrived } = outcome;
     if !common.json {
-        println!("{}", table(*seconds, counts));
+        say!("{}", table(*seconds, counts));
         let how = if *copied { "each frame was copied once" } else { "no frame was copied" };
-        println!("{how}");
+        say!("{how}");
         if let Some([one, other]) = arrived {
             let (frames, lost) = (one.frames + other.frames, one.lost + other.lost);
-            println!("between the stations at the ends: {frames} frames arrived, {lost} were lost");
+            say!("between the stations at the ends: {frames} frames arrived, {lost} were lost");
         }
         return;
     }
@@ -247,5 +247,5 @@ fn report(common: &Common, names: [&str; 2], outcome: &Outcome) {
         direction
     });
     let directions: Vec<_> = directions.collect();
-    println!("{}", json!({"seconds": seconds, "copied": copied, "directions": directions}));
+    say!("{}", json!({"seconds": seconds, "copied": copied, "directions": directions}));
 }

@@ -69,10 +69,10 @@ pub fn run(common: &Common, generate: &Generate, stop: &Stop) -> Result<()> {
                 "seconds": rate.seconds, "frames_per_second": rate.frames_per_second(),
                 "megabits_per_second": rate.megabits()})
         });
-        println!("{}", json!({"queues": generate.queues, "rates": rates.collect::<Vec<_>>()}));
+        say!("{}", json!({"queues": generate.queues, "rates": rates.collect::<Vec<_>>()}));
     } else {
-        println!("{TITLE}");
-        rates.iter().for_each(|rate| println!("{}", rate.row()));
+        say!("{TITLE}");
+        rates.iter().for_each(|rate| say!("{}", rate.row()));
     }
     Ok(())
 }

@@ -92,13 +92,13 @@ fn report(common: &Common, url: &Url, fetched: &Fetched) {
     let seconds = elapsed.as_secs_f64();
     if common.json {
         let url = format!("http://{}{}", url.authority(), url.path);
-        println!(
+        say!(
             "{}",
             json!({"url": url, "status": head.status, "bytes": bytes, "seconds": seconds, "sha256": sha256})
         );
     } else {
         let rate = *bytes as f64 / 1e6 / seconds;
-        println!("{bytes} bytes in {seconds:.3} s, {rate:.1} MB/s, SHA-256 {sha256}");
+        say!("{bytes} bytes in {seconds:.3} s, {rate:.1} MB/s, SHA-256 {sha256}");
     }
 }
 

@@ -24,7 +24,7 @@ pub fn run(common: &Common, stop: &Stop) -> Result<()> {
         let (nic, statistics) = (&card.nic, card.nic.statistics()?);
         let phy = nic.phy_identifier()?;
         if common.json {
-            println!("{}", as_json(nic, link, phy, &statistics));
+            say!("{}", as_json(nic, link, phy, &statistics));
         } else {
             print(nic, link, phy, &statistics);
         }
@@ -87,18 +87,18 @@ fn as_json(nic: &Nic, link: Option<Link>, phy: u32, statistics: &Statistics) -> 
 
 fn print(nic: &Nic, link: Option<Link>, phy: u32, statistics: &Statistics) {
     let model = nic.model();
-    println!("{}: {model}, address {}, PHY {phy:#010x}", nic.name(), nic.address());
+    say!("{}: {model}, address {}, PHY {phy:#010x}", nic.name(), nic.address());
     match link {
-        Some(link) => println!("  link: {link}"),
-        None => println!("  no link: plug its cable in, or look whether the other end is on"),
+        Some(link) => say!("  link: {link}"),
+        None => say!("  no link: plug its cable in, or look whether the other end is on"),
     }
-    println!("  {} queues in each direction, {} addresses", model.queues(), 1 + model.addresses());
-    println!("  MTU {}, at most {}", nic.settings().mtu, Settings::MOST_MTU);
-    println!("  {}", features(model).join(", "));
+    say!("  {} queues in each direction, {} addresses", model.queues(), 1 + model.addresses());
+    say!("  MTU {}, at most {}", nic.settings().mtu, Settings::MOST_MTU);
+    say!("  {}", features(model).join(", "));
     let counts = counts(statistics);
     let counts = counts.iter().filter(|(_, count)| *count > 0);
     let counts: Vec<_> = counts.map(|(name, count)| format!("{name} {count}")).collect();
-    println!("  counted since it was reset: {}", or_nothing(&counts.join(", ")));
+    say!("  counted since it was reset: {}", or_nothing(&counts.join(", ")));
 }
 
 fn or_nothing(text: &str) -> &str {

@@ -7,6 +7,9 @@
 
 #![forbid(unsafe_code)]
 
+#[macro_use]
+#[path = "../common/say.rs"]
+mod say;
 mod capture;
 mod card;
 mod dhcp;
@@ -47,13 +50,7 @@ use vfio_remap::Result;
 fn main() -> ExitCode {
     let options = Options::parse();
     let performed = Stop::on_signals().and_then(|stop| perform(&options, &stop));
-    match performed {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("nic: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    say::end("nic", performed)
 }
 
 /// Runs a command until it is done, or until `stop` is set.

@@ -103,7 +103,7 @@ impl<'p> Pinger<'p> {
             let is_last = sequence == self.ping.count;
             let pause = if is_last { Duration::from_secs(common.timeout) } else { interval };
             stack.run(Some(pause), |stack| {
-                self.receive(stack, progress);
+                self.receive(stack, progress)?;
                 // The next is sent after the interval; nothing follows the last.
                 let is_over = is_last && self.waiting.is_empty();
                 Ok((is_over || stack.stop.is_set()).then_some(()))
@@ -129,7 +129,7 @@ impl<'p> Pinger<'p> {
         Ok(())
     }
 
-    fn receive(&mut self, stack: &mut Stack, progress: &Progress) {
+    fn receive(&mut self, stack: &mut Stack, progress: &Progress) -> Result<()> {
         let socket = stack.sockets.get_mut::<icmp::Socket>(self.socket);
         while let Ok((payload, from)) = socket.recv() {
             let Ok(packet) = Icmpv4Packet::new_checked(payload) else { continue };
@@ -146,14 +146,15 @@ impl<'p> Pinger<'p> {
             let Some(sent) = self.waiting.remove(&seq_no) else { continue };
             if data != self.data {
                 self.tally.wrong += 1;
-                progress.line(&format!("{from}: {seq_no}, with other data than was sent"));
+                progress.line(&format!("{from}: {seq_no}, with other data than was sent"))?;
                 continue;
             }
             let time = sent.elapsed();
             let (len, ms) = (data.len(), milliseconds(time));
-            progress.line(&format!("{len} bytes from {from}: {seq_no}, {ms:.3} ms"));
+            progress.line(&format!("{len} bytes from {from}: {seq_no}, {ms:.3} ms"))?;
             self.tally.times.push(time);
         }
+        Ok(())
     }
 }
 
@@ -167,7 +168,7 @@ fn report(common: &Common, ping: &Ping, address: Ipv4Addr, tally: &Tally) {
     let most = times.iter().max().copied().map(milliseconds);
     let mean = least.map(|_| milliseconds(times.iter().sum::<Duration>()) / times.len() as f64);
     if common.json {
-        println!(
+        say!(
             "{}",
             json!({"address": address.to_string(), "size": ping.size, "sent": sent,
                 "received": times.len(), "wrong": wrong, "min_ms": least, "mean_ms": mean,
@@ -176,8 +177,8 @@ fn report(common: &Common, ping: &Ping, address: Ipv4Addr, tally: &Tally) {
         return;
     }
     let wrong = if *wrong > 0 { format!(", {wrong} with other data") } else { String::new() };
-    println!("{address}: {sent} sent, {} answered{wrong}", times.len());
+    say!("{address}: {sent} sent, {} answered{wrong}", times.len());
     if let (Some(least), Some(mean), Some(most)) = (least, mean, most) {
-        println!("round trip: {least:.3} ms at least, {mean:.3} on average, {most:.3} at most");
+        say!("round trip: {least:.3} ms at least, {mean:.3} on average, {most:.3} at most");
     }
 }

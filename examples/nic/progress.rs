@@ -2,7 +2,10 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use vfio_remap::Result;
+
 use crate::options::Common;
+use crate::say;
 
 /// What is shown on standard error while a command runs, if that is a terminal. Hidden with `--json`.
 pub struct Progress {
@@ -53,10 +56,14 @@ impl Progress {
     }
 
     /// Prints a line that stays, on standard output, unless that is for JSON.
-    pub fn line(&self, text: &str) {
+    ///
+    /// # Errors
+    /// Why lines are lost.
+    pub fn line(&self, text: &str) -> Result<()> {
         if !self.json {
-            self.bar.suspend(|| println!("{text}"));
+            self.bar.suspend(|| say!("{text}"));
         }
+        say::check()
     }
 
     pub fn done(&self) {

@@ -46,7 +46,7 @@ pub fn run(common: &Common, serve: &Serve, stop: &Stop) -> Result<()> {
         let mut server = Server::new(&mut stack, serve.port, files);
         let base = base(&stack, serve.port)?;
         if !common.json {
-            println!("{} is served at http://{}/", serve.directory.display(), base.authority());
+            say!("{} is served at http://{}/", serve.directory.display(), base.authority());
         }
         let mut client = peer.map(|peer| Client::new(peer, &serve.directory, &base)).transpose()?;
         let totals = answer(&mut stack, &mut server, &mut client, serve, &progress)?;
@@ -58,13 +58,13 @@ pub fn run(common: &Common, serve: &Serve, stop: &Stop) -> Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     if common.json {
         let url = format!("http://{}/", base.authority());
-        println!(
+        say!(
             "{}",
             json!({"url": url, "requests": requests, "bytes": bytes, "failed": failed,
                 "seconds": seconds})
         );
     } else {
-        println!("{requests} requests, {bytes} bytes, {failed} failed, in {seconds:.1} s");
+        say!("{requests} requests, {bytes} bytes, {failed} failed, in {seconds:.1} s");
     }
     Ok(())
 }
@@ -92,7 +92,7 @@ fn answer(
         for served in server.poll(&mut stack.sockets)? {
             totals.count(&served);
             let Served { client, path, status, bytes, .. } = served;
-            progress.line(&format!("{client} {status} {path} {bytes}"));
+            progress.line(&format!("{client} {status} {path} {bytes}"))?;
         }
         if shown.elapsed() >= SHOW {
             shown = Instant::now();

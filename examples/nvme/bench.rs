@@ -127,7 +127,7 @@ fn check(bench: &Bench, session: &Session) -> Result<()> {
 fn introduce(bench: &Bench, session: &Session, queues: &[IoQueue]) {
     let Bench { depth, block_size, read_percent, threads, time, .. } = bench;
     let seconds = time.as_secs_f64();
-    println!(
+    say!(
         "{}: {read_percent} % reads, {block_size} bytes at random places, {depth} at a time, \
          {threads} threads, {seconds} s",
         session.controller.name()
@@ -135,17 +135,17 @@ fn introduce(bench: &Bench, session: &Session, queues: &[IoQueue]) {
     let pairs = session.controller.queues_per_doorbell_page();
     for queue in queues {
         match queue.doorbell_range() {
-            Some(range) => println!(
+            Some(range) => say!(
                 "queue {}: doorbells at {:#x}..{:#x} of BAR 0, in a window of their own",
                 queue.id(),
                 range.start,
                 range.end
             ),
-            None => println!("queue {}: its doorbells cannot be mapped", queue.id()),
+            None => say!("queue {}: its doorbells cannot be mapped", queue.id()),
         }
     }
     if pairs > 1 {
-        println!("  (the page that such a window maps holds the doorbells of {pairs} pairs)");
+        say!("  (the page that such a window maps holds the doorbells of {pairs} pairs)");
     }
 }
 
@@ -157,7 +157,7 @@ fn report(options: &Options, bench: &Bench, tallies: &[Tally]) {
     let iops = operations as f64 / seconds;
     if options.common.json {
         let completion = if bench.interrupts { "interrupts" } else { "polled" };
-        println!(
+        say!(
             "{}",
             json!({
                 "iops": iops, "depth": bench.depth, "block_size": bench.block_size,
@@ -169,7 +169,7 @@ fn report(options: &Options, bench: &Bench, tallies: &[Tally]) {
         return;
     }
     let rate = iops * bench.block_size as f64 / 1e6;
-    println!("{operations} requests in {seconds:.2} s: {iops:.0} a second, {rate:.1} MB/s");
+    say!("{operations} requests in {seconds:.2} s: {iops:.0} a second, {rate:.1} MB/s");
     latencies.print();
 }
 

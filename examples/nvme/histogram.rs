@@ -39,7 +39,7 @@ impl Latencies {
     /// Prints one line for each factor of the square root of two.
     pub fn print(&self) {
         let samples = self.0.len();
-        println!("latency of {samples} requests, every {}th:", crate::bench::SAMPLE);
+        say!("latency of {samples} requests, every {}th:", crate::bench::SAMPLE);
         let mut bars = Vec::new();
         let (mut from, mut to) = (0, 1000f64);
         while from <= self.0.max() {
@@ -52,10 +52,10 @@ impl Latencies {
         for (end, count) in &bars[first..] {
             let length = (*count as f64 / most as f64 * WIDTH).ceil() as usize;
             let share = 100.0 * *count as f64 / samples.max(1) as f64;
-            println!("  < {:>9} {share:5.1} % {}", micros(*end), "█".repeat(length));
+            say!("  < {:>9} {share:5.1} % {}", micros(*end), "█".repeat(length));
         }
         let at = |quantile| micros(self.0.value_at_quantile(quantile));
-        println!(
+        say!(
             "  half within {}, 99 % within {}, 99.9 % within {}, the longest {}",
             at(0.5),
             at(0.99),

@@ -5,6 +5,9 @@
 
 #![forbid(unsafe_code)]
 
+#[macro_use]
+#[path = "../common/say.rs"]
+mod say;
 mod bench;
 #[path = "../common/mod.rs"]
 mod common;
@@ -30,15 +33,9 @@ use vfio_remap::Result;
 
 fn main() -> ExitCode {
     if let Some(served) = common::served() {
-        return served.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+        return served;
     }
-    match perform(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("nvme: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    say::end("nvme", perform(&Options::parse()))
 }
 
 fn perform(options: &Options) -> Result<()> {

@@ -63,11 +63,7 @@ pub fn run(options: &Options, verify: &Verify) -> Result<()> {
     let mut state = State::begin(verify, &session)?;
     guard::permit(&options.common, &session, &mut mover)?;
     if state.written > 0 && !options.common.json {
-        println!(
-            "continuing after {} of {} blocks",
-            state.written,
-            session.namespace.block_count()
-        );
+        say!("continuing after {} of {} blocks", state.written, session.namespace.block_count());
     }
     let start = Instant::now();
     write(options, verify, &session, &mut mover, &mut state)?;
@@ -151,7 +147,7 @@ fn report(options: &Options, session: &Session, state: &State, faults: &Faults, 
     let seconds = start.elapsed().as_secs_f64();
     let (blocks, bytes) = (session.namespace.block_count(), session.namespace.size());
     if options.common.json {
-        println!(
+        say!(
             "{}",
             json!({"blocks": blocks, "bytes": bytes, "faults": faults.count, "seed": state.seed,
                 "seconds": seconds})
@@ -159,13 +155,13 @@ fn report(options: &Options, session: &Session, state: &State, faults: &Faults, 
         return;
     }
     for (block, fault) in &faults.first {
-        println!("block {block}: {fault}");
+        say!("block {block}: {fault}");
     }
     if faults.count > PRINTED {
-        println!("and {} more", faults.count - PRINTED);
+        say!("and {} more", faults.count - PRINTED);
     }
     if faults.count == 0 {
-        println!("all {blocks} blocks are correct: {bytes} bytes, {seconds:.2} s");
+        say!("all {blocks} blocks are correct: {bytes} bytes, {seconds:.2} s");
     }
 }
 

@@ -3,6 +3,9 @@
 //! `cargo run --example serve -- edu --socket /tmp/edu.sock`, then for instance
 //! `qemu-system-x86_64 … -device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"/tmp/edu.sock"}}'`.
 
+#[macro_use]
+#[path = "../common/say.rs"]
+mod say;
 mod namespace;
 #[cfg(test)]
 mod tests;
@@ -94,8 +97,7 @@ const EXAMPLES: &str = "Examples:
 
 fn main() -> ExitCode {
     let Err(error) = serve(Options::parse());
-    eprintln!("serve: {error}");
-    ExitCode::FAILURE
+    say::end("serve", Err(error))
 }
 
 fn serve(options: Options) -> Result<Infallible> {
@@ -114,7 +116,7 @@ fn serve(options: Options) -> Result<Infallible> {
             let counts = Arc::new(Counts::default());
             let card = connected(Igb::new(mac.0), wire, capture, &counts)?;
             at_the_end = Some(Box::new(move || {
-                println!("{}", if json { counts.json() } else { counts.to_string() });
+                say!("{}", if json { counts.json() } else { counts.to_string() });
             }));
             (Emulated::new(card)?, common)
         }
@@ -125,7 +127,7 @@ fn serve(options: Options) -> Result<Infallible> {
     remove_at_the_end(&common.socket, at_the_end).map_err(|error| {
         Error::new(ErrorKind::Os, "wait for", "signals").with_reason(error.to_string())
     })?;
-    println!("{name} is served at {}", common.socket.display());
+    say!("{name} is served at {}", common.socket.display());
     loop {
         if let Err(error) = server.serve() {
             eprintln!("serve: {error}");
@@ -170,11 +172,9 @@ fn remove_at_the_end(socket: &Path, first: Option<AtTheEnd>) -> io::Result<()> {
         if let Some(first) = first {
             first();
         }
-        if let Err(error) = std::fs::remove_file(&socket) {
-            eprintln!("serve: cannot remove {}: {error}", socket.display());
-            exit(1);
-        }
-        exit(0);
+        let removed = std::fs::remove_file(&socket)
+            .map_err(|error| Error::from_io(error, "remove", socket.display()));
+        exit(i32::from(say::end("serve", removed) != ExitCode::SUCCESS));
     })?;
     Ok(())
 }
