@@ -1,12 +1,13 @@
 //! What takes a device away.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use vfio_remap::transport::region_index;
 use vfio_remap::{Device, Error, ErrorKind, Result};
 
 use crate::served::Served;
+use crate::until;
 
 /// What takes the device away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -33,6 +34,12 @@ const CONTROL_STATUS: u64 = 4;
 const D3_HOT: u16 = 3;
 
 impl Cause {
+    /// Whether this program's own device can be taken away like this: its memory does not depend on its registers, it
+    /// has no power management, and nobody removes it.
+    pub fn is_for_its_own(self) -> bool {
+        matches!(self, Self::Truncate | Self::Reset)
+    }
+
     pub fn take_away(
         self,
         device: &Device,
@@ -52,15 +59,11 @@ impl Cause {
                     .with_reason(outage.to_string()))
             }
             Self::Removal => {
-                println!("waiting until {} is removed", device.name());
-                let end = Instant::now() + patience;
-                while !device.gone() {
-                    if Instant::now() > end {
-                        return Err(Error::new(ErrorKind::TimedOut, "wait for", "the removal"));
-                    }
+                say!("waiting until {} is removed", device.name());
+                until("the device is removed", patience, || {
                     std::thread::sleep(Duration::from_millis(10));
-                }
-                Ok(())
+                    device.gone()
+                })
             }
         }
     }

@@ -11,6 +11,9 @@
 
 #![forbid(unsafe_code)]
 
+#[macro_use]
+#[path = "../common/say.rs"]
+mod say;
 mod cause;
 mod served;
 #[cfg(test)]
@@ -42,7 +45,7 @@ struct Options {
     #[arg(long, default_value_t = 0)]
     bar: u32,
     /// The register that they poll: 32 bits at this offset
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value = "0", value_parser = number)]
     offset: usize,
     /// How often it is taken away
     #[arg(long, default_value_t = 20)]
@@ -56,17 +59,26 @@ fn main() -> ExitCode {
     if let Some(served) = served::serve() {
         return served;
     }
-    match served::program().and_then(|program| run(&Options::parse(), program)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("unplug: {error}");
-            ExitCode::FAILURE
-        }
+    let options = Options::parse();
+    say::end("unplug", served::program().and_then(|program| run(&options, program)))
+}
+
+/// A number, as this program prints it (0x…) or in decimal.
+fn number(text: &str) -> std::result::Result<usize, std::num::ParseIntError> {
+    match text.strip_prefix("0x") {
+        Some(digits) => usize::from_str_radix(digits, 16),
+        None => text.parse(),
     }
 }
 
 /// `program` starts this program as the server of its own device.
 fn run(options: &Options, program: Command) -> Result<()> {
+    if options.device.is_none() && !options.cause.is_for_its_own() {
+        let what = "this program's own device";
+        return Err(Error::new(ErrorKind::Unsupported, "take away", what)
+            .with_reason(format!("{:?} does not reach it", options.cause))
+            .with_advice("name another one (--device), or use --cause truncate or --cause reset"));
+    }
     let (device, mut server) = match &options.device {
         Some(name) => (open(name)?, None),
         None => {
@@ -76,12 +88,14 @@ fn run(options: &Options, program: Command) -> Result<()> {
     };
     FaultGuard::install(FaultScope::WindowOnly)?;
     let windows = windows(&device, options.bar)?;
-    println!("{}: {} windows over bar {}", device.name(), windows.len(), options.bar);
+    say!("{}: {} windows over bar {}", device.name(), windows.len(), options.bar);
     let polling = Polling {
         stop: AtomicBool::new(false),
         reads: windows.iter().map(|_| AtomicU64::new(0)).collect(),
     };
     let result = std::thread::scope(|scope| {
+        // The scope waits for the threads, however this ends.
+        let stopping = Stopping(&polling.stop);
         let mut threads = Vec::new();
         for (window, reads) in windows.iter().zip(&polling.reads) {
             let register = window.read_only_register::<u32>(options.offset)?;
@@ -89,13 +103,13 @@ fn run(options: &Options, program: Command) -> Result<()> {
             threads.push(scope.spawn(move || poll(&register, window, stop, reads)));
         }
         let result = rounds(options, &device, &windows, &polling, server.as_mut());
-        polling.stop.store(true, Ordering::Relaxed);
+        drop(stopping);
         let noticed: u64 = threads.into_iter().filter_map(|thread| thread.join().ok()).sum();
-        println!("the threads noticed {noticed} times that a value was not the device's");
+        say!("the threads noticed {noticed} times that a value was not the device's");
         result
     });
     let reads: u64 = polling.reads.iter().map(|reads| reads.load(Ordering::Relaxed)).sum();
-    println!("{reads} reads, none of which ended the process");
+    say!("{reads} reads, none of which ended the process");
     result?;
     drop((windows, server));
     Ok(device.close()?)
@@ -110,18 +124,19 @@ fn open(name: &str) -> Result<Device> {
     Ok(device)
 }
 
+const OTHER_BAR: &str = "choose another one, 0 to 5: --bar";
+
 /// An original, a duplicate, and one that was relocated.
 fn windows(device: &Device, bar: u32) -> Result<Vec<Window>> {
-    let bar = device.bar(bar)?;
+    let bar = device.bar(bar).map_err(|error| error.with_advice(OTHER_BAR))?;
     let part = bar.layout().mappable().next().ok_or_else(|| {
-        Error::new(ErrorKind::NotMappable, "map", format!("{bar:?}"))
-            .with_advice("choose another one: --bar")
+        Error::new(ErrorKind::NotMappable, "map", format!("{bar:?}")).with_advice(OTHER_BAR)
     })?;
     let original = bar.map(part, Placement::Anywhere)?;
     let (duplicate, _) = original.duplicate(Placement::Anywhere)?;
     let (mut relocated, _) = original.duplicate(Placement::Anywhere)?;
     let relocation = relocated.relocate(Placement::Anywhere)?;
-    println!("{}", relocation.report);
+    say!("{}", relocation.report);
     Ok(vec![original, duplicate, relocated])
 }
 
@@ -129,6 +144,15 @@ struct Polling {
     stop: AtomicBool,
     /// How often each thread has read its register.
     reads: Vec<AtomicU64>,
+}
+
+/// Ends the threads when it is dropped.
+struct Stopping<'s>(&'s AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A thread of a driver: reads a register again and again, and waits while its window is revoked. Returns how
@@ -175,7 +199,7 @@ fn rounds(
         let why = windows.iter().filter_map(Window::revoked);
         contained += why.clone().filter(|why| matches!(why, Revoked::Fault(_))).count();
         if let (1, Some(why)) = (round, why.clone().next()) {
-            println!("revoked: {why}");
+            say!("revoked: {why}");
         }
         until("the threads go on", patience, || polling.has_gone_on())?;
         if options.cause == Cause::Removal {
@@ -184,7 +208,7 @@ fn rounds(
         options.cause.bring_back(device, &mut server)?;
         restored += device.restore().into_result()?.len();
     }
-    println!(
+    say!(
         "{rounds} rounds by {:?}: {contained} faults contained, {restored} windows restored",
         options.cause
     );
@@ -217,9 +241,10 @@ impl Polling {
 }
 
 fn until(what: &str, patience: Duration, holds: impl Fn() -> bool) -> Result<()> {
-    let end = Instant::now() + patience;
+    // Patience beyond what the clock can say has no end.
+    let end = Instant::now().checked_add(patience);
     while !holds() {
-        if Instant::now() > end {
+        if end.is_some_and(|end| Instant::now() > end) {
             return Err(Error::new(ErrorKind::TimedOut, "wait until", what));
         }
         std::thread::yield_now();

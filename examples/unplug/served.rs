@@ -10,6 +10,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::sync::Arc;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::mkdtemp;
 use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
     vfio_region_info, vfio_region_sparse_mmap_area,
@@ -33,7 +34,32 @@ pub struct Served {
     child: Child,
     orders: ChildStdin,
     answers: BufReader<ChildStdout>,
-    socket: PathBuf,
+    directory: Directory,
+}
+
+/// A directory that only this user can enter, for the socket. Dropping this removes it.
+pub struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> io::Result<Self> {
+        Ok(Self(mkdtemp(&std::env::temp_dir().join(format!("{}XXXXXX", Self::prefix())))?))
+    }
+
+    /// What its name begins with; the rest nobody can guess.
+    pub fn prefix() -> String {
+        format!("vfio-remap-unplug-{}-", std::process::id())
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.0.join("socket")
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.socket());
+        let _ = std::fs::remove_dir(&self.0);
+    }
 }
 
 impl Served {
@@ -64,7 +90,6 @@ impl Drop for Served {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.socket);
     }
 }
 
@@ -82,19 +107,19 @@ pub fn program() -> Result<Command> {
 
 /// Starts the server, and connects to it.
 pub fn start(mut program: Command) -> Result<(Device, Served)> {
-    let socket = std::env::temp_dir().join(format!("vfio-remap-unplug-{}", std::process::id()));
     let mut start = || -> io::Result<Served> {
-        program.env(SOCKET, &socket).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let directory = Directory::new()?;
+        program.env(SOCKET, directory.socket()).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = program.spawn()?;
         let (orders, answers) = (child.stdin.take(), child.stdout.take());
         let pipes = orders.zip(answers).ok_or_else(|| io::Error::other("it has no pipes"))?;
         let answers = BufReader::new(pipes.1);
-        Ok(Served { child, orders: pipes.0, answers, socket: socket.clone() })
+        Ok(Served { child, orders: pipes.0, answers, directory })
     };
     let mut served = start().map_err(|error| failed(&error))?;
     // It answers once it listens.
     served.restore()?;
-    let device = Device::new(Arc::new(VfioUser::connect(&served.socket)?));
+    let device = Device::new(Arc::new(VfioUser::connect(served.directory.socket())?));
     Ok((device, served))
 }
 
@@ -106,7 +131,7 @@ pub fn serve() -> Option<ExitCode> {
     Some(match serve_at_socket() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("unplug, serving: {error}");
+            let _ = writeln!(io::stderr(), "unplug, serving: {error}");
             ExitCode::FAILURE
         }
     })
@@ -135,7 +160,7 @@ fn serve_at(socket: &Path) -> io::Result<()> {
     for order in io::stdin().lines() {
         let order = order?;
         memory.set_len(if order == "truncate" { 0 } else { SIZE })?;
-        println!("{order}");
+        writeln!(io::stdout(), "{order}")?;
         io::stdout().flush()?;
     }
     Ok(())
