@@ -51,9 +51,9 @@ pub fn run(common: &Common, capture: &Capture, stop: &Stop) -> Result<()> {
     let file = capture.file.display();
     if common.json {
         let file = file.to_string();
-        println!("{}", json!({"file": file, "frames": frames, "bytes": bytes, "missed": missed}));
+        say!("{}", json!({"file": file, "frames": frames, "bytes": bytes, "missed": missed}));
     } else {
-        println!("{frames} frames, {bytes} bytes in {file}; {missed} were missed");
+        say!("{frames} frames, {bytes} bytes in {file}; {missed} were missed");
     }
     Ok(())
 }
@@ -68,7 +68,9 @@ pub fn receive(
 ) -> Result<Tally> {
     let mut pool = nic.pool(usize::from(ENTRIES) + BURST)?;
     let mut queues = nic.queue()?;
-    let end = capture.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    // A time beyond what the clock can say is no limit.
+    let time = capture.seconds.map(Duration::from_secs);
+    let end = time.and_then(|time| Instant::now().checked_add(time));
     let progress = Progress::table(common);
     let mut shown = Instant::now();
     let mut tally = Tally::default();

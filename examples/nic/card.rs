@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_remap::emulated::Emulated;
-use vfio_remap::emulated::igb::{Igb, Packets, Port};
+use vfio_remap::emulated::igb::{Igb, Port};
 use vfio_remap::transport::{Binding, Sysfs, Vfio, VfioUser};
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
 use vfio_remap_ethernet::{Link, Model, Nic, Settings};
@@ -14,6 +14,7 @@ use crate::options::Common;
 use crate::peer::Peer;
 use crate::stop::Stop;
 use crate::survey::Machine;
+use crate::tap;
 
 const EMULATED: &str = "emulated:";
 
@@ -33,6 +34,9 @@ pub struct Card {
 pub fn has_wire(common: &Common, device: &str) -> bool {
     device.starts_with(EMULATED) && common.tap.is_none()
 }
+
+/// The shortest packet that each station takes (RFC 791 §3.2).
+const LEAST_MTU: usize = 68;
 
 /// Descriptors of a receive queue: room for all that a station may send before it is answered.
 pub const RECEIVE_ENTRIES: u16 = 1024;
@@ -97,12 +101,23 @@ impl Card {
     }
 }
 
+/// The driver refuses such an MTU, too, and does not know the options of this program.
+fn check_mtu(mtu: usize) -> Result<()> {
+    if (LEAST_MTU..=Settings::MOST_MTU).contains(&mtu) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::OutOfRange, "use", format!("an MTU of {mtu}"))
+        .with_reason("the cards have no such one")
+        .with_advice(format!("pass --mtu {LEAST_MTU} to {}", Settings::MOST_MTU)))
+}
+
 /// Waits for the link of a card, unless it should end.
 pub fn wait_for_link(nic: &Nic, limit: Duration, stop: &Stop) -> Result<Link> {
-    let end = Instant::now() + limit;
+    // A limit beyond what the clock can say is none.
+    let end = Instant::now().checked_add(limit);
     loop {
         stop.check("the wait for a link")?;
-        let left = end.saturating_duration_since(Instant::now());
+        let left = end.map_or(LOOK, |end| end.saturating_duration_since(Instant::now()));
         match nic.wait_for_link(left.min(LOOK)) {
             Err(error) if error.kind() == ErrorKind::TimedOut && !left.is_zero() => {}
             Err(error) if error.kind() == ErrorKind::TimedOut => {
@@ -158,6 +173,7 @@ impl Found {
     }
 
     fn bring_up(self, settings: Settings) -> Result<Card> {
+        check_mtu(settings.mtu)?;
         let Self { device, wire, binding } = self;
         Ok(Card { nic: Nic::new(device, settings)?, wire, binding })
     }
@@ -177,7 +193,7 @@ fn emulated(
     let other = beside.and_then(|other| other.transport_as::<Emulated>());
     let card = Igb::new(emulated_address(if other.is_some() { 2 } else { 1 }));
     let (card, far) = match &common.tap {
-        Some(name) => (card.with_wire(Packets::tap(name)?), None),
+        Some(name) => (card.with_wire(tap::open(name)?), None),
         None => {
             let (near, far) = Port::pair();
             (card.with_wire(near), Some(far))

@@ -14,6 +14,8 @@ use crate::stack::Stack;
 use crate::url::Url;
 
 const SEND: usize = 4 << 10;
+/// The stack adds a limit to its clock, and panics if that overflows.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// A file that is on its way.
 pub struct Fetch {
@@ -44,7 +46,7 @@ impl Fetch {
     /// Begins to connect to a server. It may be silent for `limit` at most.
     pub fn new(stack: &mut Stack, url: Url, server: Ipv4Addr, limit: Duration) -> Result<Self> {
         let mut socket = Stack::tcp(stack.window(), SEND);
-        socket.set_timeout(Some(Period::from(limit.max(Duration::from_secs(1)))));
+        socket.set_timeout(Some(Period::from(limit.clamp(Duration::from_secs(1), LONGEST))));
         let remote = (server, url.port);
         socket.connect(stack.interface.context(), remote, Stack::local_port()).map_err(
             |error| {

@@ -35,6 +35,8 @@ mod server;
 mod stack;
 mod stop;
 mod survey;
+#[path = "../common/tap.rs"]
+mod tap;
 #[cfg(test)]
 mod tests;
 mod traffic;

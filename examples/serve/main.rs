@@ -7,6 +7,8 @@
 #[path = "../common/say.rs"]
 mod say;
 mod namespace;
+#[path = "../common/tap.rs"]
+mod tap;
 #[cfg(test)]
 mod tests;
 mod wire;

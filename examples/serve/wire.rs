@@ -37,7 +37,7 @@ impl WireSpec {
                 socket.connect(theirs).map_err(|error| failed("send to", theirs, error))?;
                 Packets::new(socket)
             }
-            Self::Tap(name) => Packets::tap(name),
+            Self::Tap(name) => crate::tap::open(name),
             Self::Stdin => {
                 let socket = stdin().as_fd().try_clone_to_owned().map_err(|error| {
                     Error::new(ErrorKind::Os, "use", "standard input")

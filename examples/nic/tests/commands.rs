@@ -134,6 +134,18 @@ fn captured_frames_are_in_the_file() {
     assert_eq!(fs::read(&file).unwrap().len(), 24 + 16 + 14);
 }
 
+/// It is no limit.
+#[test]
+fn a_time_that_no_clock_counts_is_taken() {
+    let scratch = Scratch::new("for ever");
+    let file = scratch.file("frames.pcap");
+    let most = &u64::MAX.to_string()[..];
+    let limits = ["--link-timeout", most, "--timeout", most];
+    run(&[&["capture", &file, "--count", "1", "--seconds", most], &limits[..]].concat()).unwrap();
+    run(&[&["get", "http://server.test/1000"], &limits[..]].concat()).unwrap();
+    run(&[&["ping", "--count", "1", "--interval", most], &limits[..]].concat()).unwrap();
+}
+
 /// The frames of a capture file.
 pub fn frames(file: &[u8]) -> Vec<Vec<u8>> {
     let (mut rest, mut frames) = (&file[24..], Vec::new());
