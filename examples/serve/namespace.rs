@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind as Io};
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use vfio_remap::emulated::nvme::Namespace;
@@ -35,31 +36,45 @@ impl Spec {
     pub fn open(&self) -> Result<Namespace> {
         let namespace = match &self.source {
             Source::Memory(size) => Namespace::memory(*size, self.block)?,
-            Source::File(path, size) => {
-                let failed = |error: io::Error| {
-                    Error::new(ErrorKind::Os, "open", path.display()).with_reason(error.to_string())
-                };
-                let mut options = File::options();
-                options.read(true).write(!self.read_only);
-                let file = match (options.open(path), size) {
-                    (Err(error), Some(size)) if error.kind() == Io::NotFound => {
-                        options.write(true).create_new(true);
-                        let file = options.open(path).map_err(failed)?;
-                        file.set_len(*size).map_err(failed)?;
-                        file
-                    }
-                    (opened, _) => opened.map_err(failed)?,
-                };
-                let has = file.metadata().map_err(failed)?.len();
-                if let Some(size) = size.filter(|size| *size != has) {
-                    return Err(Error::new(ErrorKind::OutOfRange, "open", path.display())
-                        .with_reason(format!("it has {has} bytes, and size={size} was asked for"))
-                        .with_advice("leave size out, or name another file"));
-                }
-                Namespace::file(file, self.block)?
-            }
+            Source::File(path, size) => Namespace::file(self.file(path, *size)?, self.block)?,
         };
         Ok(if self.read_only { namespace.read_only() } else { namespace })
+    }
+
+    fn file(&self, path: &Path, size: Option<u64>) -> Result<File> {
+        let failed = |error: io::Error| {
+            Error::new(ErrorKind::Os, "open", path.display()).with_reason(error.to_string())
+        };
+        let mut options = File::options();
+        // To open a FIFO would wait for its other end.
+        options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        options.read(true).write(!self.read_only);
+        let file = match (options.open(path), size) {
+            (Err(error), Some(size)) if error.kind() == Io::NotFound => {
+                options.write(true).create_new(true);
+                let file = options.open(path).map_err(failed)?;
+                if let Err(error) = file.set_len(size) {
+                    // It is this program's, and of no use.
+                    let _ = std::fs::remove_file(path);
+                    return Err(failed(error));
+                }
+                file
+            }
+            (opened, _) => opened.map_err(failed)?,
+        };
+        let metadata = file.metadata().map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(Error::new(ErrorKind::InvalidInput, "open", path.display())
+                .with_reason("it is no regular file")
+                .with_advice("name one, or one that does not exist yet, and its size"));
+        }
+        let has = metadata.len();
+        if let Some(size) = size.filter(|size| *size != has) {
+            return Err(Error::new(ErrorKind::OutOfRange, "open", path.display())
+                .with_reason(format!("it has {has} bytes, and size={size} was asked for"))
+                .with_advice("leave size out, or name another file"));
+        }
+        Ok(file)
     }
 }
 
@@ -93,6 +108,13 @@ impl FromStr for Spec {
             Some(("file", path)) => Source::File(path.into(), size),
             _ => return Err("it begins with \"memory:\" or \"file:\"".to_owned()),
         };
+        // Before anything is made.
+        let (Source::Memory(whole) | Source::File(_, Some(whole))) = source else {
+            return Ok(Self { source, block, read_only });
+        };
+        if !whole.is_multiple_of(block.into()) {
+            return Err(format!("{whole} bytes are not a whole number of blocks of {block}"));
+        }
         Ok(Self { source, block, read_only })
     }
 }

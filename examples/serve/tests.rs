@@ -102,7 +102,20 @@ fn what_cannot_be_served_is_named() {
     assert!(said.contains("1000 bytes"), "{said}");
     let said = serve(&format!("file:{},size=1M", short.display()));
     assert!(said.contains("it has 1000 bytes, and size=1048576 was asked for"), "{said}");
-    fs::remove_file(short).unwrap();
+    fs::remove_file(&short).unwrap();
+    // Nobody is at its other end: to open it would wait for ever.
+    nix::unistd::mkfifo(&short, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for options in ["", ",read-only", ",size=1M"] {
+        let said = serve(&format!("file:{}{options}", short.display()));
+        assert!(said.contains("it is no regular file"), "{said}");
+    }
+    fs::remove_file(&short).unwrap();
+    // No file is that large.
+    for size in ["100", "8388607T"] {
+        let said = serve(&format!("file:{},size={size}", missing.display()));
+        assert!(said.contains(missing.to_str().unwrap()), "{said}");
+        assert!(!missing.exists(), "{said}");
+    }
     let said = serve("disk:/tmp/disk");
     assert!(said.contains("--namespace") && said.contains("\"memory:\" or \"file:\""), "{said}");
 }
@@ -129,6 +142,8 @@ fn namespaces_are_understood_or_the_mistake_is_named() {
         ("memory:1M,block=513", "not \"513\""),
         ("memory:1M,readonly", "no option \"readonly\""),
         ("memory:1M,size=1M", "follows"),
+        ("memory:1000", "1000 bytes are not a whole number of blocks of 512"),
+        ("file:a,size=512,block=4096", "512 bytes are not a whole number of blocks of 4096"),
         ("file:", "path of the file is missing"),
         ("file:a,size=", "\"\" is not a size"),
     ] {
