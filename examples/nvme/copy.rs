@@ -1,8 +1,8 @@
 //! `nvme read` and `nvme write`: copies between blocks and a file.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Instant;
 
 use serde_json::json;
@@ -25,7 +25,8 @@ pub fn read(options: &Options, copy: &Copy) -> Result<()> {
     let length = copy.length.unwrap_or(session.namespace.size().saturating_sub(copy.offset));
     let blocks = blocks(&session.namespace, copy.offset, length)?;
     let failed = |error| about(copy, "write", &error);
-    let file = File::create(&copy.file).map_err(failed)?;
+    let file =
+        open(File::options().write(true).create(true).truncate(true), copy).map_err(failed)?;
     let start = Instant::now();
     let progress = Progress::new(&options.common, "reading", length);
     Mover::new(&session)?.read(blocks, |block, bytes| {
@@ -43,8 +44,15 @@ pub fn read(options: &Options, copy: &Copy) -> Result<()> {
 pub fn write(options: &Options, copy: &Copy) -> Result<()> {
     let session = Session::open(&options.common, Settings::default())?;
     let failed = |error| about(copy, "read", &error);
-    let file = File::open(&copy.file).map_err(failed)?;
-    let there = file.metadata().map_err(failed)?.len();
+    let file = open(File::options().read(true), copy).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    let there = metadata.len();
+    if !metadata.is_file() || there == 0 {
+        let reason = if metadata.is_file() { "it is empty" } else { "it is no regular file" };
+        return Err(Error::new(ErrorKind::InvalidInput, "copy", copy.file.display())
+            .with_reason(reason)
+            .with_advice("name a file that has whole blocks"));
+    }
     let length = copy.length.unwrap_or(there);
     if length > there {
         return Err(Error::new(ErrorKind::OutOfRange, "read", copy.file.display())
@@ -67,6 +75,11 @@ pub fn write(options: &Options, copy: &Copy) -> Result<()> {
     report(options, "written", length, start);
     drop(mover);
     session.close()
+}
+
+/// Opens the file. A FIFO without another end does not block.
+fn open(options: &mut OpenOptions, copy: &Copy) -> std::io::Result<File> {
+    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(&copy.file)
 }
 
 /// Splits a run of blocks into parts of at most `size` blocks.
@@ -97,10 +110,10 @@ fn blocks(namespace: &Namespace, offset: u64, length: u64) -> Result<Range<u64>>
 fn report(options: &Options, what: &str, bytes: u64, start: Instant) {
     let seconds = start.elapsed().as_secs_f64();
     if options.common.json {
-        println!("{}", json!({"bytes": bytes, "seconds": seconds}));
+        say!("{}", json!({"bytes": bytes, "seconds": seconds}));
     } else {
         let rate = bytes as f64 / 1e6 / seconds;
-        println!("{bytes} bytes {what} in {seconds:.2} s, {rate:.0} MB/s");
+        say!("{bytes} bytes {what} in {seconds:.2} s, {rate:.0} MB/s");
     }
 }
 

@@ -26,14 +26,14 @@ pub struct Common {
     /// vfio-pci, such as 0000:00:03.0
     #[arg(long, global = true, value_name = "DEVICE", default_value = "emulated:nvme")]
     pub device: String,
-    /// The namespace of the controller
-    #[arg(long, global = true, value_name = "N", default_value_t = 1)]
-    pub namespace: u32,
+    /// The namespace of the controller [default: 1; all of them for identify]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub namespace: Option<u32>,
     /// Print one JSON object and no progress
     #[arg(long, global = true)]
     pub json: bool,
     /// Abort a command after this time, and reset the controller if the abort fails
-    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 10)]
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     pub timeout: u64,
     /// Write to a device that is not emulated, or that holds a partition table or a file system
     #[arg(long, global = true)]

@@ -20,7 +20,7 @@ impl Session {
     /// Opens the controller and the namespace that the user has named.
     pub fn open(common: &Common, settings: Settings) -> Result<Self> {
         let (controller, process) = open_controller(common, settings)?;
-        let namespace = controller.namespace(common.namespace)?;
+        let namespace = controller.namespace(common.namespace.unwrap_or(1))?;
         Ok(Self { controller, namespace, _process: process })
     }
 
@@ -36,7 +36,7 @@ pub fn open_controller(
     settings: Settings,
 ) -> Result<(Arc<Controller>, Option<Process>)> {
     let Opened { device, process } = common::open(&common.device)?;
-    let timeout = Duration::from_secs(common.timeout.max(1));
+    let timeout = Duration::from_secs(common.timeout);
     Ok((Controller::new(device, settings.with_timeout(timeout))?, process))
 }
 

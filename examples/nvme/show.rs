@@ -7,15 +7,17 @@ use crate::options::Options;
 use crate::session::open_controller;
 use vfio_remap_nvme::{Controller, Health, Identity, Namespace, Settings};
 
-/// Prints the identity, the namespaces and the health of the controller.
+/// Prints the identity, the namespaces, or the one that was named, and the health of the controller.
 pub fn identify(options: &Options) -> Result<()> {
     let (controller, _process) = open_controller(&options.common, Settings::default())?;
-    let namespaces: Vec<Result<Namespace>> =
-        controller.namespaces()?.into_iter().map(|id| controller.namespace(id)).collect();
+    let namespaces: Vec<Result<Namespace>> = match options.common.namespace {
+        Some(id) => vec![Ok(controller.namespace(id)?)],
+        None => controller.namespaces()?.into_iter().map(|id| controller.namespace(id)).collect(),
+    };
     let health = controller.health()?;
     let errors = controller.errors()?.len();
     if options.common.json {
-        println!("{}", as_json(&controller, &namespaces, &health, errors)?);
+        say!("{}", as_json(&controller, &namespaces, &health, errors)?);
     } else {
         print(&controller, &namespaces, &health, errors)?;
     }
@@ -62,34 +64,34 @@ fn print(
 ) -> Result<()> {
     let identity = controller.identity();
     let Identity { vendor, serial, model, firmware, max_transfer, .. } = identity;
-    println!("{}: NVMe {}", controller.name(), controller.version()?);
-    println!("  {model}, serial number {serial}, firmware {firmware}, vendor {vendor:#06x}");
-    println!("  a command transfers at most {} KiB", max_transfer >> 10);
+    say!("{}: NVMe {}", controller.name(), controller.version()?);
+    say!("  {model}, serial number {serial}, firmware {firmware}, vendor {vendor:#06x}");
+    say!("  a command transfers at most {} KiB", max_transfer >> 10);
     let offers =
         [(identity.has_write_zeroes, "Write Zeroes"), (identity.has_deallocate, "Deallocate")];
     let offered: Vec<_> = offers.iter().filter(|(has, _)| *has).map(|(_, name)| *name).collect();
-    println!("  beyond Read, Write and Flush: {}", or_none(&offered.join(", ")));
+    say!("  beyond Read, Write and Flush: {}", or_none(&offered.join(", ")));
     let cache = match (identity.has_write_cache, controller.write_cache()?) {
         (false, _) => "none: completed writes are durable",
         (true, true) => "enabled: flushed writes are durable",
         (true, false) => "disabled",
     };
-    println!("  volatile write cache: {cache}");
+    say!("  volatile write cache: {cache}");
     let (stride, pairs) = (controller.doorbell_stride(), controller.queues_per_doorbell_page());
-    println!("  doorbells {stride} bytes apart: those of {pairs} pairs of queues share a page");
+    say!("  doorbells {stride} bytes apart: those of {pairs} pairs of queues share a page");
     for namespace in namespaces {
         match namespace {
-            Ok(namespace) => println!(
+            Ok(namespace) => say!(
                 "  namespace {}: {} blocks of {} bytes, {:.1} MiB",
                 namespace.id(),
                 namespace.block_count(),
                 namespace.block_size(),
                 namespace.size() as f64 / f64::from(1 << 20)
             ),
-            Err(error) => println!("  {error}"),
+            Err(error) => say!("  {error}"),
         }
     }
-    println!(
+    say!(
         "  health: {} °C, {} % of the spare left, {} % of its life used, {} media errors, {errors} errors logged{}",
         i32::from(health.temperature) - 273,
         health.spare,

@@ -143,6 +143,33 @@ fn an_invalid_copy_fails_and_changes_neither_device_nor_file() {
 }
 
 #[test]
+fn what_has_no_blocks_to_copy_is_named() {
+    let setup = Setup::new();
+    fs::write(&setup.file, "").unwrap();
+    let invalid = ErrorKind::InvalidInput;
+    setup.fails("write FILE --yes-destroy-data", invalid, &["it is empty"]);
+    fs::remove_file(&setup.file).unwrap();
+    // Nobody writes to it: to open it would wait for ever.
+    nix::unistd::mkfifo(&setup.file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for file in ["/dev/null", "FILE"] {
+        let command = format!("write {file} --yes-destroy-data");
+        setup.fails(&command, invalid, &["it is no regular file"]);
+    }
+    setup.fails("read FILE", ErrorKind::Gone, &["ENXIO"]);
+}
+
+#[test]
+fn a_namespace_that_is_named_is_identified_alone() {
+    let setup = Setup::new();
+    setup.run("identify --namespace 1").unwrap();
+    setup.fails("identify --namespace 2", ErrorKind::NotFound, &["namespace 2", "there are [1]"]);
+    for words in [["--namespace", "0"], ["--timeout", "0"]] {
+        let words = [&["nvme", "identify"], &words[..]].concat();
+        assert!(Options::try_parse_from(&words).is_err(), "{words:?}");
+    }
+}
+
+#[test]
 fn verify_covers_the_whole_namespace() {
     let setup = Setup::new();
     setup.run("verify --seed 7 --yes-destroy-data").unwrap();
