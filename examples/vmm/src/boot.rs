@@ -41,13 +41,13 @@ pub fn load(
     initrd: Option<&Path>,
     append: &str,
 ) -> Result<u64> {
-    let loaded = load_kernel(memory, kernel)
+    let (loaded, needed) = load_kernel(memory, kernel)
         .with_context(|| format!("cannot load the kernel {}", kernel.display()))?;
     // An ELF file has no header.
     let hdr = loaded.setup_header.unwrap_or_default();
     let mut page = boot_params { hdr, ..Default::default() };
     if let Some(path) = initrd {
-        let (address, size) = load_initrd(memory, path, needed(&loaded))
+        let (address, size) = load_initrd(memory, path, needed)
             .with_context(|| format!("cannot load the initramfs {}", path.display()))?;
         page.hdr.ramdisk_image = address as u32;
         page.hdr.ramdisk_size = size as u32;
@@ -61,7 +61,8 @@ pub fn load(
     Ok(loaded.kernel_load.0 + offset)
 }
 
-fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<KernelLoaderResult> {
+/// The kernel, and the end of what it uses before it knows its memory.
+fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<(KernelLoaderResult, u64)> {
     let mut file = File::open(path)?;
     let mut magic = [0; 4];
     file.read_exact(&mut magic).context(NO_KERNEL)?;
@@ -77,17 +78,14 @@ fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<KernelLoaderResult> 
     };
     let old = loaded.setup_header.is_some_and(|header| header.xloadflags & HAS_ENTRY_64 == 0);
     ensure!(!old, "it has no 64-bit entry; {NO_KERNEL}");
-    ensure!(needed(&loaded) <= memory.last_addr().0 + 1, TOO_SMALL);
-    Ok(loaded)
-}
-
-/// The end of what a kernel uses before it knows its memory.
-fn needed(loaded: &KernelLoaderResult) -> u64 {
-    match loaded.setup_header {
+    let (start, size) = match loaded.setup_header {
         // It unpacks itself, at this address or where it was loaded.
-        Some(header) => loaded.kernel_load.0.max(header.pref_address) + u64::from(header.init_size),
-        None => loaded.kernel_end,
-    }
+        Some(header) => (loaded.kernel_load.0.max(header.pref_address), header.init_size.into()),
+        None => (loaded.kernel_end, 0),
+    };
+    let needed = start.checked_add(size).context(NO_KERNEL)?;
+    ensure!(needed <= memory.last_addr().0 + 1, TOO_SMALL);
+    Ok((loaded, needed))
 }
 
 /// Loads the initramfs as high as possible, but not below `after`. Returns its address and size.
@@ -174,11 +172,15 @@ pub mod tests {
     fn a_file_that_is_no_kernel_is_refused_with_advice() {
         let mut old = bzimage(0, 0);
         old[0x236] = 0;
+        // It is to be at the last address.
+        let mut last = bzimage(0, 1 << 20);
+        last[0x258..0x260].fill(0xff);
         for (name, content) in [
             ("empty", &b""[..]),
             ("text", b"#!/bin/sh\n"),
             ("elf", b"\x7fELF and no more"),
             ("old", &old),
+            ("last", &last),
         ] {
             let error = refused(name, content, None);
             assert!(error.contains(name) && error.contains("vmlinuz"), "{error}");
