@@ -62,9 +62,7 @@ impl Machine {
             ensure!(kvm.check_extension(cap), "this KVM does not offer {cap:?}; {ADVICE}");
         }
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-        let vm = kvm
-            .create_vm()
-            .with_context(|| format!("cannot create a virtual machine; {ADVICE}"))?;
+        let vm = kvm.create_vm().with_context(|| format!("cannot create a machine; {ADVICE}"))?;
         // Its processors get the host's rate of the TSC. By default it is the one at KVM's own start: if KVM is built
         // into the kernel, before that has refined its measurement. If the two differ by more than 250 ppm, and the
         // processor cannot scale, KVM creates a processor with the factor 0 (Linux 6.12, arch/x86/kvm/x86.c,

@@ -54,6 +54,8 @@ pub fn run(options: &Options) -> End {
         started = started.and(processor.map(|processor| processors.push(processor)));
     }
     let end = started.and_then(|()| watch(&platform, &processors, &signals, watches));
+    // Also for one that waits until its output is read. The first end is the one that counts.
+    platform.end(Ok(STOPPED));
     processors.into_iter().for_each(Processor::stop);
     // No processor runs any more: nothing else holds the platform.
     let platform = Arc::into_inner(platform).context("a processor still runs")?;

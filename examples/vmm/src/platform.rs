@@ -5,6 +5,8 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
@@ -110,15 +112,51 @@ impl Platform {
     pub fn write_port(&self, port: u16, data: &[u8]) {
         match port {
             SERIAL..=SERIAL_LAST => {
-                let mut serial = lock(&self.serial);
-                for byte in data {
+                for byte in data.iter().filter(|_| has_room(io::stdout(), &self.ended)) {
+                    let mut serial = lock(&self.serial);
                     // Standard output may be closed; the guest runs on.
                     let _ = serial.write((port - SERIAL) as u8, *byte);
+                    let _ = serial.writer_mut().flush();
                 }
-                let _ = serial.writer_mut().flush();
             }
             KEYBOARD if data == [PULSE_RESET] => self.end(Ok(RESET)),
             _ => self.pci().write_port(port, data),
         }
+    }
+}
+
+/// Waits, without a lock, until `output` takes a byte. `false` if `ended` is readable before.
+fn has_room(output: impl AsFd, ended: impl AsFd) -> bool {
+    let room = PollFd::new(output.as_fd(), PollFlags::POLLOUT);
+    let mut fds = [room, PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
+    // The monitor interrupts processors.
+    while poll(&mut fds, PollTimeout::NONE) == Err(Errno::EINTR) {}
+    fds[0].any() != Some(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use nix::fcntl::OFlag;
+
+    use super::*;
+
+    #[test]
+    fn an_output_that_nobody_reads_holds_nobody_at_the_end() {
+        let (input, output) = nix::unistd::pipe2(OFlag::O_NONBLOCK).unwrap();
+        let ended = eventfd().unwrap();
+        assert!(has_room(&output, &ended));
+        let mut full = File::from(output.try_clone().unwrap());
+        while full.write(&[0; 4096]).is_ok() {}
+        let waited = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| has_room(&output, &ended));
+            ended.write(1).unwrap();
+            waiting.join().unwrap()
+        });
+        assert!(!waited);
+        // One that is closed takes everything: a write fails.
+        drop(input);
+        assert!(has_room(&output, &ended));
     }
 }

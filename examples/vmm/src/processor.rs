@@ -118,7 +118,7 @@ fn run(cpu: &mut VcpuFd, platform: &Platform, shared: &Shared) -> Result<Option<
             Ok(other) => bail!("the guest does not run: {other:?}; {ADVICE}"),
             Err(error) => match error.errno() {
                 libc::EINTR | libc::EAGAIN => {
-                    shared.asleep.store(is_asleep(cpu), Ordering::Relaxed);
+                    shared.asleep.store(is_asleep(cpu), Ordering::Relaxed)
                 }
                 libc::EFAULT => repeat(),
                 _ => bail!("the guest does not run: {error}; {ADVICE}"),
