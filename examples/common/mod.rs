@@ -6,14 +6,18 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitCode};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vfio_remap::emulated::nvme::Namespace;
 use vfio_remap::emulated::{ClientLimits, Edu, Emulated, Nvme, Server};
-use vfio_remap::transport::{TimeLimits, VfioUser};
+use vfio_remap::transport::VfioUser;
 use vfio_remap::{Device, Error, ErrorKind, PciAddress, Result};
 
 /// The argument with which an example starts itself as the server of an emulated device.
 pub const SERVE: &str = "--serve-emulated";
+
+/// How long its first answer may take, for which it has to be started, and each other one.
+const STARTED: Duration = Duration::from_secs(60);
 
 /// A device, and the process that emulates it, if there is one.
 pub struct Opened {
@@ -85,7 +89,7 @@ fn emulated(model: &str) -> Result<Opened> {
     let mut process = Process(program.spawn().map_err(failed)?);
     // Its end of the socket is this process's, too, as long as there is the command.
     drop(program);
-    let transport = VfioUser::from_stream(ours, TimeLimits::default());
+    let transport = VfioUser::from_stream(ours, STARTED);
     let transport = transport.map_err(|error| match error.kind() {
         // It has said why: its end of the socket is closed when it exits, and not before.
         ErrorKind::Gone => match process.0.wait() {

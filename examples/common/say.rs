@@ -48,13 +48,17 @@ pub fn check() -> Result<()> {
     }
 }
 
+/// A line on standard error, where nobody may be there to read it.
+pub fn aside(text: Arguments<'_>) {
+    let _ = write(&mut io::stderr(), text);
+}
+
 /// Ends a program: an error is a line on standard error.
 pub fn end(program: &str, done: Result<()>) -> ExitCode {
     match outcome(done, lost().take()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Nobody may be there to read it.
-            let _ = writeln!(io::stderr(), "{program}: {error}");
+            aside(format_args!("{program}: {error}"));
             ExitCode::FAILURE
         }
     }

@@ -12,6 +12,7 @@ use vfio_remap_ethernet::{Link, Model, Nic, Settings};
 use crate::guard::{Permit, permit};
 use crate::options::Common;
 use crate::peer::Peer;
+use crate::say;
 use crate::stop::Stop;
 use crate::survey::Machine;
 use crate::tap;
@@ -91,7 +92,8 @@ impl Card {
             (Ok(()), Some(binding)) => binding.restore().map_err(Error::from),
             // The kernel would wait for the device to be closed.
             (Err(_), Some(binding)) => {
-                eprintln!("nic: {} stays bound to vfio-pci", binding.device().address());
+                let address = binding.device().address();
+                say::aside(format_args!("nic: {address} stays bound to vfio-pci"));
                 binding.keep();
                 Ok(())
             }

@@ -20,6 +20,7 @@ use crate::fetch::{Fetch, Fetched};
 use crate::network::Network;
 use crate::pattern::{self, HOST, Pattern};
 use crate::request::{NOT_FOUND, Status};
+use crate::say;
 use crate::server::{Body, Content, Server};
 use crate::stack::Stack;
 use crate::stop::Stop;
@@ -58,7 +59,9 @@ impl Peer {
         let thread = thread
             .spawn(move || {
                 if let Err(error) = station.run() {
-                    eprintln!("nic: the station at the other end of the wire: {error}");
+                    say::aside(format_args!(
+                        "nic: the station at the other end of the wire: {error}"
+                    ));
                 }
             })
             .map_err(|error| Error::from_io(error, "start", "a thread"))?;
@@ -104,7 +107,7 @@ impl Drop for Peer {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            eprintln!("nic: the station at the other end of the wire has panicked");
+            say::aside(format_args!("nic: the station at the other end of the wire has panicked"));
         }
     }
 }

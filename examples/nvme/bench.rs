@@ -68,7 +68,7 @@ pub fn run(options: &Options, bench: &Bench) -> Result<()> {
             let processor = processors.next();
             scope.spawn(move || {
                 if let Some(Err(error)) = processor.map(pin) {
-                    eprintln!("warning: {error}");
+                    crate::say::aside(format_args!("warning: {error}"));
                 }
                 worker.run(time, start, stop)
             })

@@ -132,7 +132,7 @@ fn serve(options: Options) -> Result<Infallible> {
     say!("{name} is served at {}", common.socket.display());
     loop {
         if let Err(error) = server.serve() {
-            eprintln!("serve: {error}");
+            say::aside(format_args!("serve: {error}"));
         }
     }
 }

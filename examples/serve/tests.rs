@@ -111,7 +111,7 @@ fn what_cannot_be_served_is_named() {
     }
     fs::remove_file(&short).unwrap();
     // No file is that large.
-    for size in ["100", "8388607T"] {
+    for size in ["100", "16777215T"] {
         let said = serve(&format!("file:{},size={size}", missing.display()));
         assert!(said.contains(missing.to_str().unwrap()), "{said}");
         assert!(!missing.exists(), "{said}");

@@ -41,8 +41,13 @@ pub struct Served {
 pub struct Directory(PathBuf);
 
 impl Directory {
-    fn new() -> io::Result<Self> {
-        Ok(Self(mkdtemp(&std::env::temp_dir().join(format!("{}XXXXXX", Self::prefix())))?))
+    fn new() -> Result<Self> {
+        let parent = std::env::temp_dir();
+        let made = mkdtemp(&parent.join(format!("{}XXXXXX", Self::prefix())));
+        made.map(Self).map_err(|errno| {
+            Error::from_errno(errno as i32, "create a directory in", parent.display())
+                .with_advice("name one that you may write to: TMPDIR")
+        })
     }
 
     /// What its name begins with; the rest nobody can guess.
@@ -107,8 +112,8 @@ pub fn program() -> Result<Command> {
 
 /// Starts the server, and connects to it.
 pub fn start(mut program: Command) -> Result<(Device, Served)> {
-    let mut start = || -> io::Result<Served> {
-        let directory = Directory::new()?;
+    let directory = Directory::new()?;
+    let start = || -> io::Result<Served> {
         program.env(SOCKET, directory.socket()).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = program.spawn()?;
         let (orders, answers) = (child.stdin.take(), child.stdout.take());
