@@ -78,8 +78,11 @@ pub fn receive(
     let mut bytes = vec![0; nic.longest_frame() + 4];
     let is_enough = |tally: &Tally| capture.count.is_some_and(|count| tally.frames >= count);
     let is_late = || end.is_some_and(|end| end <= Instant::now());
+    // The first call gives the card its descriptors: what has come before is not of this capture.
+    queues.receiver.receive(&mut pool, &mut frames, BURST)?;
+    let missed_before = nic.statistics()?.missed;
     while !is_enough(&tally) && !is_late() && !stop.is_set() {
-        if queues.receiver.receive(&mut pool, &mut frames, BURST)? == 0 {
+        if frames.is_empty() && queues.receiver.receive(&mut pool, &mut frames, BURST)? == 0 {
             pcap.flush()?;
             let left = end.map_or(LOOK, |end| end.saturating_duration_since(Instant::now()));
             queues.receiver.wait(left.min(LOOK))?;
@@ -103,9 +106,10 @@ pub fn receive(
     }
     pcap.flush()?;
     progress.done();
+    // Nor are those that come while the queues are stopped.
+    tally.missed = nic.statistics()?.missed.saturating_sub(missed_before);
     queues.transmitter.stop(&mut pool)?;
     queues.receiver.stop(&mut pool)?;
-    tally.missed = nic.statistics()?.missed;
     Ok(tally)
 }
 
