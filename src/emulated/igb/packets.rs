@@ -79,7 +79,11 @@ impl Packets {
     pub fn tap(name: &str) -> Result<Self> {
         let object = || format!("the TAP interface {name:?}");
         let tun = File::options().read(true).write(true).open(TUN).map_err(|error| {
-            Error::io(&error, "open", TUN).with_advice("load the driver: modprobe tun")
+            let failed = Error::io(&error, "open", TUN);
+            match error.kind() {
+                std::io::ErrorKind::PermissionDenied => failed.with_advice("run as root"),
+                _ => failed.with_advice("load the driver: modprobe tun"),
+            }
         })?;
         attach_tap(&tun, name).map_err(|errno| {
             let error = Error::os(errno, "use", object());
