@@ -113,10 +113,40 @@ pub static MUTANTS: &[Mutant] = &[
         killer: Host("--lib -- space::mapping::tests::a_child_has_a_hole_in_place_of_a_mapping"),
     },
     Mutant {
+        name: "lost-sibling-lives",
+        file: "src/space/revocation/guard.rs",
+        before: "Err(Refused { left: Left::Unknown | Left::Hole, .. }) => process::abort(),
+                }",
+        after: "Err(Refused { left: Left::Unknown | Left::Hole, .. }) => {}
+                }",
+        killer: Host(
+            "--lib -- space::revocation::tests::a_sibling_that_may_be_lost_ends_the_process",
+        ),
+    },
+    Mutant {
+        name: "pages-duplicated",
+        file: "src/space/strategies.rs",
+        before: "*pages = revoked.get();",
+        after: "*pages = false && revoked.get();",
+        killer: Host(
+            "--lib -- space::revocation::tests::the_pages_of_a_revoked_window_are_not_duplicated",
+        ),
+    },
+    Mutant {
+        name: "config-trapped-raw",
+        file: "src/device/register.rs",
+        before: "if self.device.is_config(self.region) {",
+        after: "if false && self.device.is_config(self.region) {",
+        killer: Host(
+            "--test host -- \
+             revocation::config_writes::a_write_that_ends_decoding_revokes_before_it_is_made",
+        ),
+    },
+    Mutant {
         name: "other-checked-once",
         file: "src/space/backing.rs",
-        before: "if accepted && self.kind != BackingKind::Other {",
-        after: "if accepted {",
+        before: "if self.has_accepted(access) && self.kind != BackingKind::Other {",
+        after: "if self.has_accepted(access) {",
         killer: Host(
             "--lib -- space::strategies::tests::\
              a_fixed_mapping_of_an_unknown_backing_is_checked_first",
