@@ -199,8 +199,8 @@ impl Window {
     ///
     /// # Errors
     /// `Refused` with the kernel's error for each strategy, `Hazard`, `UnsuitablePlacement`, `AddressTaken`,
-    /// `TooManyMappings`, `AddressSpace`, `LockedMemory`; `Gone` if the device was removed, or in a child of
-    /// `fork(2)`. This window is unchanged, and the failure returns a reservation that was passed, except with
+    /// `TooManyMappings`, `AddressSpace`, `LockedMemory`; `Revoked` if this window is; `Gone` if the device was removed, or
+    /// in a child of `fork(2)`. This window is unchanged, and the failure returns a reservation that was passed, except with
     /// `ReservationLost`: a failing call may have unmapped it, and what is mapped there now may belong to other
     /// code.
     pub fn duplicate(

@@ -1,6 +1,6 @@
 //! Revoke and restore: a window that reaches its device, or pages that read as if the device were not there.
 //!
-//! Verbs on one window ([`control`]) take turns by a lock ([`turn`]). The [guard](FaultGuard) acts in a signal handler
+//! Verbs that change one window ([`control`]) take turns by a lock ([`turn`]). The [guard](FaultGuard) acts in a signal handler
 //! and takes none: what the two do at once is decided by the state of the window's entry in the [`registry`].
 
 #![expect(unsafe_code, reason = "addresses are owned by convention")]

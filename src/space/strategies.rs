@@ -109,7 +109,7 @@ impl Mapping {
         let mut attempts = Attempts::default();
         self.check_process("relocate")?;
         let turn = self.control.turn();
-        let sweeps = turn.sweeps();
+        let swept = turn.swept();
         if let Err(error) = turn.freeze("relocate") {
             return Err(request.refused(error));
         }
@@ -156,7 +156,7 @@ impl Mapping {
         };
         self.address = address;
         self.home = destination.into_home();
-        turn.moved(address, sweeps);
+        turn.moved(address, swept);
         let report =
             Report { verb: Verb::Relocate, strategy, attempts, from, to: self.range(), source };
         log_report(&self.object(), &report);
@@ -213,6 +213,10 @@ impl Mapping {
                 let error = self.refused(operation, attempts).into_kind(ErrorKind::ReservationLost);
                 return Err(NotMade { error, lost: true });
             }
+            // Since the verb began. A window that is relocated is frozen.
+            if self.control.is_revoked() {
+                return Err(NotMade { error: self.control.refused(operation), lost: false });
+            }
         }
         Err(NotMade { error: self.refused(operation, attempts), lost: false })
     }
@@ -243,6 +247,7 @@ impl Mapping {
             }
             Destination::Reserved(reservation, _) => {
                 Destination::fixed(reservation, size, |lock, new| {
+                    self.check_source(lock)?;
                     // SAFETY: as above; the reservation owns the new range, and nothing uses it.
                     let made = unsafe { mm::dont_unmap_fixed(lock, address, size, new) };
                     revoked.set(self.control.is_revoked_now(lock));
@@ -276,14 +281,21 @@ impl Mapping {
                 mm::old_len_zero(&MmapLock::take(), address, size).map_err(FailedCall::from)
             }
             Destination::Reserved(reservation, _) => {
-                // SAFETY: the reservation owns the new range, and nothing uses it.
-                Destination::fixed(reservation, size, |lock, new| unsafe {
-                    mm::old_len_zero_fixed(lock, address, size, new)
+                Destination::fixed(reservation, size, |lock, new| {
+                    self.check_source(lock)?;
+                    // SAFETY: the reservation owns the new range, and nothing uses it.
+                    unsafe { mm::old_len_zero_fixed(lock, address, size, new) }
                 })
             }
         }?;
         // SAFETY: the new side was made above, and nothing else has its address yet.
         unsafe { self.restrict(access, destination, new) }
+    }
+
+    /// Fails if the window shows its pages. The kernel has accepted the device, and may refuse these after it has
+    /// unmapped the destination of a FIXED call. No verb revokes the window while the lock is held.
+    fn check_source(&self, _: &MmapLock) -> Result<(), Errno> {
+        if self.control.is_revoked() { Err(Errno::EBUSY) } else { Ok(()) }
     }
 
     /// Fails if the kernel does not accept `remap` for this backing.

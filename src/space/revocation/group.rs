@@ -19,13 +19,19 @@ pub(crate) struct Group {
     eventfd: OnceLock<OwnedFd>,
     /// The eventfd, for a signal handler; -1 if there is none.
     pub(super) fd: AtomicI32,
-    /// How often a handler has revoked all of them.
+    /// How often a handler has begun to revoke all of them, and how often one has ended that.
     pub(super) sweeps: AtomicU64,
+    pub(super) swept: AtomicU64,
 }
 
 impl Default for Group {
     fn default() -> Self {
-        Self { eventfd: OnceLock::new(), fd: AtomicI32::new(-1), sweeps: AtomicU64::new(0) }
+        Self {
+            eventfd: OnceLock::new(),
+            fd: AtomicI32::new(-1),
+            sweeps: AtomicU64::new(0),
+            swept: AtomicU64::new(0),
+        }
     }
 }
 

@@ -215,7 +215,7 @@ pub(super) fn contain(address: usize, code: i32) -> bool {
     }
     let group = group_of(&pin);
     if WHOLE_DEVICE.load(Ordering::Relaxed) {
-        group.sweeps.fetch_add(1, Ordering::AcqRel);
+        group.sweeps.fetch_add(1, Ordering::SeqCst);
         for sibling in registry.each() {
             if sibling.state() == State::Live && ptr::eq(group_of(&sibling), group) {
                 match revoke(&sibling) {
@@ -226,6 +226,7 @@ pub(super) fn contain(address: usize, code: i32) -> bool {
                 }
             }
         }
+        group.swept.fetch_add(1, Ordering::SeqCst);
     }
     let fd = group.fd.load(Ordering::Acquire);
     if fd >= 0 {

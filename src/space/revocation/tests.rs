@@ -248,6 +248,27 @@ fn a_hole_without_memory_for_pages_is_plugged_by_the_handler() {
     assert_eq!(read(&mapping, 0), 0);
 }
 
+/// The kernel would refuse the pages, and might have unmapped the reservation before.
+#[test]
+fn no_reservation_is_replaced_for_a_window_that_was_revoked_just_now() {
+    let mapping = alone(PAGE);
+    let start = mapping.range().start;
+    let order = [Strategy::DontUnmap, Strategy::OldLenZero, Strategy::MapAgain];
+    let duplicate = |place: Placement| mapping.duplicate(Access::ReadWrite, place.by(&order));
+    let revoke = move |call| match call {
+        Call::DontUnmapFixed { .. } => {
+            assert!(guard::revoke(&registry().find(start).unwrap()).unwrap());
+            Some(Errno::EINVAL)
+        }
+        Call::OldLenZeroFixed { .. } => panic!("a revoked window is duplicated"),
+        _ => None,
+    };
+    let place = Placement::In(secluded(PAGE));
+    let failed = spy::script(revoke, || duplicate(place).map(drop).unwrap_err());
+    assert_eq!(failed.kind(), ErrorKind::Revoked, "{failed}");
+    assert_eq!(state(&failed.into_reservation().unwrap().range()), (0, PAGE));
+}
+
 /// By which signal a child ends that runs `f`.
 fn signal_of(f: impl FnOnce()) -> i32 {
     // SAFETY: the child takes no lock that another thread holds: only its test uses what it touches.

@@ -62,17 +62,18 @@ impl<'a> Turn<'a> {
     }
 
     /// How often handlers have revoked all windows of the group.
-    pub(in crate::space) fn sweeps(&self) -> u64 {
-        self.control.backing.group().sweeps.load(Ordering::Acquire)
+    pub(in crate::space) fn swept(&self) -> u64 {
+        self.control.backing.group().swept.load(Ordering::SeqCst)
     }
 
     /// Ends a [`freeze`](Self::freeze): the window is at `address` now. If a handler has revoked the group since
-    /// there were `sweeps`, the window is revoked, too.
-    pub(in crate::space) fn moved(&self, address: usize, sweeps: u64) {
+    /// [this many](Self::swept) had been done, the window is revoked, too.
+    pub(in crate::space) fn moved(&self, address: usize, swept: u64) {
         let control = self.control;
         let Some(slot) = &self.held.slot else { return };
         registry().relocate(slot, &(address..address + control.size));
-        if self.sweeps() != sweeps {
+        // One that had not ended may have passed over the window while it was frozen.
+        if control.backing.group().sweeps.load(Ordering::SeqCst) != swept {
             let lock = MmapLock::take();
             // SAFETY: the window stays mapped at its range during this turn. If it is not revoked, it has its own
             // fault later.
