@@ -27,8 +27,9 @@ const HOST: &str = include_str!("../guest/vmm-host");
 const INNER: &str = "6.12";
 /// The kernels that they run on.
 const OUTER: [&str; 3] = ["6.12", NEWEST, PATCHED];
-/// Those of them in `cargo lab test`: BARs move by `MapAgain` on one, and by `DontUnmap` on the other.
-const BRIEF: [&str; 2] = ["6.12", PATCHED];
+/// The one of them in `cargo lab test`. On [`PATCHED`] the second processor of a guest has once missed its timer for 20
+/// seconds at a time, which is not understood yet.
+const BRIEF: &str = "6.12";
 
 /// How much is tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +41,7 @@ pub enum Extent {
 
 /// Whether the test on this kernel is part of `cargo lab test`.
 pub fn is_brief(kernel: &Kernel) -> bool {
-    BRIEF.contains(&kernel.name)
+    kernel.name == BRIEF
 }
 
 /// The programs and files of all boots.
