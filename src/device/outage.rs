@@ -144,6 +144,16 @@ impl Peer {
 }
 
 #[cold]
+fn revoke_new(window: &Control, reasons: Reasons) {
+    // Nothing is left if the source has been restored since.
+    if !reasons.is_empty()
+        && let Err(error) = window.revoke(reasons)
+    {
+        log::warn!("a window was mapped while its device is away: {error}");
+    }
+}
+
+#[cold]
 fn revoked(window: &window::Inner) -> Error {
     let object = format!("a window of {}", window.device_inner().info.name);
     Error::new(ErrorKind::Revoked, "map for DMA", object)
@@ -224,14 +234,14 @@ impl Inner {
         self.absence.reasons.store(reasons.bits(), Ordering::Relaxed);
     }
 
-    /// Revokes a new window if the device is away. Holders are locked.
+    /// Revokes a new window if the device is away, or if its source was revoked while it was made. Holders are locked,
+    /// as while all windows are revoked: those see the new one from now on.
     #[inline(always)]
-    pub(super) fn revoke_if_away(&self, window: &Control) {
-        let reasons = self.away();
-        if !reasons.is_empty()
-            && let Err(error) = window.revoke(reasons)
-        {
-            log::warn!("a window was mapped while its device is away: {error}");
+    pub(super) fn revoke_new(&self, window: &Control, source: Option<&Control>) {
+        let away = self.away();
+        if !away.is_empty() || source.is_some_and(Control::is_revoked) {
+            let reasons = source.map_or(away, |source| away.and(source.reasons()));
+            revoke_new(window, reasons);
         }
     }
 

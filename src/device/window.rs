@@ -15,7 +15,7 @@ use super::register::{ReadOnly, ReadWrite, Register, RegisterArray, Width, permi
 use super::{Device, Holder, Inner as DeviceInner};
 use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::space::{
-    Access, Backing, DmaMemory, Failed, Mapping, Placement, Relocation, Report, Request,
+    Access, Backing, Control, DmaMemory, Failed, Mapping, Placement, Relocation, Report, Request,
     Reservation,
 };
 use crate::sys;
@@ -93,12 +93,14 @@ impl Window {
         let len = pages.and_then(|len| usize::try_from(len).ok()).ok_or_else(too_large)?;
         let mapping = Mapping::new(backing.clone(), offset, len, access, placement)?;
         let size = (range.end - range.start) as usize;
-        Ok(Self::of(mapping, device, region, skip as usize, size))
+        Ok(Self::of(mapping, None, device, region, skip as usize, size))
     }
 
+    /// A new window: a duplicate if there is a source.
     #[inline(always)]
     fn of(
         mapping: Mapping,
+        source: Option<&Control>,
         device: &Arc<DeviceInner>,
         region: u32,
         skip: usize,
@@ -115,7 +117,7 @@ impl Window {
         let slot = {
             let mut holders = device.holders();
             let slot = holders.insert(holder);
-            device.revoke_if_away(mapping.control());
+            device.revoke_new(mapping.control(), source);
             slot
         };
         let blocks = Mutex::default();
@@ -197,6 +199,9 @@ impl Window {
 
     /// Makes a second window over the same bytes. This window and its registers keep working.
     ///
+    /// If this window, or all windows of the device, are revoked by another thread meanwhile, the new window may be
+    /// revoked, too.
+    ///
     /// # Errors
     /// `Refused` with the kernel's error for each strategy, `Hazard`, `UnsuitablePlacement`, `AddressTaken`,
     /// `TooManyMappings`, `AddressSpace`, `LockedMemory`; `Revoked` if this window is; `Gone` if the device was removed, or
@@ -227,8 +232,9 @@ impl Window {
         request: Request,
     ) -> std::result::Result<(Window, Report), Failed> {
         let Inner { mapping, region, skip, size, device, .. } = &*self.inner;
-        let (mapping, report) = mapping.duplicate(access, request)?;
-        Ok((Self::of(mapping, device, *region, *skip, *size), report))
+        let (duplicate, report) = mapping.duplicate(access, request)?;
+        let source = Some(&**mapping.control());
+        Ok((Self::of(duplicate, source, device, *region, *skip, *size), report))
     }
 
     /// Relocates the window to another address. Returns its old addresses as a [`Reservation`]. Another `mmap`

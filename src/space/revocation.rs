@@ -13,6 +13,7 @@ mod guard;
 mod reasons;
 mod registry;
 mod report;
+mod sweeps;
 #[cfg(test)]
 mod tests;
 mod turn;
@@ -81,6 +82,14 @@ pub(super) fn prepare(size: usize) {
 /// addresses before they were filled again.
 #[cold]
 fn lost(range: &Range<usize>) -> ! {
+    /// Also if the program's logger panics.
+    struct Abort;
+    impl Drop for Abort {
+        fn drop(&mut self) {
+            std::process::abort();
+        }
+    }
+    let _abort = Abort;
     log::error!(
         "the kernel unmapped a window at {:#x}..{:#x} in a call that failed, and it could not be filled again",
         range.start,

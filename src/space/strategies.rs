@@ -58,6 +58,7 @@ impl Mapping {
     ) -> Result<(Mapping, Report), Failed> {
         let mut attempts = Attempts::default();
         self.check_process("duplicate")?;
+        let swept = self.control.swept();
         if self.control.is_revoked() {
             return Err(request.refused(self.control.refused("duplicate")));
         }
@@ -91,8 +92,10 @@ impl Mapping {
         };
         log_report(&self.object(), &report);
         let backing = Arc::clone(self.backing());
+        let control = Control::new(backing, self.offset, self.size, access, address);
+        control.follow_sweeps(swept);
         let duplicate = Mapping {
-            control: Control::new(backing, self.offset, self.size, access, address),
+            control,
             offset: self.offset,
             address,
             size: self.size,
@@ -109,7 +112,6 @@ impl Mapping {
         let mut attempts = Attempts::default();
         self.check_process("relocate")?;
         let turn = self.control.turn();
-        let swept = turn.swept();
         if let Err(error) = turn.freeze("relocate") {
             return Err(request.refused(error));
         }
@@ -156,7 +158,7 @@ impl Mapping {
         };
         self.address = address;
         self.home = destination.into_home();
-        turn.moved(address, swept);
+        turn.moved(address);
         let report =
             Report { verb: Verb::Relocate, strategy, attempts, from, to: self.range(), source };
         log_report(&self.object(), &report);

@@ -11,8 +11,9 @@ static GENERATION: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
-    // SAFETY: a child of fork has one thread, the one that called fork. That thread does not hold the lock,
-    // because no code of this crate forks while it holds it.
+    // SAFETY: a child of fork has one thread, the one that called fork. No code of this crate forks while it holds the
+    // lock. If a signal handler of the program interrupts such code and forks, the child may leave the handler only
+    // to end or to execute another program (`man 7 signal-safety`).
     unsafe { mmap_lock::renew() };
 }
 

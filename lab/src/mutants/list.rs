@@ -124,6 +124,25 @@ pub static MUTANTS: &[Mutant] = &[
         ),
     },
     Mutant {
+        name: "own-verb-waited-for",
+        file: "src/space/revocation/guard.rs",
+        before: "State::RevokingByVerb if !absent::moves_pages() => {",
+        after: "State::RevokingByVerb if false && !absent::moves_pages() => {",
+        killer: Host(
+            "--lib -- space::revocation::tests::a_fault_while_a_verb_revokes_a_window_is_contained",
+        ),
+    },
+    Mutant {
+        name: "sweep-not-followed",
+        file: "src/space/strategies.rs",
+        before: "control.follow_sweeps(swept);",
+        after: "",
+        killer: Host(
+            "--lib -- \
+             space::revocation::tests::a_window_that_a_verb_has_busy_is_revoked_with_the_others",
+        ),
+    },
+    Mutant {
         name: "pages-duplicated",
         file: "src/space/strategies.rs",
         before: "*pages = revoked.get();",

@@ -45,6 +45,12 @@ pub fn set_revocable_size(size: usize) {
     LIMIT.store(size, Ordering::Relaxed);
 }
 
+/// Whether pages are made elsewhere and moved over a window, so that replacing a window takes more than the window
+/// itself: see [`replace`].
+pub(super) fn moves_pages() -> bool {
+    BY_MOVE.load(Ordering::Relaxed)
+}
+
 /// The pages that a window shows when it is revoked: zeros, or the file of 2^`n` bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Pages(u8);
@@ -201,7 +207,7 @@ pub(super) unsafe fn replace(
 unsafe fn put(address: usize, size: usize, access: Access, pages: Pages) -> Result<(), Refused> {
     let untouched = |errno| Refused { errno, left: Left::Untouched };
     let with = pages.private();
-    if !BY_MOVE.load(Ordering::Relaxed) {
+    if !moves_pages() {
         // SAFETY: by the contract the range is a window's. Registers access it by single instructions, and
         // expect any value.
         return unsafe { async_safe::replace(address, size, access, with) }.map_err(untouched);

@@ -3,13 +3,13 @@
 #[cfg(not(all(test, vfio_remap_loom)))]
 pub(super) use std::sync::{
     Mutex,
-    atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
 };
 
 #[cfg(all(test, vfio_remap_loom))]
 pub(super) use loom::sync::{
     Mutex,
-    atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
 };
 
 /// Waits a little for another thread, the longer the more turns have passed. It sleeps at last, so that a

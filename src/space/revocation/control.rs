@@ -67,16 +67,50 @@ impl Control {
         Arc::new(Self { backing, offset, size, access, pages, generation, entry, held })
     }
 
+    /// How often handlers have revoked all windows of the group.
+    #[inline(always)]
+    pub(in crate::space) fn swept(&self) -> u64 {
+        self.backing.group().sweeps.swept()
+    }
+
+    /// Revokes a window that no other verb reaches yet, if a handler has revoked all windows of the group since
+    /// [this many](Self::swept) had been done. For a duplicate, which was not one of them.
+    #[inline(always)]
+    pub(in crate::space) fn follow_sweeps(&self, swept: u64) {
+        if let Some(entry) = self.entry() {
+            self.follow(entry, swept);
+        }
+    }
+
+    /// As [`follow_sweeps`](Self::follow_sweeps), during a turn.
+    #[inline(always)]
+    pub(super) fn follow(&self, entry: &Entry, swept: u64) {
+        // One that had not ended may have passed over the window, which was busy or not there.
+        if self.backing.group().sweeps.has_begun_more_than(swept) {
+            self.revoke_with_group(entry);
+        }
+    }
+
+    #[cold]
+    fn revoke_with_group(&self, entry: &Entry) {
+        let lock = MmapLock::take();
+        if entry.mark() {
+            // SAFETY: the window stays mapped at its range: this is a turn, or nobody else has the control yet. If it
+            // is not revoked, it has its own fault later.
+            let _ = unsafe { self.replace_marked(&lock, entry) };
+        }
+    }
+
     /// Waits for verbs on the same window to end. Not for a child of `fork(2)`.
     pub(in crate::space) fn turn(&self) -> Turn<'_> {
-        Turn { control: self, held: self.held.lock().unwrap_or_else(PoisonError::into_inner) }
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        Turn { control: self, held, swept: self.swept() }
     }
 
     /// Whether the window is revoked.
     #[inline]
     pub(crate) fn is_revoked(&self) -> bool {
-        let state = self.entry().map(Entry::state);
-        matches!(state, Some(State::Revoking | State::Revoked | State::Restoring))
+        self.entry().is_some_and(|entry| entry.state().is_revoked())
     }
 
     /// Whether the window is revoked, after handlers that were about to revoke it have done so. While the lock is
@@ -192,9 +226,8 @@ impl Control {
         let entry = turn.entry("revoke")?;
         let range = entry.range();
         let lock = MmapLock::take();
-        // A signal handler of the program that interrupted this thread after the mark, and had a fault in this
-        // window, would repeat its access for ever.
-        let signals = SignalsBlocked::new();
+        // As in `restore`, if handlers wait for this verb.
+        let signals = absent::moves_pages().then(SignalsBlocked::new);
         // Marked first, so that whoever reads the pages also sees the mark.
         let was_live = entry.mark();
         if was_live {
@@ -211,7 +244,8 @@ impl Control {
         Ok(self.report(range, WindowState::Live, self.revoked()))
     }
 
-    /// Replaces the window by its pages, after its entry was marked. On failure the window is what it was.
+    /// Replaces the window by its pages, after its entry was marked. On failure the window is what it was, unless a
+    /// handler has replaced it meanwhile, which is no failure.
     ///
     /// # Safety
     /// The window stays mapped at its range.
@@ -223,19 +257,24 @@ impl Control {
         let range = entry.range();
         // SAFETY: by the contract.
         let result = unsafe { absent::replace(range.start, self.size, self.access, self.pages) };
-        if let Err(refused) = &result {
-            let is_intact = match refused.left {
-                Left::Untouched => true,
-                Left::Unknown => self.is_shown(&range),
-                Left::Plugged | Left::Hole => false,
-            };
-            if !is_intact {
-                lost(&range);
-            }
+        let Err(refused) = result else {
+            entry.has_revoked();
+            return Ok(());
+        };
+        let _signals = SignalsBlocked::new();
+        if !entry.has_failed() {
+            return Ok(());
         }
-        let state = if result.is_ok() { State::Revoked } else { State::Live };
-        let _ = entry.change(State::Revoking, state);
-        result.map_err(|refused| refused.errno)
+        let is_intact = match refused.left {
+            Left::Untouched => true,
+            Left::Unknown => self.is_shown(&range),
+            Left::Plugged | Left::Hole => false,
+        };
+        if !is_intact {
+            lost(&range);
+        }
+        let _ = entry.change(State::Undecided, State::Live);
+        Err(refused.errno)
     }
 
     /// Whether the device is mapped in the range, and not what another thread has mapped. False if that cannot be
@@ -288,7 +327,8 @@ impl Control {
         }
         // SAFETY: as above.
         unsafe { prefer_huge(&self.backing, new, self.size) };
-        // As in `revoke`.
+        // A signal handler of the program that interrupted this thread while the window is busy, and had a fault in
+        // it, would repeat its access for ever.
         let signals = SignalsBlocked::new();
         let stopped = entry.stop_if(State::Revoked, State::Restoring).map_err(|_| Errno::EBUSY);
         let result = stopped.and_then(|()| {
@@ -332,7 +372,7 @@ impl Control {
         self.check_process("seal")?;
         let mut turn = self.turn();
         let range = turn.entry("seal")?.range();
-        // As in `revoke`.
+        // As in `restore`.
         let signals = SignalsBlocked::new();
         turn.freeze("seal")?;
         // SAFETY: the range is the window's, and is never replaced or unmapped from now on: its entry is

@@ -2,12 +2,13 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 
 use super::absent::Pages;
+use super::sweeps::Sweeps;
 use crate::sys::eventfd;
 use crate::sys::mm::Access;
 
@@ -19,19 +20,12 @@ pub(crate) struct Group {
     eventfd: OnceLock<OwnedFd>,
     /// The eventfd, for a signal handler; -1 if there is none.
     pub(super) fd: AtomicI32,
-    /// How often a handler has begun to revoke all of them, and how often one has ended that.
-    pub(super) sweeps: AtomicU64,
-    pub(super) swept: AtomicU64,
+    pub(super) sweeps: Sweeps,
 }
 
 impl Default for Group {
     fn default() -> Self {
-        Self {
-            eventfd: OnceLock::new(),
-            fd: AtomicI32::new(-1),
-            sweeps: AtomicU64::new(0),
-            swept: AtomicU64::new(0),
-        }
+        Self { eventfd: OnceLock::new(), fd: AtomicI32::new(-1), sweeps: Sweeps::default() }
     }
 }
 

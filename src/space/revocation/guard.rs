@@ -202,9 +202,17 @@ pub(super) fn contain(address: usize, code: i32) -> bool {
         },
         // Its pages have failed: repeating the access would not end.
         State::Revoked if code == libc::BUS_MCEERR_AR => return false,
-        // An access from before is repeated. While it is pinned, the window shows its pages, and no device.
+        // An access from before is repeated. While it is pinned, the window shows no device.
         State::Revoked => return async_safe::is_readable(address),
-        State::Revoking | State::Busy | State::Restoring => true,
+        // It may be this thread's verb, which cannot go on before this returns.
+        State::RevokingByVerb if !absent::moves_pages() => {
+            return revoke_for_verb(&pin).is_ok();
+        }
+        State::Revoking
+        | State::RevokingByVerb
+        | State::Undecided
+        | State::Busy
+        | State::Restoring => true,
         State::Dead => return false,
     };
     if is_changing {
@@ -215,18 +223,18 @@ pub(super) fn contain(address: usize, code: i32) -> bool {
     }
     let group = group_of(&pin);
     if WHOLE_DEVICE.load(Ordering::Relaxed) {
-        group.sweeps.fetch_add(1, Ordering::SeqCst);
-        for sibling in registry.each() {
-            if sibling.state() == State::Live && ptr::eq(group_of(&sibling), group) {
-                match revoke(&sibling) {
-                    // One that cannot be revoked now has its own fault later.
-                    Ok(_) | Err(Refused { left: Left::Untouched | Left::Plugged, .. }) => {}
-                    // It may be another thread's mapping, which registers would reach.
-                    Err(Refused { left: Left::Unknown | Left::Hole, .. }) => process::abort(),
+        group.sweeps.sweep(|| {
+            for sibling in registry.each() {
+                if sibling.state() == State::Live && ptr::eq(group_of(&sibling), group) {
+                    match revoke(&sibling) {
+                        // One that cannot be revoked now has its own fault later.
+                        Ok(_) | Err(Refused { left: Left::Untouched | Left::Plugged, .. }) => {}
+                        // It may be another thread's mapping, which registers would reach.
+                        Err(Refused { left: Left::Unknown | Left::Hole, .. }) => process::abort(),
+                    }
                 }
             }
-        }
-        group.swept.fetch_add(1, Ordering::SeqCst);
+        });
     }
     let fd = group.fd.load(Ordering::Acquire);
     if fd >= 0 {
@@ -251,19 +259,37 @@ pub(super) fn revoke(pin: &Pin<'_>) -> std::result::Result<bool, Refused> {
     if !pin.mark() {
         return Ok(false);
     }
+    let (is_revoked, result) = replace(pin);
+    pin.has_revoked(is_revoked);
+    result.map(|()| true)
+}
+
+/// Revokes a window that a verb has marked, for the verb. That may replace it, too, before or after.
+///
+/// # Errors
+/// The kernel's, if it refuses the pages; what the window is then, the verb finds out.
+fn revoke_for_verb(pin: &Pin<'_>) -> std::result::Result<(), Refused> {
+    let (is_revoked, result) = replace(pin);
+    if is_revoked {
+        pin.has_revoked_for_verb();
+    }
+    result
+}
+
+/// Replaces a window by its pages. Returns whether it counts as revoked, too.
+fn replace(pin: &Pin<'_>) -> (bool, std::result::Result<(), Refused>) {
     let range = pin.range();
     let (access, pages) = Group::of_note(pin.note());
     // SAFETY: the window stays mapped at its range while its entry is pinned: whoever unmaps, relocates or
     // restores it changes the state first, and waits for the pin.
     let result = unsafe { absent::replace(range.start, range.len(), access, pages) };
-    match result {
-        Ok(()) => pin.has_revoked(true),
-        Err(Refused { left: Left::Untouched | Left::Unknown, .. }) => pin.has_revoked(false),
-        Err(Refused { left: Left::Plugged, .. }) => pin.has_revoked(true),
+    let is_revoked = match result {
+        Ok(()) | Err(Refused { left: Left::Plugged, .. }) => true,
+        Err(Refused { left: Left::Untouched | Left::Unknown, .. }) => false,
         // Other code would be mapped there next, and registers would reach it.
         Err(Refused { left: Left::Hole, .. }) => process::abort(),
-    }
-    result.map(|()| true)
+    };
+    (is_revoked, result)
 }
 
 /// Does with the signal what would have been done without the guard.

@@ -43,9 +43,15 @@ pub(in crate::space) enum State {
     Busy = 3,
     /// A verb restores the window: as busy, but it still counts as revoked.
     Restoring = 4,
-    /// Whoever marked it so is about to replace the window, or to fail, but it already counts as revoked: repeat
-    /// the access until that has ended. Only who marked it changes it.
+    /// The handler that marked it so is about to replace the window, or to fail, but it already counts as revoked:
+    /// repeat the access until that has ended. Only who marked it changes it.
     Revoking = 5,
+    /// As revoking, by a verb: replace the window for it. A handler that interrupted the thread of the verb cannot wait
+    /// for it.
+    RevokingByVerb = 6,
+    /// The kernel has refused that verb the pages, but a handler may still replace the window for it: repeat the access
+    /// until that is known. It still counts as revoked.
+    Undecided = 7,
 }
 
 /// The number of pins is below, the state above.
@@ -60,8 +66,20 @@ impl State {
             2 => Self::Revoked,
             3 => Self::Busy,
             4 => Self::Restoring,
-            _ => Self::Revoking,
+            5 => Self::Revoking,
+            6 => Self::RevokingByVerb,
+            _ => Self::Undecided,
         }
+    }
+
+    /// Whether it is about to be known what the window shows.
+    fn is_revoking(self) -> bool {
+        matches!(self, Self::Revoking | Self::RevokingByVerb | Self::Undecided)
+    }
+
+    /// Whether the window counts as revoked.
+    pub(super) fn is_revoked(self) -> bool {
+        matches!(self, Self::Revoked | Self::Restoring) || self.is_revoking()
     }
 }
 
@@ -112,12 +130,13 @@ impl Entry {
     }
 
     /// Changes the state to one in which handlers do not act, and waits until those that acted have ended.
-    /// Returns the state before, which is not [`Revoking`](State::Revoking): what the window shows is known.
+    /// Returns the state before, which is not that of a window that is about to be revoked: what the window shows is
+    /// known.
     #[inline(always)]
     pub(super) fn stop(&self, to: State) -> State {
         let before = loop {
             let state = self.state();
-            if state == State::Revoking {
+            if state.is_revoking() {
                 self.drain();
             } else if self.change(state, to).is_ok() {
                 break state;
@@ -134,17 +153,31 @@ impl Entry {
         Ok(())
     }
 
-    /// Marks a live window, for a verb: it is [`Revoking`](State::Revoking). False if it is revoked. A handler that
-    /// has marked it may fail and take the mark back, so this waits for it.
+    /// Marks a live window, for a verb: it is [`RevokingByVerb`](State::RevokingByVerb). False if it is revoked. A
+    /// handler that has marked it may fail and take the mark back, so this waits for it. Verbs on one window take turns.
     pub(super) fn mark(&self) -> bool {
         loop {
             self.drain();
-            match self.change(State::Live, State::Revoking) {
+            match self.change(State::Live, State::RevokingByVerb) {
                 Ok(()) => return true,
                 Err(State::Revoking) => {}
                 Err(_) => return false,
             }
         }
+    }
+
+    /// Ends what [`mark`](Self::mark) began, if the window was replaced.
+    pub(super) fn has_revoked(&self) {
+        let _ = self.change(State::RevokingByVerb, State::Revoked);
+    }
+
+    /// After the kernel has refused to replace a window that was [marked](Self::mark): waits for handlers that replace
+    /// it. False if one has; then it is revoked. Else it is [`Undecided`](State::Undecided), and the caller ends that.
+    /// No signal handler of the program may interrupt the caller until then.
+    pub(super) fn has_failed(&self) -> bool {
+        let _ = self.change(State::RevokingByVerb, State::Undecided);
+        self.drain();
+        self.state() == State::Undecided
     }
 
     /// Waits for handlers, which make a few system calls each.
@@ -204,6 +237,14 @@ impl Pin<'_> {
     pub(super) fn has_revoked(&self, revoked: bool) {
         let state = if revoked { State::Revoked } else { State::Live };
         let _ = self.entry.change(State::Revoking, state);
+    }
+
+    /// Says for the verb that has marked the window that it is revoked: also if the verb has failed since, and waits
+    /// for this pin.
+    pub(super) fn has_revoked_for_verb(&self) {
+        if self.entry.change(State::RevokingByVerb, State::Revoked) == Err(State::Undecided) {
+            let _ = self.entry.change(State::Undecided, State::Revoked);
+        }
     }
 }
 

@@ -269,19 +269,20 @@ fn no_reservation_is_replaced_for_a_window_that_was_revoked_just_now() {
     assert_eq!(state(&failed.into_reservation().unwrap().range()), (0, PAGE));
 }
 
-/// By which signal a child ends that runs `f`.
+/// By which signal a child ends that runs `f`; 0 if `f` returns. Panics if `f` does.
 fn signal_of(f: impl FnOnce()) -> i32 {
     // SAFETY: the child takes no lock that another thread holds: only its test uses what it touches.
     unsafe {
         match libc::fork() {
             0 => {
                 libc::alarm(120);
-                f();
-                libc::_exit(0)
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f));
+                libc::_exit(i32::from(result.is_err()))
             }
             child => {
                 let mut status = 0;
                 assert_eq!(libc::waitpid(child, &mut status, 0), child);
+                assert!(libc::WIFSIGNALED(status) || status == 0, "the child has panicked");
                 libc::WTERMSIG(status)
             }
         }
@@ -338,6 +339,67 @@ fn a_sibling_that_may_be_lost_ends_the_process() {
     assert_eq!(signal_of(|| fault(moves)), libc::SIGABRT);
 }
 
+/// As in a signal handler of the program that interrupts the verb.
+#[test]
+fn a_fault_while_a_verb_revokes_a_window_is_contained() {
+    if absent::moves_pages() {
+        // Signals are blocked meanwhile.
+        return;
+    }
+    for refused in [None, Some(Errno::ENOMEM)] {
+        let mapping = shared(PAGE);
+        let (start, control) = (mapping.range().start, mapping.control());
+        let script = move |call| {
+            let Call::MapFixed { .. } = call else { return None };
+            assert!(guard::contain(start, libc::BUS_ADRERR));
+            refused
+        };
+        assert!(spy::script(script, || control.revoke(WHY)).unwrap().has_changed());
+        assert_eq!((control.reasons(), read(&mapping, 0)), (WHY, u32::MAX));
+        assert!(control.restore(WHY).unwrap().has_changed());
+        write(&mapping, 0, 7);
+        assert_eq!(read(&mapping, 0), 7);
+    }
+}
+
+/// A fault in another window of the device, at the first call of a verb, which may be refused.
+#[test]
+fn a_window_that_a_verb_has_busy_is_revoked_with_the_others() {
+    shared(PAGE).control().revoke(WHY).unwrap();
+    let by = || Placement::Anywhere.only(Strategy::MapAgain);
+    let during = |refused: Option<Errno>, verb: &dyn Fn(&mut Mapping) -> Mapping| {
+        guard::WHOLE_DEVICE.store(true, Ordering::Relaxed);
+        let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
+        let (mut window, sibling) = (map(&backing, PAGE), map(&backing, PAGE));
+        let at = sibling.range().start;
+        let mut fault = Some(move || assert!(guard::contain(at, libc::BUS_ADRERR)));
+        let call = move |_| {
+            let fault = fault.take()?;
+            fault();
+            refused
+        };
+        let changed = spy::script(call, || verb(&mut window));
+        for it in [&changed, &sibling] {
+            assert!(it.control().is_revoked());
+            assert_eq!(read(it, 0), u32::MAX);
+            it.control().restore(Reasons::FAULT).unwrap();
+            assert!(!it.control().is_revoked());
+        }
+    };
+    let duplicate = |window: &mut Mapping| window.duplicate(Access::ReadWrite, by()).unwrap().0;
+    let relocate = |window: &mut Mapping| {
+        window.relocate(by()).unwrap();
+        std::mem::replace(window, shared(PAGE))
+    };
+    let fail_to_relocate = |window: &mut Mapping| {
+        window.relocate(by()).unwrap_err();
+        std::mem::replace(window, shared(PAGE))
+    };
+    assert_eq!(signal_of(|| during(None, &duplicate)), 0);
+    assert_eq!(signal_of(|| during(None, &relocate)), 0);
+    assert_eq!(signal_of(|| during(Some(Errno::ENOMEM), &fail_to_relocate)), 0);
+}
+
 #[test]
 fn a_restore_that_fails_leaves_no_reason_but_the_fault() {
     let mapping = shared(PAGE);
@@ -388,6 +450,7 @@ fn nobody_can_change_the_ones() {
         .unwrap();
     drop(lock);
     let contain = || guard::contain(mapping.range().start + 5, libc::BUS_ADRERR);
+    entry.change(State::RevokingByVerb, State::Revoking).unwrap();
     assert!(contain(), "it is about to be replaced");
     entry.change(State::Revoking, State::Revoked).unwrap();
     assert!(!contain(), "the access would be repeated for ever");

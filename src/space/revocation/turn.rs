@@ -1,7 +1,5 @@
 //! The right to do something to a window, one at a time.
 
-#![expect(unsafe_code, reason = "addresses are owned by convention")]
-
 use std::ptr;
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
@@ -13,12 +11,13 @@ use super::registry::{Entry, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::Backing;
 use crate::sys::maps::Origin;
-use crate::sys::mmap_lock::MmapLock;
 
 /// The right to do something to a window.
 pub(in crate::space) struct Turn<'a> {
     pub(super) control: &'a Control,
     pub(super) held: MutexGuard<'a, Held>,
+    /// How often handlers had revoked all windows of the group when the turn began.
+    pub(super) swept: u64,
 }
 
 impl<'a> Turn<'a> {
@@ -36,6 +35,7 @@ impl<'a> Turn<'a> {
 
     pub(super) fn reasons(&self) -> Reasons {
         match &self.held.slot {
+            // No verb is about to revoke it: that would be its turn.
             Some(slot) if [State::Revoking, State::Revoked].contains(&slot.entry.state()) => {
                 match self.held.reasons {
                     reasons if reasons.is_empty() => Reasons::FAULT,
@@ -54,31 +54,17 @@ impl<'a> Turn<'a> {
         entry.stop_if(State::Live, State::Busy).map_err(|_| self.control.refused(operation))
     }
 
-    /// Ends a [`freeze`](Self::freeze): the window is what it was.
+    /// Ends a [`freeze`](Self::freeze): the window is what it was. If a handler has revoked the group since the turn
+    /// began, the window is revoked, too.
     pub(in crate::space) fn thaw(&self) {
+        self.resume(Some(State::Live));
+    }
+
+    /// Ends a [`freeze`](Self::freeze) as [`thaw`](Self::thaw) does, with the window at `address` now.
+    pub(in crate::space) fn moved(&self, address: usize) {
         if let Some(slot) = &self.held.slot {
-            let _ = slot.entry.change(State::Busy, State::Live);
-        }
-    }
-
-    /// How often handlers have revoked all windows of the group.
-    pub(in crate::space) fn swept(&self) -> u64 {
-        self.control.backing.group().swept.load(Ordering::SeqCst)
-    }
-
-    /// Ends a [`freeze`](Self::freeze): the window is at `address` now. If a handler has revoked the group since
-    /// [this many](Self::swept) had been done, the window is revoked, too.
-    pub(in crate::space) fn moved(&self, address: usize, swept: u64) {
-        let control = self.control;
-        let Some(slot) = &self.held.slot else { return };
-        registry().relocate(slot, &(address..address + control.size));
-        // One that had not ended may have passed over the window while it was frozen.
-        if control.backing.group().sweeps.load(Ordering::SeqCst) != swept {
-            let lock = MmapLock::take();
-            // SAFETY: the window stays mapped at its range during this turn. If it is not revoked, it has its own
-            // fault later.
-            let _ =
-                slot.entry.mark() && unsafe { control.replace_marked(&lock, slot.entry) }.is_ok();
+            registry().relocate(slot, &(address..address + self.control.size));
+            self.control.follow(slot.entry, self.swept);
         }
     }
 
@@ -96,10 +82,11 @@ impl<'a> Turn<'a> {
         self.held.slot.as_ref().map(|slot| slot.entry.stop(State::Busy))
     }
 
-    /// Ends [`suspend`](Self::suspend).
+    /// Ends [`suspend`](Self::suspend). If a handler has revoked the group since the turn began, so is the window.
     pub(in crate::space) fn resume(&self, before: Option<State>) {
         if let (Some(slot), Some(before)) = (&self.held.slot, before) {
             let _ = slot.entry.change(State::Busy, before);
+            self.control.follow(slot.entry, self.swept);
         }
     }
 

@@ -11,6 +11,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::AtomicU8;
 use loom::thread;
 
+use super::super::sweeps::Sweeps;
 use super::*;
 
 /// Nothing of ours: another thread may have mapped anything there.
@@ -40,6 +41,10 @@ impl Model {
             let before = self.mapped.swap(PAGES, Ordering::AcqRel);
             assert_eq!(before, DEVICE, "replaced what is not the window's, or twice");
             pin.has_revoked(true);
+        } else if pin.state() == State::RevokingByVerb {
+            let before = self.mapped.swap(PAGES, Ordering::AcqRel);
+            assert_ne!(before, FOREIGN, "replaced what is not the window's");
+            pin.has_revoked_for_verb();
         }
     }
 
@@ -60,8 +65,18 @@ impl Model {
     fn revoke(&self, entry: &Entry) {
         if entry.mark() {
             self.mapped.store(PAGES, Ordering::Release);
-            entry.change(State::Revoking, State::Revoked).unwrap();
+            entry.has_revoked();
         }
+    }
+
+    /// As [`revoke`](Self::revoke), if the kernel refuses the pages. Returns whether the window is revoked.
+    fn revoke_refused(&self, entry: &Entry) -> bool {
+        let failed = entry.mark() && entry.has_failed();
+        if failed {
+            assert_eq!(self.mapped.load(Ordering::Acquire), DEVICE);
+            entry.change(State::Undecided, State::Live).unwrap();
+        }
+        !failed
     }
 
     /// `Control::restore`
@@ -86,7 +101,7 @@ fn whoever_reads_the_pages_sees_that_the_window_is_revoked() {
         let entry = model.registry.insert(&RANGE, 0).entry;
         let handler = Model::handler(&model);
         if model.mapped.load(Ordering::Acquire) == PAGES {
-            assert!([State::Revoking, State::Revoked].contains(&entry.state()));
+            assert!(entry.state().is_revoked());
         }
         handler.join().unwrap();
         model.agrees(entry);
@@ -97,6 +112,26 @@ fn all(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
     builder.check(model);
+}
+
+/// One of the handlers may run in the verb's own thread: it ends before the verb goes on.
+#[test]
+fn a_handler_revokes_for_a_verb_that_fails() {
+    all(4, || {
+        let model = Model::new(1);
+        let entry = model.registry.insert(&RANGE, 0).entry;
+        let handlers = [Model::handler(&model), Model::handler(&model)];
+        let revoked = model.revoke_refused(entry);
+        if revoked {
+            assert_eq!(entry.state(), State::Revoked);
+            model.agrees(entry);
+            model.restore(entry);
+        }
+        for handler in handlers {
+            handler.join().unwrap();
+        }
+        model.agrees(entry);
+    });
 }
 
 #[test]
@@ -219,6 +254,65 @@ fn a_window_is_found_while_others_come_and_go() {
             finder.join().unwrap();
         });
     }
+}
+
+/// A handler that revokes all windows while one is relocated finds it, or the verb finds that it has begun.
+#[test]
+fn a_window_that_is_relocated_is_swept_or_follows() {
+    all(4, || {
+        let model = Model::new(1);
+        let slot = model.registry.insert(&RANGE, 0);
+        let group = Arc::new(Sweeps::default());
+        let handler = {
+            let (model, group) = (model.clone(), group.clone());
+            thread::spawn(move || {
+                group.sweep(|| {
+                    for pin in model.registry.each() {
+                        if pin.state() == State::Live && pin.mark() {
+                            pin.has_revoked(true);
+                        }
+                    }
+                });
+            })
+        };
+        let swept = group.swept();
+        if slot.entry.stop_if(State::Live, State::Busy).is_ok() {
+            model.registry.relocate(&slot, &OTHERS[0]);
+            if group.has_begun_more_than(swept) && slot.entry.mark() {
+                slot.entry.has_revoked();
+            }
+        }
+        handler.join().unwrap();
+        assert_eq!(slot.entry.state(), State::Revoked);
+    });
+}
+
+/// The table is replaced meanwhile, and what is found is the window.
+#[test]
+fn a_window_is_found_while_another_one_is_relocated_and_the_table_grows() {
+    all(3, || {
+        let model = Model::new(1);
+        let slot = model.registry.insert(&RANGE, 0);
+        let finder = {
+            let model = model.clone();
+            thread::spawn(move || model.registry.find(RANGE.start).map(|pin| pin.range()))
+        };
+        let adder = {
+            let model = model.clone();
+            thread::spawn(move || drop(model.registry.insert(&OTHERS[0], 0)))
+        };
+        slot.entry.stop_if(State::Live, State::Busy).unwrap();
+        model.registry.relocate(&slot, &OTHERS[1]);
+        adder.join().unwrap();
+        assert!(finder.join().unwrap().is_none_or(|range| range == RANGE));
+        for range in [&OTHERS[0], &OTHERS[1]] {
+            assert_eq!(
+                model.registry.find(range.start).map(|pin| pin.range()).as_ref(),
+                Some(range)
+            );
+        }
+        assert!(model.registry.find(RANGE.start).is_none());
+    });
 }
 
 #[test]
