@@ -9,7 +9,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -67,8 +66,7 @@ impl Memory {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge_flags;
         let fd = memfd_create("vfio-remap-dma", flags).map_err(failed)?;
         nix::unistd::ftruncate(&fd, room.get() as i64).map_err(failed)?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
+        sys::file::fix_size(&fd).map_err(failed)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let lock = MmapLock::take();
         // SAFETY: the kernel chooses an unused range.

@@ -6,12 +6,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-
 use crate::device::{Device, Register, Width, Window};
 use crate::error::{Error, Result};
 use crate::space::Placement;
+use crate::sys::file;
 use crate::transport::{DeviceInfo, RegionFile, RegionInfo, Transport};
 
 /// The memory of a region. Drivers map its file; the model accesses it by its own registers.
@@ -123,11 +121,8 @@ struct Sealed {
 impl Sealed {
     fn new(size: u64) -> Result<Self> {
         let make = || {
-            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-            let file = File::from(memfd_create("vfio-remap-model", flags)?);
-            file.set_len(size)?;
-            let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-            fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+            let file = File::from(file::memory_file("vfio-remap-model", size)?);
+            file::fix_size(&file)?;
             let shared = Arc::new(OwnedFd::from(file.try_clone()?));
             Ok(Self { file, shared, size })
         };

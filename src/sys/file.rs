@@ -21,7 +21,7 @@ pub(crate) fn memory_file(name: &str, size: u64) -> Result<OwnedFd, Errno> {
     Ok(file.into())
 }
 
-/// Nobody can change the size of a [`memory_file`] any more (`man 2 F_ADD_SEALS`).
+/// Nobody can change the size of a memory file any more that may be sealed (`man 2 F_ADD_SEALS`).
 pub(crate) fn fix_size(file: impl AsFd) -> Result<(), Errno> {
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(file, FcntlArg::F_ADD_SEALS(seals)).map(drop)

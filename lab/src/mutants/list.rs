@@ -100,9 +100,9 @@ pub static MUTANTS: &[Mutant] = &[
     },
     Mutant {
         name: "emulated-memory-seal-shrink",
-        file: "src/emulated/memory.rs",
-        before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
-        after: "SealFlag::F_SEAL_GROW",
+        file: "src/sys/file.rs",
+        before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL",
+        after: "SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL",
         killer: Host("--test host -- emulated::the_file_of_a_models_memory_keeps_its_size"),
     },
     Mutant {
