@@ -26,8 +26,8 @@ pub static MUTANTS: &[Mutant] = &[
     Mutant {
         name: "buffer-seal-shrink",
         file: "src/device/dma_memory.rs",
-        before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW",
-        after: "SealFlag::F_SEAL_GROW",
+        before: "sys::file::fix_size(&fd).map_err(failed)?;",
+        after: "",
         killer: Host("--test host -- guards::memory_for_dma_keeps_its_size"),
     },
     Mutant {
@@ -100,9 +100,9 @@ pub static MUTANTS: &[Mutant] = &[
     },
     Mutant {
         name: "emulated-memory-seal-shrink",
-        file: "src/sys/file.rs",
-        before: "SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL",
-        after: "SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL",
+        file: "src/emulated/memory.rs",
+        before: "file::fix_size(&file)?;",
+        after: "",
         killer: Host("--test host -- emulated::the_file_of_a_models_memory_keeps_its_size"),
     },
     Mutant {
@@ -116,9 +116,9 @@ pub static MUTANTS: &[Mutant] = &[
         name: "lost-sibling-lives",
         file: "src/space/revocation/guard.rs",
         before: "Err(Refused { left: Left::Unknown | Left::Hole, .. }) => process::abort(),
-                }",
+                    }",
         after: "Err(Refused { left: Left::Unknown | Left::Hole, .. }) => {}
-                }",
+                    }",
         killer: Host(
             "--lib -- space::revocation::tests::a_sibling_that_may_be_lost_ends_the_process",
         ),
