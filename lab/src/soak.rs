@@ -104,7 +104,7 @@ fn interleavings() -> Result<bool> {
 }
 
 /// Takes devices away a thousand times by each cause, and pulls, unplugs and unbinds them forty times, in each of
-/// these kernels.
+/// these kernels. Returns whether all passed.
 pub fn outages(lab: &Lab, store: &Store, kernels: &[&'static Kernel]) -> Result<bool> {
     ui::status("Running", &format!("outages in guests, {OUTAGE_ROUNDS} times as many rounds"));
     let lab = Lab { rounds: OUTAGE_ROUNDS, timeout: lab.timeout.max(OUTAGE_TIME), ..lab.clone() };

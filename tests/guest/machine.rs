@@ -57,7 +57,7 @@ impl Machine {
     pub fn add_disk(&mut self, name: &str) {
         let disk = json!({
             "driver": "null-co", "node-name": name, "size": 64 << 20, "read-zeroes": true,
-            "latency-ns": 200_000,
+            "latency-ns": 100_000_000,
         });
         self.execute("blockdev-add", disk).unwrap();
     }
