@@ -107,7 +107,7 @@ fn a_window_is_restored_while_handlers_revoke_it() {
     });
 }
 
-/// A duplicate takes no turn with the verbs of its source. It reaches the device, or is refused.
+/// A duplicate takes no turn with the verbs of its source. It reaches the device, or is refused or revoked.
 #[test]
 fn a_window_is_duplicated_while_it_comes_and_goes() {
     alone(|| {
@@ -122,9 +122,9 @@ fn a_window_is_duplicated_while_it_comes_and_goes() {
                 let by = Placement::Anywhere.only(strategies[round % strategies.len()]);
                 match window.duplicate(by) {
                     Ok((duplicate, _)) => {
-                        assert!(!duplicate.is_revoked());
-                        assert_eq!(duplicate.register::<u32>(0).unwrap().read(), 7);
-                        made.fetch_add(1, Ordering::Relaxed);
+                        let value = duplicate.register::<u32>(0).unwrap().read();
+                        assert!(value == 7 || duplicate.is_revoked(), "{value:#x}");
+                        made.fetch_add(usize::from(value == 7), Ordering::Relaxed);
                     }
                     Err(failed) => {
                         let known = [ErrorKind::Revoked, ErrorKind::Refused];
