@@ -39,9 +39,14 @@ const SANITIZERS: [Sanitizer; 2] = [
         options: ("TSAN_OPTIONS", "handle_sigbus=0 die_after_fork=0"),
         // Those of peer-to-peer mappings lock mutexes, whose slow path is not instrumented.
         tests: &["revocation::guard::", "revocation::other_handlers::", "revocation::races::"],
-        // Faults in handlers of other signals: it calls those with all signals blocked, SIGBUS among them. And a test
+        // Faults in handlers of other signals: it calls those with all signals blocked, SIGBUS among them. And tests
         // whose threads wait for each other's mutexes.
-        skipped: &["malloc_is_interrupted", "a_handler_that_interrupts", "it_comes_and_goes"],
+        skipped: &[
+            "malloc_is_interrupted",
+            "a_handler_that_interrupts",
+            "it_comes_and_goes",
+            "a_duplicate_is_revoked_with_all",
+        ],
     },
 ];
 

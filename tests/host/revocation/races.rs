@@ -193,12 +193,13 @@ fn a_window_is_relocated_while_handlers_revoke_it() {
             |round| {
                 let mut window = window.lock().unwrap();
                 window.restore().unwrap();
-                let by = Placement::Anywhere.only(strategies[round % strategies.len()]);
-                match window.relocate(by) {
-                    Ok(relocation) => {
-                        let old = relocation.old.unwrap();
-                        assert_eq!(crate::common::probe::load(old.address()), None);
-                    }
+                let by = strategies[round % strategies.len()];
+                match window.relocate(Placement::Anywhere.only(by)) {
+                    Ok(relocation) => match relocation.old {
+                        Some(old) => assert_eq!(crate::common::probe::load(old.address()), None),
+                        // The other thread may have mapped something there meanwhile.
+                        None => assert_eq!(by, Strategy::Move),
+                    },
                     Err(failed) => {
                         let known = [ErrorKind::Revoked, ErrorKind::Refused];
                         assert!(known.contains(&failed.kind()), "{failed}");
