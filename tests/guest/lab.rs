@@ -143,6 +143,9 @@ impl Drop for Setting {
     }
 }
 
+/// What an announcement to the lab begins with.
+const EXPECTS: &str = "lab: expects:";
+
 /// A line of the kernel's log that a test provokes, announced to the lab while this lives.
 pub struct Expected {
     text: String,
@@ -152,7 +155,7 @@ pub struct Expected {
 
 impl Expected {
     pub fn announce(text: &str) -> Self {
-        std::fs::write("/dev/kmsg", format!("lab: expects: {text}")).unwrap();
+        std::fs::write("/dev/kmsg", format!("{EXPECTS} {text}\n")).unwrap();
         let mut options = File::options();
         let mut log = options.read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg").unwrap();
         log.seek(SeekFrom::End(0)).unwrap();
@@ -160,16 +163,20 @@ impl Expected {
     }
 
     /// Whether the text is in one of the records that are left. Each read is one of them; one that was overwritten is
-    /// an error, and passed.
+    /// an error, and passed. The announcement itself may be among them: the end of the log is before a record that the
+    /// kernel has not closed yet.
     fn is_logged(&mut self) -> bool {
         let mut record = [0; 8192];
         loop {
             match self.log.read(&mut record) {
-                Ok(len) if String::from_utf8_lossy(&record[..len]).contains(&self.text) => {
-                    return true;
+                Ok(len) => {
+                    let record = String::from_utf8_lossy(&record[..len]);
+                    if record.contains(&self.text) && !record.contains(EXPECTS) {
+                        return true;
+                    }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
-                Ok(_) | Err(_) => {}
+                Err(_) => {}
             }
         }
     }
@@ -183,7 +190,7 @@ impl Drop for Expected {
             assert!(Instant::now() < end, "the kernel has not logged {:?}", self.text);
             std::thread::sleep(Duration::from_millis(2));
         }
-        std::fs::write("/dev/kmsg", "lab: expects:").unwrap();
+        std::fs::write("/dev/kmsg", format!("{EXPECTS}\n")).unwrap();
     }
 }
 
