@@ -96,7 +96,7 @@ enum Task {
     /// those with `without_intremap` in the newest kernel, on a machine whose IOMMU does
     /// not remap interrupts; the tests of the kernel patches in the patched kernel. In
     /// the newest kernel the examples tour, edu, unplug, nvme and nic run on devices of the machine.
-    /// The commands `vfio-user` and `vmm` run too; of `vmm` what is brief, on 6.12.
+    /// The commands `vfio-user` and `vmm` run too; of `vmm` what is brief, on 6.12 and patched.
     ///
     /// Two guests run at the same time, while other kernels are fetched or built. The
     /// output of a guest is shown when it has ended. Fails if a test fails, or if a kernel

@@ -49,8 +49,8 @@ fn a_thread_sleeps_until_a_frame_has_come() {
 }
 
 /// QEMU's cards interrupt once more when the time is over in which a vector is silent, whether there is a
-/// reason or not (8.0 to 11.1 at least). Once in hundreds of runs there were two, on a loaded machine.
-const STRAYS: u64 = 2;
+/// reason or not (8.0 to 11.1 at least).
+const STRAY: u64 = 1;
 const ROUNDS: usize = 10;
 
 #[test]
@@ -93,7 +93,8 @@ fn each_queue_interrupts_by_its_own_vector_if_armed() {
             }
             for (other, vector) in vectors.iter().enumerate().filter(|(other, _)| *other != at) {
                 let count = vector.take().unwrap().unwrap_or(0);
-                assert!(count <= STRAYS, "{name}: {count} of {other} instead of {queue}");
+                // Two were seen once, in ten rounds on a loaded machine.
+                assert!(count <= 2 * STRAY, "{name}: {count} of {other} instead of {queue}");
             }
             for pair in &mut card.pairs {
                 pair.receiver.disarm().unwrap();
@@ -105,7 +106,7 @@ fn each_queue_interrupts_by_its_own_vector_if_armed() {
                 take(&mut card, queue);
             }
             assert!(
-                vectors[at].take().unwrap().unwrap_or(0) <= STRAYS,
+                vectors[at].take().unwrap().unwrap_or(0) <= STRAY,
                 "{name}, queue {queue} is not armed"
             );
         }
