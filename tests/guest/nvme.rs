@@ -238,6 +238,38 @@ fn nvme_image_is_mounted_by_the_kernels_driver() {
     fs::remove_file(image).unwrap();
 }
 
+/// See "A driver that is interrupted unbinds the next one" in docs/kernel-notes.md.
+#[test]
+fn nvme_may_be_bound_while_the_kernels_driver_starts_it() {
+    if lab::kernel() == "patched" {
+        lab::skipped("this kernel has no driver for NVMe");
+        return;
+    }
+    load_modules();
+    let disk = lab::sysfs("disk");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _stop = StopOnDrop(&stop);
+        // What would unbind it is a thread of the kernel's, which comes late on a busy machine.
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        lab::in_rounds("bound while it starts", 20, |round| {
+            bind("nvme");
+            // Each time at another moment of its start.
+            std::thread::sleep(Duration::from_micros(500) * (round % 20) as u32);
+            disk.bind_vfio_pci().unwrap().keep();
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(disk.driver().as_deref(), Some("vfio-pci"), "round {round}");
+            drop(Device::open(disk.address()).unwrap());
+        });
+    });
+}
+
 fn with_driver(f: impl FnOnce(&Arc<Controller>)) {
     let controller = open(ways()[0], SETTINGS);
     f(&controller);

@@ -26,8 +26,6 @@ const DISK: &str = "null-hot";
 
 /// Puts an NVMe controller into the hot slot, which is empty.
 fn plug_nvme_in(machine: &mut Machine) {
-    // The kernel's own driver may be loaded, for another test.
-    let _no_probe = lab::Setting::set("/sys/bus/pci/drivers_autoprobe", 0);
     lab::plug_into_hot_slot(
         machine,
         serde_json::json!({

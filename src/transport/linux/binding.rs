@@ -1,6 +1,7 @@
 //! Binding a device to vfio-pci, and restoring its former driver.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use super::PciDevice;
 use super::noiommu::iommu_missing;
@@ -9,6 +10,10 @@ use crate::error::{Error, ErrorKind, Result, gives_back};
 use crate::sys::fork;
 
 const VFIO_PCI: &str = "vfio-pci";
+const NVME: &str = "nvme";
+/// How long a driver that is busy with its device is waited for. A controller may say that it takes longer (CAP.TO, NVMe
+/// 2.0 §3.1.4.1, allows 127 s), but one that works takes a second or two.
+const READY_WITHIN: Duration = Duration::from_secs(20);
 
 /// A device bound to vfio-pci, and its former driver.
 ///
@@ -37,7 +42,8 @@ impl PciDevice {
     /// Binds the device to vfio-pci, after unbinding it from its driver. Requires root.
     ///
     /// This uses the device's `driver_override` (Linux 3.16), so that vfio-pci does not bind to other
-    /// devices of the same kind.
+    /// devices of the same kind. While the kernel's NVMe driver starts or resets the device, this waits, for at
+    /// most 20 s (docs/kernel-notes.md says why).
     ///
     /// # Errors
     /// `NotFound` if vfio-pci is not loaded; `NoIommu` if no IOMMU confines the device, unless VFIO's
@@ -61,6 +67,7 @@ impl PciDevice {
         let binding = binding(Some(Before { driver, driver_override }));
         // From here on, an error drops the binding, which restores the former driver.
         self.set_override(VFIO_PCI)?;
+        self.wait_while_nvme_is_busy(READY_WITHIN);
         self.unbind()?;
         write(&vfio_pci.join("bind"), &self.address().to_string(), "bind").map_err(|error| {
             if self.iommu_group().is_none() { iommu_missing("bind", self.address()) } else { error }
@@ -70,6 +77,30 @@ impl PciDevice {
 
     fn set_override(&self, driver: &str) -> Result<()> {
         write(&self.path().join("driver_override"), driver, "bind")
+    }
+
+    /// Whether the kernel's NVMe driver has the device and starts, resets or releases it. Unbound then, the driver of
+    /// Linux 6.1 and older may unbind the device once more, from whatever driver has it by then.
+    fn nvme_is_busy(&self) -> bool {
+        if self.driver().as_deref() != Some(NVME) {
+            return false;
+        }
+        let controllers = fs::read_dir(self.path().join(NVME)).into_iter().flatten().flatten();
+        let mut states =
+            controllers.filter_map(|it| fs::read_to_string(it.path().join("state")).ok());
+        // Without a state, the probe has not come that far.
+        !states.next().is_some_and(|state| matches!(state.trim(), "live" | "dead"))
+    }
+
+    fn wait_while_nvme_is_busy(&self, limit: Duration) {
+        let end = Instant::now() + limit;
+        while self.nvme_is_busy() {
+            if Instant::now() > end {
+                log::warn!("{}: {NVME} has been busy with it for {limit:?}", self.address());
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Unbinds the device from its driver. Waits while a program has it open.
@@ -164,24 +195,23 @@ mod tests {
     use super::*;
     use crate::sys::fork;
 
-    /// A copy of sysfs with one device, bound to the driver `serial`. Writes to its files have no other
-    /// effect.
+    /// A copy of sysfs with one device, bound to a driver. Writes to its files have no other effect.
     struct Tree(PathBuf);
 
     impl Tree {
-        fn new(name: &str) -> Self {
+        fn new(name: &str, driver: &str) -> Self {
             let root =
                 std::env::temp_dir().join(format!("vfio-remap-{name}-{}", std::process::id()));
             let device = root.join("bus/pci/devices/0000:00:03.0");
             fs::create_dir_all(&device).unwrap();
-            for driver in ["serial", VFIO_PCI] {
-                let driver = root.join("bus/pci/drivers").join(driver);
+            for name in [driver, VFIO_PCI] {
+                let driver = root.join("bus/pci/drivers").join(name);
                 fs::create_dir_all(&driver).unwrap();
                 for file in ["bind", "unbind"] {
                     fs::write(driver.join(file), "").unwrap();
                 }
             }
-            symlink("../../drivers/serial", device.join("driver")).unwrap();
+            symlink(format!("../../drivers/{driver}"), device.join("driver")).unwrap();
             fs::write(device.join("driver_override"), "(null)\n").unwrap();
             Self(root)
         }
@@ -207,7 +237,7 @@ mod tests {
     #[test]
     #[expect(unsafe_code, reason = "it forks")]
     fn a_child_leaves_the_binding_of_its_parent_alone() {
-        let tree = Tree::new("binding-of-parent");
+        let tree = Tree::new("binding-of-parent", "serial");
         let mut binding = Some(tree.device().bind_vfio_pci().unwrap());
         assert_eq!(tree.overridden(), "vfio-pci");
         let drops = || {
@@ -223,10 +253,57 @@ mod tests {
 
     #[test]
     fn a_device_that_cannot_be_bound_keeps_its_driver() {
-        let tree = Tree::new("not-bound");
+        let tree = Tree::new("not-bound", "serial");
         fs::remove_file(tree.0.join("bus/pci/drivers/vfio-pci/bind")).unwrap();
         let error = tree.device().bind_vfio_pci().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NoIommu, "{error}");
         assert_eq!(tree.overridden(), "\nfio-pci");
+    }
+
+    #[test]
+    fn a_busy_nvme_driver_is_waited_for() {
+        let tree = Tree::new("nvme-is-busy", NVME);
+        let device = tree.device();
+        assert!(device.nvme_is_busy(), "the probe has not made the controller's directory");
+        device.wait_while_nvme_is_busy(Duration::ZERO);
+
+        let controller = device.path().join("nvme/nvme3");
+        fs::create_dir_all(&controller).unwrap();
+        assert!(device.nvme_is_busy(), "nor the state");
+        for (state, busy) in [
+            ("new", true),
+            ("resetting", true),
+            ("connecting", true),
+            ("live", false),
+            ("deleting", true),
+            ("deleting (no IO)", true),
+            ("dead", false),
+        ] {
+            fs::write(controller.join("state"), format!("{state}\n")).unwrap();
+            assert_eq!(device.nvme_is_busy(), busy, "{state}");
+        }
+
+        fs::write(controller.join("state"), "resetting\n").unwrap();
+        std::thread::scope(|scope| {
+            let binding = scope.spawn(|| device.bind_vfio_pci().map(Binding::keep));
+            let unbind = tree.0.join("bus/pci/drivers/nvme/unbind");
+            while tree.overridden() != "vfio-pci" {
+                std::thread::yield_now();
+            }
+            assert_eq!(
+                fs::read_to_string(&unbind).unwrap(),
+                "",
+                "it was unbound while it was reset"
+            );
+            fs::write(controller.join("state"), "live\n").unwrap();
+            binding.join().unwrap().unwrap();
+            assert_eq!(fs::read_to_string(&unbind).unwrap(), "0000:00:03.0");
+        });
+    }
+
+    #[test]
+    fn another_driver_is_not_waited_for() {
+        let tree = Tree::new("serial-is-busy", "serial");
+        assert!(!tree.device().nvme_is_busy());
     }
 }
