@@ -26,6 +26,11 @@ pub(super) unsafe fn release(
     let lock = MmapLock::take();
     let (address, size) = (range.start, range.len());
     let taken = home.take();
+    if shown.is_revoked {
+        // So that they can be told from others' after a call that fails.
+        // SAFETY: the mapping owns its range.
+        let _ = unsafe { mm::keep_from_children(address, size) };
+    }
     // SAFETY: the mapping owns its range, and by the contract nothing uses it.
     let cover = || unsafe {
         match &taken {

@@ -20,11 +20,14 @@ mod turn;
 
 use std::ops::Range;
 use std::ptr;
+use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use crate::sys::fork;
+use nix::errno::Errno;
+
 use crate::sys::mmap_lock::MmapLock;
-use registry::Registry;
+use crate::sys::{async_safe, fork};
+use registry::{Registry, State};
 
 pub use absent::{revocable_size, set_revocable_size};
 pub(crate) use control::Control;
@@ -66,7 +69,22 @@ fn make_registry() -> &'static Registry {
     // In a child the parent's stays as it is: another thread may have been about to change it.
     let new = Box::leak(Box::new(Current { generation, registry: Registry::new(FIRST) }));
     CURRENT.store(new, Ordering::Release);
+    static KEEP: Once = Once::new();
+    KEEP.call_once(|| fork::before(keep_revoked_from_children));
     &new.registry
+}
+
+/// Before `fork(2)`: children inherit no window, and the pages of a revoked one neither. A child finds ones in place of
+/// a window that is revoked at the same time, or if it is made without the C library's `fork`.
+extern "C" fn keep_revoked_from_children() {
+    let Some(registry) = current() else { return };
+    let errno = Errno::last_raw();
+    for pin in registry.each().filter(|pin| pin.state() == State::Revoked) {
+        let range = pin.range();
+        // SAFETY: the range stays the window's while it is pinned.
+        let _ = unsafe { async_safe::keep_from_children(range.start, range.len()) };
+    }
+    Errno::set_raw(errno);
 }
 
 /// Makes sure that a window of `size` bytes can be revoked: see [`revocable_size`].

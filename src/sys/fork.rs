@@ -32,6 +32,15 @@ pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
+/// Has `f` run in each thread that calls `fork(2)`, before it forks. That may be in a signal handler, so `f` is
+/// async-signal-safe. If registering fails for lack of memory, it does not run.
+pub(crate) fn before(f: extern "C" fn()) {
+    /// `pthread_atfork` has no safe type for a handler.
+    type Handler = unsafe extern "C" fn();
+    // SAFETY: the handler is one of this crate, which may be called at any time.
+    unsafe { libc::pthread_atfork(Some(f as Handler), None, None) };
+}
+
 /// As [`generation`], for a signal handler. The code that the handler serves has called [`generation`] before.
 pub(crate) fn generation_in_handler() -> u32 {
     GENERATION.load(Ordering::Relaxed)

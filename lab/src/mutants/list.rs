@@ -143,6 +143,24 @@ pub static MUTANTS: &[Mutant] = &[
         ),
     },
     Mutant {
+        name: "pages-inherited",
+        file: "src/space/revocation.rs",
+        before: "|pin| pin.state() == State::Revoked",
+        after: "|_| false",
+        killer: Host(
+            "--lib -- space::revocation::tests::a_child_has_a_hole_in_place_of_a_revoked_window",
+        ),
+    },
+    Mutant {
+        name: "pages-taken-for-others",
+        file: "src/space/cover.rs",
+        before: "if shown.is_revoked {",
+        after: "if false && shown.is_revoked {",
+        killer: Host(
+            "--lib -- space::revocation::tests::a_revoked_window_that_cannot_be_unmapped_is_kept",
+        ),
+    },
+    Mutant {
         name: "pages-duplicated",
         file: "src/space/strategies.rs",
         before: "*pages = revoked.get();",

@@ -165,6 +165,10 @@ pub(super) enum Left {
 /// An older one refuses a limit on committed memory afterwards, so there the pages are made elsewhere and moved. Then
 /// it fails with the window unmapped only if it has no memory for its own tables.
 ///
+/// Children may inherit the pages, unlike windows: MADV_DONTFORK would take as long as a quarter of the rest. It is left
+/// to whoever needs it: [before a fork](super::keep_revoked_from_children), and before a call that may fail and leave
+/// something else there, from which that flag tells the pages.
+///
 /// It may run in a signal handler.
 ///
 /// # Safety
@@ -190,9 +194,7 @@ pub(super) unsafe fn replace(
         }
     }
     match result {
-        // A child that inherits the pages in between finds ones there, and must not access the range anyway.
-        // SAFETY: as above.
-        Ok(()) => drop(unsafe { async_safe::keep_from_children(address, size) }),
+        Ok(()) => {}
         Err(refused) => match fill_gap(address, size, access, pages) {
             Ok(()) => {}
             Err(Left::Untouched) => return Err(refused),
@@ -230,11 +232,7 @@ pub(super) fn fill_gap(
     pages: Pages,
 ) -> Result<(), Left> {
     match async_safe::fill_gap(address, size, access, pages.private()) {
-        Ok(()) => {
-            // SAFETY: the range was mapped above.
-            let _ = unsafe { async_safe::keep_from_children(address, size) };
-            return Ok(());
-        }
+        Ok(()) => return Ok(()),
         Err(Errno::EEXIST) => {}
         Err(_) => {
             if async_safe::plug_gap(address, size).is_ok() {

@@ -151,7 +151,9 @@ impl Control {
     pub(super) fn shown(&self, state: Option<State>) -> Shown {
         let Self { backing, offset, pages, .. } = self;
         match state {
-            Some(State::Revoked) => Shown { file: pages.identity().map(Origin::from), offset: 0 },
+            Some(State::Revoked) => {
+                Shown { file: pages.identity().map(Origin::from), offset: 0, is_revoked: true }
+            }
             _ => Shown::backing(backing, *offset),
         }
     }
@@ -334,10 +336,12 @@ impl Control {
         let result = stopped.and_then(|()| {
             // SAFETY: nothing uses the new mapping, and verbs on this window take turns. No handler
             // replaces the window while its entry is busy.
-            let moved = unsafe { async_safe::move_over(new, self.size, range.start) };
-            if moved.is_err() {
-                self.after_failed_restore(&lock, &range);
-            }
+            let moved = unsafe {
+                mm::keep_from_children(range.start, self.size).and_then(|()| {
+                    let moved = async_safe::move_over(new, self.size, range.start);
+                    moved.inspect_err(|_| self.after_failed_restore(&lock, &range))
+                })
+            };
             let state = if moved.is_ok() { State::Live } else { State::Revoked };
             let _ = entry.change(State::Restoring, state);
             moved

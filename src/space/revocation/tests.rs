@@ -69,8 +69,30 @@ fn a_window_that_cannot_be_mapped_stays_revoked() {
         assert!(control.is_revoked());
         assert_eq!((read(&mapping, PAGE), state(&mapping.range())), (u32::MAX, (2 * PAGE, 0)));
     }
+    // The second mark is that of the pages, and a call that fails after it might leave something else.
+    let mut left = 1;
+    let refuse = move |call| {
+        left -= i32::from(matches!(call, Call::Advise));
+        (left < 0).then_some(Errno::ENOMEM)
+    };
+    let error = spy::script(refuse, || control.restore(Reasons::FAULT)).unwrap_err();
+    assert_eq!(error.errno(), Some(libc::ENOMEM), "{error}");
+    assert_eq!((read(&mapping, PAGE), state(&mapping.range())), (u32::MAX, (2 * PAGE, 0)));
     control.restore(Reasons::FAULT).unwrap();
     assert_eq!(read(&mapping, PAGE), 7);
+}
+
+#[test]
+fn a_revoked_window_that_cannot_be_unmapped_is_kept() {
+    let mut mapping = shared(PAGE);
+    mapping.control().revoke(WHY).unwrap();
+    let refused = |call| matches!(call, Call::Cover { .. });
+    let error = spy::refuse(Errno::ENOMEM, refused, || mapping.vacate()).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::Os, Some(libc::ENOMEM)), "{error}");
+    assert!(mapping.control().is_revoked() && !mapping.is_unmapped());
+    assert_eq!((read(&mapping, 0), state(&mapping.range())), (u32::MAX, (PAGE, 0)));
+    mapping.control().restore(WHY).unwrap();
+    assert_eq!(read(&mapping, 0), 0);
 }
 
 /// Runs `f` in a child that may lock, or have as data, no more than `limit` bytes.
@@ -476,6 +498,7 @@ fn what_a_revoked_window_shows_does_not_change() {
             assert_eq!(it.control().reads_ones(), ones);
             it.control().revoke(WHY).unwrap();
             assert_eq!(read(it, MIB - 4), if ones { u32::MAX } else { 0 });
+            keep_revoked_from_children();
             let shown = maps::still_shows(&it.range(), it.control().pages.in_maps().into(), 0);
             assert_eq!(shown, Some(true));
         }

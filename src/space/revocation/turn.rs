@@ -105,11 +105,13 @@ impl<'a> Turn<'a> {
 pub(in crate::space) struct Shown {
     pub file: Option<Origin>,
     pub offset: u64,
+    /// Whether it is the pages of a revoked window.
+    pub is_revoked: bool,
 }
 
 impl Shown {
     /// A live mapping of `backing` from `offset` of the region on.
     pub(in crate::space) fn backing(backing: &Backing, offset: u64) -> Self {
-        Self { file: backing.origin, offset: backing.file_offset(offset) }
+        Self { file: backing.origin, offset: backing.file_offset(offset), is_revoked: false }
     }
 }
