@@ -26,11 +26,6 @@ pub(super) unsafe fn release(
     let lock = MmapLock::take();
     let (address, size) = (range.start, range.len());
     let taken = home.take();
-    if shown.is_revoked {
-        // So that they can be told from others' after a call that fails.
-        // SAFETY: the mapping owns its range.
-        let _ = unsafe { mm::keep_from_children(address, size) };
-    }
     // SAFETY: the mapping owns its range, and by the contract nothing uses it.
     let cover = || unsafe {
         match &taken {
@@ -76,8 +71,13 @@ pub(super) fn try_cover<T>(
             .map_err(|errno| CoverFailed { errno, intact: true })?;
         return cover().map_err(|errno| CoverFailed { errno, intact: false });
     };
+    if shown.is_revoked {
+        // So that the pages can be told from another mapping if the call fails.
+        // SAFETY: the range is ours.
+        let _ = unsafe { mm::keep_from_children(range.start, range.len()) };
+    }
     // A mapping of the same bytes of the same file that children do not inherit is a window of this
-    // crate. It is this one, since the lock was taken before the call.
+    // crate, or the pages of one. It is this one, since the lock was taken before the call.
     let is_intact = || maps::is_kept_from_children(&range, file, shown.offset).unwrap_or(false);
     let refused = |errno| CoverFailed { errno, intact: is_intact() };
     let locked = match cover().map_err(refused) {

@@ -20,7 +20,6 @@ mod turn;
 
 use std::ops::Range;
 use std::ptr;
-use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use nix::errno::Errno;
@@ -40,6 +39,7 @@ pub(super) use turn::Shown;
 /// The registry, and the process that made it: a child of `fork(2)` has none of its parent's windows.
 struct Current {
     generation: u32,
+    process: u32,
     registry: Registry,
 }
 
@@ -66,24 +66,35 @@ fn make_registry() -> &'static Registry {
     if let Some(registry) = current() {
         return registry;
     }
+    if CURRENT.load(Ordering::Relaxed).is_null() {
+        fork::before(keep_revoked_from_children);
+    }
+    let (process, registry) = (std::process::id(), Registry::new(FIRST));
     // In a child the parent's stays as it is: another thread may have been about to change it.
-    let new = Box::leak(Box::new(Current { generation, registry: Registry::new(FIRST) }));
+    let new = Box::leak(Box::new(Current { generation, process, registry }));
     CURRENT.store(new, Ordering::Release);
-    static KEEP: Once = Once::new();
-    KEEP.call_once(|| fork::before(keep_revoked_from_children));
     &new.registry
 }
 
-/// Before `fork(2)`: children inherit no window, and the pages of a revoked one neither. A child finds ones in place of
-/// a window that is revoked at the same time, or if it is made without the C library's `fork`.
+/// Before the C library's `fork`: keeps the pages of revoked windows from the child, which inherits no windows either.
+/// It may still get those of a window that another thread, or a handler that runs later, changes meanwhile.
+///
+/// Does nothing in a child that was made in another way: anything may be mapped there at the addresses of windows.
 extern "C" fn keep_revoked_from_children() {
-    let Some(registry) = current() else { return };
     let errno = Errno::last_raw();
-    for pin in registry.each().filter(|pin| pin.state() == State::Revoked) {
-        let range = pin.range();
-        // SAFETY: the range stays the window's while it is pinned.
-        let _ = unsafe { async_safe::keep_from_children(range.start, range.len()) };
+    // A signal handler of the program may have a fault in a window that is pinned here. It would wait for the thread
+    // that has the window busy, and that for this one.
+    let mask = async_safe::block_signals(!0);
+    // SAFETY: as in `current`.
+    let current = unsafe { CURRENT.load(Ordering::Acquire).as_ref() };
+    if let Some(current) = current.filter(|current| current.process == std::process::id()) {
+        for pin in current.registry.each().filter(|pin| pin.state() == State::Revoked) {
+            let range = pin.range();
+            // SAFETY: the range stays the window's while it is pinned.
+            let _ = unsafe { async_safe::keep_from_children(range.start, range.len()) };
+        }
     }
+    async_safe::block_signals(mask);
     Errno::set_raw(errno);
 }
 

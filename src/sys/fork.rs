@@ -32,8 +32,8 @@ pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Has `f` run in each thread that calls `fork(2)`, before it forks. That may be in a signal handler, so `f` is
-/// async-signal-safe. If registering fails for lack of memory, it does not run.
+/// Has `f` run in each thread that calls the C library's `fork`, before it forks. That may be in a signal handler, so
+/// `f` is async-signal-safe. If registering fails for lack of memory, it does not run.
 pub(crate) fn before(f: extern "C" fn()) {
     /// `pthread_atfork` has no safe type for a handler.
     type Handler = unsafe extern "C" fn();
@@ -54,7 +54,29 @@ pub(crate) fn generation_in_handler() -> u32 {
 #[cfg(test)]
 pub(crate) unsafe fn holds_in_child(f: impl FnOnce() -> bool) -> bool {
     // SAFETY: the caller vouches for what the child does.
-    match unsafe { libc::fork() } {
+    unsafe { holds(libc::fork(), f) }
+}
+
+/// As [`holds_in_child`], in a child that the C library does not know of.
+///
+/// # Safety
+/// As [`holds_in_child`].
+#[cfg(test)]
+pub(crate) unsafe fn holds_in_raw_child(f: impl FnOnce() -> bool) -> bool {
+    const ZERO: libc::c_long = 0;
+    let signal = libc::c_long::from(libc::SIGCHLD);
+    // SAFETY: without flags and a stack, clone(2) is fork. The caller vouches for what the child does.
+    unsafe {
+        let child = libc::syscall(libc::SYS_clone, signal, ZERO, ZERO, ZERO, ZERO);
+        holds(child as libc::pid_t, f)
+    }
+}
+
+/// # Safety
+/// `forked` is what a fork has returned. For the rest as [`holds_in_child`].
+#[cfg(test)]
+unsafe fn holds(forked: libc::pid_t, f: impl FnOnce() -> bool) -> bool {
+    match forked {
         0 => {
             // SAFETY: alarm only arms a timer. SIGALRM ends a child that waits for a lock forever.
             unsafe { libc::alarm(120) };

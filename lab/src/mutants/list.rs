@@ -161,6 +161,13 @@ pub static MUTANTS: &[Mutant] = &[
         ),
     },
     Mutant {
+        name: "busy-driver-interrupted",
+        file: "src/transport/linux/binding.rs",
+        before: "self.wait_while_nvme_is_busy(READY_WITHIN);",
+        after: "",
+        killer: Host("--lib -- transport::linux::binding::tests::a_busy_nvme_driver_is_waited_for"),
+    },
+    Mutant {
         name: "pages-duplicated",
         file: "src/space/strategies.rs",
         before: "*pages = revoked.get();",

@@ -165,9 +165,9 @@ pub(super) enum Left {
 /// An older one refuses a limit on committed memory afterwards, so there the pages are made elsewhere and moved. Then
 /// it fails with the window unmapped only if it has no memory for its own tables.
 ///
-/// Children may inherit the pages, unlike windows: MADV_DONTFORK would take as long as a quarter of the rest. It is left
-/// to whoever needs it: [before a fork](super::keep_revoked_from_children), and before a call that may fail and leave
-/// something else there, from which that flag tells the pages.
+/// The pages lack MADV_DONTFORK, which would take a seventh of the time. It is left to whoever needs it:
+/// [before a fork](super::keep_revoked_from_children), and before a call that may fail and leave something else there,
+/// from which that flag tells the pages.
 ///
 /// It may run in a signal handler.
 ///

@@ -337,6 +337,7 @@ impl Control {
             // SAFETY: nothing uses the new mapping, and verbs on this window take turns. No handler
             // replaces the window while its entry is busy.
             let moved = unsafe {
+                // So that the pages can be told from another mapping if the call fails.
                 mm::keep_from_children(range.start, self.size).and_then(|()| {
                     let moved = async_safe::move_over(new, self.size, range.start);
                     moved.inspect_err(|_| self.after_failed_restore(&lock, &range))

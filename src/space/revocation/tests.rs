@@ -44,6 +44,26 @@ fn a_child_has_a_hole_in_place_of_a_revoked_window() {
 }
 
 #[test]
+fn what_a_raw_child_maps_at_old_addresses_is_inherited() {
+    let mapping = shared(PAGE);
+    let range = mapping.range();
+    mapping.control().revoke(WHY).unwrap();
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    let at = range.start as *mut libc::c_void;
+    // SAFETY: the children take no lock that another thread holds: only this test uses what they touch. MAP_FIXED_NOREPLACE
+    // replaces nothing.
+    let held = unsafe {
+        // It keeps the pages from the next child.
+        fork::holds_in_child(|| state(&range) == (0, 0))
+            && fork::holds_in_raw_child(|| {
+                libc::mmap(at, PAGE, libc::PROT_READ, flags, -1, 0) == at
+                    && fork::holds_in_child(|| state(&range) == (PAGE, 0))
+            })
+    };
+    assert!(held);
+}
+
+#[test]
 fn a_window_is_restored_when_no_reason_is_left() {
     let mapping = shared(PAGE);
     let (control, other) = (mapping.control(), Reasons::of(1));
@@ -78,6 +98,10 @@ fn a_window_that_cannot_be_mapped_stays_revoked() {
     let error = spy::script(refuse, || control.restore(Reasons::FAULT)).unwrap_err();
     assert_eq!(error.errno(), Some(libc::ENOMEM), "{error}");
     assert_eq!((read(&mapping, PAGE), state(&mapping.range())), (u32::MAX, (2 * PAGE, 0)));
+    // The pages are found to be still there after a move that failed; else the process would end.
+    let refused = |call| matches!(call, Call::MoveFixed { .. });
+    spy::refuse(Errno::ENOMEM, refused, || control.restore(Reasons::FAULT)).unwrap_err();
+    assert_eq!((read(&mapping, PAGE), state(&mapping.range())), (u32::MAX, (2 * PAGE, 0)));
     control.restore(Reasons::FAULT).unwrap();
     assert_eq!(read(&mapping, PAGE), 7);
 }
@@ -93,6 +117,21 @@ fn a_revoked_window_that_cannot_be_unmapped_is_kept() {
     assert_eq!((read(&mapping, 0), state(&mapping.range())), (u32::MAX, (PAGE, 0)));
     mapping.control().restore(WHY).unwrap();
     assert_eq!(read(&mapping, 0), 0);
+}
+
+#[test]
+fn a_revoked_window_that_cannot_be_covered_is_unmapped() {
+    let backing = Arc::new(backing(PAGE, BackingKind::SharedMemory));
+    let (first, rest) = secluded(2 * PAGE).split_at(PAGE).unwrap();
+    let place = Placement::In(first);
+    let mapping = Mapping::new(backing, 0, PAGE, Access::ReadWrite, place).unwrap();
+    let range = mapping.range();
+    mapping.control().revoke(WHY).unwrap();
+    let refused = |call| matches!(call, Call::Cover { .. });
+    spy::refuse(Errno::ENOMEM, refused, || drop(mapping));
+    assert_eq!(state(&range), (0, PAGE), "it is reserved again");
+    drop(rest);
+    assert_eq!(state(&range), (0, 0));
 }
 
 /// Runs `f` in a child that may lock, or have as data, no more than `limit` bytes.
@@ -498,7 +537,9 @@ fn what_a_revoked_window_shows_does_not_change() {
             assert_eq!(it.control().reads_ones(), ones);
             it.control().revoke(WHY).unwrap();
             assert_eq!(read(it, MIB - 4), if ones { u32::MAX } else { 0 });
-            keep_revoked_from_children();
+            // They are told from other mappings after a call that failed.
+            let refused = |call| matches!(call, Call::MoveFixed { .. });
+            spy::refuse(Errno::ENOMEM, refused, || it.control().restore(WHY)).unwrap_err();
             let shown = maps::still_shows(&it.range(), it.control().pages.in_maps().into(), 0);
             assert_eq!(shown, Some(true));
         }
