@@ -27,6 +27,9 @@ pub use list::MUTANTS;
 /// How long a test may run. A test that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(300);
 
+/// What names the package of a killer.
+const PACKAGE: &str = "--package";
+
 /// Lines of a failed build or test that an error shows.
 const TAIL: usize = 25;
 
@@ -45,7 +48,8 @@ pub struct Mutant {
 /// The test that must fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Killer {
-    /// The arguments of `cargo test`: the target, ` -- `, and the test.
+    /// The arguments of `cargo test`: the package, if it is not vfio-remap, the target, ` -- `, and the test with its
+    /// modules.
     Host(&'static str),
     /// A test of `tests/guest`, in the guest of a kernel.
     Guest { kernel: &'static str, test: &'static str },
@@ -201,8 +205,11 @@ impl<'a> Copy<'a> {
     fn cargo_test(&self, target: &str) -> Command {
         let mut cargo = self.sources.cargo();
         cargo
-            .args(["test", "--locked", "--package", "vfio-remap", "--target-dir"])
+            .args(["test", "--locked", "--all-features", "--target-dir"])
             .arg(&self.sources.target);
+        if !target.contains(PACKAGE) {
+            cargo.args([PACKAGE, "vfio-remap"]);
+        }
         cargo.args(target.split(' '));
         cargo
     }
@@ -319,9 +326,37 @@ mod tests {
             let mutated = mutant.mutated(&text).unwrap();
             assert_ne!(mutated, text, "{}", mutant.name);
             assert!(std::ptr::eq(by_name(mutant.name).unwrap(), mutant), "{}", mutant.name);
-            match mutant.killer {
-                Killer::Host(arguments) => assert!(arguments.contains(" -- "), "{arguments}"),
-                Killer::Guest { kernel, .. } => assert!(kernels::by_name(kernel).is_ok()),
+            let (root, test) = match mutant.killer {
+                Killer::Host(arguments) => {
+                    let (target, test) = arguments.split_once(" -- ").unwrap();
+                    let directory = match target.strip_prefix("--package vfio-remap-") {
+                        Some(target) => format!("drivers/{}", target.split_once(' ').unwrap().0),
+                        None => ".".to_owned(),
+                    };
+                    let tests = if target.ends_with("--lib") { "src" } else { "tests/host" };
+                    (format!("{directory}/{tests}"), test)
+                }
+                Killer::Guest { kernel, test } => {
+                    assert!(kernels::by_name(kernel).is_ok());
+                    ("tests/guest".to_owned(), test)
+                }
+            };
+            assert!(is_there(&payload::workspace().join(root), test), "{}: {test}", mutant.name);
+        }
+    }
+
+    /// Whether a test is in the file of its modules, or of those around them.
+    fn is_there(root: &Path, test: &str) -> bool {
+        let (modules, name) = test.rsplit_once("::").unwrap_or(("", test));
+        let mut file = modules.split("::").fold(root.to_owned(), |file, module| file.join(module));
+        loop {
+            let files = [file.with_extension("rs"), file.join("mod.rs"), file.join("main.rs")];
+            let texts = files.iter().filter_map(|file| fs::read_to_string(file).ok());
+            if texts.into_iter().any(|text| text.contains(&format!("fn {name}("))) {
+                return true;
+            }
+            if file == root || !file.pop() {
+                return false;
             }
         }
     }
