@@ -78,8 +78,8 @@ impl PciDevice {
         write(&self.path().join("driver_override"), driver, "bind")
     }
 
-    /// Whether the kernel's NVMe driver has the device and starts or resets it, or has failed to. Unbound then, the driver of
-    /// Linux 6.1 and older may unbind the device once more, from whatever driver has it by then.
+    /// Whether the kernel's NVMe driver has the device and starts or resets it, or has failed to. Unbound then, that
+    /// of Linux 6.1 and older may unbind the device once more, from whatever driver has it by then.
     fn nvme_is_busy(&self) -> bool {
         if self.driver().as_deref() != Some(NVME) {
             return false;
