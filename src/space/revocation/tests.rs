@@ -403,6 +403,8 @@ fn a_sibling_that_may_be_lost_ends_the_process() {
 /// As in a signal handler of the program that interrupts the verb.
 #[test]
 fn a_fault_while_a_verb_revokes_a_window_is_contained() {
+    // How is decided when the first window is mapped.
+    drop(shared(PAGE));
     if absent::moves_pages() {
         // Signals are blocked meanwhile.
         return;
