@@ -48,10 +48,12 @@ fn a_thread_sleeps_until_a_frame_has_come() {
     });
 }
 
-/// QEMU's cards interrupt once more when the time is over in which a vector is silent, whether there is a
-/// reason or not (8.0 to 11.1 at least).
-const STRAY: u64 = 1;
-const ROUNDS: usize = 10;
+/// How many frames come to a queue. One that is armed interrupts for each.
+const ROUNDS: u64 = 20;
+/// How many interrupts may come without a reason, however many frames come. QEMU's cards interrupt once more when the
+/// time is over in which a vector is silent (8.0 to 11.1 at least), and on a busy machine the kernel tells of one or two
+/// late.
+const STRAY: u64 = 4;
 
 #[test]
 fn each_queue_interrupts_by_its_own_vector_if_armed() {
@@ -79,6 +81,13 @@ fn each_queue_interrupts_by_its_own_vector_if_armed() {
             .iter()
             .map(|pair| pair.receiver.vector().expect("it has one").clone())
             .collect();
+        let interrupts = |card: &mut Loop, queue: u16, round: u64| {
+            card.pairs[usize::from(queue)].receiver.arm().unwrap();
+            flow(card, queue);
+            let vector = &vectors[usize::from(queue)];
+            assert!(vector.wait(LONG).unwrap() > 0, "{name}, queue {queue}, {round}");
+            receive(card, queue);
+        };
         let drain = || vectors.iter().for_each(|vector| _ = vector.take().unwrap());
         for queue in 0..queues {
             let at = usize::from(queue);
@@ -87,28 +96,29 @@ fn each_queue_interrupts_by_its_own_vector_if_armed() {
                 for pair in &mut card.pairs {
                     pair.receiver.arm().unwrap();
                 }
-                flow(&mut card, queue);
-                assert!(vectors[at].wait(LONG).unwrap() > 0, "{name}, queue {queue}, {round}");
-                receive(&mut card, queue);
+                interrupts(&mut card, queue, round);
             }
             for (other, vector) in vectors.iter().enumerate().filter(|(other, _)| *other != at) {
                 let count = vector.take().unwrap().unwrap_or(0);
-                // Two were seen once, in ten rounds on a loaded machine.
-                assert!(count <= 2 * STRAY, "{name}: {count} of {other} instead of {queue}");
+                assert!(count <= STRAY, "{name}: {count} of {other} instead of {queue}");
             }
             for pair in &mut card.pairs {
                 pair.receiver.disarm().unwrap();
             }
             drain();
-            for _ in 0..ROUNDS {
+            let clock = (queue + 1) % queues;
+            for round in 0..ROUNDS {
+                // The 82574 disarms a queue that has interrupted.
+                card.pairs[at].receiver.arm().unwrap();
+                card.pairs[at].receiver.disarm().unwrap();
                 flow(&mut card, queue);
                 while !card.pairs[at].receiver.has_frame() {}
                 take(&mut card, queue);
+                // By then an interrupt for that frame would have come, too.
+                interrupts(&mut card, clock, round);
             }
-            assert!(
-                vectors[at].take().unwrap().unwrap_or(0) <= STRAY,
-                "{name}, queue {queue} is not armed"
-            );
+            let count = vectors[at].take().unwrap().unwrap_or(0);
+            assert!(count <= STRAY, "{name}: {count} of {queue}, which is not armed");
         }
         for pair in &mut card.pairs {
             assert!(pair.transmitter.vector().is_some());
