@@ -527,4 +527,24 @@ pub static MUTANTS: &[Mutant] = &[
             "--package vfio-remap-ethernet --test host -- a_card_that_others_have_reset_is_set_up_for_a_new_queue",
         ),
     },
+    Mutant {
+        name: "queue-stays-armed-82574",
+        file: "drivers/ethernet/src/interrupts.rs",
+        before: "            Model::I82574 => port.write(Port::IMC, *cause),",
+        after: "            Model::I82574 => Ok(()),",
+        killer: Guest {
+            kernel: "6.1",
+            test: "ethernet::interrupts::each_queue_interrupts_by_its_own_vector_if_armed",
+        },
+    },
+    Mutant {
+        name: "queue-stays-armed-82576",
+        file: "drivers/ethernet/src/interrupts.rs",
+        before: "            Model::I82576 => port.write(Port::EIMC, *cause),",
+        after: "            Model::I82576 => Ok(()),",
+        killer: Guest {
+            kernel: "6.1",
+            test: "ethernet::interrupts::each_queue_interrupts_by_its_own_vector_if_armed",
+        },
+    },
 ];

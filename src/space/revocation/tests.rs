@@ -50,8 +50,8 @@ fn what_a_raw_child_maps_at_old_addresses_is_inherited() {
     mapping.control().revoke(WHY).unwrap();
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
     let at = range.start as *mut libc::c_void;
-    // SAFETY: the children take no lock that another thread holds: only this test uses what they touch. MAP_FIXED_NOREPLACE
-    // replaces nothing.
+    // SAFETY: the children take no lock that another thread holds: only this test uses what they touch.
+    // MAP_FIXED_NOREPLACE replaces nothing.
     let held = unsafe {
         // It keeps the pages from the next child.
         fork::holds_in_child(|| state(&range) == (0, 0))
